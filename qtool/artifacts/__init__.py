@@ -1,0 +1,1 @@
+"""What steps leave behind: identity, manifest, file layout and store."""

@@ -1,0 +1,1 @@
+"""Named texts to calibrate and measure on."""

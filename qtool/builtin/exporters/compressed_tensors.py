@@ -1,0 +1,214 @@
+"""compressed-tensors checkpoints: what vLLM, SGLang and transformers load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.quantization import QuantizationScheme, apply_quantization_config
+from torch import Tensor, nn
+from transformers import AutoConfig, CompressedTensorsConfig
+
+from qtool.builtin.exporters.checkpoint import CheckpointReader, empty_model, write_checkpoint
+from qtool.builtin.exporters.consumers import compressed_consumers
+from qtool.builtin.exporters.ct_config import quantization_config
+from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout
+from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
+from qtool.engine.exporter import Exported
+from qtool.engine.problem import QuantizedLinear
+from qtool.engine.stored import INPUT_GLOBAL_SCALE
+from qtool.engine.subject import Subject
+from qtool.errors import ArtifactError, UsageError
+from qtool.model.graph import LinearSite
+from qtool.model.source import Model
+from qtool.scheme import TensorScheme
+
+# The library does not pack the zero points of a model without weights; their shapes show when they are decoded.
+_ZERO_POINT = ".weight_zero_point"
+# A float32 division, and the product that stands for it, are each half a unit in the last place off.
+_RECIPROCAL_ERROR = 2.0**-23
+
+
+class CompressedTensors:
+    """Writes ``pack-quantized``, ``int-quantized``, ``float-quantized`` and the FP4 layouts."""
+
+    version = 1
+
+    def check(self, subject: Subject) -> None:
+        """Refuse schemes without a layout, adapters, online operators and scales that fused layers cannot share.
+
+        Raises:
+            UsageError: Names what does not fit and the nearest that does.
+        """
+        layout, weights = choose_layout(subject.scheme), _weights(subject)
+        checkpoint_dtype(weights, subject.model.dtype)
+        _refuse_online(subject)
+        _refuse_adapters(subject)
+        if layout == "nvfp4-pack-quantized":
+            _check_global_scales(subject)
+
+    def write(self, subject: Subject, directory: Path) -> Exported:
+        """Write the checkpoint into an empty folder."""
+        layout, weights = choose_layout(subject.scheme), _weights(subject)
+        dtype = checkpoint_dtype(weights, subject.model.dtype)
+        config = quantization_config(subject.scheme, layout, _other_linears(subject.model))
+
+        def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return stored_tensors(subject.linear(linear), weights, layout) | _input_scale(subject, linear)
+
+        sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
+        details = {"layout": layout, "dtype": str(dtype).removeprefix("torch."), "bytes": vars(sizes)}
+        return Exported(compressed_consumers(subject.scheme, layout, dtype), details)
+
+    def verify(self, subject: Subject, directory: Path) -> None:
+        """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.
+
+        The library decodes to the dtype of the scales (FP4 to bfloat16), so ours are cast to that dtype first.
+        Names and shapes are compared with the model that transformers builds from the config.
+
+        Raises:
+            ArtifactError: Names the first weight that differs.
+        """
+        layout, weights = choose_layout(subject.scheme), _weights(subject)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=subject.model.trust_remote_code)
+        parsed = CompressedTensorsConfig.from_dict(config.quantization_config)  # type: ignore[no-untyped-call]
+        reader = CheckpointReader(directory)
+        skeleton = _skeleton(config, parsed, trust_remote_code=subject.model.trust_remote_code)
+        reader.compare(skeleton, any_shape=_ZERO_POINT)
+        (scheme,) = parsed.quantization_config.config_groups.values()
+        for linear in subject.model.graph.linears:
+            tensors = reader.module(linear.name)
+            decoded = _decode(tensors, scheme, linear.name)
+            ours = _as_consumer(subject, linear, weights, layout, tensors)
+            if decoded.shape != ours.shape or not torch.equal(decoded, ours.to(decoded.dtype)):
+                raise _difference(linear.name, decoded, ours)
+
+
+def _weights(subject: Subject) -> TensorScheme:
+    """Return the scheme of the weights of a quantized subject."""
+    if subject.quantized is None or subject.scheme.weights is None:
+        raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
+    return subject.scheme.weights
+
+
+def _refuse_online(subject: Subject) -> None:
+    online = sorted({site.rpartition(".")[2] for site, plan in subject.plan.sites.items() if plan.online})
+    if online:
+        raise UsageError(
+            "the plan runs operators in the forward pass, which these checkpoints do not carry yet",
+            facts=(("sites", ", ".join(online)),),
+            hint="qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or pack --to hf",
+        )
+
+
+def _refuse_adapters(subject: Subject) -> None:
+    slots = subject.quantized.header.slots if subject.quantized is not None else ()
+    found = next((name for name in slots if ".adapter." in name), None)
+    if found is not None:
+        raise UsageError(
+            "compressed-tensors has no low-rank corrections",
+            facts=(("first", found.partition(".adapter.")[0]),),
+            hint="qtool mitigate without the low-rank method, or qtool pack SOURCE --to hf, which merges them",
+        )
+
+
+def _check_global_scales(subject: Subject) -> None:
+    """Refuse siblings with different multipliers, which fused layers would share, and inputs without one."""
+    known: dict[str, Tensor] = {}
+    for linear in subject.model.graph.linears:
+        scale = _multiplier(subject, f"{linear.name}.global_scale")
+        if scale is None or not torch.equal(known.setdefault(linear.reads, scale), scale):
+            raise UsageError(
+                "linears that read one input have different global scales, and consumers fuse them",
+                facts=(("input", linear.reads), ("linear", linear.name)),
+                hint="use a mitigator that keeps the global scale it is given",
+            )
+        if subject.scheme.activations is not None and _input_multiplier(subject, linear) is None:
+            raise UsageError(
+                "the activations were not calibrated, and NVFP4 needs a global scale for each input",
+                facts=(("input", linear.reads),),
+                hint="qtool calibrate MODEL --gather hessian,absmax, then mitigate again",
+            )
+
+
+def _input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
+    return _multiplier(subject, f"{linear.reads}{INPUT_GLOBAL_SCALE}")
+
+
+def _multiplier(subject: Subject, name: str) -> Tensor | None:
+    """Read a tensor-level multiplier by its name in the artifact, None without one."""
+    if subject.quantized is None or name not in subject.quantized.header.slots:
+        return None
+    return subject.quantized.tensor(name)
+
+
+def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
+    multiplier = _input_multiplier(subject, linear) if subject.scheme.activations is not None else None
+    return {} if multiplier is None else {"input_global_scale": global_divisor(multiplier)}
+
+
+def _other_linears(model: Model) -> list[str]:
+    """Return the names of the linears that are not quantized: the head, and routers if there are any."""
+    module = empty_model(deepcopy(model.config), trust_remote_code=model.trust_remote_code)
+    quantized = {linear.name for linear in model.graph.linears}
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name not in quantized]
+
+
+def _skeleton(config: Any, parsed: CompressedTensorsConfig, *, trust_remote_code: bool) -> nn.Module:  # noqa: ANN401
+    """Build the model without weights as transformers does before it loads a compressed checkpoint."""
+    plain = deepcopy(config)
+    del plain.quantization_config
+    module = empty_model(plain, trust_remote_code=trust_remote_code)
+    compressor = ModelCompressor.from_compression_config(parsed)
+    apply_quantization_config(module, compressor.quantization_config, show_progress=False)
+    compressor.compress_model(module)
+    return module
+
+
+def _decode(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, name: str) -> Tensor:
+    """Decode one linear with the library."""
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    own = {key: tensor for key, tensor in tensors.items() if key in compressor.compression_param_names(scheme)}
+    try:
+        decoded: Tensor = compressor.decompress(own, scheme)["weight"]
+    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise ArtifactError(f"compressed-tensors cannot decode `{name}`", facts=(("reason", reason),)) from error
+    return decoded
+
+
+def _as_consumer(
+    subject: Subject, linear: LinearSite, weights: TensorScheme, layout: Layout, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """Return our decoded weight in float32.
+
+    With a global scale the consumer divides by what we multiply with. The stored divisor must be our multiplier's
+    reciprocal; then the step is formed as the consumer forms it, since the two differ in the last bit.
+    """
+    found: QuantizedLinear = subject.linear(linear)
+    multiplier = found.parameters.global_scale
+    if layout == "nvfp4-pack-quantized" and multiplier is not None:
+        divisor = tensors["weight_global_scale"]
+        if abs(float(divisor.double() * multiplier.double()) - 1) > _RECIPROCAL_ERROR:
+            raise _difference(f"{linear.name} (global scale)", 1 / divisor, multiplier)
+        step = found.parameters.scale / divisor
+        found = replace(found, parameters=replace(found.parameters, scale=step, global_scale=None))
+    return found.weight(weights, subject.plugins.format(weights.format))
+
+
+def _difference(name: str, decoded: Tensor, ours: Tensor) -> ArtifactError:
+    facts: tuple[tuple[str, object], ...] = (("ours", tuple(ours.shape)), ("read back", tuple(decoded.shape)))
+    if decoded.shape == ours.shape:
+        far = (decoded.double() - ours.double()).abs()
+        differ = int((decoded != ours.to(decoded.dtype)).sum())
+        facts = (("values that differ", differ), ("by up to", f"{far.max():.3g}"))
+    return ArtifactError(
+        f"the weight of `{name}` that was written is not the one that was quantized",
+        facts=facts,
+        hint="pack again; if it happens again, report it",
+    )

@@ -1,0 +1,117 @@
+"""What the consumers of a checkpoint execute, in words: kept with it, printed beside what is measured on it.
+
+transformers was run: its logits on every layout were compared with qtool's own forward pass, with and without quantized
+activations (``tests/builtin/test_exporters.py`` does it again). vLLM was read, not run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qtool.builtin.exporters.ct_layout import ELEMENTS, Layout
+from qtool.errors import SchemeError
+from qtool.scheme import ModelScheme, TensorScheme
+
+TRANSFORMERS = "transformers 5.23 with compressed-tensors 0.20"
+VLLM = "by the code of vLLM 0.33, not run"
+
+
+def compressed_consumers(scheme: ModelScheme, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    """Return what loads a compressed-tensors checkpoint, and what each loader executes.
+
+    Args:
+        scheme: Weights, activations, KV cache.
+        layout: The layout that was written.
+        dtype: What transformers computes in.
+
+    Raises:
+        SchemeError: The scheme has no weights.
+    """
+    if scheme.weights is None:
+        raise SchemeError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
+    weights, activations = scheme.weights, scheme.activations
+    cache = ""
+    if scheme.kv is not None:
+        cache = "; KV cache in FP8 with a dynamic scale" if weights.symmetric else "; the KV cache is NOT quantized"
+    read = f"{_transformers(weights, activations, _name(dtype))}{cache} ({TRANSFORMERS})"
+    cache = "; FP8 KV cache with scale 1, for it holds no calibrated ones" if scheme.kv else ""
+    return {"transformers": read, "vllm": f"{_vllm(weights, activations, layout)}{cache} ({VLLM})"}
+
+
+def dequantized_consumers(weight_bits: int, scheme: ModelScheme, dtype: torch.dtype) -> dict[str, str]:
+    """Return what loads a checkpoint of dequantized weights: everything, and as weights only.
+
+    Args:
+        weight_bits: Bits of the codes that the weights came from.
+        scheme: What else the artifact quantizes, and the checkpoint does not.
+        dtype: What the weights are stored in.
+    """
+    parts = (("activations", scheme.activations), ("KV cache", scheme.kv))
+    lost = " and ".join(f"{part.format} {what}" for what, part in parts if part is not None)
+    text = f"W{weight_bits}A16: weights only, dequantized to {_name(dtype)}; activations are NOT quantized"
+    if lost:
+        text += f" (without the {lost} of the artifact)"
+    return {"transformers": text, "vllm": text}
+
+
+def _transformers(weights: TensorScheme, activations: TensorScheme | None, dtype: str) -> str:
+    """Return what transformers executes: weights decoded on the first forward pass, activations rounded before each."""
+    bits = ELEMENTS[weights.format][1]
+    rounded = f"; its {weights.scale} scales are rounded to {dtype}" if weights.scale == "fp32" else ""
+    if activations is None:
+        return f"W{bits}A16: activations are not quantized, weights are decoded to {dtype}{rounded}"
+    if not weights.symmetric:
+        return f"W{bits}A16: activations are NOT quantized, since asymmetric weights are loaded dequantized to {dtype}"
+    return f"{_both(weights, activations)}: {_dynamic(activations)}, emulated in {dtype}{rounded}"
+
+
+def _vllm(weights: TensorScheme, activations: TensorScheme | None, layout: Layout) -> str:
+    """Return what vLLM executes."""
+    bits = ELEMENTS[weights.format][1]
+    alone = f"W{bits}A16: activations are not quantized"
+    if layout == "nvfp4-pack-quantized":
+        return alone if activations is None else f"W4A4 on Blackwell; before it W4A16, unless {_EMULATION}"
+    if layout == "mxfp4-pack-quantized":
+        before = "W4A16" if activations is None else f"W4A16, unless {_EMULATION}"
+        return f"W4A4 from SM100 on, whatever the config says of activations; before it {before}"
+    if layout == "pack-quantized":
+        return _vllm_packed(weights, activations, alone)
+    if activations is None:
+        return alone
+    if layout == "float-quantized":
+        return "W8A8 from SM89 on: dynamic FP8 activations per token; before it W8A16"
+    if activations.strategy not in ("token", "channel"):
+        return "refused: it wants INT8 activations per token"
+    return f"W8A8: {_dynamic(activations)}"
+
+
+def _vllm_packed(weights: TensorScheme, activations: TensorScheme | None, alone: str) -> str:
+    """Return what vLLM executes of packed integers, most kernels for which know no quantized activations."""
+    bits = ELEMENTS[weights.format][1]
+    if not weights.symmetric and bits not in (4, 8):
+        return "refused: zero points come with 4 and 8 bits only"
+    if activations is None:
+        return alone if bits in (4, 8) else f"{alone}; the kernel `humming` only"
+    known = activations.symmetric and activations.strategy != "tensor" and ELEMENTS[activations.format][1] in (4, 8)
+    if not known:
+        return "refused: it wants symmetric activations of 4 or 8 bits per token or group"
+    return f"W{bits}A16 on most kernels; {_both(weights, activations)} with --linear-backend humming"
+
+
+_EMULATION = "--linear-backend emulation is given"
+
+
+def _both(weights: TensorScheme, activations: TensorScheme) -> str:
+    return f"W{ELEMENTS[weights.format][1]}A{ELEMENTS[activations.format][1]}"
+
+
+def _dynamic(activations: TensorScheme) -> str:
+    """Return how activations are quantized, as ``dynamic INT4 activations per token, asymmetric``."""
+    element, bits = ELEMENTS[activations.format]
+    per = {"group": f"group of {activations.group_size}", "tensor": "tensor"}.get(activations.strategy, "token")
+    kind = {"int": "INT", "float": "FP"}[element]
+    return f"dynamic {kind}{bits} activations per {per}{'' if activations.symmetric else ', asymmetric'}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,77 @@
+"""The ``quantization_config`` of a compressed-tensors checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from qtool.builtin.exporters.ct_layout import ELEMENTS, Layout
+from qtool.errors import SchemeError
+from qtool.scheme import ModelScheme, TensorScheme
+
+LAYOUT_VERSION = "0.20.0"
+"""Release of compressed-tensors whose layouts these are; from here on it packs 3, 5, 6 and 7 bits across words."""
+
+_SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
+
+
+def quantization_config(scheme: ModelScheme, layout: Layout, ignore: Iterable[str]) -> dict[str, Any]:
+    """Return the config of a checkpoint whose linears all have one scheme.
+
+    transformers 5.23 cannot load packed zero points into a compressed model (it makes room for unpacked ones), only
+    decode them on loading; ``dequantize`` tells it to. Other consumers do not know the key.
+
+    Args:
+        scheme: Weights, activations, KV cache.
+        layout: Written for the whole and for the group, so that no reader has to infer it.
+        ignore: Linears that are not quantized.
+
+    Raises:
+        SchemeError: The scheme has no weights.
+    """
+    if scheme.weights is None:
+        raise SchemeError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
+    group = {
+        "targets": ["Linear"],
+        "weights": _arguments(scheme.weights, dynamic=False),
+        "input_activations": None if scheme.activations is None else _activations(scheme.activations),
+        "output_activations": None,
+        "format": layout,
+    }
+    asymmetric = {} if scheme.weights.symmetric else {"dequantize": True}
+    return asymmetric | {
+        "quant_method": "compressed-tensors",
+        "version": LAYOUT_VERSION,
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None if scheme.kv is None else _arguments(scheme.kv, dynamic=True),
+        "global_compression_ratio": None,
+    }
+
+
+def _activations(scheme: TensorScheme) -> dict[str, Any]:
+    """Return arguments of dynamic activations; those with a calibrated multiplier are dynamic within it."""
+    return _arguments(scheme, dynamic="local" if scheme.scale == "e4m3" else True)
+
+
+def _arguments(scheme: TensorScheme, *, dynamic: bool | str) -> dict[str, Any]:
+    """Return a tensor scheme as ``QuantizationArgs``; rows and tokens, which qtool takes as one, by their own names."""
+    element, bits = ELEMENTS[scheme.format]
+    strategy: str = scheme.strategy
+    if strategy in ("channel", "token"):
+        strategy = "token" if dynamic else "channel"
+    elif strategy == "group" and scheme.scale == "e4m3":
+        strategy = "tensor_group"
+    arguments = {
+        "num_bits": bits,
+        "type": element,
+        "symmetric": scheme.symmetric,
+        "strategy": strategy,
+        "group_size": scheme.group_size,
+        "dynamic": dynamic,
+    }
+    if scheme.scale in _SCALE_DTYPES:
+        arguments["scale_dtype"] = _SCALE_DTYPES[scheme.scale]
+    return arguments

@@ -1,0 +1,138 @@
+"""Which layout of compressed-tensors holds a scheme, and the refusal of what none holds.
+
+The layout is always named explicitly: left to itself the library infers ``int-quantized`` for every integer weight
+with quantized activations, which stores INT4 in bytes and which vLLM does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+import torch
+
+from qtool.errors import SchemeError
+from qtool.scheme import ModelScheme, TensorScheme
+
+Layout: TypeAlias = Literal[
+    "pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+]
+Element: TypeAlias = Literal["int", "float"]
+
+ELEMENTS: Mapping[str, tuple[Element, int]] = {
+    **{f"int{bits}": ("int", bits) for bits in range(2, 9)},
+    "fp8": ("float", 8),
+    **dict.fromkeys(("fp4", "nvfp4", "mxfp4"), ("float", 4)),
+}
+"""Element type and bits of each of qtool's formats, as compressed-tensors names them."""
+
+_BLOCKS: Mapping[tuple[int | None, str], Layout] = {
+    (16, "e4m3"): "nvfp4-pack-quantized",
+    (32, "e8m0"): "mxfp4-pack-quantized",
+}
+_FLOAT_SCALES = ("bf16", "fp16", "fp32")
+_SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_layout(scheme: ModelScheme) -> Layout:
+    """Return the layout that holds the weights and says how activations are quantized.
+
+    INT8 weights with one scale a row and INT8 activations are ``int-quantized``; all other integers are
+    ``pack-quantized``, whatever the activations.
+
+    Raises:
+        SchemeError: No layout does; the hint names the nearest scheme that fits.
+    """
+    weights, activations = scheme.weights, scheme.activations
+    if weights is None:
+        raise SchemeError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
+    layout = _weight_layout(weights, activations)
+    if activations is not None:
+        _check_activations(layout, activations)
+    _check_cache(scheme.kv)
+    return layout
+
+
+def checkpoint_dtype(weights: TensorScheme, stored: torch.dtype) -> torch.dtype:
+    """Return what a checkpoint's other tensors are stored in, and what its consumers compute in.
+
+    16-bit scales decide it, because loaders cast scales to the dtype of the model. FP4 is decoded to bfloat16 by the
+    library. Otherwise the model keeps its 16-bit dtype; a float32 model becomes bfloat16.
+
+    Args:
+        weights: Scheme of the weights.
+        stored: What the model is stored in.
+
+    Raises:
+        SchemeError: float16 scales on a bfloat16 model, whose activations may not fit float16.
+    """
+    if weights.scale == "fp16" and stored == torch.bfloat16:
+        raise SchemeError(
+            "float16 scales would make a bfloat16 model compute in float16",
+            facts=(("weights", weights),),
+            hint=f"nearest that fits: --weights {replace(weights, scale='bf16')}",
+        )
+    if weights.scale in ("e4m3", "e8m0"):
+        return torch.bfloat16
+    return _SIXTEEN_BIT.get(weights.scale, stored if stored in _SIXTEEN_BIT.values() else torch.bfloat16)
+
+
+def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> Layout:
+    """Return the layout of the weights."""
+    if weights.format not in ELEMENTS:
+        raise SchemeError(
+            f"compressed-tensors has no element type for `{weights.format}`",
+            facts=(("holds", ", ".join(ELEMENTS)),),
+            hint="qtool pack SOURCE --to hf",
+        )
+    element, bits = ELEMENTS[weights.format]
+    if (element, bits) == ("float", 4):
+        layout = _BLOCKS.get((weights.group_size, weights.scale))
+        if layout is None or not weights.symmetric:
+            nearest = "mxfp4" if weights.scale == "e8m0" else "nvfp4"
+            raise _refusal("FP4 is held as NVFP4 or MXFP4 only", "weights", weights, nearest)
+        return layout
+    if element == "float":
+        if weights.strategy == "group" or weights.scale not in _FLOAT_SCALES:
+            raise _refusal("FP8 weights have one scale a row or a tensor", "weights", weights, "fp8-channel-sbf16")
+        return "float-quantized"
+    eight = activations is not None and activations.format == weights.format == "int8"
+    rows = replace(weights, strategy="channel", group_size=None)
+    if eight and weights.strategy != "group" and weights.symmetric:
+        if weights.scale not in _FLOAT_SCALES:
+            raise _refusal("`int-quantized` has no such scales", "weights", weights, replace(weights, scale="bf16"))
+        return "int-quantized"
+    if weights.strategy == "tensor":
+        raise _refusal("`pack-quantized` has no scale for a whole tensor", "weights", weights, rows)
+    if weights.scale not in _SIXTEEN_BIT:
+        reason = f"`pack-quantized` has 16-bit scales; loaders would round {weights.scale} ones"
+        raise _refusal(reason, "weights", weights, replace(weights, scale="bf16"))
+    return "pack-quantized"
+
+
+def _check_activations(layout: Layout, activations: TensorScheme) -> None:
+    """Refuse activations that cannot be said beside a layout."""
+    element, bits = ELEMENTS.get(activations.format, ("", 0))
+    where = (activations.group_size, activations.scale)
+    if layout in _BLOCKS.values():
+        own = layout.partition("-")[0]
+        fits = bits == 4 and element == "float" and _BLOCKS.get(where) == layout and activations.symmetric
+        if not fits or activations.exponent_rule != "even":
+            raise _refusal(f"{own.upper()} weights go with {own.upper()} activations", "activations", activations, own)
+    elif layout == "float-quantized":
+        if (element, bits) != ("float", 8) or activations.strategy == "group":
+            reason = "FP8 weights go with FP8 activations, one scale a token or a tensor"
+            raise _refusal(reason, "activations", activations, "fp8-token")
+    elif element != "int":
+        raise _refusal("integer weights go with integer activations", "activations", activations, "int8-sym-token")
+
+
+def _check_cache(kv: TensorScheme | None) -> None:
+    """Refuse a quantized cache that is not FP8 with one scale."""
+    if kv is not None and (kv.format != "fp8" or kv.strategy != "tensor"):
+        raise _refusal("a checkpoint's KV cache is FP8 with one scale, or 16 bits", "kv", kv, "fp8-tensor")
+
+
+def _refusal(reason: str, part: str, scheme: TensorScheme, nearest: TensorScheme | str) -> SchemeError:
+    return SchemeError(reason, facts=((part, scheme),), hint=f"nearest that fits: --{part} {nearest}")

@@ -1,0 +1,13 @@
+"""Mistral: Llama with sliding windows, which no operator sees."""
+
+from __future__ import annotations
+
+from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm
+
+MISTRAL = Family(
+    name="mistral",
+    model_types=("mistral",),
+    final_norm=Norm("model.norm"),
+    norms=LLAMA_LIKE_NORMS,
+    linears=LLAMA_LIKE_LINEARS,
+)

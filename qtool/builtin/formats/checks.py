@@ -1,0 +1,63 @@
+"""What every format refuses: parts of a scheme that it would have to ignore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qtool.errors import SchemeError
+from qtool.scheme import TensorScheme
+
+_FLOAT_SCALES = ("fp32", "fp16", "bf16")
+
+
+def refuse_unless_empty(scheme: TensorScheme, reasons: Sequence[str], nearest: TensorScheme) -> None:
+    """Refuse a scheme for the first of the reasons, if there are any.
+
+    Args:
+        scheme: What was asked for.
+        reasons: Why it cannot be.
+        nearest: The nearest scheme that works.
+
+    Raises:
+        SchemeError: There is a reason.
+    """
+    if reasons:
+        raise SchemeError(reasons[0], facts=(("scheme", scheme),), hint=f"nearest that works: {nearest}")
+
+
+def nearest_scheme(
+    scheme: TensorScheme, defaults: TensorScheme, *, scales: Sequence[str], zero_points: bool, range_rules: bool
+) -> tuple[TensorScheme, list[str]]:
+    """Find the parts of a scheme that its format does not have.
+
+    Args:
+        scheme: What was asked for.
+        defaults: The format's defaults.
+        scales: Scale formats that the format takes.
+        zero_points: Whether it can be asymmetric.
+        range_rules: Whether it has a choice between ``full`` and ``half``.
+
+    Returns:
+        The scheme with those parts put right, and what is wrong with each: nothing for a scheme that works.
+    """
+    nearest, reasons = scheme, []
+    if nearest.scale not in scales:
+        reasons.append(f"`{scheme.format}` has no {scheme.scale} scales, only {', '.join(scales)}")
+        nearest = replace(nearest, scale=defaults.scale)
+    if (nearest.strategy == "group") != (nearest.group_size is not None):
+        reasons.append("the strategy `group` and a group size go together")
+        nearest = replace(nearest, strategy="group", group_size=nearest.group_size or defaults.group_size or 128)
+    if not nearest.symmetric and not zero_points:
+        reasons.append(f"`{scheme.format}` has no zero point")
+        nearest = replace(nearest, symmetric=True)
+    if not nearest.symmetric and nearest.scale not in _FLOAT_SCALES:
+        reasons.append(f"{nearest.scale} scales come without zero points")
+        nearest = replace(nearest, symmetric=True)
+    if nearest.exponent_rule != "even" and nearest.scale != "e8m0":
+        reasons.append(f"`{nearest.exponent_rule}` rounds e8m0 scales, and these are {nearest.scale}")
+        nearest = replace(nearest, exponent_rule="even")
+    if nearest.range_rule != defaults.range_rule and not range_rules:
+        reasons.append(f"`{nearest.range_rule}` is a rule for symmetric integers")
+        nearest = replace(nearest, range_rule=defaults.range_rule)
+    return nearest, reasons

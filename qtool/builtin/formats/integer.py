@@ -1,0 +1,130 @@
+"""Integers of 2 to 8 bits, symmetric or with a zero point."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qtool.builtin.formats.checks import nearest_scheme, refuse_unless_empty
+from qtool.numerics.integers import (
+    decode_integers,
+    encode_integers,
+    fit_asymmetric,
+    fit_symmetric,
+    round_integers,
+)
+from qtool.scheme import GroupParameters, TensorScheme
+
+
+def _defaults(name: str) -> TensorScheme:
+    """Return what ``name`` alone means: symmetric, one bfloat16 scale an output row, half a step beyond ``qmax``."""
+    return TensorScheme(format=name, scale="bf16", range_rule="half")
+
+
+class Integer:
+    """``scale * (code - zero_point)``; symmetric codes are offset by ``2^(bits - 1)``.
+
+    Zero points are integers of ``bits`` bits, and 0 always has a code.
+    """
+
+    name: str
+    summary: str
+    bits: int
+    defaults: TensorScheme
+    version = 1
+
+    def check(self, scheme: TensorScheme) -> None:
+        """Refuse E4M3 scales, which are FP4's, and zero points beside power-of-two scales."""
+        scales = ("fp32", "fp16", "bf16", "e8m0")
+        nearest, reasons = nearest_scheme(scheme, self.defaults, scales=scales, zero_points=True, range_rules=True)
+        refuse_unless_empty(scheme, reasons, nearest)
+
+    def zero_point_bits(self, scheme: TensorScheme) -> int:
+        """Return the bits of a zero point: as many as a code has, 0 where there is none."""
+        return 0 if scheme.symmetric else self.bits
+
+    def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> None:
+        """Return None: integers have one level of scales."""
+
+    def fit(
+        self,
+        groups: Float[Tensor, "*rows group"],
+        scheme: TensorScheme,
+        *,
+        global_scale: Float[Tensor, ""] | None = None,
+        clip: float = 1.0,
+    ) -> GroupParameters:
+        """Fit scales, and zero points if asymmetric; ``global_scale`` has no meaning here."""
+        if not scheme.symmetric:
+            scale, zero_point = fit_asymmetric(groups, num_bits=self.bits, scale_format=scheme.scale, clip=clip)
+            return GroupParameters(scale, zero_point)
+        scale = fit_symmetric(
+            groups,
+            num_bits=self.bits,
+            range_rule=scheme.range_rule,
+            scale_format=scheme.scale,
+            exponent_rule=scheme.exponent_rule,
+            clip=clip,
+        )
+        return GroupParameters(scale)
+
+    def encode(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> UInt8[Tensor, "*rows group"]:
+        """Round values to codes, ties to even."""
+        return encode_integers(groups, parameters.step(), parameters.zero_point, self.bits)
+
+    def decode(self, codes: UInt8[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
+        """Return the float32 values that codes stand for."""
+        return decode_integers(codes, parameters.step(), parameters.zero_point, self.bits)
+
+    def round(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
+        """Return the decoded values of the codes of ``groups``, in their dtype."""
+        return round_integers(groups, parameters.step(), parameters.zero_point, self.bits)
+
+
+class Int2(Integer):
+    """Four levels; symmetric ones are -2, -1, 0, 1."""
+
+    name, bits, defaults = "int2", 2, _defaults("int2")
+    summary = "2-bit integers; asymmetric groups waste fewer of the four levels"
+
+
+class Int3(Integer):
+    """Eight levels."""
+
+    name, bits, defaults = "int3", 3, _defaults("int3")
+    summary = "3-bit integers"
+
+
+class Int4(Integer):
+    """Sixteen levels."""
+
+    name, bits, defaults = "int4", 4, _defaults("int4")
+    summary = "4-bit integers"
+
+
+class Int5(Integer):
+    """32 levels."""
+
+    name, bits, defaults = "int5", 5, _defaults("int5")
+    summary = "5-bit integers"
+
+
+class Int6(Integer):
+    """64 levels."""
+
+    name, bits, defaults = "int6", 6, _defaults("int6")
+    summary = "6-bit integers"
+
+
+class Int7(Integer):
+    """128 levels."""
+
+    name, bits, defaults = "int7", 7, _defaults("int7")
+    summary = "7-bit integers"
+
+
+class Int8(Integer):
+    """256 levels."""
+
+    name, bits, defaults = "int8", 8, _defaults("int8")
+    summary = "8-bit integers"

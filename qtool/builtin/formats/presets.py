@@ -1,0 +1,28 @@
+"""Names of model schemes as the ecosystem spells them, except ``W4A4``, which is that of arXiv:2507.17417."""
+
+from __future__ import annotations
+
+from qtool.scheme import Preset
+
+PRESETS: tuple[Preset, ...] = (
+    Preset("W4A16", "int4-sym-g128", None, None, "INT4 weights in groups of 128"),
+    Preset("W3A16", "int3-sym-g128", None, None, "INT3 weights in groups of 128"),
+    Preset("W2A16", "int2-sym-g128", None, None, "INT2 weights in groups of 128"),
+    Preset("W8A16", "int8-sym-channel", None, None, "INT8 weights per output row"),
+    Preset("W8A8", "int8-sym-channel", "int8-sym-token", None, "INT8 weights per output row, INT8 inputs per token"),
+    Preset("W4A8", "int4-sym-g128", "int8-sym-token", None, "INT4 weights in groups of 128, INT8 inputs per token"),
+    Preset(
+        "W4A4",
+        "int4-sym-channel",
+        "int4-asym-token",
+        None,
+        "the survey's: INT4 weights per output row, asymmetric INT4 inputs per token; -gN groups both",
+        group_activations=True,
+    ),
+    Preset("NVFP4", "nvfp4", "nvfp4", None, "NVFP4 weights and inputs"),
+    Preset("NVFP4A16", "nvfp4", None, None, "NVFP4 weights"),
+    Preset("MXFP4", "mxfp4", "mxfp4", None, "MXFP4 weights and inputs"),
+    Preset("MXFP4A16", "mxfp4", None, None, "MXFP4 weights"),
+    Preset("FP8", "fp8-tensor", "fp8-tensor", None, "FP8 weights and inputs, one scale a tensor"),
+    Preset("FP8_DYNAMIC", "fp8-channel", "fp8-token", None, "FP8 weights per output row, FP8 inputs per token"),
+)

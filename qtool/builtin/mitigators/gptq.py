@@ -1,0 +1,188 @@
+"""GPTQ, Frantar et al. 2023, arXiv:2210.17323: error feedback through the inverse Hessian.
+
+Groups are fitted when the solver reaches them, on the weights as they are by then (``parameters=fresh``); GPTQ's first
+code leaves out what is still pending in its lazy block (``stale``), and others fit before they start (``static``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.builtin.mitigators.rtn import (
+    ClipOptions,
+    check_problem,
+    clip_report,
+    fit_groups,
+    loss_report,
+    refuse_previous,
+    refuse_unknown,
+    round_nearest,
+    tensor_multiplier,
+)
+from qtool.engine.problem import LayerProblem, QuantizedLinear
+from qtool.errors import NumericalError, ShapeError, UsageError
+from qtool.numerics.gptq import ColumnGrid, GPTQResult, gptq_round
+from qtool.scheme import GroupParameters
+
+# 2 to this power, and to its negative, are normal float32 numbers.
+_LARGEST_EXPONENT = 126
+
+
+@dataclass(frozen=True)
+class GPTQConfig(ClipOptions):
+    """Options of GPTQ; those of the clip search come with them.
+
+    Attributes:
+        dampening_frac: Added to the Hessian diagonal, as a fraction of its mean.
+        block_size: Columns per lazy update.
+        parameters: What the scales of a group are fitted on.
+        act_order: Visit columns by descending Hessian diagonal.
+    """
+
+    dampening_frac: float = 0.01
+    block_size: int = 128
+    parameters: Literal["fresh", "static", "stale"] = "fresh"
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing.
+
+        Raises:
+            UsageError: A value is out of range, or two options exclude each other.
+        """
+        super().__post_init__()
+        refuse_unknown("parameters", self.parameters, ("fresh", "static", "stale"))
+        if not 0 <= self.dampening_frac <= 10:
+            given = f"`dampening_frac` is from 0 to 10, not {self.dampening_frac}"
+            raise UsageError(given, hint="--set dampening_frac=0.01")
+        if self.block_size < 1:
+            raise UsageError(f"`block_size` is a number of columns, not {self.block_size}", hint="--set block_size=128")
+        if self.act_order and self.parameters != "static":
+            raise UsageError(
+                f"`act_order` visits columns of all groups in turn, so it cannot fit {self.parameters} parameters",
+                hint="--set parameters=static",
+            )
+
+
+class GPTQ:
+    """Round column by column; later columns make up for the error of each."""
+
+    version = 1
+    needs: tuple[str, ...] = ("hessian",)
+    Config = GPTQConfig
+
+    def quantize(self, problem: LayerProblem, config: GPTQConfig) -> QuantizedLinear:
+        """Solve one layer; where its Hessian says nothing or cannot be factorized, round to nearest and count it.
+
+        Raises:
+            NumericalError: The weight or the Hessian is not finite.
+            UsageError: Another method came first, or no Hessian was gathered.
+        """
+        refuse_previous(problem, "gptq")
+        hessian = problem.need_hessian()
+        check_problem(problem)
+        plain = round_nearest(problem)
+        ratios: list[Tensor] = []
+        try:
+            solved = _solve(problem, _normalized(hessian), config, ratios)
+        except ShapeError:
+            raise
+        except NumericalError:
+            # The model is more useful with one plainly rounded layer than not at all; the counter tells.
+            nearest = round_nearest(problem, config)
+            result = replace(nearest, counters=_counters(config, hessian, None))
+        else:
+            report = {"dampening_frac": solved.dampening_frac, **clip_report(ratios)}
+            parameters = _as_stored(solved.parameters, problem)
+            result = QuantizedLinear(
+                solved.codes, parameters, report=report, counters=_counters(config, hessian, solved)
+            )
+        decoded, unclipped = (linear.weight(problem.scheme, problem.format) for linear in (result, plain))
+        return replace(result, report={**loss_report(problem, decoded, unclipped), **result.report})
+
+
+def _normalized(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """Scale by a power of two so that live inputs have a second moment of about 1.
+
+    The solver gives dead inputs a second moment of 1, which is to be of the size of the others, whatever the unit.
+
+    Raises:
+        NumericalError: No input was ever live.
+    """
+    diagonal = hessian.diagonal()
+    live = diagonal[diagonal != 0].double()
+    mean = float(live.mean()) if len(live) else 0.0
+    if mean <= 0.0:
+        raise NumericalError("the Hessian has no positive diagonal entry")
+    return hessian * 2.0 ** -min(max(math.frexp(mean)[1], -_LARGEST_EXPONENT), _LARGEST_EXPONENT)
+
+
+def _solve(
+    problem: LayerProblem, hessian: Float[Tensor, "in in"], config: GPTQConfig, ratios: list[Tensor]
+) -> GPTQResult:
+    """Run the solver on the problem's grid; collects the clip ratios of the groups."""
+    group_size = len(hessian) // problem.scheme.groups_of(len(hessian), layer=problem.name)
+    fit = _fitter(problem, hessian, config, ratios)
+    return gptq_round(
+        problem.weight,
+        hessian,
+        grid=ColumnGrid(group_size, fit, problem.format.round, problem.format.encode),
+        dampening_frac=config.dampening_frac,
+        block_size=config.block_size,
+        parameters=config.parameters,
+        act_order=config.act_order,
+    )
+
+
+def _fitter(
+    problem: LayerProblem, hessian: Float[Tensor, "in in"], config: GPTQConfig, ratios: list[Tensor]
+) -> Callable[[Tensor, int], GroupParameters]:
+    """Return what fits a group of columns: one scale a row, also where all rows share it."""
+    multiplier = tensor_multiplier(problem)
+    diagonal = hessian.diagonal() if config.clip_metric == "hessian" else None
+    whole = problem.scheme.strategy == "tensor"
+
+    def fit(values: Tensor, start: int) -> GroupParameters:
+        importance = None if diagonal is None else diagonal[start : start + values.shape[1]].expand_as(values)
+        if whole:
+            importance = None if importance is None else importance.reshape(1, -1)
+        groups = values.reshape(1, -1) if whole else values
+        fitted = fit_groups(problem, groups, config, global_scale=multiplier, importance=importance)
+        ratios.append(fitted.ratio)
+        return _a_row_each(fitted.parameters, len(values)) if whole else fitted.parameters
+
+    return fit
+
+
+def _a_row_each(parameters: GroupParameters, rows: int) -> GroupParameters:
+    """Repeat a tensor's parameters for each row."""
+    zero_point = parameters.zero_point
+    return GroupParameters(
+        parameters.scale.expand(rows), None if zero_point is None else zero_point.expand(rows), parameters.global_scale
+    )
+
+
+def _as_stored(parameters: GroupParameters, problem: LayerProblem) -> GroupParameters:
+    """Undo ``_a_row_each``; other parameters are already as the codes' groups need them."""
+    if problem.scheme.strategy != "tensor":
+        return parameters
+    zero_point = parameters.zero_point
+    return GroupParameters(
+        parameters.scale[0].clone(), None if zero_point is None else zero_point[0].clone(), parameters.global_scale
+    )
+
+
+def _counters(config: GPTQConfig, hessian: Float[Tensor, "in in"], solved: GPTQResult | None) -> dict[str, int]:
+    """Count what was not as usual; ``None`` stands for a layer that was rounded to nearest."""
+    return {
+        "dead_columns": int((hessian.diagonal() == 0).sum()),
+        "raised_dampening": int(solved is not None and solved.dampening_frac > config.dampening_frac),
+        "float64_factors": int(solved is not None and solved.wide),
+        "fallback_rtn": int(solved is None),
+    }

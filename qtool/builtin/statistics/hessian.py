@@ -1,0 +1,45 @@
+"""Hessian of a linear's squared output error: the token-weighted mean of x xᵀ (Frantar et al. 2023, arXiv:2210.17323)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.engine.gather import Gathering
+from qtool.numerics.moments import add_second_moment
+from qtool.numerics.token_weights import TokenWeight
+
+
+class HessianAccumulator:
+    """Sums w x xᵀ and w in float32."""
+
+    def __init__(self, n: int, token_weight: TokenWeight, device: torch.device) -> None:
+        self.sum = torch.zeros(n, n, device=device)
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
+        self.token_weight = token_weight
+
+    def update(self, x: Float[Tensor, "tokens n"]) -> None:
+        """Add some tokens."""
+        scales = self.token_weight.scales(x)
+        if scales is None:
+            self.weight += x.shape[0]
+        else:
+            self.weight += scales.double().square().sum()
+            x = x * scales[:, None]
+        add_second_moment(self.sum, x)
+
+    def result(self) -> Float[Tensor, "n n"]:
+        """Return the weighted mean, symmetric."""
+        lower = self.sum / self.weight.clamp_min(torch.finfo(torch.float32).tiny).float()
+        return torch.tril(lower) + torch.tril(lower, -1).T
+
+
+class Hessian:
+    """The statistic ``hessian``."""
+
+    version = 1
+
+    def start(self, n: int, gathering: Gathering, device: torch.device) -> HessianAccumulator:
+        """Return an accumulator for a site."""
+        return HessianAccumulator(n, gathering.token_weight, device)

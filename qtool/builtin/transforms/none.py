@@ -1,0 +1,25 @@
+"""No transform: the model as it is, so that recipes can name the baseline like any other method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qtool.model.plan import Proposal, TransformContext
+
+
+@dataclass(frozen=True)
+class NoTransformConfig:
+    """There is nothing to choose."""
+
+
+class NoTransform:
+    """Proposes nothing."""
+
+    version = 1
+    needs: tuple[str, ...] = ()
+    Config = NoTransformConfig
+
+    def plan(self, context: TransformContext, config: NoTransformConfig) -> Proposal:
+        """Return no operators."""
+        del context, config
+        return {}

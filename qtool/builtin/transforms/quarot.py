@@ -1,0 +1,61 @@
+"""QuaRot: randomised Hadamard rotations that spread outliers over all channels (Ashkboos et al. 2024, arXiv:2404.00456).
+
+R1 rotates the residual stream and is folded into every linear that reads or writes it; R2 rotates each value head and
+is folded into v_proj and o_proj; R3 rotates queries and keys behind the rotary positions and runs online, for a
+quantized key cache; R4 rotates the input of down_proj and runs online. Any width that has a Hadamard matrix is
+rotated whole. The mixing of heads in front of o_proj, the paper's remaining online operator, is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qtool.model.graph import RESIDUAL
+from qtool.model.plan import Proposal, TransformContext
+from qtool.numerics.hadamard import random_signs
+from qtool.numerics.operators import Hadamard, Operator
+
+
+@dataclass(frozen=True)
+class QuaRotConfig:
+    """Which rotations are applied.
+
+    Attributes:
+        r1: Rotate the residual stream.
+        r2: Rotate value heads.
+        r3: Rotate queries and keys online; ``auto`` does so if the scheme quantizes the KV cache.
+        r4: Rotate the input of down_proj online.
+    """
+
+    r1: bool = True
+    r2: bool = True
+    r3: Literal["auto", "on", "off"] = "auto"
+    r4: bool = True
+
+
+class QuaRot:
+    """Proposes R1 to R4."""
+
+    version = 1
+    needs: tuple[str, ...] = ()
+    Config = QuaRotConfig
+
+    def plan(self, context: TransformContext, config: QuaRotConfig) -> Proposal:
+        """Return a Hadamard operator for each rotation."""
+        dims = context.graph.dims
+        proposal: dict[str, list[Operator]] = {}
+        if config.r1:
+            generator = torch.Generator().manual_seed(context.seed)
+            proposal[RESIDUAL] = [Hadamard(dims.hidden, signs=random_signs(dims.hidden, generator))]
+        r3 = config.r3 == "on" or (config.r3 == "auto" and context.scheme.kv is not None)
+        for layer in range(dims.num_layers):
+            if config.r2:
+                proposal[f"layers.{layer}.vo"] = [Hadamard(dims.head_dim)]
+            if r3:
+                proposal[f"layers.{layer}.qk_post"] = [Hadamard(dims.head_dim)]
+            if config.r4:
+                proposal[f"layers.{layer}.up_down"] = [Hadamard(dims.intermediate)]
+        return proposal

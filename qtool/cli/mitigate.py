@@ -1,0 +1,109 @@
+"""``qtool mitigate``: weights become codes while the error is compensated."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qtool.cli.completion import complete_composition, complete_preset
+from qtool.cli.session import Batch, Dtype, Output, Session, Settings, Source, command
+from qtool.cli.stdin import read_source
+
+
+@command
+def mitigate(
+    session: Session,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[+NAME]...",
+            help="Mitigators, left to right.",
+            autocompletion=complete_composition("mitigators"),
+        ),
+    ],
+    source: Source = None,
+    settings: Settings = None,
+    scheme: Annotated[
+        str,
+        typer.Option(metavar="PRESET", help="Such as W4A16, NVFP4.", autocompletion=complete_preset),
+    ] = "",
+    weights: Annotated[str, typer.Option(metavar="SCHEME", help="Such as int4-sym-g128; over the preset's.")] = "",
+    activations: Annotated[str, typer.Option(metavar="SCHEME", help="Such as int4-asym-token, or none.")] = "",
+    kv: Annotated[str, typer.Option(metavar="SCHEME", help="Of the KV cache, or none.")] = "",
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="Protocol of a paper (survey) for whatever is not given here.")
+    ] = "",
+    propagate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="quantized|none",
+            help="Activations from passes over what is quantized, or carried statistics. [default: quantized]",
+        ),
+    ] = None,
+    true_sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--true-sequential/--no-true-sequential",
+            help="Each linear sees the quantized ones before it in its block. [default: no]",
+        ),
+    ] = None,
+    round_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--round-activations/--no-round-activations",
+            help="Propagate activations as the scheme quantizes them. [default: no]",
+        ),
+    ] = None,
+    token_weight: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="uniform, inverse-norm[:P] or clip[:K]. [default: that of the statistics]",
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Whatever a counter counts is an error.")] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seeds what is random. [default: 0]",
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    batch: Batch = 0,
+    output: Output = None,
+) -> None:
+    """Quantize the weights.
+
+    Takes a plan, or statistics (no transform), or a model where no method needs statistics.
+    """
+    from qtool.steps.mitigate import MitigateRequest
+    from qtool.steps.mitigate import mitigate as step
+    from qtool.steps.options import read_settings
+    from qtool.steps.presets import mitigate_settings
+    from qtool.steps.schemes import read_scheme
+
+    defaults = mitigate_settings(preset).overridden(
+        propagate=propagate,
+        true_sequential=true_sequential,
+        round_activations=round_activations,
+        token_weight=token_weight,
+        seed=seed,
+    )
+    parts = {"weights": weights, "activations": activations, "kv": kv}
+    request = MitigateRequest(
+        source=read_source(source),
+        method=method,
+        scheme=read_scheme(scheme, parts if scheme else defaults.parts(parts), session.plugins),
+        settings=defaults.options(method, read_settings(settings or ())),
+        propagate=defaults.propagate,  # type: ignore[arg-type] # checked by the step
+        true_sequential=defaults.true_sequential,
+        round_activations=defaults.round_activations,
+        token_weight=defaults.token_weight,
+        strict=strict,
+        seed=defaults.seed,
+        dtype=dtype,
+        batch=batch,
+        output=output,
+    )
+    session.run(step, request)

@@ -1,0 +1,31 @@
+"""``qtool plugins``: everything on offer, without importing any of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qtool.cli.output import write_json
+from qtool.cli.session import Debug, Json
+from qtool.cli.tables import draw
+from qtool.plugins import KINDS
+from qtool.steps.description import describe_plugins
+
+
+def plugins(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"{', '.join(KINDS)} or presets.")] = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what plugins offer.
+
+    Names, providers and summaries, and which plugins are broken.
+    """
+    del debug  # read by `main`, before options are
+    description = describe_plugins(context.obj, kind)
+    if json:
+        write_json(description.to_json())
+    else:
+        draw(description)

@@ -1,0 +1,170 @@
+"""What commands share: their common options, the workspace made of them, and the one line at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeVar, get_type_hints
+
+import typer
+
+from qtool.cli.output import Bars, kept_clean, say_values, warner, write_artifact
+from qtool.errors import UsageError
+from qtool.plugins import Plugins
+
+if TYPE_CHECKING:
+    from qtool.artifacts.store import Artifact
+    from qtool.steps.workspace import Workspace
+
+P = ParamSpec("P")
+Request = TypeVar("Request")
+
+ROLES = ("model", "statistics", "plan", "quantized")
+CALM = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Environment of libraries that would otherwise write over the progress of a step."""
+
+Source = Annotated[
+    str | None,
+    typer.Argument(metavar="SOURCE", help="Artifact or model; read from standard input if missing or `-`."),
+]
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SOURCE...", help="Artifacts; read from standard input if missing or `-`."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        help="Where the result goes. [default: $QTOOL_HOME/<step>-<method>-<key>]",
+    ),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of a method (repeatable).")
+]
+Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto (as stored), float32, bfloat16, float16 or float64.")]
+Batch = Annotated[int, typer.Option(min=0, help="Windows that run at once; 0 chooses.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback on failure.")]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options of every command that opens artifacts or models."""
+
+    json: Json = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on standard error.")] = False
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto"
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="ROLE=PATH",
+            help=f"Where an input lies that moved: {', '.join(ROLES)} (repeatable).",
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Let code beside a model's weights run."),
+    ] = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of a command.
+
+    Attributes:
+        common: Its common options.
+        plugins: What is on offer.
+    """
+
+    common: Common
+    plugins: Plugins
+
+    @contextmanager
+    def workspace(self) -> Iterator[Workspace]:
+        """Open the workspace; while it is open nothing but the result reaches standard output."""
+        common = self.common
+        if not common.debug:
+            os.environ.update({name: value for name, value in CALM.items() if name not in os.environ})
+        inputs = read_inputs(common.inputs or ())
+        with kept_clean(quiet=common.quiet):
+            from qtool.steps.environment import open_workspace
+
+            yield open_workspace(
+                self.plugins,
+                device=common.device,
+                inputs=inputs,
+                progress=Bars(quiet=common.quiet),
+                warn=warner(quiet=common.quiet),
+                trust_remote_code=common.trust_remote_code,
+            )
+
+    def run(self, step: Callable[[Request, Workspace], tuple[Artifact, bool]], request: Request) -> None:
+        """Run a step and print its artifact."""
+        with self.workspace() as workspace:
+            artifact, reused = step(request, workspace)
+        self.show(artifact, reused=reused, metrics=artifact.manifest.details.get("values", {}))
+
+    def show(self, artifact: Artifact, *, reused: bool, metrics: dict[str, float]) -> None:
+        """Print an artifact, and what was measured for people to read."""
+        if not self.common.json and not self.common.quiet:
+            say_values(metrics)
+        write_artifact(artifact, as_json=self.common.json, reused=reused, metrics=metrics)
+
+
+def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., None]:
+    """Make a command of a function: the common options join its own, and it is given a ``Session`` of them."""
+    hints = get_type_hints(function, include_extras=True)
+    shared = get_type_hints(Common, include_extras=True)
+    parameters = [
+        Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        *(
+            Parameter(name, Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[name])
+            for name, one in list(signature(function).parameters.items())[1:]
+        ),
+        *(
+            Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=shared[f.name])
+            for f in fields(Common)
+        ),
+    ]
+
+    @wraps(function)
+    def run(*, context: typer.Context, **arguments: Any) -> None:  # noqa: ANN401 - what Typer read
+        common = Common(**{name: arguments.pop(name) for name in shared})
+        function(Session(common, context.obj), **arguments)  # type: ignore[call-arg]
+
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def read_inputs(pairs: Sequence[str]) -> dict[str, Path]:
+    """Read ``ROLE=PATH`` words.
+
+    Raises:
+        UsageError: A word is not of this form, or the role is unknown.
+    """
+    inputs: dict[str, Path] = {}
+    for pair in pairs:
+        role, _, path = pair.partition("=")
+        if role not in ROLES or not path:
+            raise UsageError(
+                f"cannot read the input `{pair}`",
+                facts=(("roles", ", ".join(ROLES)),),
+                hint="--input model=PATH",
+            )
+        inputs[role] = Path(path)
+    return inputs
+
+
+def read_list(text: str) -> tuple[str, ...]:
+    """Read words joined by commas."""
+    return tuple(word for word in (part.strip() for part in text.split(",")) if word)

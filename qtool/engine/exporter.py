@@ -1,0 +1,49 @@
+"""Exporters: from a quantized artifact to a checkpoint directory that a named consumer loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qtool.engine.subject import Subject
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exporter wrote.
+
+    Attributes:
+        consumers: Consumer (``vllm``, ``transformers``, …) to what it will execute, in words.
+        details: Facts for the checkpoint's manifest: layout, stored bytes.
+    """
+
+    consumers: Mapping[str, str]
+    details: Mapping[str, Any]
+
+
+class Exporter(Protocol):
+    """Writes one checkpoint layout.
+
+    Class attribute: ``version``, raised whenever written bytes change.
+    """
+
+    version: int
+
+    def check(self, subject: Subject) -> None:
+        """Refuse, before any work, what the layout cannot hold or its consumers cannot run.
+
+        Raises:
+            UsageError: Names what does not fit and the nearest that does.
+        """
+
+    def write(self, subject: Subject, directory: Path) -> Exported:
+        """Write weights, config, tokenizer and whatever else the consumer expects into an empty directory."""
+
+    def verify(self, subject: Subject, directory: Path) -> None:
+        """Read back what was written with the consumer's own reader and compare every decoded weight.
+
+        Raises:
+            ArtifactError: A weight that the consumer reads differs from ours; names it.
+        """

@@ -1,0 +1,126 @@
+"""Gathering statistics: what a statistic is, and the observers that feed it while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.engine.linear import SiteInput
+from qtool.errors import NumericalError
+from qtool.model.statistics import SiteStatistics
+from qtool.numerics.token_weights import TokenWeight
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What every accumulator of a pass is told.
+
+    Attributes:
+        tokens: Number of tokens that the pass will show.
+        token_weight: How much each token counts where that matters.
+        seed: Seeds what is drawn at random.
+        sample_size: Token rows that a sample keeps.
+    """
+
+    tokens: int
+    token_weight: TokenWeight
+    seed: int = 0
+    sample_size: int = 2048
+
+
+class Accumulator(Protocol):
+    """A statistic of one site while it is being gathered."""
+
+    def update(self, x: Float[Tensor, "tokens n"]) -> None:
+        """Take in the site's input for some tokens, in float32."""
+
+    def result(self) -> Tensor:
+        """Return the statistic of all tokens seen."""
+
+
+class Statistic(Protocol):
+    """A statistic of a site's input that calibrate can gather."""
+
+    version: int
+
+    def start(self, n: int, gathering: Gathering, device: torch.device) -> Accumulator:
+        """Return an accumulator for a site whose input has ``n`` channels."""
+
+
+class SiteObserver:
+    """Feeds one site's input to its accumulators.
+
+    Args:
+        site: Id of the site, for messages.
+        statistics: What to gather, by name.
+        gathering: What the accumulators are told.
+    """
+
+    def __init__(self, site: str, statistics: Mapping[str, Statistic], gathering: Gathering) -> None:
+        self.site, self.statistics, self.gathering = site, statistics, gathering
+        self.accumulators: dict[str, Accumulator] = {}
+        self.tokens = 0
+
+    def __call__(self, x: Float[Tensor, "tokens n"]) -> None:
+        """Take in the input of some tokens."""
+        x = x.float()
+        if not self.accumulators:
+            self.accumulators = {
+                name: statistic.start(x.shape[-1], self.gathering, x.device)
+                for name, statistic in self.statistics.items()
+            }
+        for accumulator in self.accumulators.values():
+            accumulator.update(x)
+        self.tokens += x.shape[0]
+
+    def result(self) -> SiteStatistics:
+        """Return what was gathered, on the host.
+
+        Raises:
+            NumericalError: A value is NaN or infinite; names the site.
+        """
+        entries = {name: accumulator.result().cpu() for name, accumulator in self.accumulators.items()}
+        for name, entry in entries.items():
+            if not torch.isfinite(entry).all():
+                raise NumericalError(
+                    f"the activations at `{self.site}` hold NaN or Inf",
+                    facts=(("statistic", name),),
+                    hint="run the model in float32: --dtype float32",
+                )
+        return SiteStatistics(self.tokens, entries)
+
+
+@contextmanager
+def observing(
+    sites: Mapping[str, SiteInput],
+    layer: int,
+    wanted: Mapping[str, Mapping[str, Statistic]],
+    gathering: Gathering,
+) -> Iterator[dict[str, SiteObserver]]:
+    """Attach observers to sites of a block for as long as the context lasts.
+
+    Args:
+        sites: The block's sites by name.
+        layer: Block index.
+        wanted: Site name to the statistics that it needs.
+        gathering: What the accumulators are told.
+
+    Yields:
+        The observers by site name.
+    """
+    observers = {name: SiteObserver(f"layers.{layer}.{name}", wanted[name], gathering) for name in wanted}
+    try:
+        for name, observer in observers.items():
+            sites[name].observer = observer
+        yield observers
+    finally:
+        for name in observers:
+            sites[name].observer = None
+            sites[name].forget()

@@ -1,0 +1,108 @@
+"""One linear layer's quantization problem, its solution, and the contract of a mitigator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qtool.errors import UsageError
+from qtool.numerics.groups import from_groups, to_groups
+from qtool.scheme import Format, GroupParameters, TensorScheme
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank correction beside a quantized weight: ``y = Ŵ x̂ + up (down x̂)``; both as they are stored."""
+
+    down: Float[Tensor, "rank in"]
+    up: Float[Tensor, "out rank"]
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """What a mitigator makes of a weight.
+
+    Attributes:
+        codes: One code a weight, in ``[0, 2**bits)``, in storage order; straight from the solver, never re-fitted.
+        parameters: Scales and zero points ``[out, groups]`` as stored, and the tensor-level multiplier.
+        adapter: Low-rank correction, if any.
+        report: What happened, as numbers: ``loss`` and ``loss_rtn`` (tr(EHEᵀ)/tr(WHWᵀ)), ``dampening_frac``, ….
+        counters: What was not as usual, summed over the model: ``dead_columns``, ``raised_dampening``, ….
+    """
+
+    codes: UInt8[Tensor, "out in"]
+    parameters: GroupParameters
+    adapter: Adapter | None = None
+    report: Mapping[str, float] = field(default_factory=dict)
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+    def weight(self, scheme: TensorScheme, fmt: Format) -> Float[Tensor, "out in"]:
+        """Return the decoded weight in float32, without the adapter."""
+        groups = to_groups(self.codes, scheme.strategy, scheme.group_size)
+        return from_groups(fmt.decode(groups, self.parameters), self.codes.shape)
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Everything that a layer-wise method may know.
+
+    Attributes:
+        name: Full module name, for messages.
+        weight: The weight after the transform, float32. Never modified.
+        scheme: How it is to be stored.
+        format: The format of ``scheme``.
+        hessian: Weighted mean of x xᵀ over calibration tokens, float32, or None when it was not gathered.
+        entries: Other statistics of the layer's input by name (``absmax``, ``mean_abs``, ``sample``, …).
+        global_scale: Tensor-level multiplier that the layer must use (shared with its siblings), or None.
+        seed: Seeds whatever is random.
+        previous: What the method to the left made, or None for the first.
+    """
+
+    name: str
+    weight: Float[Tensor, "out in"]
+    scheme: TensorScheme
+    format: Format
+    hessian: Float[Tensor, "in in"] | None = None
+    entries: Mapping[str, Tensor] = field(default_factory=dict)
+    global_scale: Float[Tensor, ""] | None = None
+    seed: int = 0
+    previous: QuantizedLinear | None = None
+
+    def need_hessian(self) -> Float[Tensor, "in in"]:
+        """Return the Hessian.
+
+        Raises:
+            UsageError: It was not gathered.
+        """
+        if self.hessian is None:
+            raise UsageError(
+                f"no Hessian was gathered for `{self.name}`", hint="qtool calibrate MODEL --gather hessian,absmax,sample"
+            )
+        return self.hessian
+
+    def after(self, previous: QuantizedLinear) -> LayerProblem:
+        """Return the problem as the method to the right sees it."""
+        return replace(self, previous=previous)
+
+
+class Mitigator(Protocol):
+    """Turns one linear's weight into codes while compensating the error.
+
+    Class attributes: ``version`` (raised whenever output bits change), ``needs`` (statistics of the layer's input
+    that it reads: ``hessian`` and the like) and ``Config`` (a frozen dataclass of its options).
+    """
+
+    version: int
+    needs: tuple[str, ...]
+    Config: type
+
+    def quantize(self, problem: LayerProblem, config: Any) -> QuantizedLinear:  # noqa: ANN401 - each method has its Config
+        """Solve one layer.
+
+        Raises:
+            NumericalError: The problem cannot be solved even after escalation.
+        """

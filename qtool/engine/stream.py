@@ -1,0 +1,88 @@
+"""The activations between blocks: one row a window, in memory, or in a file where memory does not suffice."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qtool.engine.network import Inputs, Network
+
+MEMORY_SHARE = 0.5
+
+
+class Stream:
+    """Hidden states of all windows at one point of the network.
+
+    Args:
+        network: Runs the blocks.
+        windows: Token ids.
+        batch: Windows that run at once.
+        spill: Folder for a file that holds the states where they exceed half of the free memory.
+    """
+
+    def __init__(self, network: Network, windows: Int[Tensor, "windows tokens"], *, batch: int, spill: Path) -> None:
+        self.network, self.windows, self.batch = network, windows, batch
+        self.states: Tensor = self._allocate(spill)
+        self.arguments: Inputs = network.embed(windows[:1])[1]
+        for rows in self.batches():
+            self.states[rows] = network.embed(windows[rows])[0].to(self.states.device)
+
+    def batches(self) -> Iterator[slice]:
+        """Yield the rows of each batch."""
+        for start in range(0, len(self.windows), self.batch):
+            yield slice(start, min(start + self.batch, len(self.windows)))
+
+    def run(self, layer: int, *, keep: bool, each: Callable[[slice, Tensor], None] | None = None) -> None:
+        """Run a loaded block over all windows.
+
+        Args:
+            layer: Block index.
+            keep: Whether the states become the block's outputs; otherwise the block only shows its inputs.
+            each: Called with the rows and the output of every batch.
+        """
+        for rows in self.batches():
+            output = self.network.run(layer, self.states[rows].to(self.network.device), self.arguments_of(layer))
+            if keep:
+                self.states[rows] = output.to(self.states.device)
+            if each is not None:
+                each(rows, output)
+
+    def arguments_of(self, layer: int) -> dict[str, Any]:
+        """Return the keyword arguments of a block."""
+        return self.arguments[layer]
+
+    def _allocate(self, spill: Path) -> Float[Tensor, "windows tokens hidden"]:
+        shape = (*self.windows.shape, self.network.subject.model.graph.dims.hidden)
+        dtype, device = self.network.dtype, self.network.device
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if device.type == "cuda" and size < MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return torch.empty(shape, dtype=dtype, device=device)
+        if size < MEMORY_SHARE * free_memory():
+            return torch.empty(shape, dtype=dtype)
+        spill.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=spill) as file:
+            file.truncate(size)
+            return torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that can be taken without swapping; a large number where that cannot be read."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 1 << 62
+
+
+def default_batch(device: torch.device, seq_len: int) -> int:
+    """Return how many windows run at once: enough tokens to keep the device busy."""
+    tokens = 16384 if device.type == "cuda" else 2048
+    return max(1, tokens // seq_len)

@@ -1,0 +1,108 @@
+"""What is executed: a model, perhaps transformed by a plan, perhaps with quantized linears.
+
+A subject says what each block holds; ``Network`` runs it. Everything that is evaluated, calibrated or packed goes through
+here, so a plan, a quantized artifact and the original model are executed by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qtool.artifacts.store import Artifact
+from qtool.engine.fold import fold_block, fold_ends
+from qtool.engine.linear import Rounding
+from qtool.engine.problem import Adapter, QuantizedLinear
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, read_linear
+from qtool.model.graph import LinearSite
+from qtool.model.plan import Plan
+from qtool.model.source import Model
+from qtool.numerics.operators import Operator
+from qtool.plugins import Plugins
+from qtool.scheme import Format, ModelScheme, TensorScheme
+
+
+@dataclass(frozen=True)
+class BlockContent:
+    """A block ready to run: tensors by name inside the block, and adapters by linear."""
+
+    state: Mapping[str, Tensor]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as it is to be executed.
+
+    Attributes:
+        model: The original model.
+        plugins: Where formats are found.
+        plan: Its transform.
+        scheme: What is quantized: activations and KV cache always as it says, weights if ``quantized`` is given.
+        quantized: The artifact that holds the linears' codes, or None for float weights.
+    """
+
+    model: Model
+    plugins: Plugins
+    plan: Plan = field(default_factory=Plan)
+    scheme: ModelScheme = field(default_factory=ModelScheme)
+    quantized: Artifact | None = None
+
+    def stored(self, name: str) -> Tensor:
+        """Read a stored tensor of the model by its full name; the embedding stands for a tied head."""
+        family = self.model.family
+        if name == f"{family.head}.weight" and not self.model.has(name) and self.model.graph.dims.tied:
+            name = f"{family.embedding}.weight"
+        return self.model.tensor(name)
+
+    def ends(self) -> dict[str, Tensor]:
+        """Return embedding, final norm and head as they are executed, by full name."""
+        return fold_ends(self.model.graph, self.plan, self.stored)
+
+    def folded(self, layer: int) -> dict[str, Tensor]:
+        """Return a block's float tensors with the plan folded in, names relative to the block."""
+        graph = self.model.graph
+        state = self.model.tensors(f"{graph.block_name(layer)}.")
+        return fold_block(graph, self.plan, layer, state)
+
+    def block(self, layer: int) -> BlockContent:
+        """Return a block as it is executed."""
+        state = self.folded(layer)
+        adapters: dict[str, Adapter] = {}
+        if self.quantized is not None and self.scheme.weights is not None:
+            fmt = self.plugins.format(self.scheme.weights.format)
+            for linear in self.model.graph.linears_of(layer):
+                found = self.linear(linear)
+                state[f"{linear.spec.module}.weight"] = found.weight(self.scheme.weights, fmt)
+                if found.adapter is not None:
+                    adapters[linear.spec.module] = found.adapter
+        return BlockContent(state, adapters)
+
+    def linear(self, linear: LinearSite) -> QuantizedLinear:
+        """Read one quantized linear."""
+        if self.quantized is None or self.scheme.weights is None:
+            raise LookupError(linear.name)
+        prefix = f"{linear.name}."
+        tensors = {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}
+        scheme = self.scheme.weights
+        width = self.model.graph.width(linear.spec.reads)
+        return read_linear(linear.name, width, tensors, scheme, self.plugins.format(scheme.format))
+
+    def rounding(self, layer: int, site: str, device: torch.device) -> Rounding | None:
+        """Return how the activations of a site are quantized, or None."""
+        scheme = self.scheme.activations
+        if scheme is None:
+            return None
+        name = f"layers.{layer}.{site}{INPUT_GLOBAL_SCALE}"
+        stored = self.quantized is not None and name in self.quantized.header.slots
+        scale = self.quantized.tensor(name).to(device) if self.quantized is not None and stored else None
+        return Rounding(scheme, self.plugins.format(scheme.format), scale)
+
+    def kv_path(self, layer: int) -> tuple[tuple[Operator, ...], TensorScheme | None, Format | None]:
+        """Return operators, scheme and format of a block's keys and values."""
+        scheme = self.scheme.kv
+        operators = self.plan.at(f"layers.{layer}.qk_post").operators
+        return operators, scheme, None if scheme is None else self.plugins.format(scheme.format)

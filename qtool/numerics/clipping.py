@@ -1,0 +1,117 @@
+"""Search for the fraction of its range that each group should keep.
+
+A smaller range has finer steps and saturates what lies outside; the best fraction depends on the group's tails. The
+objective is that of the stored scale: what a candidate is judged by is what the decoder will see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.scheme import GroupParameters
+
+FitRound: TypeAlias = Callable[[Tensor, float], tuple[GroupParameters, Tensor]]
+
+# Values to a piece: the search passes over them again and again, so they should stay in the processor's cache.
+_PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class ClippedFit:
+    """Parameters of groups, and the clip ratio of each that they were fitted with."""
+
+    parameters: GroupParameters
+    ratio: Float[Tensor, "*rows"]
+
+
+def clip_grid(count: int) -> tuple[float, ...]:
+    """Return ``count`` ratios 1.00, 0.99, 0.98, …; 80 of them end at 0.21."""
+    return tuple((100 - i) / 100 for i in range(count))
+
+
+def search_clip(
+    groups: Float[Tensor, "*rows group"],
+    fit_round: FitRound,
+    *,
+    ratios: Sequence[float],
+    norm: float = 2.4,
+    weights: Float[Tensor, "*rows group"] | None = None,
+) -> ClippedFit:
+    """Choose for each group the clip ratio that minimizes ``sum_i h_i |Q(w_i) - w_i|^p``.
+
+    1.0 is always a candidate and wins ties, so no group gets worse by its own measure. Errors are taken relative to
+    the group's largest magnitude: scaling a group by a power of two scales the result, bit for bit.
+
+    Args:
+        groups: Values; the last axis shares a scale. Not modified.
+        fit_round: ``fit_round(groups, ratio)`` fits parameters, as they are stored, to that fraction of the range, and
+            returns them and the rounded values. It must treat each group by itself.
+        ratios: Candidates in (0, 1].
+        norm: Exponent ``p``; above 2, large errors count for more.
+        weights: ``h``, for example the diagonal of a Hessian, in the shape of ``groups``; None for equal weights.
+
+    Returns:
+        The best parameters of each group, and its ratio.
+
+    References:
+        Frantar et al. 2023, GPTQ, arXiv:2210.17323 (their released grid search, ``p = 2.4``).
+    """
+    rows = max(1, _PIECE * groups.shape[0] // max(1, groups.numel()))
+    found = [
+        _search_piece(groups[i : i + rows], fit_round, ratios, norm, None if weights is None else weights[i : i + rows])
+        for i in range(0, len(groups), rows)
+    ]
+    return found[0] if len(found) == 1 else _join(found)
+
+
+def _search_piece(
+    groups: Tensor, fit_round: FitRound, ratios: Sequence[float], norm: float, weights: Tensor | None
+) -> ClippedFit:
+    """Search the ratios for groups that fit in the cache."""
+    amax = groups.abs().amax(-1, keepdim=True)
+    unit = amax.masked_fill(amax == 0, 1.0)
+
+    def objective(rounded: Tensor) -> Tensor:
+        error = rounded.sub(groups).div_(unit)
+        powers = error.square_() if norm == 2 else error.abs_().pow_(norm)
+        return (powers if weights is None else powers.mul_(weights)).sum(-1)
+
+    parameters, rounded = fit_round(groups, 1.0)
+    best, ratio = objective(rounded), torch.ones_like(amax[..., 0])
+    for candidate in ratios:
+        if candidate == 1.0:
+            continue
+        tried, rounded = fit_round(groups, candidate)
+        loss = objective(rounded)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        ratio = ratio.masked_fill(better, candidate)
+        parameters = _choose(better, tried, parameters)
+    return ClippedFit(parameters, ratio)
+
+
+def _choose(where: Tensor, chosen: GroupParameters, otherwise: GroupParameters) -> GroupParameters:
+    """Take a group's parameters from ``chosen`` or from ``otherwise``."""
+    zero_point = chosen.zero_point
+    if zero_point is not None and otherwise.zero_point is not None:
+        zero_point = torch.where(where, zero_point, otherwise.zero_point)
+    return GroupParameters(torch.where(where, chosen.scale, otherwise.scale), zero_point, chosen.global_scale)
+
+
+def _join(found: Sequence[ClippedFit]) -> ClippedFit:
+    """Put the pieces' results together again."""
+    zero_points = [piece.parameters.zero_point for piece in found]
+    parameters = GroupParameters(
+        torch.cat([piece.parameters.scale for piece in found]),
+        torch.cat([zero_point for zero_point in zero_points if zero_point is not None])
+        if zero_points[0] is not None
+        else None,
+        found[0].parameters.global_scale,
+    )
+    return ClippedFit(parameters, torch.cat([piece.ratio for piece in found]))

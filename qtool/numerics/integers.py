@@ -1,0 +1,127 @@
+"""Integer codes: ``value = scale * (code - zero_point)`` with codes in ``[0, 2^b - 1]``.
+
+Symmetric integers have ``z = 2^(b-1)``, that is the signed range ``[-qmax - 1, qmax]`` with ``qmax = 2^(b-1) - 1``. The
+lowest code stays legal under both range rules: ``half`` reaches it at the edge of the range (``-amax`` lies on a tie,
+so the last bit of the scale decides), ``full`` only where values lie outside the fitted range (clipping, error
+feedback). Eight bits are no exception; who writes a checkpoint for a kernel that cannot take -128 has to look for it.
+
+A fit with ``half`` must not be repeated on decoded values: the top code decodes to ``qmax / (qmax + 1/2)`` of the
+range, so the second scale is smaller. Scales are therefore fitted once and stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qtool.numerics.groups import largest_magnitude
+from qtool.numerics.scales import fit_scale, store_scale
+from qtool.scheme import ExponentRule, RangeRule, ScaleFormat
+
+
+def fit_symmetric(
+    groups: Float[Tensor, "*rows group"],
+    *,
+    num_bits: int,
+    range_rule: RangeRule,
+    scale_format: ScaleFormat,
+    exponent_rule: ExponentRule = "even",
+    clip: float = 1.0,
+) -> Float[Tensor, "*rows"]:
+    """Fit scales ``amax / qmax`` (``full``) or ``amax / (qmax + 1/2)`` (``half``).
+
+    Args:
+        groups: Values; the last axis shares a scale. Not modified.
+        num_bits: Bits of a code, 2 to 8.
+        range_rule: Where the largest magnitude goes. Power-of-two scales follow ``exponent_rule`` alone.
+        scale_format: How the scale is stored.
+        exponent_rule: Rounding of power-of-two scales.
+        clip: Fraction of the range that is kept, in (0, 1].
+
+    Returns:
+        Scales in float32, exactly as stored.
+    """
+    qmax = 2 ** (num_bits - 1) - 1
+    half = range_rule == "half" and scale_format != "e8m0"
+    return fit_scale(
+        largest_magnitude(groups) * clip,
+        max_value=qmax + 0.5 if half else float(qmax),
+        scale_format=scale_format,
+        exponent_rule=exponent_rule,
+    )
+
+
+def fit_asymmetric(
+    groups: Float[Tensor, "*rows group"], *, num_bits: int, scale_format: ScaleFormat, clip: float = 1.0
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """Fit ``scale = (max - min) / (2^b - 1)`` and ``zero_point = round(-min / scale)``.
+
+    The range is widened to hold 0, which then has a code of its own; the scale is rounded to its storage format
+    before the zero point is derived from it.
+
+    Args:
+        groups: Values; the last axis shares a scale. Not modified.
+        num_bits: Bits of a code, 2 to 8.
+        scale_format: How the scale is stored.
+        clip: Fraction of both ends of the range that is kept, in (0, 1].
+
+    Returns:
+        Scales, exactly as stored, and zero points, integers in ``[0, 2^b - 1]``; both in float32.
+    """
+    top_code = 2**num_bits - 1
+    low = groups.amin(-1).float().clamp(max=0.0) * clip
+    high = groups.amax(-1).float().clamp(min=0.0) * clip
+    scale = store_scale((high - low) / top_code, scale_format)
+    return scale, (-low / scale).round_().clamp_(0, top_code)
+
+
+def encode_integers(
+    groups: Float[Tensor, "*rows group"],
+    step: Float[Tensor, "*rows"],
+    zero_point: Float[Tensor, "*rows"] | None,
+    num_bits: int,
+) -> UInt8[Tensor, "*rows group"]:
+    """Return ``clamp(round(x / step) + zero_point, 0, 2^b - 1)``, ties to even.
+
+    Args:
+        groups: Values; the last axis shares a step. Not modified.
+        step: Value of one code.
+        zero_point: Code that stands for 0; None for symmetric codes.
+        num_bits: Bits of a code.
+
+    Returns:
+        Codes.
+    """
+    codes = (groups.float() / step.unsqueeze(-1)).round_()
+    codes = codes.add_(2 ** (num_bits - 1) if zero_point is None else zero_point.unsqueeze(-1))
+    return codes.clamp_(0, 2**num_bits - 1).to(torch.uint8)
+
+
+def decode_integers(
+    codes: UInt8[Tensor, "*rows group"],
+    step: Float[Tensor, "*rows"],
+    zero_point: Float[Tensor, "*rows"] | None,
+    num_bits: int,
+) -> Float[Tensor, "*rows group"]:
+    """Return ``step * (code - zero_point)`` in float32; arguments as for ``encode_integers``."""
+    centered = codes.float().sub_(2 ** (num_bits - 1) if zero_point is None else zero_point.unsqueeze(-1))
+    return centered.mul_(step.unsqueeze(-1))
+
+
+def round_integers(
+    groups: Float[Tensor, "*rows group"],
+    step: Float[Tensor, "*rows"],
+    zero_point: Float[Tensor, "*rows"] | None,
+    num_bits: int,
+) -> Float[Tensor, "*rows group"]:
+    """Return what decoding the codes of ``groups`` would, in their dtype; arguments as for ``encode_integers``."""
+    steps = step.unsqueeze(-1)
+    rounded = (groups.float() / steps).round_()
+    if zero_point is None:
+        middle = 2 ** (num_bits - 1)
+        rounded = rounded.clamp_(-middle, middle - 1)
+    else:
+        zeros = zero_point.unsqueeze(-1)
+        rounded = rounded.add_(zeros).clamp_(0, 2**num_bits - 1).sub_(zeros)
+    return rounded.mul_(steps).to(groups.dtype)

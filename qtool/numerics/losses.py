@@ -1,0 +1,39 @@
+"""How far a quantized weight is from its original, as the layer's output sees it."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def relative_loss(
+    weight: Float[Tensor, "out in"],
+    approximated: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"] | None = None,
+) -> float:
+    """Return ``tr(E H Eᵀ) / tr(W H Wᵀ)`` with ``E = W - Ŵ``, the squared relative error of the outputs.
+
+    Args:
+        weight: Full-precision weight ``W``. Not modified.
+        approximated: What stands for it, ``Ŵ``, low-rank correction included. Not modified.
+        hessian: Second moment ``H`` of the inputs, without damping; its size cancels. None stands for the
+            identity: the squared relative Frobenius error of the weight. Not modified.
+
+    Returns:
+        The loss without unit; see ``loss_ratio``.
+    """
+    error = output_energy(weight - approximated.to(weight.dtype), hessian)
+    return loss_ratio(error, output_energy(weight, hessian))
+
+
+def output_energy(matrix: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"] | None = None) -> float:
+    """Return ``tr(M H Mᵀ)``, the mean squared output of ``M``; products in its dtype, the sum in float64."""
+    outputs = matrix if hessian is None else matrix @ hessian.to(matrix.dtype)
+    return float((outputs * matrix).sum(-1).double().sum())
+
+
+def loss_ratio(error: float, signal: float) -> float:
+    """Return ``error / signal``: 0 for no error, and infinity for an error without a signal."""
+    if error == 0.0:
+        return 0.0
+    return error / signal if signal else float("inf")

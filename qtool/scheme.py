@@ -1,0 +1,290 @@
+"""What a quantized number is: the scheme of one tensor, of a whole model, and the contract of a format.
+
+A *format* (``int4``, ``fp4``, ``nvfp4``, …) is a plugin that turns values into codes and back. A *tensor scheme* is a
+format plus the choices that go with it: symmetric or not, how many values share a scale, how the scale is stored.
+A *model scheme* has one tensor scheme each for weights, activations and the KV cache.
+
+Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
+
+    <format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-full|-half][-even|-floor|-rceil]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from qtool.errors import SchemeError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Integer
+    from torch import Tensor
+
+Strategy = Literal["tensor", "channel", "token", "group"]
+ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
+RangeRule = Literal["full", "half"]
+ExponentRule = Literal["even", "floor", "rceil"]
+
+SCALE_BITS: Mapping[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "e4m3": 8, "e8m0": 8}
+
+
+@dataclass(frozen=True)
+class TensorScheme:
+    """How one tensor is quantized.
+
+    Attributes:
+        format: Name of the format plugin, e.g. ``int4``.
+        symmetric: Zero is at the middle of the grid and no zero point is stored.
+        strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
+            (``token``), or ``group_size`` neighbours along the input axis (``group``).
+        group_size: Values to a scale, for the strategy ``group`` only.
+        scale: Storage format of the scale; codes are chosen against the rounded scale.
+        range_rule: Symmetric integers: ``full`` maps the largest magnitude to ``qmax`` (scale = amax/7 for INT4),
+            ``half`` to ``qmax + 1/2`` (amax/7.5), which uses the code ``-qmax-1`` as well.
+        exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
+            (OCP MX), ``rceil`` (never saturates).
+    """
+
+    format: str
+    symmetric: bool = True
+    strategy: Strategy = "channel"
+    group_size: int | None = None
+    scale: ScaleFormat = "fp32"
+    range_rule: RangeRule = "full"
+    exponent_rule: ExponentRule = "even"
+
+    def __str__(self) -> str:
+        where = f"g{self.group_size}" if self.strategy == "group" else self.strategy
+        parts = [self.format, "sym" if self.symmetric else "asym", where, f"s{self.scale}"]
+        if self.range_rule != "full":
+            parts.append(self.range_rule)
+        if self.scale == "e8m0" and self.exponent_rule != "even":
+            parts.append(self.exponent_rule)
+        return "-".join(parts)
+
+    def groups_of(self, n: int, *, layer: str) -> int:
+        """Return how many scales a vector of ``n`` values has; refuse a size that the group does not divide.
+
+        Args:
+            n: Length of the input axis.
+            layer: Name of the layer, for the message.
+
+        Returns:
+            1, or ``n / group_size`` for groups.
+
+        Raises:
+            SchemeError: ``group_size`` does not divide ``n``.
+        """
+        if self.strategy != "group":
+            return 1
+        if self.group_size is None or n % self.group_size:
+            fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if n % g == 0]
+            raise SchemeError(
+                f"group size {self.group_size} does not divide the input of `{layer}`",
+                facts=(("input size", n), ("scheme", self)),
+                hint=f"use a group size of {fits[0]}" if fits else "use -channel",
+            )
+        return n // self.group_size
+
+
+@dataclass(frozen=True)
+class ModelScheme:
+    """Schemes of a model's linear weights, of the inputs of its linears, and of its KV cache; None is 16 bits."""
+
+    weights: TensorScheme | None = None
+    activations: TensorScheme | None = None
+    kv: TensorScheme | None = None
+    name: str = ""
+
+    def __str__(self) -> str:
+        def part(label: str, scheme: TensorScheme | None) -> str:
+            return f"{label} {scheme}" if scheme else f"{label} 16 bits"
+
+        return ", ".join((part("weights", self.weights), part("activations", self.activations), part("kv", self.kv)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scheme as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelScheme:
+        """Read what ``to_json`` wrote."""
+        parts = {k: TensorScheme(**data[k]) if data.get(k) else None for k in ("weights", "activations", "kv")}
+        return cls(name=data.get("name", ""), **parts)
+
+
+@dataclass(frozen=True)
+class GroupParameters:
+    """What decodes a group's codes besides the codes: all values already as stored, held in float32.
+
+    ``scale`` and ``zero_point`` have one entry a group (the groups' shape without its last axis); ``zero_point`` is
+    in units of codes; ``global_scale`` is a scalar that multiplies every scale (second level of E4M3 scales).
+    """
+
+    scale: Float[Tensor, "*rows"]
+    zero_point: Float[Tensor, "*rows"] | None = None
+    global_scale: Float[Tensor, ""] | None = None
+
+    def step(self) -> Float[Tensor, "*rows"]:
+        """Return the value of one code step: ``scale`` times ``global_scale``."""
+        return self.scale if self.global_scale is None else self.scale * self.global_scale
+
+
+class Format(Protocol):
+    """Element type and scales of a quantized tensor. Stateless; every method is a pure function of its tensors.
+
+    Values come as groups: the last axis holds the values that share one scale.
+    """
+
+    name: str
+    bits: int
+    defaults: TensorScheme
+    version: int
+
+    def check(self, scheme: TensorScheme) -> None:
+        """Refuse a scheme that this format cannot carry.
+
+        Raises:
+            SchemeError: The combination means nothing; the hint names the nearest that works.
+        """
+
+    def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> Float[Tensor, ""] | None:
+        """Return the tensor-level multiplier for a tensor of largest magnitude ``amax``, or None without one."""
+
+    def fit(
+        self,
+        groups: Float[Tensor, "*rows group"],
+        scheme: TensorScheme,
+        *,
+        global_scale: Float[Tensor, ""] | None = None,
+        clip: float = 1.0,
+    ) -> GroupParameters:
+        """Fit scales (and zero points) to groups, rounded to their storage format.
+
+        Args:
+            groups: Values; the last axis shares a scale.
+            scheme: Symmetry, scale format and rules.
+            global_scale: Tensor-level multiplier; required where ``global_scale()`` gives one.
+            clip: Fraction of the range that is kept, in (0, 1].
+
+        Returns:
+            Parameters with one entry a group.
+        """
+
+    def encode(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Integer[Tensor, "*rows group"]:
+        """Round values to codes in ``[0, 2**bits)`` (uint8), ties to even."""
+
+    def decode(self, codes: Integer[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
+        """Return the float32 values that codes stand for."""
+
+    def round(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
+        """Return ``decode(encode(groups))`` in the dtype of ``groups``, without forming the codes."""
+
+
+_GROUP = re.compile(r"g(\d+)")
+
+
+def parse_tensor_scheme(text: str, lookup: Callable[[str], Format]) -> TensorScheme:
+    """Read a written tensor scheme, e.g. ``int4-asym-g128-sfp16``.
+
+    Args:
+        text: The written form; parts that it leaves out keep the format's defaults.
+        lookup: Finds a format by name.
+
+    Returns:
+        The scheme, checked by its format.
+
+    Raises:
+        SchemeError: A part is unknown, or the format cannot carry the combination.
+        PluginError: No format has this name.
+    """
+    name, *parts = text.split("-")
+    chosen = lookup(name)
+    scheme = replace(chosen.defaults, format=name)
+    for part in parts:
+        scheme = _apply(scheme, part, text)
+    chosen.check(scheme)
+    return scheme
+
+
+def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
+    """Return ``scheme`` changed by one written part."""
+    if part in ("sym", "asym"):
+        return replace(scheme, symmetric=part == "sym")
+    if part in ("tensor", "channel", "token"):
+        return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
+    if (group := _GROUP.fullmatch(part)) and int(group[1]) > 0:
+        return replace(scheme, strategy="group", group_size=int(group[1]))
+    if part.startswith("s") and part[1:] in SCALE_BITS:
+        return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
+    if part in ("full", "half"):
+        return replace(scheme, range_rule=part)  # type: ignore[arg-type]
+    if part in ("even", "floor", "rceil"):
+        return replace(scheme, exponent_rule=part)  # type: ignore[arg-type]
+    raise SchemeError(
+        f"cannot read `{part}` in the scheme `{text}`",
+        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>]"),),
+        hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
+    )
+
+
+def scheme_fields() -> tuple[str, ...]:
+    """Return the names of a tensor scheme's fields, in the order in which they are written down."""
+    return tuple(field.name for field in fields(TensorScheme))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name for a model scheme, spelled as the ecosystem spells it; parts are written tensor schemes or None.
+
+    A ``-gN`` suffix changes the group of the weights, and with ``group_activations`` that of the activations too.
+    """
+
+    name: str
+    weights: str | None
+    activations: str | None
+    kv: str | None
+    summary: str
+    group_activations: bool = False
+
+
+def parse_model_scheme(
+    text: str, lookup: Callable[[str], Format], presets: Mapping[str, Preset]
+) -> ModelScheme:
+    """Read a preset name, with an optional group suffix: ``W4A16``, ``W4A4-g128``, ``NVFP4``.
+
+    Args:
+        text: Preset name; ``-gN`` replaces the group size of the weights (and makes per-channel weights grouped).
+        lookup: Finds a format by name.
+        presets: Known presets by upper-case name.
+
+    Returns:
+        The scheme of weights, activations and KV cache.
+
+    Raises:
+        SchemeError: No such preset; the hint lists them.
+    """
+    head, _, suffix = text.partition("-")
+    preset = presets.get(text.upper())
+    if preset is None and _GROUP.fullmatch(suffix):
+        preset = presets.get(head.upper())
+    else:
+        suffix = ""
+    if preset is None:
+        raise SchemeError(
+            f"unknown scheme `{text}`", facts=(("known", ", ".join(sorted(presets))),), hint="--scheme W4A16"
+        )
+
+    def read(part: str | None, *, grouped: bool = False) -> TensorScheme | None:
+        if part is None:
+            return None
+        return parse_tensor_scheme(f"{part}-{suffix}" if grouped and suffix else part, lookup)
+
+    return ModelScheme(
+        weights=read(preset.weights, grouped=True),
+        activations=read(preset.activations, grouped=preset.group_activations),
+        kv=read(preset.kv),
+        name=text,
+    )

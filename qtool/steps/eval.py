@@ -1,0 +1,194 @@
+"""eval: measure a model, a plan, a quantized artifact or a checkpoint, and keep every window's and item's value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from qtool.artifacts.manifest import Manifest, Step
+from qtool.artifacts.store import Artifact, ArtifactWriter
+from qtool.engine.execute import BlockExecutable, LoadedExecutable
+from qtool.engine.metric import Evaluation, Executable
+from qtool.engine.subject import Subject
+from qtool.errors import GateError, NumericalError, UsageError
+from qtool.model.text import token_digest
+from qtool.steps.gates import Gate, read_gate
+from qtool.steps.labels import labels_of, stored_bits
+from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
+from qtool.steps.text import evaluation_text
+from qtool.steps.workspace import Workspace, measured
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to measure, on what.
+
+    Attributes:
+        source: A model, a plan, a quantized artifact or a checkpoint directory.
+        perplexity: Texts: dataset names or files.
+        seq_len: Tokens to a window.
+        max_windows: Only the first windows of each text; None for all.
+        kl: Also measure the divergence from the full-precision model.
+        tasks: lm-eval tasks.
+        limit: Only the first items of each task; recorded.
+        task_data: Folder with the tasks' data, where no hub can be reached.
+        require: Bounds such as ``perplexity/wikitext2<=22``.
+        dtype: What to compute in, ``auto`` for the model's own.
+        batch: Windows that run at once; 0 for a default.
+        output: Where the artifact goes; None for a name that follows from the key.
+    """
+
+    source: str
+    perplexity: tuple[str, ...] = ()
+    seq_len: int = 2048
+    max_windows: int | None = None
+    kl: bool = False
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    task_data: Path | None = None
+    require: tuple[str, ...] = ()
+    dtype: str = "auto"
+    batch: int = 0
+    output: Path | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def evaluate(request: EvalRequest, workspace: Workspace) -> tuple[Artifact, bool]:
+    """Measure.
+
+    Returns:
+        The metrics artifact, and whether it was there already.
+
+    Raises:
+        UsageError: Nothing was asked for, or an unknown text, task or gate.
+        NumericalError: A measured value is not finite.
+        GateError: A gate is not met; the artifact is written all the same.
+    """
+    if not request.perplexity and not request.tasks:
+        raise UsageError("there is nothing to measure", hint="--perplexity wikitext2, or --tasks arc_easy,piqa")
+    gates = [read_gate(text) for text in request.require]
+    opened = open_subject(request.source, workspace)
+    windows = {
+        data: evaluation_text(
+            data, opened.model, workspace, seq_len=request.seq_len, max_windows=request.max_windows
+        )
+        for data in request.perplexity
+    }
+    dtype = compute_dtype(request.dtype, opened.model)
+    manifest = _manifest(request, opened, windows, dtype, workspace)
+    path = workspace.output(manifest, request.output)
+    done = ArtifactWriter.finished(path, manifest.key)
+    if done is None:
+        artifact = _measure(request, opened, {d: w for d, (w, _) in windows.items()}, dtype, manifest, path, workspace)
+    else:
+        artifact = done
+    _check(gates, artifact)
+    return artifact, done is not None
+
+
+def _measure(
+    request: EvalRequest,
+    opened: Opened,
+    windows: Mapping[str, Int64[Tensor, "windows tokens"]],
+    dtype: torch.dtype,
+    manifest: Manifest,
+    path: Path,
+    workspace: Workspace,
+) -> Artifact:
+    """Run the metrics and write the artifact."""
+
+    def shown(layers: Iterable[int], total: int) -> Iterable[int]:
+        return workspace.progress(layers, total=total, label="eval")
+
+    def blocks(subject: Subject) -> BlockExecutable:
+        return BlockExecutable(subject, device=workspace.device, dtype=dtype, batch=request.batch, shown=shown)
+
+    subject: Executable = blocks(opened.subject)
+    if opened.artifact is not None and opened.artifact.manifest.kind == "checkpoint":
+        subject = LoadedExecutable(opened.artifact.path, device=workspace.device, batch=request.batch)
+    about: dict[str, object] = {}
+    values: dict[str, float] = {}
+    tensors: dict[str, Tensor] = {}
+    details: dict[str, Any] = {}
+    with measured(about, workspace.device):
+        for name, options in _wanted(request).items():
+            evaluation = Evaluation(
+                subject,
+                lambda: blocks(Subject(opened.model, workspace.plugins)),
+                windows.__getitem__,
+                opened.model.tokenizer(),
+                options,
+            )
+            found = workspace.plugins.load("metrics", name).measure(evaluation)
+            values |= found.values
+            tensors |= found.tensors
+            details |= {name: found.details} if found.details else {}
+    for name, value in values.items():
+        if value != value or abs(value) == float("inf"):
+            raise NumericalError(f"`{name}` is not finite", hint="--dtype float32")
+    writer = ArtifactWriter(path, manifest)
+    writer.begin()
+    writer.add("metrics", tensors)
+    final = replace(manifest, details={**manifest.details, "values": values, "metrics": details}, about=about)
+    return writer.finish(final)
+
+
+def _wanted(request: EvalRequest) -> dict[str, dict[str, Any]]:
+    """Return the metrics that are asked for with their options."""
+    wanted: dict[str, dict[str, Any]] = {}
+    if request.perplexity:
+        wanted["perplexity"] = {"data": request.perplexity, "kl": request.kl}
+    if request.tasks:
+        wanted["tasks"] = {"tasks": request.tasks, "limit": request.limit, "task_data": request.task_data}
+    return wanted
+
+
+def _manifest(
+    request: EvalRequest,
+    opened: Opened,
+    windows: Mapping[str, tuple[Tensor, str]],
+    dtype: torch.dtype,
+    workspace: Workspace,
+) -> Manifest:
+    texts = {data: {"tokens_digest": token_digest(rows), "windows": len(rows)} for data, (rows, _) in windows.items()}
+    config = {
+        "texts": texts,
+        "seq_len": request.seq_len,
+        "kl": request.kl,
+        "tasks": list(request.tasks),
+        "limit": request.limit,
+        "dtype": dtype_name(dtype),
+        "metrics": {name: workspace.plugins.load("metrics", name).version for name in _wanted(request)},
+    }
+    details = {
+        "labels": {**labels_of(opened, workspace), **request.labels},
+        "bits": stored_bits(opened),
+        "sources": {data: source for data, (_, source) in windows.items()},
+    }
+    kind = opened.artifact.manifest.kind if opened.artifact is not None else "model"
+    return Manifest(
+        kind="metrics",
+        step=Step("eval", kind, 1, "qtool", config),
+        inputs=opened.inputs,
+        subject=opened.model.id,
+        family=opened.model.family.name,
+        schemes=opened.artifact.manifest.schemes if opened.artifact is not None else {},
+        details=details,
+    )
+
+
+def _check(gates: list[Gate], artifact: Artifact) -> None:
+    """Compare the measured values with the gates."""
+    values = artifact.manifest.details["values"]
+    missed = [gate for gate in gates if not gate.met(values)]
+    if missed:
+        raise GateError(
+            f"{len(missed)} of {len(gates)} gates are not met",
+            facts=tuple((f"required {gate}", f"measured {values[gate.metric]:.6g}") for gate in missed),
+        )

@@ -1,0 +1,255 @@
+"""inspect: what a model or an artifact is, from its manifest and headers; of tensors, only small ones are read."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from qtool.artifacts.store import Artifact, open_artifact
+from qtool.errors import ArtifactError, ResourceError
+from qtool.model.graph import ModelGraph
+from qtool.model.plan import SitePlan
+from qtool.model.source import Model
+from qtool.numerics.operators import Operator
+from qtool.scheme import ModelScheme
+from qtool.steps.calibrate import WINDOWS
+from qtool.steps.description import Cell, Description, Table
+from qtool.steps.labels import stored_bits
+from qtool.steps.parameters import parameter_table, parameters_of, require_known
+from qtool.steps.subjects import Opened, is_artifact, open_subject, read_plan
+from qtool.steps.workspace import Workspace
+
+_PROTOCOL = ("propagate", "true_sequential", "round_activations", "token_weight", "seed", "dtype")
+_LOSSES = ("loss", "weight_error")
+
+Facts = dict[str, Cell]
+Tables = dict[str, Table]
+
+
+def inspect(source: str, workspace: Workspace, *, strict: bool = False) -> Description:
+    """Describe a model or an artifact.
+
+    Args:
+        source: A model, or the path of an artifact.
+        workspace: Where things are found.
+        strict: Whether a parameter that the model's family does not describe is an error.
+
+    Raises:
+        ArtifactError: The artifact is damaged.
+        ModelError: There is no such model; or, with ``strict``, parameters are unknown.
+    """
+    if not is_artifact(source):
+        return _describe_model(workspace.model(source), strict=strict)
+    artifact = open_artifact(Path(source))
+    opened = _opened(source, workspace)
+    facts, tables = _DESCRIBED_BY[artifact.manifest.kind](artifact, opened)
+    return Description({**_manifest_facts(artifact), **facts}, tables)
+
+
+def _describe_model(model: Model, *, strict: bool) -> Description:
+    parameters = parameters_of(model)
+    if strict:
+        require_known(parameters, model)
+    dims = model.graph.dims
+    count = sum(_size(one.slot.shape) for one in parameters if one.slot is not None)
+    facts: Facts = {
+        "path": str(model.path),
+        "kind": "model",
+        "id": model.id,
+        "family": model.family.name,
+        "model_type": model.config.model_type,
+        "parameters": count,
+        "layers": dims.num_layers,
+        "hidden": dims.hidden,
+        "intermediate": dims.intermediate,
+        "heads": dims.num_heads,
+        "kv_heads": dims.num_kv_heads,
+        "head_dim": dims.head_dim,
+        "vocab": dims.vocab,
+        "context": dims.max_positions,
+        "tied_head": dims.tied,
+    }
+    return Description(facts, {"parameters_by_fate": parameter_table(parameters, model)})
+
+
+def _opened(source: str, workspace: Workspace) -> Opened | None:
+    """Open what an artifact speaks of; None where its model or inputs are gone, since the rest can still be shown."""
+    try:
+        return open_subject(source, workspace)
+    except (ArtifactError, ResourceError) as error:
+        workspace.warn(f"{error.message}; what needs it is left out")
+        return None
+
+
+def _manifest_facts(artifact: Artifact) -> Facts:
+    manifest, about = artifact.manifest, artifact.manifest.about
+    return {
+        "path": str(artifact.path.resolve()),
+        "kind": manifest.kind,
+        "key": manifest.key,
+        "id": manifest.id,
+        "family": manifest.family,
+        "subject": manifest.subject,
+        **{f"input_{role}": one.path for role, one in manifest.inputs.items()},
+        "step": manifest.step.name,
+        "method": manifest.step.method,
+        "version": manifest.step.version,
+        "provider": manifest.step.provider,
+        "created": about.get("created"),
+        "seconds": about.get("seconds"),
+        "peak_memory_bytes": about.get("peak_memory_bytes"),
+        "command": " ".join(about.get("argv", ())),
+    }
+
+
+def _describe_statistics(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
+    del opened
+    details, config = artifact.manifest.details, artifact.manifest.step.config
+    names = ("data", "source", "num_samples", "seq_len", "tokens", "seed")
+    facts: Facts = {name: details.get(name) for name in names}
+    facts |= {"token_weight": config["token_weight"], "dtype": config["dtype"]}
+    sites: defaultdict[str, list[tuple[int, str, str]]] = defaultdict(list)
+    for name in artifact.names("layers."):
+        _, layer, site, entry = name.split(".", 3)
+        sites[site].append((int(layer), entry, name))
+    rows = [_site_row(artifact, site, found) for site, found in sites.items()]
+    columns = ("site", "layers", "channels", "entries", "bytes", "absmax", "absmax_layer")
+    windows = artifact.header.slots.get(WINDOWS)
+    facts["stored_windows"] = windows.shape[0] if windows else 0
+    return facts, {"sites": Table(columns, rows)}
+
+
+def _site_row(artifact: Artifact, site: str, found: list[tuple[int, str, str]]) -> tuple[Cell, ...]:
+    """Return one row of statistics: what was gathered at a site, and where its largest magnitude lies."""
+    slots = artifact.header.slots
+    largest = {layer: float(artifact.tensor(name).max()) for layer, entry, name in found if entry == "absmax"}
+    peak = max(largest, key=largest.__getitem__, default=None)
+    return (
+        site,
+        len({layer for layer, _, _ in found}),
+        slots[found[0][2]].shape[-1],
+        ", ".join(dict.fromkeys(entry for _, entry, _ in found)),
+        sum(slots[name].nbytes for _, _, name in found),
+        None if peak is None else largest[peak],
+        peak,
+    )
+
+
+def _describe_plan(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
+    plan = read_plan(artifact)
+    graph = opened.model.graph if opened is not None else None
+    alike: defaultdict[tuple[str, tuple[str, ...], int], list[str]] = defaultdict(list)
+    for site_id, site in plan.sites.items():
+        alike[site_id.rpartition(".")[2], tuple(one.kind for one in site.operators), site.folded].append(site_id)
+    rows: list[tuple[Cell, ...]] = []
+    for (name, kinds, folded), ids in alike.items():
+        sites = [plan.at(site_id) for site_id in ids]
+        stored = sum(artifact.header.slots[one].nbytes for id_ in ids for one in artifact.names(f"sites/{id_}/"))
+        flops = None if graph is None else sum(_online_flops(site, name, graph) for site in sites)
+        condition = max((one.log_condition() for site in sites for one in site.operators), default=0.0)
+        row = (name, len(ids), " ".join(kinds), folded, len(kinds) - folded, flops, stored, condition)
+        rows.append(row)
+    columns = ("site", "layers", "operators", "folded", "online", "flops_per_token", "bytes", "log_condition")
+    notes = Table(("note",), [(note,) for note in plan.notes])
+    return {"folds_norms": plan.fold_norms}, {"sites": Table(columns, rows), **({"notes": notes} if plan.notes else {})}
+
+
+def _online_flops(site: SitePlan, name: str, graph: ModelGraph) -> int:
+    """Return what a site's online operators cost for one token: each acts on every vector of its size there."""
+    dims = graph.dims
+    width = (dims.num_heads + dims.num_kv_heads) * dims.head_dim if name == "qk_post" else graph.width(name)
+
+    def cost(operator: Operator) -> int:
+        return operator.flops() * (width // (operator.dim * operator.heads))
+
+    return sum(cost(operator) for operator in site.online)
+
+
+def _describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
+    manifest = artifact.manifest
+    scheme, config = ModelScheme.from_json(manifest.schemes), manifest.step.config
+    reports: Mapping[str, Mapping[str, float]] = manifest.details["layers"]
+    facts: Facts = {
+        "scheme": scheme.name or None,
+        **{part: str(getattr(scheme, part) or "16 bits") for part in ("weights", "activations", "kv")},
+        **_options_of(config["methods"]),
+        **{name: config[name] for name in _PROTOCOL},
+    }
+    if opened is not None:
+        facts |= {f"bits_per_weight_{name}": bits for name, bits in stored_bits(opened).items()}
+    names = {name for report in reports.values() for name in report}
+    columns = sorted(names, key=lambda name: (not name.startswith(_LOSSES), not name.endswith("_rtn"), name))
+    rows = [(linear, *(reports[linear].get(c) for c in columns)) for linear in sorted(reports, key=_natural)]
+    losses = Table(("linear", *columns), rows)
+    counters = _pairs(manifest.counters, "counter")
+    return facts, {"losses": losses, "losses_by_module": _by_module(reports), "counters": counters}
+
+
+def _options_of(methods: list[Mapping[str, Any]]) -> Facts:
+    """Return the options of each method as ``method.option`` facts."""
+    return {f"{one['name']}.{name}": value for one in methods for name, value in one["config"].items()}
+
+
+def _by_module(reports: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return the mean loss over layers of the linears of one name, beside that of rounding to nearest."""
+    key = "loss" if any("loss" in report for report in reports.values()) else "weight_error"
+    modules: defaultdict[str, dict[str, Mapping[str, float]]] = defaultdict(dict)
+    for name, report in sorted(reports.items(), key=lambda row: _natural(row[0])):
+        modules[name.rpartition(".")[2]][name] = report
+    rows: list[tuple[Cell, ...]] = []
+    for module, linears in modules.items():
+        ours = {name: report[key] for name, report in linears.items() if key in report}
+        nearest = [report[f"{key}_rtn"] for report in linears.values() if f"{key}_rtn" in report]
+        mean, mean_nearest = (fmean(values) if values else None for values in (list(ours.values()), nearest))
+        rows.append((module, len(linears), mean_nearest, mean, max(ours, key=ours.__getitem__, default=None)))
+    return Table(("module", "layers", f"mean_{key}_rtn", f"mean_{key}", "worst"), rows)
+
+
+def _describe_checkpoint(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
+    del opened
+    details = artifact.manifest.details
+    facts: Facts = {f"bits_per_weight_{name}": bits for name, bits in details["bits"].items()}
+    consumers = _pairs(details["consumers"], "consumer", "executes")
+    return facts, {"consumers": consumers, "labels": _pairs(details["labels"], "label")}
+
+
+def _describe_metrics(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
+    del opened
+    details, config = artifact.manifest.details, artifact.manifest.step.config
+    protocol = {name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in config.items()}
+    sources = {f"source_{data}": source for data, source in details["sources"].items()}
+    facts: Facts = {f"bits_per_weight_{name}": bits for name, bits in details["bits"].items()}
+    return facts, {
+        "metrics": _pairs(details["values"], "metric"),
+        "protocol": _pairs({**protocol, **sources}, "setting"),
+        "labels": _pairs(details["labels"], "label"),
+    }
+
+
+def _pairs(values: Mapping[str, Cell], name: str, value: str = "value") -> Table:
+    return Table((name, value), list(values.items()))
+
+
+def _natural(name: str) -> tuple[str | int, ...]:
+    """Return a key that sorts names by the numbers in them: layer 2 before layer 10."""
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+_DESCRIBED_BY: Mapping[str, Callable[[Artifact, Opened | None], tuple[Facts, Tables]]] = {
+    "statistics": _describe_statistics,
+    "plan": _describe_plan,
+    "quantized": _describe_quantized,
+    "checkpoint": _describe_checkpoint,
+    "metrics": _describe_metrics,
+}

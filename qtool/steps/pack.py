@@ -1,0 +1,154 @@
+"""pack: a quantized artifact becomes a checkpoint that consumers load, read back before it is given its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qtool.artifacts.identity import digest_file
+from qtool.artifacts.manifest import Manifest, Step
+from qtool.artifacts.store import CHECKPOINT_MANIFEST, Artifact, ArtifactWriter, disk_errors, write_atomically
+from qtool.engine.exporter import Exported, Exporter
+from qtool.errors import PluginError, UsageError
+from qtool.steps.labels import labels_of, parameter_counts
+from qtool.steps.subjects import Opened, open_subject
+from qtool.steps.workspace import Workspace, measured
+
+READERS = ("transformers", "compressed-tensors", "safetensors")
+
+
+@dataclass(frozen=True)
+class PackRequest:
+    """Which artifact, for which consumers.
+
+    Attributes:
+        source: A quantized artifact.
+        to: Name of an exporter.
+        output: The folder to write; None for a name that follows from the key.
+        force: Whether a checkpoint that is there already is replaced.
+    """
+
+    source: str
+    to: str
+    output: Path | None = None
+    force: bool = False
+
+
+def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
+    """Write a checkpoint, read it back, and only then give it its name.
+
+    Returns:
+        The checkpoint, and whether it was there already.
+
+    Raises:
+        UsageError: The exporter cannot hold the artifact (refused before any work), or the path is taken.
+        ArtifactError: The source is no quantized artifact, or what was written reads back as something else.
+        ResourceError: The disk is full; nothing is left behind.
+    """
+    exporter: Exporter = workspace.plugins.load("exporters", request.to)
+    opened = open_subject(request.source, workspace)
+    kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
+    if kind != "quantized":
+        raise UsageError(
+            f"`{request.source}` holds nothing to pack",
+            facts=(("expected", "quantized"), ("received", kind)),
+            hint=f"qtool mitigate {request.source} --method rtn --scheme W4A16",
+        )
+    exporter.check(opened.subject)
+    manifest = _manifest(request, exporter, opened, workspace)
+    path = (request.output or workspace.home / f"pack-{request.to}-{manifest.key[:12]}").resolve()
+    done = _present(path, manifest.key, force=request.force)
+    if done is not None:
+        return done, True
+    return _written(exporter, opened, manifest, path, workspace), False
+
+
+def _present(path: Path, key: str, *, force: bool) -> Artifact | None:
+    """Return the checkpoint at ``path`` if it answers ``key``; refuse whatever else is there.
+
+    An empty folder is no obstacle, and with ``force`` no checkpoint of qtool's is.
+    """
+    if path.is_dir() and not any(path.iterdir()):
+        return None
+    if force and (path / CHECKPOINT_MANIFEST).is_file():
+        return None
+    try:
+        return ArtifactWriter.finished(path, key)
+    except UsageError as error:
+        ours = (path / CHECKPOINT_MANIFEST).is_file()
+        hint = "-o another folder" + (", or --force to replace the checkpoint" if ours else "")
+        raise UsageError(error.message, facts=error.facts, hint=hint) from error
+
+
+def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path, workspace: Workspace) -> Artifact:
+    """Write beside ``path``, verify, and rename once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    about: dict[str, object] = {}
+    try:
+        with disk_errors(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        with measured(about, workspace.device):
+            exported = exporter.write(opened.subject, temporary)
+            exporter.verify(opened.subject, temporary)
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())
+            digests = {str(file.relative_to(temporary)): digest_file(file) for file in files}
+        final = replace(manifest, details={**manifest.details, **_details(exported, opened)}, about=about)
+        final = final.with_tensors(digests)
+        write_atomically(temporary / CHECKPOINT_MANIFEST, final.to_text())
+        with disk_errors(path):
+            _give_name(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Artifact(path, final)
+
+
+def _give_name(temporary: Path, path: Path) -> None:
+    """Rename the finished folder, over an empty one or in place of the one that it replaces."""
+    if not path.exists() or not any(path.iterdir()):
+        temporary.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest(request: PackRequest, exporter: Exporter, opened: Opened, workspace: Workspace) -> Manifest:
+    provider = str(workspace.plugins.offer("exporters", request.to).provider)
+    return Manifest(
+        kind="checkpoint",
+        step=Step("pack", request.to, exporter.version, provider, {"to": request.to}),
+        inputs=opened.inputs,
+        subject=opened.model.id,
+        family=opened.model.family.name,
+        schemes=opened.subject.scheme.to_json(),
+        details={"to": request.to, "labels": labels_of(opened, workspace)},
+    )
+
+
+def _details(exported: Exported, opened: Opened) -> dict[str, Any]:
+    """Return what is known once the checkpoint is written: its consumers, its size, and who read it back.
+
+    Raises:
+        PluginError: The exporter does not say how many bytes it wrote.
+    """
+    written = exported.details.get("bytes", {})
+    if not {"linears", "model"} <= set(written):
+        raise PluginError("the exporter does not say how many bytes of linears and of the model it wrote")
+    counts = parameter_counts(opened)
+    linears = sum(counts[f"{linear.name}.weight"] for linear in opened.model.graph.linears)
+    return {
+        "consumers": dict(exported.consumers),
+        "bits": {"linears": written["linears"] * 8 / linears, "model": written["model"] * 8 / sum(counts.values())},
+        "written": dict(exported.details),
+        "read_back_with": {name: version(name) for name in READERS},
+    }

@@ -1,0 +1,107 @@
+"""Named settings of mitigate: the protocols of papers, as data that users' own options override one by one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from qtool.errors import UsageError
+
+
+@dataclass(frozen=True)
+class MitigateSettings:
+    """What mitigate does where users say nothing; the fields are those of ``MitigateRequest``.
+
+    Attributes:
+        weights: Written tensor scheme, or empty.
+        activations: The same, of the inputs of linears.
+        kv: The same, of the KV cache.
+        methods: Method to its options as text; those of methods that are not used count for nothing.
+        propagate: See ``MitigateRequest``, as for the rest.
+        true_sequential: Four passes a block.
+        round_activations: Whether propagated activations are quantized.
+        token_weight: Rule for the weight of a token; empty takes that of the statistics.
+        seed: Seeds what is random.
+    """
+
+    weights: str = ""
+    activations: str = ""
+    kv: str = ""
+    methods: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    propagate: str = "quantized"
+    true_sequential: bool = False
+    round_activations: bool = False
+    token_weight: str = ""
+    seed: int = 0
+
+    def overridden(self, **given: object) -> MitigateSettings:
+        """Return the settings with every value that is given, that is not None, in place of their own."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+    def parts(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Return the written parts of the scheme: those given, and where one is empty, these settings'."""
+        return {name: text or getattr(self, name) for name, text in given.items()}
+
+    def options(self, composition: str, given: Mapping[str, str]) -> dict[str, str]:
+        """Return the options of a composition's methods: those given, then these settings' where none is given.
+
+        Args:
+            composition: Names joined by ``+``.
+            given: The user's options as text, by ``option`` or ``method.option``, with dashes or underscores.
+        """
+        spelled = {label.replace("-", "_") for label in given}
+        ours = {
+            f"{method}.{option}": value
+            for method in (name.strip() for name in composition.split("+"))
+            for option, value in self.methods.get(method, {}).items()
+            if spelled.isdisjoint((option, f"{method.replace('-', '_')}.{option}"))
+        }
+        return {**ours, **given}
+
+
+_SURVEY_CLIP = {"clip": "search", "clip_norm": "2.4", "clip_grid": "80"}
+
+PRESETS: Mapping[str, MitigateSettings] = MappingProxyType(
+    {
+        # arXiv:2507.17417 and its released code: RTN and GPTQ as in QuaRot, LoRC of rank 32.
+        "survey": MitigateSettings(
+            weights="int4-sym-channel-sfp32-full",
+            activations="int4-asym-token",
+            methods={
+                "rtn": _SURVEY_CLIP,
+                "gptq": {
+                    **_SURVEY_CLIP,
+                    "parameters": "stale",
+                    "dampening_frac": "0.01",
+                    "block_size": "128",
+                    "act_order": "false",
+                },
+                "lorc": {"rank": "32", "dtype": "bf16"},
+            },
+            true_sequential=True,
+            round_activations=False,
+            token_weight="uniform",
+            seed=42,
+        ),
+    }
+)
+
+
+def mitigate_settings(preset: str) -> MitigateSettings:
+    """Return the settings of a preset; qtool's own for an empty name.
+
+    Raises:
+        UsageError: No such preset.
+    """
+    if not preset:
+        return MitigateSettings()
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        raise UsageError(
+            f"unknown preset `{preset}`",
+            facts=(("known", ", ".join(PRESETS)),),
+            hint=f"did you mean `{near[0]}`?" if near else "--scheme names a scheme; --preset names a whole protocol",
+        )
+    return PRESETS[preset]

@@ -1,0 +1,147 @@
+"""transform: methods propose operators, the planner checks them, the plan is written. No weight is copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from qtool.artifacts.manifest import Manifest, Step
+from qtool.artifacts.store import Artifact, ArtifactWriter
+from qtool.engine.carry import CarriedStatistics
+from qtool.engine.planner import extend
+from qtool.engine.subject import Subject
+from qtool.errors import UsageError
+from qtool.model.plan import Plan, TransformContext
+from qtool.model.statistics import SiteStatistics
+from qtool.scheme import ModelScheme
+from qtool.steps.options import Configured, configure
+from qtool.steps.subjects import Opened, open_subject
+from qtool.steps.workspace import Workspace, measured
+
+
+@dataclass(frozen=True)
+class TransformRequest:
+    """Which methods, on what.
+
+    Attributes:
+        source: Statistics, a plan to be extended, or a model for methods that need no statistics.
+        method: Composition, left to right: ``smoothquant+quarot``.
+        settings: Options of the methods as text.
+        scheme: How the model is going to be quantized, where a method wants to know.
+        seed: Seeds random signs and the like.
+        output: Where the plan goes; None for a name that follows from the key.
+    """
+
+    source: str
+    method: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    scheme: ModelScheme = field(default_factory=ModelScheme)
+    seed: int = 0
+    output: Path | None = None
+
+
+def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact, bool]:
+    """Plan a transform.
+
+    Returns:
+        The plan artifact, and whether it was there already.
+
+    Raises:
+        UsageError: Unknown method or option, a method lacks statistics, or an operator is not exact on this model.
+    """
+    methods = configure("transforms", request.method, request.settings, workspace.plugins)
+    opened = open_subject(request.source, workspace)
+    statistics = statistics_of(opened, workspace)
+    for one in methods:
+        if one.method.needs and statistics is None:
+            raise UsageError(
+                f"`{one.name}` needs statistics and was given a model",
+                facts=(("needs", ", ".join(one.method.needs)),),
+                hint=f"qtool calibrate {request.source} | qtool transform --method {request.method}",
+            )
+    manifest = _manifest(request, methods, opened, statistics)
+    path = workspace.output(manifest, request.output)
+    if (done := ArtifactWriter.finished(path, manifest.key)) is not None:
+        return done, True
+    about: dict[str, object] = {}
+    with measured(about, workspace.device):
+        plan = opened.subject.plan
+        for one in workspace.progress(methods, total=len(methods), label="transform"):
+            plan = _extended(plan, one, request, opened, statistics)
+        for note in plan.notes:
+            workspace.warn(note)
+        tensors, described = plan.to_state()
+        writer = ArtifactWriter(path, manifest)
+        writer.begin()
+        writer.add("plan", tensors)
+    return writer.finish(replace(manifest, details=described, about=about)), False
+
+
+def statistics_of(opened: Opened, workspace: Workspace) -> Artifact | None:
+    """Find the statistics behind what was opened: itself, what it was made from, or what the user points at."""
+    if "statistics" in workspace.inputs:
+        return workspace.artifact(workspace.inputs["statistics"], "statistics")
+    artifact = opened.artifact
+    if artifact is None:
+        return None
+    if artifact.manifest.kind == "statistics":
+        return artifact
+    return workspace.input_of(artifact, "statistics") if "statistics" in artifact.manifest.inputs else None
+
+
+def context_of(
+    subject: Subject, statistics: Artifact | None, *, scheme: ModelScheme | None = None, seed: int = 0
+) -> TransformContext:
+    """Return what a method may look at: the model as the subject's plan transforms it, and its carried statistics."""
+    carried: Mapping[str, SiteStatistics] = {}
+    if statistics is not None:
+        carried = CarriedStatistics(statistics, subject.model, subject.plan)
+    return TransformContext(subject.model.graph, carried, _FoldedWeights(subject), scheme or ModelScheme(), seed)
+
+
+def _extended(
+    plan: Plan, one: Configured, request: TransformRequest, opened: Opened, statistics: Artifact | None
+) -> Plan:
+    """Let one method propose operators and add them to the plan."""
+    subject = Subject(opened.model, opened.subject.plugins, plan)
+    context = context_of(subject, statistics, scheme=request.scheme, seed=request.seed)
+    return extend(plan, one.method.plan(context, one.config), opened.model.graph, method=one.name)
+
+
+class _FoldedWeights:
+    """Reads a linear's weight as the methods to the left have transformed it; remembers one block.
+
+    Args:
+        subject: The model with their plan.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self._layer = -1
+        self._state: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        """Return the weight ``[out, in]`` in float32."""
+        linear = next(linear for linear in self.subject.model.graph.linears if linear.name == name)
+        if linear.layer != self._layer:
+            self._layer, self._state = linear.layer, self.subject.folded(linear.layer)
+        return self._state[f"{linear.spec.module}.weight"].float()
+
+
+def _manifest(
+    request: TransformRequest, methods: tuple[Configured, ...], opened: Opened, statistics: Artifact | None
+) -> Manifest:
+    config = {"methods": [one.record() for one in methods], "seed": request.seed, "scheme": request.scheme.to_json()}
+    inputs = dict(opened.inputs)
+    if statistics is not None and "statistics" not in inputs:
+        inputs["statistics"] = Workspace.named(statistics)
+    return Manifest(
+        kind="plan",
+        step=Step("transform", request.method, 1, ", ".join(dict.fromkeys(one.provider for one in methods)), config),
+        inputs=inputs,
+        subject=opened.model.id,
+        family=opened.model.family.name,
+    )
