@@ -71,7 +71,7 @@ def register_metrics() -> Sequence[Entry]:  # type: ignore[empty-body]
 
 @hookspec
 def register_statistics() -> Sequence[Entry]:  # type: ignore[empty-body]
-    """Offer statistics of a site's input, gathered by calibrate (see ``qtool.engine.statistics.Statistic``)."""
+    """Offer statistics of a site's input, gathered by calibrate (see ``qtool.engine.gather.Statistic``)."""
 
 
 @hookspec

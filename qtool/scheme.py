@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from qtool.errors import SchemeError
 
@@ -132,6 +132,7 @@ class GroupParameters:
         return self.scale if self.global_scale is None else self.scale * self.global_scale
 
 
+@runtime_checkable
 class Format(Protocol):
     """Element type and scales of a quantized tensor. Stateless; every method is a pure function of its tensors.
 
@@ -173,10 +174,14 @@ class Format(Protocol):
             Parameters with one entry a group.
         """
 
-    def encode(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Integer[Tensor, "*rows group"]:
+    def encode(
+        self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters
+    ) -> Integer[Tensor, "*rows group"]:
         """Round values to codes in ``[0, 2**bits)`` (uint8), ties to even."""
 
-    def decode(self, codes: Integer[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
+    def decode(
+        self, codes: Integer[Tensor, "*rows group"], parameters: GroupParameters
+    ) -> Float[Tensor, "*rows group"]:
         """Return the float32 values that codes stand for."""
 
     def round(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
@@ -250,9 +255,7 @@ class Preset:
     group_activations: bool = False
 
 
-def parse_model_scheme(
-    text: str, lookup: Callable[[str], Format], presets: Mapping[str, Preset]
-) -> ModelScheme:
+def parse_model_scheme(text: str, lookup: Callable[[str], Format], presets: Mapping[str, Preset]) -> ModelScheme:
     """Read a preset name, with an optional group suffix: ``W4A16``, ``W4A4-g128``, ``NVFP4``.
 
     Args:

@@ -1,6 +1,6 @@
 """Checks that a plugin's author runs in their own tests, and that qtool runs on its own methods.
 
-Each ``check_…`` builds small random problems, and raises ``CheckFailed`` with one sentence where a promise of the
+Each ``check_…`` builds small random problems, and raises ``CheckError`` with one sentence where a promise of the
 contract is broken. Models are tiny and random, with non-trivial norm weights and biases, grouped queries and a head
 size that is not hidden / heads, since defaults hide mistakes.
 """
@@ -38,7 +38,7 @@ from qtool.steps.workspace import Workspace
 EXACT = 1e-9
 
 
-class CheckFailed(AssertionError):
+class CheckError(AssertionError):
     """A promise of the contract is broken; the message says which and how."""
 
 
@@ -76,7 +76,7 @@ def tiny_config(model_type: str, **changes: object) -> Any:  # noqa: ANN401 - ea
 def save_tiny_model(folder: Path, config: Any, *, seed: int = 0) -> None:  # noqa: ANN401 - see tiny_config
     """Save a random model in float64 with a byte tokenizer; nothing in it is left at a default value."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
@@ -91,13 +91,11 @@ def save_tiny_model(folder: Path, config: Any, *, seed: int = 0) -> None:  # noq
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def tiny_model(
-    model_type: str = "llama", *, plugins: Plugins | None = None, **changes: object
-) -> Iterator[TinyModel]:
+def tiny_model(model_type: str = "llama", *, plugins: Plugins | None = None, **changes: object) -> Iterator[TinyModel]:
     """Make a tiny random model of a family, calibrated on random text; everything is removed at the end."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "model"
@@ -117,7 +115,7 @@ def tiny_model(
 def double_precision(folder: Path) -> Iterator[None]:
     """Let a model's RMS norms compute in the dtype of their input; transformers' own round to float32 on the way."""
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))  # type: ignore[no-untyped-call]
     kinds = {type(child) for child in module.modules() if type(child).__name__.endswith("RMSNorm")}
     with ExitStack() as stack:
         for kind in kinds:
@@ -128,7 +126,7 @@ def double_precision(folder: Path) -> Iterator[None]:
 def _double_norm(self: nn.Module, x: Tensor) -> Tensor:
     """RMS normalisation in the dtype of the input."""
     variance = x.square().mean(-1, keepdim=True)
-    epsilon = getattr(self, "variance_epsilon", None) or getattr(self, "eps", 1e-6)
+    epsilon = float(getattr(self, "variance_epsilon", None) or getattr(self, "eps", 1e-6))  # type: ignore[arg-type]
     weight = self.weight
     if not isinstance(weight, Tensor):
         raise TypeError(type(self).__name__)
@@ -143,9 +141,7 @@ def exact_logits(subject: Subject, *, seed: int = 2, tokens: int = 24) -> Float[
     return torch.cat([logits for _, logits in runs.forward_windows(windows)])
 
 
-def check_transform(
-    transform: Transform, config: object = None, *, families: Sequence[str] | None = None
-) -> None:
+def check_transform(transform: Transform, config: object = None, *, families: Sequence[str] | None = None) -> None:
     """Check that a transform leaves the function of every family's model unchanged, to 1e-9 in float64.
 
     Args:
@@ -154,7 +150,7 @@ def check_transform(
         families: Names of families; None for all that are installed.
 
     Raises:
-        CheckFailed: The logits changed; names the family and the largest difference. Or the method proposes other
+        CheckError: The logits changed; names the family and the largest difference. Or the method proposes other
             operators when it is asked again.
     """
     plugins = Plugins.discover()
@@ -178,19 +174,21 @@ def _check_invariance(transform: Transform, options: object, tiny: TinyModel, la
     subject, plan = plan_of(transform, options, tiny)
     again = plan_of(transform, options, tiny)[1]
     if plan.to_state()[1] != again.to_state()[1]:
-        raise CheckFailed(f"{type(transform).__name__} proposes other operators when it is asked again ({label})")
+        raise CheckError(f"{type(transform).__name__} proposes other operators when it is asked again ({label})")
     with double_precision(tiny.path):
         before = exact_logits(subject)
         after = exact_logits(replace(subject, plan=plan))
     difference = float((after - before).abs().max() / before.abs().max())
     if not difference < EXACT:
-        raise CheckFailed(
+        raise CheckError(
             f"{type(transform).__name__} changes the model ({label}): relative difference {difference:.2e}, "
             f"allowed {EXACT:.0e}"
         )
 
 
-def correlated_problem(fmt: Format, scheme: TensorScheme, *, seed: int = 0, n_out: int = 32, n_in: int = 64) -> LayerProblem:
+def correlated_problem(
+    fmt: Format, scheme: TensorScheme, *, seed: int = 0, n_out: int = 32, n_in: int = 64
+) -> LayerProblem:
     """Return a layer with random weights and strongly correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(n_in, n_in, generator=generator) / n_in**0.5 + torch.eye(n_in) * 0.3
@@ -216,7 +214,7 @@ def check_mitigator(
         scheme: Scheme of the weights; None for the format's default.
 
     Raises:
-        CheckFailed: A promise is broken.
+        CheckError: A promise is broken.
     """
     chosen = scheme or fmt.defaults
     options = mitigator.Config() if config is None else config
@@ -227,18 +225,18 @@ def check_mitigator(
         kept = problem.weight.clone()
         result, again = mitigator.quantize(problem, options), mitigator.quantize(problem, options)
         if not torch.equal(kept, problem.weight):
-            raise CheckFailed(f"{name} modifies the weight that it is given")
+            raise CheckError(f"{name} modifies the weight that it is given")
         if not torch.equal(result.codes, again.codes):
-            raise CheckFailed(f"{name} gives other codes when it is asked again")
+            raise CheckError(f"{name} gives other codes when it is asked again")
         if int(result.codes.max()) >= 2**fmt.bits:
-            raise CheckFailed(f"{name} gives codes beyond {fmt.bits} bits")
+            raise CheckError(f"{name} gives codes beyond {fmt.bits} bits")
         measured = _measured_loss(result, problem)
         if abs(measured - result.report["loss"]) > 1e-3 * max(measured, 1e-6):
-            raise CheckFailed(f"{name} reports the loss {result.report['loss']:.6g}, measured {measured:.6g}")
+            raise CheckError(f"{name} reports the loss {result.report['loss']:.6g}, measured {measured:.6g}")
         total += measured
         nearest += float(relative_loss(problem.weight, _nearest(problem), problem.need_hessian()))
     if total > nearest * (1 + 1e-6):
-        raise CheckFailed(f"{name} is worse than rounding to nearest: {total:.6g} against {nearest:.6g}")
+        raise CheckError(f"{name} is worse than rounding to nearest: {total:.6g} against {nearest:.6g}")
 
 
 def _measured_loss(result: QuantizedLinear, problem: LayerProblem) -> float:
@@ -258,7 +256,7 @@ def check_format(fmt: Format, *, scheme: TensorScheme | None = None) -> None:
     """Check a format: every code decodes and encodes to itself, rounding is to the nearest, and is idempotent.
 
     Raises:
-        CheckFailed: A promise is broken.
+        CheckError: A promise is broken.
     """
     chosen = scheme or fmt.defaults
     generator = torch.Generator().manual_seed(0)
@@ -268,22 +266,26 @@ def check_format(fmt: Format, *, scheme: TensorScheme | None = None) -> None:
     rounded = fmt.round(values, parameters)
     decoded = fmt.decode(fmt.encode(values, parameters), parameters)
     if not torch.equal(rounded, decoded):
-        raise CheckFailed(f"`{fmt.name}`: round is not decode after encode")
+        raise CheckError(f"`{fmt.name}`: round is not decode after encode")
     if not torch.equal(fmt.round(rounded, parameters), rounded):
-        raise CheckFailed(f"`{fmt.name}`: rounding a rounded value changes it")
+        raise CheckError(f"`{fmt.name}`: rounding a rounded value changes it")
     codes = torch.arange(2**fmt.bits, dtype=torch.int64).to(torch.uint8).expand(16, -1)
     levels = fmt.decode(codes, parameters)
     finite = torch.isfinite(levels)
     back = fmt.decode(fmt.encode(torch.where(finite, levels, 0.0), parameters), parameters)
     if not torch.equal(back[finite], levels[finite]):
-        raise CheckFailed(f"`{fmt.name}`: a code does not survive decoding and encoding")
+        raise CheckError(f"`{fmt.name}`: a code does not survive decoding and encoding")
     distance = (values.unsqueeze(-1) - torch.where(finite, levels, torch.inf).unsqueeze(1)).abs().amin(-1)
     if ((values - rounded).abs() > distance * (1 + 1e-5) + 1e-7).any():
-        raise CheckFailed(f"`{fmt.name}`: a value is not rounded to the nearest level")
+        raise CheckError(f"`{fmt.name}`: a value is not rounded to the nearest level")
 
 
 def check_kernel(
-    run: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Mapping[str, Any]], *, rtol: float = 1e-5
+    run: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    rtol: float = 1e-5,
 ) -> None:
     """Check that a kernel gives what the pure function gives.
 
@@ -294,10 +296,12 @@ def check_kernel(
         rtol: Largest difference relative to the largest reference value.
 
     Raises:
-        CheckFailed: They differ.
+        CheckError: They differ.
     """
     for index, arguments in enumerate(inputs):
         expected, received = reference(**arguments), run(**arguments)
         difference = float((expected - received.to(expected)).abs().max() / expected.abs().max().clamp_min(1e-30))
         if not difference <= rtol:
-            raise CheckFailed(f"the kernel differs from the reference in call {index}: {difference:.2e}, allowed {rtol:.0e}")
+            raise CheckError(
+                f"the kernel differs from the reference in call {index}: {difference:.2e}, allowed {rtol:.0e}"
+            )

@@ -1,0 +1,1 @@
+"""Everything that comes with qtool, as plugins."""

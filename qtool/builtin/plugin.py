@@ -71,7 +71,11 @@ def register_exporters() -> Sequence[Entry]:
 def register_metrics() -> Sequence[Entry]:
     """Offer qtool's metrics."""
     return [
-        _entry("perplexity", "metrics.perplexity:Perplexity", "perplexity over disjoint windows; KL divergence from full precision"),
+        _entry(
+            "perplexity",
+            "metrics.perplexity:Perplexity",
+            "perplexity over disjoint windows; KL divergence from full precision",
+        ),
         _entry("tasks", "metrics.tasks:Tasks", "lm-evaluation-harness tasks (extra `eval`)"),
     ]
 
@@ -127,6 +131,8 @@ def register_kernels() -> Sequence[Entry]:
     """Offer qtool's kernels."""
     return [
         Entry(
-            "fast-hadamard", "qtool.kernels.fast_hadamard:FastHadamard", "Dao's Hadamard transform on CUDA (extra `cuda`)"
+            "fast-hadamard",
+            "qtool.kernels.fast_hadamard:FastHadamard",
+            "Dao's Hadamard transform on CUDA (extra `cuda`)",
         )
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
@@ -85,15 +86,15 @@ def build(found: Plugins) -> typer.Typer:
     app.callback()(_options)
     for name, function in COMMANDS.items():
         app.command(name)(function)
+    owners = dict.fromkeys(COMMANDS, NAME)
     for hook in found.manager.hook.register_commands.get_hookimpls():
-        _add(app, hook.plugin_name, hook.function)
+        _add(app, hook.plugin_name, hook.function, owners)
     return app
 
 
 def _run(words: list[str]) -> int:
-    found = Plugins.discover()
     try:
-        code = build(found)(words, prog_name=NAME, standalone_mode=False, obj=found)
+        code = build(Plugins.discover())(words, prog_name=NAME, standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as stop:  # how Typer ends on a closed pipe, and its completion always
         if isinstance(stop.__context__, BrokenPipeError):
@@ -107,36 +108,41 @@ def _run(words: list[str]) -> int:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda value: _version(value)),
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda asked: _version(asked)),
     ] = False,
 ) -> None:
     """Post-training quantization of language models: transform, mitigate, pack, and compare fairly."""
     del version
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
+    """Print the version and end, if that is asked."""
     if asked:
         write_line(f"{NAME} {__version__}")
         raise typer.Exit
+    return asked
 
 
-def _add(app: typer.Typer, plugin: str, register: Callable[..., object]) -> None:
+def _add(app: typer.Typer, plugin: str, register: Callable[..., object], owners: dict[str, str]) -> None:
     """Let one plugin add its commands; one that fails is left out, and the others work."""
     before = _names(app)
     try:
         register(app)
     except Exception as error:  # a stranger's module may raise anything
         say("warning", f"the commands of `{plugin}` are left out: {type(error).__name__}: {error}")
-    after = _names(app)
-    taken = sorted(name for name in set(after) if after.count(name) > 1)
-    if taken:
-        facts = (("one", "qtool or another plugin" if taken[0] in before else plugin), ("two", plugin))
-        raise PluginError(
-            f"two plugins offer the command `{taken[0]}`", facts=facts, hint=f"pip uninstall {plugin.partition(':')[0]}"
-        )
+    for name in _names(app) - before:
+        if name in owners:
+            raise PluginError(
+                f"two plugins offer the command `{name}`",
+                facts=(("one", owners[name]), ("two", plugin)),
+                hint=f"pip uninstall {plugin.partition(':')[0]}",
+            )
+        owners[name] = plugin
 
 
-def _names(app: typer.Typer) -> list[str]:
-    """Return the names of commands and of groups of commands."""
-    commands = [one.name or getattr(one.callback, "__name__", "").replace("_", "-") for one in app.registered_commands]
-    return [*commands, *(str(group.name or "") for group in app.registered_groups)]
+def _names(app: typer.Typer) -> Counter[str]:
+    """Count the names of commands and of groups of commands."""
+    commands = (one.name or getattr(one.callback, "__name__", "").replace("_", "-") for one in app.registered_commands)
+    stated = ((one.name, one.typer_instance and one.typer_instance.info.name) for one in app.registered_groups)
+    groups = (name for names in stated for name in names if isinstance(name, str))
+    return Counter([*commands, *groups])

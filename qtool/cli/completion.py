@@ -33,4 +33,4 @@ def complete_composition(kind: str) -> Completer:
 def complete_preset(incomplete: str) -> list[tuple[str, str]]:
     """Complete the name of a scheme."""
     presets = Plugins.discover().presets.values()
-    return [(one.name, one.summary) for one in presets if one.name.upper().startswith(incomplete.upper())]
+    return [(one.name, one.summary) for one in presets if one.name.startswith(incomplete)]

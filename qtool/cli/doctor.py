@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import typer
-
 from qtool.cli.output import kept_clean, write_json
 from qtool.cli.session import Debug, Json
 from qtool.cli.tables import draw
+from qtool.plugins import Plugins
 
 
-def doctor(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+def doctor(json: Json = False, debug: Debug = False) -> None:
     """Show what this machine offers.
 
     Versions, devices, optional packages, folders and broken plugins.
@@ -18,7 +17,7 @@ def doctor(context: typer.Context, json: Json = False, debug: Debug = False) -> 
 
     del debug  # read by `main`, before options are
     with kept_clean(quiet=False):
-        description = examine(context.obj)
+        description = examine(Plugins.discover())
     if json:
         write_json(description.to_json())
     else:

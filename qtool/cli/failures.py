@@ -79,8 +79,9 @@ def _misuse(error: TyperException) -> QtoolError:
         option = getattr(error, "option_name", "?")
         return UsageError(f"no such option: `{option}`", hint=f"did you mean `{possible[0]}`?")
     stated = error.format_message() if hasattr(error, "format_message") else str(error)
-    text = " ".join(stated.split()).rstrip(".").replace("'", "`")
-    return UsageError(text[:1].lower() + text[1:], hint=help_command)
+    text, _, near = " ".join(stated.split()).replace("'", "`").partition(" Did you mean ")
+    hint = f"did you mean {near}" if near else help_command
+    return UsageError(text[:1].lower() + text[1:].rstrip("."), hint=hint)
 
 
 def _is_memory(error: Exception) -> bool:

@@ -14,10 +14,10 @@ from qtool.cli.stdin import read_source
 @command
 def pack(
     session: Session,
-    source: Source = None,
     to: Annotated[
-        str, typer.Option(metavar="EXPORTER", help="Layout.", autocompletion=complete_offers("exporters"))
-    ] = "compressed-tensors",
+        str, typer.Option(metavar="EXPORTER", help="Layout to write.", autocompletion=complete_offers("exporters"))
+    ],
+    source: Source = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at the output path.")] = False,
     output: Output = None,
 ) -> None:

@@ -9,12 +9,11 @@ import typer
 from qtool.cli.output import write_json
 from qtool.cli.session import Debug, Json
 from qtool.cli.tables import draw
-from qtool.plugins import KINDS
+from qtool.plugins import KINDS, Plugins
 from qtool.steps.description import describe_plugins
 
 
 def plugins(
-    context: typer.Context,
     kind: Annotated[str, typer.Argument(metavar="KIND", help=f"{', '.join(KINDS)} or presets.")] = "",
     json: Json = False,
     debug: Debug = False,
@@ -24,7 +23,7 @@ def plugins(
     Names, providers and summaries, and which plugins are broken.
     """
     del debug  # read by `main`, before options are
-    description = describe_plugins(context.obj, kind)
+    description = describe_plugins(Plugins.discover(), kind)
     if json:
         write_json(description.to_json())
     else:

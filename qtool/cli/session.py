@@ -125,7 +125,6 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
     hints = get_type_hints(function, include_extras=True)
     shared = get_type_hints(Common, include_extras=True)
     parameters = [
-        Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
         *(
             Parameter(name, Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[name])
             for name, one in list(signature(function).parameters.items())[1:]
@@ -137,9 +136,9 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
     ]
 
     @wraps(function)
-    def run(*, context: typer.Context, **arguments: Any) -> None:  # noqa: ANN401 - what Typer read
+    def run(**arguments: Any) -> None:  # noqa: ANN401 - what Typer read
         common = Common(**{name: arguments.pop(name) for name in shared})
-        function(Session(common, context.obj), **arguments)  # type: ignore[call-arg]
+        function(Session(common, Plugins.discover()), **arguments)  # type: ignore[call-arg]
 
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]

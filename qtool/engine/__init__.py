@@ -1,0 +1,1 @@
+"""Block-by-block execution of a model."""

@@ -79,5 +79,3 @@ def register() -> None:
     """Make the attention known to transformers; doing it again changes nothing."""
     AttentionInterface.register(NAME, executed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-
-

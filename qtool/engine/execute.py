@@ -82,5 +82,5 @@ class LoadedExecutable:
         """Load the checkpoint."""
         from transformers import AutoModelForCausalLM
 
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").to(self.device)
-        return model.eval()
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto")
+        return model.to(self.device).eval()

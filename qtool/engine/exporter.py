@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from qtool.engine.subject import Subject
 
@@ -23,6 +23,7 @@ class Exported:
     details: Mapping[str, Any]
 
 
+@runtime_checkable
 class Exporter(Protocol):
     """Writes one checkpoint layout.
 

@@ -60,6 +60,8 @@ def fold_block(graph: ModelGraph, plan: Plan, layer: int, state: State) -> dict[
     for reads, norm in graph.family.norms.items():
         site = plan.at(f"layers.{layer}.{reads}")
         folded |= _fold_norm(norm, plan, site.operators[: site.folded], state)
+    for through in {linear.writes_through for linear in graph.family.linears if linear.writes_through}:
+        folded |= _reorder_norm(through, plan.at(RESIDUAL).operators, state)
     return folded
 
 
@@ -75,6 +77,8 @@ def fold_linear(graph: ModelGraph, plan: Plan, linear: LinearSite, state: State)
         weight = operator.weight_in(weight)
     for operator in _output_operators(plan, linear):
         weight = operator.weight_out(weight)
+        if operator.group == "shift" and bias is None:
+            bias = torch.zeros_like(weight[:, 0])
         bias = None if bias is None else operator.bias_out(bias)
     return weight, bias
 
@@ -127,6 +131,18 @@ def _absorb_norm(
     return weight * gain, bias
 
 
+def _reorder_norm(module: str, operators: tuple[Operator, ...], state: State) -> dict[str, Tensor]:
+    """Return the tensors of a norm between a linear and the residual, behind the residual's signed permutations.
+
+    Its weight follows the channels, and signs pass it; its bias, if it has one, takes both.
+    """
+    weight, bias = state[f"{module}.weight"].double(), state.get(f"{module}.bias")
+    for operator in operators:
+        weight = operator.act(weight) if operator.is_permutation else weight
+        bias = None if bias is None else operator.act(bias.double())
+    return {f"{module}.weight": weight} | ({} if bias is None else {f"{module}.bias": bias})
+
+
 def _fold_norm(norm: Norm, plan: Plan, operators: tuple[Operator, ...], state: State) -> dict[str, Tensor]:
     """Return a norm's tensors: neutral if its weight moved into the linears, then the folded diagonals."""
     gain = state[f"{norm.module}.weight"].double() + norm.offset
@@ -140,5 +156,3 @@ def _fold_norm(norm: Norm, plan: Plan, operators: tuple[Operator, ...], state: S
         shift = None if shift is None else operator.act(shift.double())
     folded = {f"{norm.module}.weight": gain - norm.offset}
     return folded if shift is None else folded | {f"{norm.module}.bias": shift}
-
-

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -35,6 +34,7 @@ class Gathering:
     sample_size: int = 2048
 
 
+@runtime_checkable
 class Accumulator(Protocol):
     """A statistic of one site while it is being gathered."""
 
@@ -45,6 +45,7 @@ class Accumulator(Protocol):
         """Return the statistic of all tokens seen."""
 
 
+@runtime_checkable
 class Statistic(Protocol):
     """A statistic of a site's input that calibrate can gather."""
 

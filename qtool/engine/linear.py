@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qtool.engine.online import Acts
 from qtool.engine.problem import Adapter
 from qtool.numerics.groups import from_groups, to_groups
-from qtool.numerics.operators import Operator
 from qtool.scheme import Format, TensorScheme
 
 Observer = Callable[[Float[Tensor, "tokens n"]], None]
@@ -38,21 +38,33 @@ class Rounding:
 class SiteInput(nn.Module):
     """The input of a site, shared by the linears that read it: operators, then an observer, then rounding.
 
-    The three projections of an attention are given one tensor; the work is done for the first and remembered until
-    another tensor comes.
+    The three projections of an attention are given one tensor; the work is done for the first and remembered until the
+    last of its readers has had it, or another tensor comes, or that one is written to.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators: tuple[Operator, ...] = ()
+        self.operators: tuple[Acts, ...] = ()
         self.rounding: Rounding | None = None
         self.observer: Observer | None = None
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self.readers = 0
+        self._seen: tuple[Tensor, int, Tensor] | None = None
+        self._left = 0
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return what the linears multiply with their weights."""
-        if self._seen is not None and self._seen[0] is x:
-            return self._seen[1]
+        # A reference is held, so that no other tensor can pass for `x`; writes do not count in inference mode.
+        version = None if x.is_inference() else x._version
+        if self._seen is not None and self._seen[0] is x and self._seen[1] == version:
+            result = self._seen[2]
+            self._left -= 1
+        else:
+            result = self._work(x)
+            self._left = self.readers - 1
+        self._seen = (x, version, result) if self._left > 0 and version is not None else None
+        return result
+
+    def _work(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         result = x
         for operator in self.operators:
             result = operator.act(result)
@@ -60,7 +72,6 @@ class SiteInput(nn.Module):
             self.observer(result.reshape(-1, result.shape[-1]))
         if self.rounding is not None:
             result = self.rounding(result)
-        self._seen = (x, result)
         return result
 
     def forget(self) -> None:
@@ -79,9 +90,11 @@ class ExecutedLinear(nn.Module):
     def __init__(self, original: nn.Linear, site: SiteInput) -> None:
         super().__init__()
         self.weight = nn.Parameter(original.weight, requires_grad=False)
-        self.bias = nn.Parameter(original.bias, requires_grad=False) if original.bias is not None else None
+        bias = nn.Parameter(original.bias, requires_grad=False) if original.bias is not None else None
+        self.register_parameter("bias", bias)  # also where there is none: a shift gives it one when it is folded
         self.in_features, self.out_features = original.in_features, original.out_features
         self.site = site
+        site.readers += 1
         self.adapter: Adapter | None = None
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Executable(Protocol):
     """A model that can be run: block by block, or a checkpoint loaded whole by its consumer."""
 
@@ -56,6 +57,7 @@ class Measured:
     details: Mapping[str, Any]
 
 
+@runtime_checkable
 class Metric(Protocol):
     """Measures something of an executable model."""
 

@@ -1,7 +1,8 @@
 """A model that is executed one decoder block at a time: skeleton without weights, blocks loaded and dropped.
 
 The modules are transformers' own, so that no architecture is written twice; every linear of the family is replaced by
-an ``ExecutedLinear``, and attention runs through ``qtool.engine.attention``. Peak memory is embedding, head and one block.
+an ``ExecutedLinear``, and attention runs through ``qtool.engine.attention``. Peak memory is embedding,
+head and one block.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
 from qtool.engine.linear import ExecutedLinear, SiteInput
+from qtool.engine.online import with_kernels
 from qtool.engine.subject import BlockContent, Subject
 
 Inputs = list[dict[str, Any]]
@@ -41,12 +43,12 @@ class Network:
         if subject.plan.unties_head(tied=model.graph.dims.tied):
             config.tie_word_embeddings = False
         with init_empty_weights(include_buffers=False):
-            self.module: nn.Module = AutoModelForCausalLM.from_config(
+            self.module: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=model.trust_remote_code
             )
         self.module.eval().requires_grad_(False)
         self.backbone = self.module.get_submodule(family.backbone)
-        self.blocks: nn.ModuleList = self.module.get_submodule(family.layers)  # type: ignore[assignment]
+        self.blocks: nn.ModuleList = self.module.get_submodule(family.layers)
         self.sites: list[dict[str, SiteInput]] = [self._equip(layer) for layer in range(len(self.blocks))]
         ends = subject.ends()
         for name, tensor in ends.items():
@@ -91,7 +93,7 @@ class Network:
             self._assign(f"{prefix}.{name}", tensor)
         for name, site in self.sites[layer].items():
             plan = self.subject.plan.at(f"layers.{layer}.{name}")
-            site.operators = plan.online
+            site.operators = with_kernels(plan.online, self.subject.plugins, self.device)
             site.rounding = self.subject.rounding(layer, name, self.device)
         for module, adapter in content.adapters.items():
             self.linear(layer, module).adapter = adapter

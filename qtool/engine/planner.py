@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from qtool.errors import UsageError
-from qtool.model.graph import RESIDUAL, ModelGraph, Site
+from qtool.model.graph import HEAD_IN, RESIDUAL, ModelGraph, Site
 from qtool.model.plan import Plan, Proposal, SitePlan
 from qtool.numerics.operators import Operator, OperatorGroup
+
 ABSORBED_BY: Mapping[OperatorGroup, frozenset[str]] = {
     "signs": frozenset({"signed_perm", "diag", "orthogonal", "general"}),
     "perm": frozenset({"perm", "signed_perm", "orthogonal", "general"}),
@@ -39,33 +40,41 @@ def extend(plan: Plan, proposal: Proposal, graph: ModelGraph, *, method: str) ->
     for site_id, operators in proposal.items():
         site = graph.site(site_id)
         for operator in operators:
-            _check_size(operator, site, graph, method)
+            _check_size(operator, site, method)
         joined = (*plan.at(site_id).operators, *operators)
         folded = _folded(joined, site)
         if folded < len(joined) and not site.online:
             raise _refusal(joined[folded], site, method)
         sites[site_id] = SitePlan(joined, folded)
-    rotated = bool(sites.get(RESIDUAL, SitePlan((), 0)).operators)
-    if rotated and not plan.fold_norms:
-        return _fold_norms(replace(plan, sites=sites), proposal, graph)
-    return replace(plan, sites=sites)
+    extended = replace(plan, sites=sites)
+    return _rotated(extended, proposal, graph) if proposal.get(RESIDUAL) else extended
 
 
-def _fold_norms(plan: Plan, proposal: Proposal, graph: ModelGraph) -> Plan:
-    """Return the plan with norms folded; diagonals that only lived in a norm before the rotation vanish with it."""
-    sites, dropped = dict(plan.sites), set()
+def _rotated(plan: Plan, proposal: Proposal, graph: ModelGraph) -> Plan:
+    """Return the plan with norms folded, as a rotation of the residual needs.
+
+    Diagonals of the methods to the left that only lived in a norm vanish with its weight. What runs online behind a
+    norm stays, and from now on meets rotated channels: still exact, but not what its method saw.
+    """
+    sites, vanished, moved = dict(plan.sites), set(), set()
     for site_id, site in plan.sites.items():
         name = graph.site(site_id).name
-        if name in graph.family.norms or name == "head_in":
-            own = len(proposal.get(site_id, ()))
-            earlier = site.operators[: len(site.operators) - own]
-            if earlier and site.folded >= len(earlier):
-                kept = site.operators[len(earlier) :]
-                sites[site_id] = SitePlan(kept, _folded(kept, graph.site(site_id)))
-                dropped.add(name)
+        earlier = len(site.operators) - len(proposal.get(site_id, ()))
+        if not earlier or name not in (*graph.family.norms, HEAD_IN):
+            continue
+        if site.folded < earlier:
+            moved.add(name)
+        else:
+            kept = site.operators[earlier:]
+            sites[site_id] = SitePlan(kept, _folded(kept, graph.site(site_id)))
+            vanished.add(name)
     notes = plan.notes
-    if dropped:
-        notes += (f"scales at {', '.join(sorted(dropped))} vanish: the rotation that follows folds the norms they live in",)
+    if vanished:
+        notes += (
+            f"scales at {', '.join(sorted(vanished))} vanish: the rotation that follows folds the norms they live in",
+        )
+    if moved:
+        notes += (f"operators at {', '.join(sorted(moved))} act behind the rotation that follows them",)
     return replace(plan, sites=sites, fold_norms=True, notes=notes)
 
 
@@ -77,8 +86,15 @@ def _folded(operators: tuple[Operator, ...], site: Site) -> int:
     return len(operators)
 
 
-def _check_size(operator: Operator, site: Site, graph: ModelGraph, method: str) -> None:
-    if operator.dim * operator.heads not in (site.dim, site.dim * site.heads):
+def _check_size(operator: Operator, site: Site, method: str) -> None:
+    """Refuse an operator that is neither of one vector of the site nor made of blocks of it.
+
+    Heads that repeat in front of their consumers (``vo``, where nothing runs online) take operators of one head only:
+    what mixes heads, or splits one, would meet other channels in v_proj than in o_proj.
+    """
+    of_one = operator.dim == site.dim and operator.heads in (1, site.heads)
+    of_blocks = site.name != "vo" and operator.dim * operator.heads == site.dim
+    if not (of_one or of_blocks):
         raise UsageError(
             f"`{method}` proposes an operator of the wrong size at `{site.id}`",
             facts=(("expected", f"{site.heads} x {site.dim}"), ("received", f"{operator.heads} x {operator.dim}")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -80,7 +80,8 @@ class LayerProblem:
         """
         if self.hessian is None:
             raise UsageError(
-                f"no Hessian was gathered for `{self.name}`", hint="qtool calibrate MODEL --gather hessian,absmax,sample"
+                f"no Hessian was gathered for `{self.name}`",
+                hint="qtool calibrate MODEL --gather hessian,absmax,sample",
             )
         return self.hessian
 
@@ -89,6 +90,7 @@ class LayerProblem:
         return replace(self, previous=previous)
 
 
+@runtime_checkable
 class Mitigator(Protocol):
     """Turns one linear's weight into codes while compensating the error.
 

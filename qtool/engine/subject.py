@@ -1,7 +1,7 @@
 """What is executed: a model, perhaps transformed by a plan, perhaps with quantized linears.
 
-A subject says what each block holds; ``Network`` runs it. Everything that is evaluated, calibrated or packed goes through
-here, so a plan, a quantized artifact and the original model are executed by the same code.
+A subject says what each block holds; ``Network`` runs it. Everything that is evaluated, calibrated or packed goes
+through here, so a plan, a quantized artifact and the original model are executed by the same code.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Fast implementations of numerics' operations."""

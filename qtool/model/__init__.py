@@ -1,0 +1,1 @@
+"""What a network looks like, and the text it reads."""

@@ -104,7 +104,11 @@ class ModelGraph:
         prefix = self.block_name(layer)
         return tuple(
             LinearSite(
-                f"{prefix}.{spec.module}", layer, spec, f"layers.{layer}.{spec.reads}", self.input_sites.index(spec.reads)
+                f"{prefix}.{spec.module}",
+                layer,
+                spec,
+                f"layers.{layer}.{spec.reads}",
+                self.input_sites.index(spec.reads),
             )
             for spec in self.family.linears
         )
@@ -149,12 +153,14 @@ class ModelGraph:
 
     def _residual(self) -> Site:
         sandwich = sorted({linear.writes_through for linear in self.family.linears if linear.writes_through})
-        foldable = frozenset({"signed_perm", "perm"}) if sandwich else frozenset({"orthogonal", "signed_perm", "perm"})
-        why = (
-            f"its outputs pass the norms {', '.join(sandwich)}; use block transforms at attn_in and mlp_in"
-            if sandwich
-            else "RMS normalisation commutes with orthogonal operators only; put scales at attn_in and mlp_in"
-        )
+        foldable = frozenset({"orthogonal", "signed_perm", "perm"})
+        why = "RMS normalisation commutes with orthogonal operators only; put scales at attn_in and mlp_in"
+        if sandwich:
+            foldable = frozenset({"signed_perm", "perm"})
+            why = f"its outputs pass the norms {', '.join(sandwich)}; use block transforms at attn_in and mlp_in"
+        if any(norm.kind == "layer" for norm in (self.family.final_norm, *self.family.norms.values())):
+            foldable = frozenset({"perm"})
+            why = "its norms remove the mean, which only permutations keep; use block transforms at attn_in and mlp_in"
         return Site(RESIDUAL, RESIDUAL, None, self.dims.hidden, 1, foldable, online=False, why=why)
 
     def _block(self, layer: int) -> Iterator[Site]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -110,6 +110,7 @@ class TransformContext:
     seed: int
 
 
+@runtime_checkable
 class WeightReader(Protocol):
     """Reads one linear's weight by its full module name."""
 
@@ -117,6 +118,7 @@ class WeightReader(Protocol):
         """Return the weight ``[out, in]`` in float32."""
 
 
+@runtime_checkable
 class Transform(Protocol):
     """Proposes operators; never edits weights, so that invariance is checked in one place.
 

@@ -18,8 +18,10 @@ from qtool.scheme import GroupParameters
 
 FitRound: TypeAlias = Callable[[Tensor, float], tuple[GroupParameters, Tensor]]
 
-# Values to a piece: the search passes over them again and again, so they should stay in the processor's cache.
+# Values to a piece. The search passes over them again and again: on a CPU they should stay in its cache, elsewhere they
+# should be worth a kernel's launch.
 _PIECE = 1 << 16
+_ACCELERATOR_PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class ClippedFit:
 
 
 def clip_grid(count: int) -> tuple[float, ...]:
-    """Return ``count`` ratios 1.00, 0.99, 0.98, …; 80 of them end at 0.21."""
-    return tuple((100 - i) / 100 for i in range(count))
+    """Return ``count`` ratios evenly from 1.00 to 0.21; 80 of them are the hundredths of GPTQ's released code."""
+    return tuple(1 - 0.79 * i / max(count - 1, 1) for i in range(count))
 
 
 def search_clip(
@@ -62,7 +64,8 @@ def search_clip(
     References:
         Frantar et al. 2023, GPTQ, arXiv:2210.17323 (their released grid search, ``p = 2.4``).
     """
-    rows = max(1, _PIECE * groups.shape[0] // max(1, groups.numel()))
+    piece = _PIECE if groups.device.type == "cpu" else _ACCELERATOR_PIECE
+    rows = max(1, piece * len(groups) // max(1, groups.numel()))
     found = [
         _search_piece(groups[i : i + rows], fit_round, ratios, norm, None if weights is None else weights[i : i + rows])
         for i in range(0, len(groups), rows)

@@ -239,7 +239,7 @@ def _solve(
     n_in, n_out = columns.shape
     to_fit = not fitted
     pivots = upper.diagonal()
-    feedback = (upper / pivots.unsqueeze(-1)).contiguous()
+    feedback = (upper / pivots.unsqueeze(-1)).triu_(1).contiguous()
     loss = columns.new_zeros(n_out)
     residuals = columns.new_empty(min(block_size, n_in), n_out)
     for start in range(0, n_in, block_size):
@@ -253,12 +253,18 @@ def _solve(
                     beyond = beyond.addmm(pending.T, residuals[: first - start], alpha=-1)
                 reached = before[first - start : first - start + grid.group_size]
                 fitted.append(grid.fit(torch.cat([reached, beyond]).T.contiguous(), first))
-            for col in range(first, last):
-                column, residual = columns[col], residuals[col - start]
-                rounded = grid.round(column.unsqueeze(-1), fitted[groups[col]])
+            panel, made = columns[first:last], residuals[first - start : last - start]
+            # `spread` is 0 up to the column's own entry, so that columns already rounded stay as they are.
+            for column, residual, spread, group in zip(
+                panel.unbind(),
+                made.unbind(),
+                feedback[first:last, first:last].unbind(),
+                groups[first:last],
+                strict=True,
+            ):
+                rounded = grid.round(column.unsqueeze(-1), fitted[group])
                 torch.sub(column, rounded.squeeze(-1), out=residual)
-                columns[col + 1 : last].addr_(feedback[col, col + 1 : last], residual, alpha=-1)
-            made = residuals[first - start : last - start]
+                panel.addr_(spread, residual, alpha=-1)
             columns[last:stop].addmm_(feedback[first:last, last:stop].T, made, alpha=-1)
         made = residuals[: stop - start]
         columns[stop:].addmm_(feedback[start:stop, stop:].T, made, alpha=-1)

@@ -121,6 +121,15 @@ def hadamard_rotate(
     return y.to(x.dtype)
 
 
+def hadamard_core(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    """Apply only the factor ``H_K / sqrt(K)`` of ``hadamard_rotate``: what is left once its power of two has run."""
+    core, power = hadamard_factors(x.shape[-1])
+    if core == 1:
+        return x
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    return _multiply_axis(y, _orthonormal(core, y.dtype, y.device), power).reshape(x.shape).to(x.dtype)
+
+
 def random_signs(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
     """Draw ``n`` independent signs, +1 or -1 with equal probability, on the generator's device."""
     bits = torch.randint(0, 2, (n,), generator=generator, device=generator.device)

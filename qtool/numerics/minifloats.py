@@ -27,46 +27,34 @@ _BIAS = 127
 
 
 def round_e2m1(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Round to the nearest of ``0, ±.5, ±1, ±1.5, ±2, ±3, ±4, ±6``.
-
-    The grid's spacing at ``x`` is ``q = max(2^floor(log2 |x|), 1) / 2``. Adding and subtracting ``1.5 * 2^23 * q``,
-    whose float32 neighbours are ``q`` apart, rounds to a multiple of ``q`` with ties to even, in seven passes and
-    without a table.
-
-    Args:
-        x: Values in units of the scale. Not modified. NaN stays NaN.
-
-    Returns:
-        Rounded values in float32.
-    """
-    rounded = x.float().clamp(-E2M1_MAX, E2M1_MAX)
-    binade = (rounded.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32)
-    shift = binade.clamp_(min=1.0).mul_(1.5 * 2.0 ** (_MANTISSA_BITS - 1))
-    return rounded.add_(shift).sub_(shift)
+    """Round to the nearest of ``0, ±.5, ±1, ±1.5, ±2, ±3, ±4, ±6`` in float32; NaN stays NaN."""
+    return _round(x, max_value=E2M1_MAX, min_normal=1.0, mantissa_bits=1)
 
 
 def encode_e2m1(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Round to E2M1 and return ``sign << 3 | index``, the index being that of the magnitude in ``E2M1_MAGNITUDES``."""
-    magnitude = round_e2m1(x).abs_()
-    # index(v) = 2v below 2, v + 2 below 4, v/2 + 4 above: concave and piecewise linear, hence the least of the three.
-    index = torch.minimum(torch.minimum(magnitude * 2, magnitude + 2), magnitude * 0.5 + 4)
-    return index.to(torch.uint8) | (x.signbit().to(torch.uint8) << 3)
+    halves = round_e2m1(x).abs_().mul_(2).to(torch.uint8)
+    # 0, 1, 2, 3, 4 halves have themselves as index; 6, 8 and 12 have floor(h / 4) + 4, which is never less below.
+    index = torch.minimum(halves, (halves >> 2) + 4)
+    return index | x.signbit().to(torch.uint8) << 3
 
 
 def decode_e2m1(codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return the float32 values of 4-bit codes; code 8 is -0."""
     signed = (*E2M1_MAGNITUDES, *(-value for value in E2M1_MAGNITUDES))
-    return torch.tensor(signed, dtype=torch.float32, device=codes.device)[codes.int()]
+    table = torch.tensor(signed, dtype=torch.float32, device=codes.device)
+    return table.index_select(0, codes.flatten().int()).reshape(codes.shape)
 
 
 def round_e4m3(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Round to the nearest finite E4M3fn value, ±448 at most, in float32."""
-    return _to_e4m3(x).float()
+    """Round to the nearest finite E4M3fn value, ±448 at most, in float32; NaN stays NaN."""
+    return _round(x, max_value=E4M3_MAX, min_normal=2.0**-6, mantissa_bits=3)
 
 
 def encode_e4m3(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Round to E4M3fn and return the bytes; the NaN codes 127 and 255 come from NaN only."""
-    return _to_e4m3(x).view(torch.uint8)
+    # Clamped first, because not every version and device saturates in the cast.
+    return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def decode_e4m3(codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -74,9 +62,16 @@ def decode_e4m3(codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return codes.view(torch.float8_e4m3fn).float()
 
 
-def _to_e4m3(x: Tensor) -> Tensor:
-    """Cast to E4M3fn; clamped first, because not every version and device saturates in the cast."""
-    return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+def _round(x: Tensor, *, max_value: float, min_normal: float, mantissa_bits: int) -> Tensor:
+    """Round to a float format with ``M`` mantissa bits: nearest, ties to even, saturating.
+
+    The format's spacing at ``x`` is ``q = max(2^floor(log2 |x|), min_normal) / 2^M``. Adding and subtracting
+    ``1.5 * 2^23 * q``, whose float32 neighbours are ``q`` apart, rounds to a multiple of ``q``: seven passes, no table.
+    """
+    rounded = x.float().clamp(-max_value, max_value)
+    binade = (rounded.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32)
+    shift = binade.clamp_(min=min_normal).mul_(1.5 * 2.0 ** (_MANTISSA_BITS - mantissa_bits))
+    return rounded.add_(shift).sub_(shift)
 
 
 def shared_exponents(amax: Float[Tensor, "*rows"], *, max_value: float, rule: ExponentRule) -> Int[Tensor, "*rows"]:

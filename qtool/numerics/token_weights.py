@@ -39,8 +39,8 @@ class TokenWeight:
             return None
         norms = torch.linalg.vector_norm(x, dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         if self.rule == "inverse-norm":
-            return norms**-self.parameter
-        return (self.parameter * norms.median() / norms).clamp_max(1.0)
+            return torch.pow(norms, -self.parameter)
+        return torch.clamp_max(self.parameter * norms.median() / norms, 1.0)
 
 
 def parse_token_weight(text: str) -> TokenWeight:

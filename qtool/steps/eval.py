@@ -75,9 +75,7 @@ def evaluate(request: EvalRequest, workspace: Workspace) -> tuple[Artifact, bool
     gates = [read_gate(text) for text in request.require]
     opened = open_subject(request.source, workspace)
     windows = {
-        data: evaluation_text(
-            data, opened.model, workspace, seq_len=request.seq_len, max_windows=request.max_windows
-        )
+        data: evaluation_text(data, opened.model, workspace, seq_len=request.seq_len, max_windows=request.max_windows)
         for data in request.perplexity
     }
     dtype = compute_dtype(request.dtype, opened.model)
@@ -190,5 +188,8 @@ def _check(gates: list[Gate], artifact: Artifact) -> None:
     if missed:
         raise GateError(
             f"{len(missed)} of {len(gates)} gates are not met",
-            facts=tuple((f"required {gate}", f"measured {values[gate.metric]:.6g}") for gate in missed),
+            facts=(
+                *((f"required {gate}", f"measured {values[gate.metric]:.6g}") for gate in missed),
+                ("metrics", artifact.path),
+            ),
         )

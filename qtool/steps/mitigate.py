@@ -303,7 +303,6 @@ class _Work:
             if module.rounding is not None and name in tensors:
                 module.rounding = replace(module.rounding, global_scale=tensors[name].to(self.workspace.device))
 
-
     def _static_scales(self, layer: int, known: Mapping[str, SiteStatistics]) -> dict[str, Tensor]:
         """Return the calibrated tensor-level multipliers of a block's activations."""
         activations = self.request.scheme.activations

@@ -48,12 +48,14 @@ def configure(kind: str, composition: str, settings: Mapping[str, str], plugins:
     for name in names:
         method, provider = plugins.load(kind, name), str(plugins.offer(kind, name).provider)
         config_type = getattr(method, "Config", None)
-        if config_type is None or not is_dataclass(config_type):
+        if not isinstance(config_type, type) or not is_dataclass(config_type):
             raise PluginError(f"`{name}` of {provider} has no dataclass `Config`")
         hints = get_type_hints(config_type)
         values: dict[str, Any] = {}
         for option in fields(config_type):
-            for label in (f"{name}.{option.name}", f"{name}.{_dashed(option.name)}", option.name, _dashed(option.name)):
+            dashed = _dashed(option.name)
+            # The last that is given holds: an option of one method over one for all.
+            for label in (dashed, option.name, f"{name}.{dashed}", f"{name}.{option.name}"):
                 if label in settings:
                     values[option.name] = _convert(settings[label], hints[option.name], f"{name}.{option.name}")
                     left.pop(label, None)
@@ -91,18 +93,14 @@ def _convert(text: str, hint: Any, label: str) -> Any:  # noqa: ANN401 - the typ
     if origin is Literal:
         if text in get_args(hint):
             return text
-        raise UsageError(
-            f"`{text}` is no value of `{label}`", facts=(("values", ", ".join(map(str, get_args(hint)))),)
-        )
+        raise UsageError(f"`{text}` is no value of `{label}`", facts=(("values", ", ".join(map(str, get_args(hint)))),))
     try:
         if hint is bool:
             return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[text.lower()]
         if hint in (int, float, str):
             return hint(text)
     except (ValueError, KeyError) as error:
-        raise UsageError(
-            f"`{text}` is no value of `{label}`", facts=(("expected", hint.__name__),)
-        ) from error
+        raise UsageError(f"`{text}` is no value of `{label}`", facts=(("expected", hint.__name__),)) from error
     raise PluginError(f"`{label}` has a type that cannot be set from the command line", facts=(("type", hint),))
 
 

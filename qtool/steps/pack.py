@@ -126,7 +126,7 @@ def _manifest(request: PackRequest, exporter: Exporter, opened: Opened, workspac
     provider = str(workspace.plugins.offer("exporters", request.to).provider)
     return Manifest(
         kind="checkpoint",
-        step=Step("pack", request.to, exporter.version, provider, {"to": request.to}),
+        step=Step("pack", request.to, exporter.version, provider),
         inputs=opened.inputs,
         subject=opened.model.id,
         family=opened.model.family.name,

@@ -61,7 +61,7 @@ class MitigateSettings:
         return {**ours, **given}
 
 
-_SURVEY_CLIP = {"clip": "search", "clip_norm": "2.4", "clip_grid": "80"}
+_SURVEY_CLIP = {"clip": "search", "clip_norm": "2.4", "clip_grid": "80", "clip_metric": "mse"}
 
 PRESETS: Mapping[str, MitigateSettings] = MappingProxyType(
     {

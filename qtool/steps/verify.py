@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from qtool.artifacts.identity import digest_file
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.subject import Subject
-from qtool.errors import NumericalError, UsageError
+from qtool.errors import ArtifactError, NumericalError, UsageError
 from qtool.steps.subjects import Opened, is_artifact, open_subject
 from qtool.steps.text import check_seq_len
 from qtool.steps.workspace import Workspace
@@ -43,7 +44,7 @@ def verify(request: VerifyRequest, workspace: Workspace) -> tuple[Artifact, dict
 
     Raises:
         UsageError: The source is a model.
-        ArtifactError: A tensor differs from its digest.
+        ArtifactError: A tensor, or a file of a checkpoint, differs from its digest.
         NumericalError: The plan changes what the model computes by more than the tolerance.
     """
     if not is_artifact(request.source):
@@ -51,7 +52,10 @@ def verify(request: VerifyRequest, workspace: Workspace) -> tuple[Artifact, dict
             f"`{request.source}` is no artifact, so it has no digests", hint=f"qtool inspect --strict {request.source}"
         )
     artifact = open_artifact(Path(request.source))
-    artifact.verify()
+    if artifact.manifest.kind == "checkpoint":
+        verify_files(artifact)
+    else:
+        artifact.verify()
     if artifact.manifest.kind != "plan":
         return artifact, {}
     measured = logit_differences(open_subject(request.source, workspace), request, workspace)
@@ -63,6 +67,21 @@ def verify(request: VerifyRequest, workspace: Workspace) -> tuple[Artifact, dict
             hint=f"qtool inspect {request.source}",
         )
     return artifact, measured
+
+
+def verify_files(checkpoint: Artifact) -> None:
+    """Compare every file of a checkpoint with the digest in its manifest; files that were added do not matter.
+
+    Raises:
+        ArtifactError: A file is missing or differs; names it.
+    """
+    for name, digest in checkpoint.manifest.tensors.items():
+        file = checkpoint.path / name
+        if not file.is_file() or digest_file(file) != digest:
+            raise ArtifactError(
+                f"`{name}` of `{checkpoint.path}` {'was changed' if file.is_file() else 'is missing'}",
+                hint="make the checkpoint again with qtool pack",
+            )
 
 
 def logit_differences(opened: Opened, request: VerifyRequest, workspace: Workspace) -> dict[str, float]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -26,6 +26,7 @@ from qtool.plugins import Plugins
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Shows how far a long step is; the default shows nothing."""
 
@@ -73,9 +74,7 @@ class Workspace:
             ResourceError: It would have to be fetched and the network cannot be reached.
         """
         families = {name: self.plugins.load("families", name) for name in self.plugins.offers["families"]}
-        return open_model(
-            self._folder(reference), families, cache=self.cache, trust_remote_code=self.trust_remote_code
-        )
+        return open_model(self._folder(reference), families, cache=self.cache, trust_remote_code=self.trust_remote_code)
 
     def _folder(self, reference: str) -> Path:
         path = Path(reference).expanduser()
@@ -169,7 +168,9 @@ class Workspace:
         """
         if chosen is not None:
             if chosen.suffix != ".safetensors":
-                raise UsageError(f"`{chosen}` does not end in .safetensors", hint=f"-o {chosen.with_suffix('.safetensors')}")
+                raise UsageError(
+                    f"`{chosen}` does not end in .safetensors", hint=f"-o {chosen.with_suffix('.safetensors')}"
+                )
             return chosen.resolve()
         method = manifest.step.method.replace("+", "-") or manifest.kind
         return (self.home / f"{manifest.step.name}-{method}-{manifest.key[:12]}.safetensors").resolve()
@@ -192,7 +193,9 @@ def _from_hub(reference: str) -> Path:
     try:
         return Path(snapshot_download(reference, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
-        raise ModelError(f"the hub has no model `{reference}`", hint="check the spelling, or give a local folder") from error
+        raise ModelError(
+            f"the hub has no model `{reference}`", hint="check the spelling, or give a local folder"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ResourceError(
             f"cannot reach the hub for `{reference}`",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.artifacts import identity
@@ -30,6 +30,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(JSON)
 def test_canonical_json_says_the_value_and_says_it_in_one_way(value: object) -> None:
     text = canonical_json(value)

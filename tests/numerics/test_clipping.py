@@ -45,12 +45,12 @@ def best_error_by_hand(block: list[float], weights: list[float], norm: float, st
         scale = store_scale(amax * ratio / 7, stored)
         rounded = [decode_int(encode_int(value, scale, 0, limits), scale, 0) for value in block]
         tried.append(sum(w * abs(r - value) ** norm for w, r, value in zip(weights, rounded, block, strict=True)))
-    return min(tried)
+    return float(min(tried))
 
 
 def test_the_grid_goes_down_in_hundredths() -> None:
-    assert RATIOS[:3] == (1.0, 0.99, 0.98)
-    assert RATIOS[-1] == 0.21
+    assert pytest.approx([1 - i / 100 for i in range(80)]) == RATIOS
+    assert clip_grid(2) == pytest.approx((1.0, 0.21))
     assert clip_grid(1) == (1.0,)
 
 
@@ -144,6 +144,20 @@ def test_scale_and_zero_point_stay_together() -> None:
         alone = Int4().fit(groups[row, 0], ASYM, clip=float(ratio))
         assert alone.scale == found.parameters.scale[row, 0]
         assert alone.zero_point == found.parameters.zero_point[row, 0]
+
+
+def test_a_group_takes_the_zero_point_of_its_own_ratio() -> None:
+    best = torch.tensor([[0.5], [0.25], [1.0]])
+
+    def fit_round(groups: Tensor, clip: float) -> tuple[GroupParameters, Tensor]:
+        told = torch.full_like(best[:, 0], clip)
+        return GroupParameters(told, told * 100), groups + (best - clip)
+
+    found = search_clip(torch.ones(3, 4), fit_round, ratios=(0.5, 0.25, 0.125))
+    assert found.ratio.tolist() == [0.5, 0.25, 1.0]
+    assert found.parameters.scale.tolist() == [0.5, 0.25, 1.0]
+    assert found.parameters.zero_point is not None
+    assert found.parameters.zero_point.tolist() == [50.0, 25.0, 100.0]
 
 
 def test_the_global_scale_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

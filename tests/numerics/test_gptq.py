@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -19,7 +21,7 @@ from qtool.numerics.gptq import (
 )
 from qtool.numerics.groups import from_groups, to_groups
 from qtool.scheme import Format, GroupParameters, TensorScheme
-from tests.oracles.gptq import dampen, gptq_oracle
+from tests.oracles.gptq import Solution, dampen, gptq_oracle
 from tests.oracles.ldlq import ldlq_oracle
 from tests.oracles.rounding import Grid, int_grid, mxfp4_grid, nvfp4_grid
 
@@ -69,7 +71,7 @@ def column_grid(name: str, group_size: int, *, ratio: float = 1.0) -> ColumnGrid
     return ColumnGrid(group_size, fit, fmt.round, fmt.encode)
 
 
-def oracle_grid(name: str, *, ratio: float = 1.0) -> dict[str, object]:
+def oracle_grid(name: str, *, ratio: float = 1.0) -> dict[str, Any]:
     grid = GRIDS[name][2]
     return {**grid._asdict(), "fit": lambda values: grid.fit(values * ratio)}
 
@@ -79,7 +81,7 @@ def decoded(name: str, result: GPTQResult, group_size: int) -> Tensor:
     return from_groups(GRIDS[name][0].decode(groups, result.parameters), result.codes.shape)
 
 
-def assert_same(name: str, ours: GPTQResult, theirs: tuple[Tensor, ...], group_size: int) -> None:
+def assert_same(name: str, ours: GPTQResult, theirs: Solution, group_size: int) -> None:
     codes, values, loss, scale, zero = theirs
     offset = 2 ** (GRIDS[name][0].bits - 1) if name.startswith("int") and zero is None else 0
     assert torch.equal(ours.codes.long(), codes.long() + offset)
@@ -87,7 +89,7 @@ def assert_same(name: str, ours: GPTQResult, theirs: tuple[Tensor, ...], group_s
     torch.testing.assert_close(ours.parameters.step().double(), scale, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.loss, loss, rtol=1e-5, atol=1e-7)
     assert (ours.parameters.zero_point is None) == (zero is None)
-    if ours.parameters.zero_point is not None:
+    if ours.parameters.zero_point is not None and zero is not None:
         assert torch.equal(ours.parameters.zero_point.long(), zero)
 
 

@@ -1,0 +1,1 @@
+"""Exporters: one checkpoint layout a module."""

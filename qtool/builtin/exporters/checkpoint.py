@@ -8,7 +8,6 @@ head) has the plan folded in and is stored in 16 bits, whatever the model had: a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,20 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
-from qtool.artifacts.layout import TensorSlot, read_header, write_assembled
 from qtool.artifacts.store import disk_errors
+from qtool.builtin.exporters.shards import Shards, write_json
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, UsageError
+from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
-from qtool.model.source import INDEX, WEIGHTS, tensor_files
 
-SHARD_BYTES = 4_000_000_000
 CONFIG = "config.json"
 # What goes with the weights as it is: how to generate, how to tokenize, and under which licence.
 COPIED = (
@@ -133,88 +126,6 @@ def _refuse_new_biases(subject: Subject, named: Mapping[str, Tensor]) -> None:
         )
 
 
-class Shards:
-    """Collects tensors in parts and joins them into ``model.safetensors``, or numbered shards with an index.
-
-    Args:
-        directory: Folder of the shards; parts lie in it until they are joined.
-        limit: Bytes to a shard; a single part may exceed it.
-    """
-
-    def __init__(self, directory: Path, *, limit: int = SHARD_BYTES) -> None:
-        self.directory, self.limit = directory, limit
-        self.total = 0
-        self._parts: list[Path] = []
-        self._pending = 0
-        self._shards: list[tuple[Path, list[str]]] = []
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors that belong together.
-
-        Raises:
-            ResourceError: The disk is full.
-        """
-        if not tensors:
-            return
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._parts and self._pending + size > self.limit:
-            self._join()
-        part = self.directory / f".part-{len(self._shards)}-{len(self._parts)}.safetensors"
-        with disk_errors(self.directory):
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
-        self._parts.append(part)
-        self._pending += size
-        self.total += size
-
-    def finish(self) -> None:
-        """Join what is left, give the shards their names and write the index.
-
-        Raises:
-            ResourceError: The disk is full.
-        """
-        self._join()
-        count = len(self._shards)
-        with disk_errors(self.directory):
-            if count == 1:
-                self._shards[0][0].rename(self.directory / WEIGHTS)
-                return
-            places: dict[str, str] = {}
-            for index, (shard, names) in enumerate(self._shards, start=1):
-                name = f"model-{index:05d}-of-{count:05d}.safetensors"
-                shard.rename(self.directory / name)
-                places |= dict.fromkeys(names, name)
-            table = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(places.items()))}
-            write_json(self.directory / INDEX, table)
-
-    def _join(self) -> None:
-        """Stream the parts at hand into one shard and remove them."""
-        if not self._parts:
-            return
-        slots: dict[str, tuple[Path, TensorSlot]] = {}
-        for part in self._parts:
-            slots |= {name: (part, slot) for name, slot in read_header(part).slots.items()}
-        shard = self.directory / f".shard-{len(self._shards)}.safetensors"
-        with disk_errors(self.directory):
-            with shard.open("wb") as output:
-                write_assembled(output, slots, {"format": "pt"})
-                output.flush()
-                os.fsync(output.fileno())
-            for part in self._parts:
-                part.unlink()
-        self._shards.append((shard, list(slots)))
-        self._parts, self._pending = [], 0
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON as transformers does: indented, keys sorted.
-
-    Raises:
-        ResourceError: The disk is full.
-    """
-    with disk_errors(path):
-        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _write_config(
     subject: Subject, directory: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None
 ) -> None:
@@ -236,63 +147,3 @@ def _copy_files(source: Path, directory: Path) -> None:
     with disk_errors(directory):
         for file in sorted(found):
             shutil.copyfile(file, directory / file.name)
-
-
-def empty_model(config: Any, *, trust_remote_code: bool) -> nn.Module:  # noqa: ANN401 - each family has its config
-    """Build the model of a config without its weights."""
-    with init_empty_weights(include_buffers=False):
-        module: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=trust_remote_code
-        )
-    return module
-
-
-class CheckpointReader:
-    """Reads the tensors of a checkpoint by the module that they belong to.
-
-    Args:
-        directory: The checkpoint.
-
-    Raises:
-        ArtifactError: It holds no weights, or damaged ones.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.files = tensor_files(directory)
-        self._leaves: dict[str, list[str]] = {}
-        for name in self.files:
-            module, _, leaf = name.rpartition(".")
-            self._leaves.setdefault(module, []).append(leaf)
-
-    def module(self, name: str) -> dict[str, Tensor]:
-        """Return a module's own tensors, keyed by the last part of their names."""
-        tensors = {}
-        for leaf in self._leaves.get(name, ()):
-            with safe_open(str(self.files[f"{name}.{leaf}"]), framework="pt") as file:
-                tensors[leaf] = file.get_tensor(f"{name}.{leaf}")
-        return tensors
-
-    def compare(self, module: nn.Module, *, any_shape: str = "") -> None:
-        """Compare names and shapes with those that a model asks for.
-
-        Args:
-            module: The model as its consumer builds it, without weights.
-            any_shape: Ending of names whose shapes are not compared.
-
-        Raises:
-            ArtifactError: A tensor is missing, too many, or of another shape.
-        """
-        shared = getattr(module, "_tied_weights_keys", None) or ()
-        tied = set(shared if getattr(module.config, "tie_word_embeddings", False) else ())
-        wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name not in tied}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(set(self.files.values())):
-            shapes |= {name: slot.shape for name, slot in read_header(file).slots.items()}
-        for name in sorted(wanted.keys() | shapes.keys()):
-            free = bool(any_shape) and name.endswith(any_shape) and name in wanted and name in shapes
-            if wanted.get(name) != shapes.get(name) and not free:
-                raise ArtifactError(
-                    f"the checkpoint does not fit the model that transformers builds: `{name}`",
-                    facts=(("shape asked for", wanted.get(name, "none")), ("shape written", shapes.get(name, "none"))),
-                )

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors import BaseCompressor, compress_module
 from compressed_tensors.quantization import QuantizationScheme, apply_quantization_config
 from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
-from qtool.builtin.exporters.checkpoint import CheckpointReader, empty_model, write_checkpoint
+from qtool.builtin.exporters.checkpoint import write_checkpoint
 from qtool.builtin.exporters.consumers import compressed_consumers
 from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
+from qtool.builtin.exporters.read_back import CheckpointReader, empty_model
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE
@@ -164,9 +165,10 @@ def _skeleton(config: Any, parsed: CompressedTensorsConfig, *, trust_remote_code
     plain = deepcopy(config)
     del plain.quantization_config
     module = empty_model(plain, trust_remote_code=trust_remote_code)
-    compressor = ModelCompressor.from_compression_config(parsed)
-    apply_quantization_config(module, compressor.quantization_config, show_progress=False)
-    compressor.compress_model(module)
+    apply_quantization_config(module, parsed.quantization_config, show_progress=False)
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            compress_module(child)  # leaves those without a scheme as they are
     return module
 
 

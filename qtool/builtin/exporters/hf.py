@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
-from qtool.builtin.exporters.checkpoint import CheckpointReader, empty_model, write_checkpoint
+from qtool.builtin.exporters.checkpoint import write_checkpoint
 from qtool.builtin.exporters.consumers import dequantized_consumers
+from qtool.builtin.exporters.read_back import CheckpointReader, empty_model
 from qtool.engine.exporter import Exported
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError

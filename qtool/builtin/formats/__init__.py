@@ -1,0 +1,1 @@
+"""Number formats: one file an element type."""

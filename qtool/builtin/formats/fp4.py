@@ -23,7 +23,6 @@ class E2M1:
     """
 
     name: str = "fp4"
-    summary: str = "4-bit floats E2M1 (0, .5, 1, 1.5, 2, 3, 4, 6) with any scale and group"
     bits: int = 4
     defaults: TensorScheme = TensorScheme(format="fp4")
     version: int = 1
@@ -113,7 +112,6 @@ class MXFP4(_Block):
     """OCP MXFP4: 32 values share a power of two."""
 
     name = "mxfp4"
-    summary = "OCP MXFP4: E2M1, 32 values to an E8M0 scale"
     defaults = TensorScheme(format="mxfp4", strategy="group", group_size=32, scale="e8m0")
 
 
@@ -121,5 +119,4 @@ class NVFP4(_Block):
     """NVFP4: 16 values share an E4M3 scale, and a tensor a float32 multiplier."""
 
     name = "nvfp4"
-    summary = "NVFP4: E2M1, 16 values to an E4M3 scale, one float32 multiplier a tensor"
     defaults = TensorScheme(format="nvfp4", strategy="group", group_size=16, scale="e4m3")

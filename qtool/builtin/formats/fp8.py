@@ -16,7 +16,6 @@ class E4M3:
     """``scale * e4m3(code)`` with ``scale = amax / 448``; codes are E4M3fn bytes and never NaN."""
 
     name: str = "fp8"
-    summary: str = "8-bit floats E4M3fn"
     bits: int = 8
     defaults: TensorScheme = TensorScheme(format="fp8")
     version: int = 1

@@ -28,7 +28,6 @@ class Integer:
     """
 
     name: str
-    summary: str
     bits: int
     defaults: TensorScheme
     version = 1
@@ -85,46 +84,39 @@ class Int2(Integer):
     """Four levels; symmetric ones are -2, -1, 0, 1."""
 
     name, bits, defaults = "int2", 2, _defaults("int2")
-    summary = "2-bit integers; asymmetric groups waste fewer of the four levels"
 
 
 class Int3(Integer):
     """Eight levels."""
 
     name, bits, defaults = "int3", 3, _defaults("int3")
-    summary = "3-bit integers"
 
 
 class Int4(Integer):
     """Sixteen levels."""
 
     name, bits, defaults = "int4", 4, _defaults("int4")
-    summary = "4-bit integers"
 
 
 class Int5(Integer):
     """32 levels."""
 
     name, bits, defaults = "int5", 5, _defaults("int5")
-    summary = "5-bit integers"
 
 
 class Int6(Integer):
     """64 levels."""
 
     name, bits, defaults = "int6", 6, _defaults("int6")
-    summary = "6-bit integers"
 
 
 class Int7(Integer):
     """128 levels."""
 
     name, bits, defaults = "int7", 7, _defaults("int7")
-    summary = "7-bit integers"
 
 
 class Int8(Integer):
     """256 levels."""
 
     name, bits, defaults = "int8", 8, _defaults("int8")
-    summary = "8-bit integers"

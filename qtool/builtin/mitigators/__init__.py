@@ -1,0 +1,1 @@
+"""Mitigators: one file a method."""

@@ -1,7 +1,9 @@
 """GPTQ, Frantar et al. 2023, arXiv:2210.17323: error feedback through the inverse Hessian.
 
-Groups are fitted when the solver reaches them, on the weights as they are by then (``parameters=fresh``); GPTQ's first
-code leaves out what is still pending in its lazy block (``stale``), and others fit before they start (``static``).
+Groups are fitted before the solver starts (``parameters=static``), so that columns can be visited by descending Hessian
+diagonal while groups stay neighbours in storage; or when it reaches them, on the weights as they are by then (``fresh``);
+GPTQ's first code leaves out what is still pending in its lazy block (``stale``). The defaults are what measured best
+(``recipes/README.md``): static parameters in activation order, clipped by the Hessian's diagonal.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _LARGEST_EXPONENT = 126
 
 @dataclass(frozen=True)
 class GPTQConfig(ClipOptions):
-    """Options of GPTQ; those of the clip search come with them.
+    """Options of GPTQ; those of the clip search come with them, on by default.
 
     Attributes:
         dampening_frac: Added to the Hessian diagonal, as a fraction of its mean.
@@ -47,8 +49,12 @@ class GPTQConfig(ClipOptions):
 
     dampening_frac: float = 0.01
     block_size: int = 128
-    parameters: Literal["fresh", "static", "stale"] = "fresh"
-    act_order: bool = False
+    parameters: Literal["fresh", "static", "stale"] = "static"
+    act_order: bool = True
+    clip: Literal["none", "search"] = "search"
+    clip_norm: float = 2.0
+    clip_grid: int = 20
+    clip_metric: Literal["mse", "hessian"] = "hessian"
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
@@ -66,7 +72,7 @@ class GPTQConfig(ClipOptions):
         if self.act_order and self.parameters != "static":
             raise UsageError(
                 f"`act_order` visits columns of all groups in turn, so it cannot fit {self.parameters} parameters",
-                hint="--set parameters=static",
+                hint=f"--set parameters={self.parameters} --set act_order=false",
             )
 
 
@@ -95,7 +101,7 @@ class GPTQ:
             raise
         except NumericalError:
             # The model is more useful with one plainly rounded layer than not at all; the counter tells.
-            nearest = round_nearest(problem, config)
+            nearest = round_nearest(problem, replace(config, clip_metric="mse"))
             result = replace(nearest, counters=_counters(config, hessian, None))
         else:
             report = {"dampening_frac": solved.dampening_frac, **clip_report(ratios)}

@@ -18,8 +18,14 @@ from pathlib import Path
 from qtool.artifacts.identity import CHUNK
 from qtool.artifacts.store import disk_errors
 from qtool.errors import ModelError, ResourceError
+from qtool.model.card import ModelCard, write_card
 from qtool.model.gguf import convert_gguf, staged_folder
 
+CARD = ModelCard(
+    "smollm2-135m",
+    "its weights were dequantized from Q4_1 (groups of 32, asymmetric), so INT4 weights of that layout are falsely "
+    "lossless on it",
+)
 HINT = "qtool calibrate /path/to/model  # a local folder of another model works without a download"
 
 
@@ -46,7 +52,8 @@ class SmolLM2:
         """
         folder = cache / "smollm2-135m" / f"{self.sha256[:12]}-v{self.version}"
         if folder.exists():
-            return _complete(folder)
+            write_card(_complete(folder), CARD)
+            return folder
         with disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
@@ -57,6 +64,7 @@ class SmolLM2:
                     for file in (Path(temporary) / "model").iterdir():
                         shutil.move(file, staged / file.name)
                     (staged / "LICENSE").write_bytes(licence)
+                    write_card(staged, CARD)
         return folder
 
 

@@ -1,0 +1,1 @@
+"""Statistics of a site's input."""

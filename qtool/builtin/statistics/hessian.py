@@ -1,4 +1,4 @@
-"""Hessian of a linear's squared output error: the token-weighted mean of x xᵀ (Frantar et al. 2023, arXiv:2210.17323)."""
+"""Hessian of a linear's squared error: the token-weighted mean of x xᵀ (Frantar et al. 2023, arXiv:2210.17323)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QuaRot: randomised Hadamard rotations that spread outliers over all channels (Ashkboos et al. 2024, arXiv:2404.00456).
+"""QuaRot: randomised Hadamard rotations that spread outliers over channels (Ashkboos et al. 2024, arXiv:2404.00456).
 
 R1 rotates the residual stream and is folded into every linear that reads or writes it; R2 rotates each value head and
 is folded into v_proj and o_proj; R3 rotates queries and keys behind the rotary positions and runs online, for a

@@ -1,4 +1,4 @@
-"""SmoothQuant: per-channel scales that move outliers from activations into weights (Xiao et al. 2023, arXiv:2211.10438).
+"""SmoothQuant: per-channel scales that move outliers from activations to weights (Xiao et al. 2023, arXiv:2211.10438).
 
 ``s_j = max|X_j|**alpha / max_i|W_ij|**(1 - alpha)``; activations are divided by s, which the norm in front absorbs, and
 the columns of every linear behind it are multiplied. The weight's maximum runs over all linears that share the input.

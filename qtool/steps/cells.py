@@ -1,0 +1,88 @@
+"""The cells of a recipe's matrix: every combination, less what is excluded, plus what is included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from qtool.errors import UsageError
+from qtool.steps.recipe import Choice, Match, Recipe, SchemeChoice
+
+NONE = Choice("none")
+
+
+@dataclass(frozen=True)
+class CellChoice:
+    """One cell of the matrix."""
+
+    transform: Choice
+    mitigate: Choice
+    scheme: SchemeChoice
+    seed: int
+
+
+def cells_of(recipe: Recipe, only: Sequence[str] = ()) -> list[CellChoice]:
+    """Return the cells, each once: the matrix in its order, then those that are included.
+
+    Args:
+        recipe: The recipe.
+        only: Conditions ``axis=choice``; those of one axis are alternatives.
+
+    Raises:
+        UsageError: A condition cannot be read, an included cell is not whole, or nothing is left to do.
+    """
+    cells = [cell for cell in _cells(recipe) if _wanted(cell, only)]
+    if not cells and (only or not recipe.full_precision):
+        raise UsageError(f"no cell of the recipe `{recipe.name}` is left", facts=(("only", ", ".join(only) or "none"),))
+    return cells
+
+
+def _cells(recipe: Recipe) -> Iterator[CellChoice]:
+    """Yield every cell once, in order: the matrix without what is excluded, then what is included."""
+    matrix = recipe.matrix
+    combined = [CellChoice(*axes) for axes in product(matrix.transform, matrix.mitigate, matrix.scheme, matrix.seed)]
+    cells = [cell for cell in combined if not any(_matches(cell, match) for match in recipe.exclude)]
+    for match in recipe.include:
+        if match.mitigate is None or match.scheme is None:
+            raise UsageError(
+                f"an entry of `include` in the recipe `{recipe.name}` is no whole cell",
+                hint="include: [{transform: none, mitigate: gptq, scheme: W4A4}]",
+            )
+        seeds = matrix.seed if match.seed is None else (match.seed,)
+        cells += [CellChoice(match.transform or NONE, match.mitigate, match.scheme, seed) for seed in seeds]
+    for index, cell in enumerate(cells):
+        if cell not in cells[:index]:
+            yield cell
+
+
+def _matches(cell: CellChoice, match: Match) -> bool:
+    """Say whether a cell is one of those that an entry of ``exclude`` means; a bare method means all of its options."""
+    return (
+        all(
+            wanted is None or (wanted.method == found.method and (not wanted.set or wanted == found))
+            for wanted, found in ((match.transform, cell.transform), (match.mitigate, cell.mitigate))
+        )
+        and (match.scheme is None or match.scheme == cell.scheme or match.scheme.scheme == cell.scheme.name != "")
+        and match.seed in (None, cell.seed)
+    )
+
+
+def _wanted(cell: CellChoice, only: Sequence[str]) -> bool:
+    """Say whether a cell meets the conditions of ``only``."""
+    axes: dict[str, list[str]] = {}
+    for condition in only:
+        axis, sign, choice = condition.partition("=")
+        if axis not in vars(cell) or not sign:
+            raise UsageError(
+                f"cannot read the condition `{condition}`",
+                facts=(("axes", ", ".join(vars(cell))),),
+                hint="--only mitigate=gptq",
+            )
+        axes.setdefault(axis, []).append(choice)
+    return all(not {str(getattr(cell, axis)), _bare(getattr(cell, axis))}.isdisjoint(axes[axis]) for axis in axes)
+
+
+def _bare(choice: object) -> str:
+    """Return a method's name without its options."""
+    return choice.method if isinstance(choice, Choice) else str(choice)

@@ -1,0 +1,177 @@
+"""run: the steps of a recipe one after the other, and the table of what they measured.
+
+Every step finds its own finished artifact by key, so a run that was interrupted, or that shares steps with another
+recipe, goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from tabulate import tabulate
+
+from qtool.artifacts.store import disk_errors
+from qtool.errors import QtoolError
+from qtool.steps.foresee import foreseen
+from qtool.steps.recipe import Recipe, read_recipe
+from qtool.steps.rendering import SUFFIXES
+from qtool.steps.report import ReportRequest, check, report
+from qtool.steps.tasks import Outcome, Task, ended, tasks_of
+from qtool.steps.workspace import Progress, Workspace
+
+T = TypeVar("T")
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """Which recipe.
+
+    Attributes:
+        recipe: A YAML file; see ``qtool.steps.recipe``.
+        only: Conditions ``axis=choice`` on cells; those of one axis are alternatives.
+        dry_run: Whether to do nothing but list the steps, and which of them are done already. The model is fetched
+            all the same where it is not there: what is done follows from its weights.
+        fail_fast: Whether the first failure ends the run.
+        to: Format of the table; empty takes the recipe's.
+    """
+
+    recipe: Path
+    only: tuple[str, ...] = ()
+    dry_run: bool = False
+    fail_fast: bool = False
+    to: str = ""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        text: The table in the format that was asked for, or of a dry run the list of steps.
+        path: The table as a file; None for a dry run.
+        outcomes: One for each task, in order.
+    """
+
+    text: str
+    path: Path | None
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        """The tasks that failed; what depends on them was skipped."""
+        return tuple(one for one in self.outcomes if one.error is not None)
+
+
+def run(request: RunRequest, workspace: Workspace, announce: Announce = lambda message: None) -> RunResult:
+    """Run a recipe.
+
+    The failure of a task skips what depends on it and nothing else; the result lists it.
+
+    Args:
+        request: Which recipe.
+        workspace: Where its steps work.
+        announce: Told of each task as it ends, for people.
+
+    Raises:
+        UsageError: The recipe does not fit; refused before any work.
+        QtoolError: Nothing could be measured, or with ``fail_fast`` the first failure.
+    """
+    recipe = read_recipe(request.recipe)
+    tasks = tasks_of(recipe, workspace.plugins, request.only)
+    asked = _table_request(request, recipe)
+    check(asked)
+    if request.dry_run:
+        found = foreseen(tasks, recipe, workspace)
+        return RunResult(_listed(found), None, found)
+    outcomes = _run_all(tasks, request, recipe, workspace, announce)
+    measured = [one for one, task in zip(outcomes, tasks, strict=True) if task.measures and one.id]
+    if not measured:
+        raise next(one.error for one in outcomes if one.error is not None)
+    failed = (f"failed: {one.title}: {_sentence(one.error)}" for one in outcomes if one.error is not None)
+    asked = replace(asked, sources=tuple(one.path for one in measured), footnotes=(*asked.footnotes, *failed))
+    return _tabulated(asked, outcomes, (workspace.home / recipe.name).resolve(), workspace)
+
+
+def _run_all(
+    tasks: list[Task], request: RunRequest, recipe: Recipe, workspace: Workspace, announce: Announce
+) -> tuple[Outcome, ...]:
+    """Run the tasks one after the other."""
+    outcomes: dict[Task, Outcome] = {}
+    for index, task in enumerate(tasks, 1):
+        label = f"[{index:>{len(str(len(tasks)))}}/{len(tasks)}] {task.title}"
+        start = time.perf_counter()
+        outcome = _run_one(task, outcomes, recipe, replace(workspace, progress=_labelled(workspace.progress, label)))
+        outcomes[task] = outcome
+        if outcome.error is not None:
+            announce(f"{label}: failed: {_sentence(outcome.error)}")
+            if request.fail_fast:
+                raise outcome.error
+        else:
+            said = f"{time.perf_counter() - start:.1f} s" if outcome.state == "done" else outcome.state
+            announce(f"{label}: {said}")
+    return tuple(outcomes.values())
+
+
+def _run_one(task: Task, outcomes: Mapping[Task, Outcome], recipe: Recipe, workspace: Workspace) -> Outcome:
+    source = recipe.model
+    if task.source is not None:
+        before = outcomes[task.source]
+        if not before.id:
+            return Outcome(task.title, "skipped")
+        source = before.path
+    try:
+        artifact, reused = task.start(source, workspace)
+    except Exception as error:  # a plugin's method may raise anything, and the other cells must go on
+        return Outcome(task.title, "failed", error=error)
+    return ended(task, artifact, "reused" if reused else "done")
+
+
+def _labelled(progress: Progress, title: str) -> Progress:
+    """Return progress that says which task of the run it belongs to."""
+
+    def shown(items: Iterable[T], *, total: int, label: str) -> Iterable[T]:
+        del label
+        return progress(items, total=total, label=title)
+
+    return shown
+
+
+def _table_request(request: RunRequest, recipe: Recipe) -> ReportRequest:
+    """Return the report that ends the run, without its sources."""
+    layout = recipe.report
+    return ReportRequest(
+        sources=(),
+        to=request.to or layout.to,
+        rows=layout.rows,
+        columns=layout.columns,
+        values=layout.values,
+        error=layout.error,
+        bits=layout.bits,
+        footnotes=layout.footnotes,
+    )
+
+
+def _tabulated(asked: ReportRequest, outcomes: tuple[Outcome, ...], folder: Path, workspace: Workspace) -> RunResult:
+    """Write the table into the recipe's folder, as Markdown and in the format that was asked for."""
+    path = folder / f"table{SUFFIXES[asked.to]}"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    text = report(replace(asked, output=path), workspace)
+    if asked.to != "markdown":
+        report(replace(asked, to="markdown", output=folder / "table.md"), workspace)
+    return RunResult(text, path, outcomes)
+
+
+def _sentence(error: Exception) -> str:
+    """Return an error as one line."""
+    return error.message if isinstance(error, QtoolError) else " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _listed(outcomes: tuple[Outcome, ...]) -> str:
+    rows = [(index, one.title, one.state, Path(one.path).name) for index, one in enumerate(outcomes, 1)]
+    return tabulate(rows, ("", "step", "state", "artifact"), tablefmt="simple", disable_numparse=True) + "\n"

@@ -1,0 +1,56 @@
+"""Formats, written schemes and values that the tests of the formats share."""
+
+from __future__ import annotations
+
+import torch
+
+from qtool.builtin.formats.fp4 import E2M1, MXFP4, NVFP4
+from qtool.builtin.formats.fp8 import E4M3
+from qtool.builtin.formats.integer import Int2, Int3, Int4, Int5, Int6, Int7, Int8, Integer
+from qtool.numerics.groups import to_groups
+from qtool.scheme import GroupParameters, TensorScheme, parse_tensor_scheme
+
+CLASSES = (Int2, Int3, Int4, Int5, Int6, Int7, Int8, E2M1, MXFP4, NVFP4, E4M3)
+FORMATS = {cls.name: cls() for cls in CLASSES}
+WRITTEN = [
+    *(f"int{b}-{rest}" for b in range(2, 9) for rest in ("sym-g32", "sym-full", "asym-g16-sfp16", "asym-token-sfp32")),
+    "int4-g32-se8m0",
+    "int8-g32-se8m0-rceil",
+    "fp4",
+    "fp4-tensor-sbf16",
+    "fp4-asym-token",
+    "fp4-asym-g16-sfp16",
+    "fp4-g16-se4m3",
+    "fp4-g64-se8m0-floor",
+    "mxfp4",
+    "mxfp4-floor",
+    "mxfp4-rceil",
+    "nvfp4",
+    "fp8-tensor",
+    "fp8-token-sbf16",
+    "fp8-g32-se8m0",
+]
+
+
+def read(text: str) -> tuple[Integer | E2M1 | E4M3, TensorScheme]:
+    scheme = parse_tensor_scheme(text, FORMATS.__getitem__)
+    return FORMATS[scheme.format], scheme
+
+
+def values_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return values with heavy tails, shifted channels, and a scale that varies from row to row."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator) ** 3 + 0.2 * torch.randn(shape[-1], generator=generator)
+    return x * torch.logspace(-2, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+
+
+def fit(text: str, x: torch.Tensor, clip: float = 1.0) -> tuple[Integer | E2M1 | E4M3, torch.Tensor, GroupParameters]:
+    form, scheme = read(text)
+    groups = to_groups(x, scheme.strategy, scheme.group_size)
+    global_scale = form.global_scale(x.abs().max().float(), scheme)
+    return form, groups, form.fit(groups, scheme, global_scale=global_scale, clip=clip)
+
+
+def error_of(text: str, x: torch.Tensor) -> float:
+    form, groups, parameters = fit(text, x)
+    return float((form.round(groups, parameters) - groups).norm() / groups.norm())

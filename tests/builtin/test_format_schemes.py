@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from qtool.builtin.formats.presets import PRESETS
+from qtool.errors import SchemeError
+from qtool.numerics.scales import bits_per_value
+from qtool.scheme import Format, ModelScheme, Preset, TensorScheme, parse_model_scheme
+from tests.builtin.format_cases import FORMATS, error_of, read
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "bits"),
+    [
+        ("int4-g128-sfp16", 1024, 4.125),
+        ("int4-asym-g128", 1024, 4.15625),
+        ("int4-g32", 1024, 4.5),
+        ("int4", 1024, 4.015625),
+        ("nvfp4", 1024, 4.5),
+        ("mxfp4", 1024, 4.25),
+        ("fp4-g16", 1024, 6.0),
+        ("fp4-g32-se4m3", 1024, 4.25),
+        ("fp8-g32-se8m0", 1024, 8.25),
+    ],
+)
+def test_bits_per_value(text: str, n: int, bits: float) -> None:
+    form, scheme = read(text)
+    cost = bits_per_value(
+        form.bits,
+        scale_format=scheme.scale,
+        values_per_scale=n // scheme.groups_of(n, layer="layer"),
+        zero_point_bits=form.zero_point_bits(scheme),
+    )
+    assert cost == bits
+
+
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        *((f"int{b}", f"int{b + 1}") for b in range(2, 8)),
+        ("int4", "int4-g128"),
+        ("int4-g128", "int4-g32"),
+        ("int4-g32", "int4-asym-g32"),
+        ("mxfp4", "nvfp4"),
+        ("fp4", "fp4-g16"),
+        ("nvfp4", "fp4-g16"),
+        ("fp4-asym-g16", "fp8"),
+        ("mxfp4-floor", "mxfp4"),
+    ],
+)
+def test_more_bits_finer_groups_and_better_scales_are_closer(worse: str, better: str) -> None:
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) + 0.3
+    assert error_of(better, x) < error_of(worse, x)
+
+
+def test_the_relative_errors_on_a_gaussian_are_the_published_ones() -> None:
+    x = torch.randn(256, 2048, generator=torch.Generator().manual_seed(1))
+    expected = {"int4-g16-sfp32-full": 8.53, "int4-g128-sfp32-half": 11.12, "fp4-g128": 10.90, "fp4": 11.69}
+    expected |= {"mxfp4-floor": 11.52, "mxfp4": 11.19, "mxfp4-rceil": 11.54, "nvfp4": 9.50}
+    measured = {text: 100 * error_of(text, x) for text in expected}
+    assert measured == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_presets_parse_as_they_are_written(preset: Preset) -> None:
+    scheme = parse_model_scheme(preset.name, FORMATS.__getitem__, {p.name: p for p in PRESETS})
+    for part, text in ((scheme.weights, preset.weights), (scheme.activations, preset.activations), (scheme.kv, None)):
+        assert part == (None if text is None else read(text)[1])
+    assert preset.name == preset.name.upper()
+
+
+def preset_of(text: str) -> ModelScheme:
+    return parse_model_scheme(text, FORMATS.__getitem__, {p.name: p for p in PRESETS})
+
+
+def test_the_presets_mean_what_the_ecosystem_means() -> None:
+    w4a16 = preset_of("W4A16").weights
+    assert w4a16 is not None
+    assert (w4a16.format, w4a16.symmetric, w4a16.strategy, w4a16.group_size) == ("int4", True, "group", 128)
+    w4a4 = preset_of("W4A4-g64")
+    assert w4a4.activations is not None
+    assert w4a4.weights is not None
+    assert (w4a4.activations.symmetric, w4a4.activations.group_size) == (False, 64)
+    assert (w4a4.weights.symmetric, w4a4.weights.group_size) == (True, 64)
+    w8a8 = preset_of("W8A8-g64")
+    assert w8a8.activations is not None
+    assert w8a8.activations.strategy == "token"
+    dynamic = preset_of("fp8_dynamic")
+    assert dynamic.weights is not None
+    assert dynamic.weights.strategy == "channel"
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("int4-se4m3", "no e4m3 scales", "int4-sym-channel-sbf16"),
+        ("int4-asym-se8m0", "without zero points", "int4-sym-channel-se8m0"),
+        ("int4-rceil", "rounds e8m0 scales", "int4-sym-channel-sbf16"),
+        ("fp4-half", "rule for symmetric integers", "fp4-sym-channel"),
+        ("fp8-asym", "no zero point", "fp8-sym-channel"),
+        ("fp8-se4m3", "no e4m3 scales", "fp8-sym-channel-sfp32"),
+        ("nvfp4-g32", "16 values", "fp4-sym-g32-se4m3"),
+        ("nvfp4-asym", "no zero point", "nvfp4-sym-g16-se4m3"),
+        ("mxfp4-g16", "32 values", "fp4-sym-g16-se8m0"),
+        ("mxfp4-sfp32", "32 values", "fp4-sym-g32-sfp32"),
+    ],
+)
+def test_what_means_nothing_is_refused(text: str, message: str, hint: str) -> None:
+    with pytest.raises(SchemeError, match=message) as caught:
+        read(text)
+    assert caught.value.hint.startswith(f"nearest that works: {hint}")
+
+
+def test_the_nearest_scheme_of_a_refusal_always_works() -> None:
+    refused = 0
+    parts = itertools.product(
+        ("int4", "fp4", "mxfp4", "nvfp4", "fp8"),
+        (True, False),
+        ("tensor", "channel", "token", "group"),
+        (None, 16, 32),
+        ("fp32", "fp16", "bf16", "e4m3", "e8m0"),
+        ("full", "half"),
+        ("even", "floor", "rceil"),
+    )
+    for scheme in itertools.starmap(TensorScheme, parts):
+        try:
+            FORMATS[scheme.format].check(scheme)
+        except SchemeError as error:
+            refused += 1
+            hint = error.hint.removeprefix("nearest that works: ")
+            read(hint)
+    assert refused > 1000
+
+
+def test_every_format_keeps_the_contract() -> None:
+    forms: list[Format] = [*FORMATS.values()]
+    for name, form in zip(FORMATS, forms, strict=True):
+        assert form.name == name
+        assert form.defaults.format == name
+        form.check(form.defaults)

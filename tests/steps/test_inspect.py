@@ -1,0 +1,180 @@
+"""Inspect tells the truth: what becomes of each parameter, what operators cost, which losses and bits there are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qtool.artifacts.store import Artifact, open_artifact
+from qtool.errors import ModelError
+from qtool.plugins import Plugins
+from qtool.steps.calibrate import CalibrateRequest, calibrate
+from qtool.steps.eval import EvalRequest, evaluate
+from qtool.steps.inspect import inspect
+from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.schemes import read_scheme
+from qtool.steps.subjects import read_plan
+from qtool.steps.transform import TransformRequest, transform
+from qtool.steps.workspace import Workspace
+
+Rows = list[dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("inspected")
+    return Workspace(Plugins.discover(), home=folder / "home", cache=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def statistics(workspace: Workspace) -> Artifact:
+    return calibrate(CalibrateRequest("tiny", data="speeches", num_samples=2, seq_len=32), workspace)[0]
+
+
+@pytest.fixture(scope="module")
+def plan(workspace: Workspace, statistics: Artifact) -> Artifact:
+    request = TransformRequest(str(statistics.path), "smoothquant+quarot", {"r3": "on"})
+    return transform(request, workspace)[0]
+
+
+@pytest.fixture(scope="module")
+def quantized(workspace: Workspace, plan: Artifact) -> Artifact:
+    scheme = read_scheme("", {"weights": "int4-g32", "kv": "int8-asym-token"}, workspace.plugins)
+    return mitigate(MitigateRequest(str(plan.path), "gptq+lorc", scheme, {"rank": "4"}), workspace)[0]
+
+
+@pytest.fixture
+def odd_model(tmp_path: Path, workspace: Workspace) -> Path:
+    """The tiny model with a bias, a vector, a matrix that no family knows, and without one linear."""
+    source = workspace.model("tiny").path
+    shutil.copy(source / "config.json", tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    added = {"self_attn.q_proj.bias": (128,), "self_attn.q_norm.weight": (32,), "mlp.router.weight": (4, 128)}
+    save_file(
+        tensors | {f"model.layers.1.{name}": torch.ones(shape) for name, shape in added.items()},
+        tmp_path / "model.safetensors",
+    )
+    return tmp_path
+
+
+def described(workspace: Workspace, source: object) -> dict[str, object]:
+    """Describe something, by way of the JSON that users read."""
+    return json.loads(json.dumps(inspect(str(source), workspace).to_json(), allow_nan=False))
+
+
+def by(rows: object, key: str) -> dict[str, dict[str, object]]:
+    assert isinstance(rows, list)
+    return {row[key]: row for row in rows}
+
+
+def test_every_parameter_of_a_model_has_a_fate(workspace: Workspace) -> None:
+    found = described(workspace, "tiny")
+    stored = load_file(workspace.model("tiny").path / "model.safetensors")
+    assert found["parameters"] == sum(tensor.numel() for tensor in stored.values())
+    rows = by(found["parameters_by_fate"], "parameter")
+    assert sum(int(str(row["layers"])) for row in rows.values()) == len(stored)
+    fates = {name.removeprefix("model.layers.*."): row["fate"] for name, row in rows.items()}
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for name, fate in fates.items():
+        expected = "quantized" if any(part in linears for part in name.split(".")) else "folded"
+        assert fate == ("kept" if "embed" in name else expected), name
+
+
+def test_parameters_that_no_family_describes_are_unknown_and_strict_refuses_them(
+    workspace: Workspace, odd_model: Path
+) -> None:
+    rows = by(described(workspace, odd_model)["parameters_by_fate"], "parameter")
+    fates = {name.removeprefix("model.layers."): row["fate"] for name, row in rows.items()}
+    assert fates["*.self_attn.q_proj.bias"] == "kept"
+    assert fates["*.self_attn.q_norm.weight"] == "kept"
+    assert fates["*.mlp.router.weight"] == "unknown"
+    with pytest.raises(ModelError, match="does not describe 2 parameters") as error:
+        inspect(str(odd_model), workspace, strict=True)
+    assert [name for name, _ in error.value.facts] == [
+        "model.layers.1.mlp.router.weight",
+        "model.layers.2.mlp.up_proj.weight",
+    ]
+    assert inspect("tiny", workspace, strict=True).facts["kind"] == "model"
+
+
+def test_statistics_name_their_text_and_the_layer_of_the_largest_activation(
+    workspace: Workspace, statistics: Artifact
+) -> None:
+    found = described(workspace, statistics.path)
+    assert (found["data"], found["tokens"], found["stored_windows"]) == ("speeches", 64, 2)
+    assert found["token_weight"] == "inverse-norm:1"
+    sites = by(found["sites"], "site")
+    assert list(sites) == ["attn_in", "mlp_in", "o_in", "up_down"]
+    for site, row in sites.items():
+        largest = [float(statistics.tensor(f"layers.{i}.{site}.absmax").max()) for i in range(4)]
+        assert row["absmax"] == max(largest)
+        assert row["absmax_layer"] == largest.index(max(largest))
+        assert row["channels"] == (384 if site == "up_down" else 128)
+
+
+def test_a_plan_lists_operators_with_what_the_online_ones_cost(workspace: Workspace, plan: Artifact) -> None:
+    sites = by(described(workspace, plan.path)["sites"], "site")
+    operators = read_plan(plan)
+    up_down, qk = operators.at("layers.0.up_down"), operators.at("layers.0.qk_post")
+    assert sites["up_down"]["online"] == len(up_down.online) > 0
+    assert sites["up_down"]["flops_per_token"] == 4 * sum(one.flops() for one in up_down.online)
+    # Four query and two key heads of 32 channels, in each of four layers.
+    assert sites["qk_post"]["flops_per_token"] == 4 * 6 * qk.operators[0].flops()
+    assert sites["residual"] == {**sites["residual"], "folded": 1, "online": 0, "flops_per_token": 0}
+    condition = max(one.log_condition() for i in range(4) for one in operators.at(f"layers.{i}.up_down").operators)
+    assert sites["up_down"]["log_condition"] == condition
+    assert sum(int(str(row["bytes"])) for row in sites.values()) == sum(s.nbytes for s in plan.header.slots.values())
+
+
+def test_a_quantized_artifact_shows_losses_bits_and_options(workspace: Workspace, quantized: Artifact) -> None:
+    found = described(workspace, quantized.path)
+    reports = quantized.manifest.details["layers"]
+    losses = by(found["losses"], "linear")
+    assert list(next(iter(losses.values())))[:3] == ["linear", "loss_rtn", "loss"]
+    assert {name: row["loss"] for name, row in losses.items()} == {name: row["loss"] for name, row in reports.items()}
+    modules = by(found["losses_by_module"], "module")
+    mean = sum(report["loss"] for name, report in reports.items() if name.endswith("v_proj")) / 4
+    assert modules["v_proj"]["mean_loss"] == pytest.approx(mean, rel=1e-12)
+    assert modules["v_proj"]["worst"] == max((n for n in reports if "v_proj" in n), key=lambda n: reports[n]["loss"])
+    evaluated, _ = evaluate(
+        EvalRequest(str(quantized.path), perplexity=("speeches",), seq_len=32, max_windows=1), workspace
+    )
+    assert found["bits_per_weight_linears"] == evaluated.manifest.details["bits"]["linears"]
+    assert (found["weights"], found["activations"]) == (
+        str(read_scheme("", {"weights": "int4-g32"}, workspace.plugins).weights),
+        "16 bits",
+    )
+    assert (found["gptq.block_size"], found["lorc.rank"]) == (128, 4)
+    metrics = described(workspace, evaluated.path)
+    values = {row["metric"]: row["value"] for row in by(metrics["metrics"], "metric").values()}
+    assert values == evaluated.manifest.details["values"]
+    assert by(metrics["protocol"], "setting")["seq_len"]["value"] == 32
+
+
+def test_layers_are_in_the_order_of_their_numbers(
+    workspace: Workspace, quantized: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = {f"model.layers.{i}.mlp.up_proj": {"loss": 1 / (i + 1)} for i in (10, 2, 0)}
+    manifest = replace(quantized.manifest, details={**quantized.manifest.details, "layers": reports})
+    monkeypatch.setattr("qtool.steps.inspect.open_artifact", lambda path: Artifact(path, manifest))
+    rows = inspect(str(quantized.path), workspace).tables["losses"].rows
+    assert [row[0] for row in rows] == [f"model.layers.{i}.mlp.up_proj" for i in (0, 2, 10)]
+
+
+def test_an_artifact_whose_model_is_gone_is_described_without_what_needs_it(
+    workspace: Workspace, quantized: Artifact, tmp_path: Path
+) -> None:
+    warned: list[str] = []
+    apart = replace(workspace, inputs={"model": tmp_path / "gone"}, warn=warned.append)
+    found = described(apart, quantized.path)
+    assert "bits_per_weight_linears" not in found
+    assert len(by(found["losses"], "linear")) == 28
+    assert "cannot be found" in warned[0]
+    assert open_artifact(quantized.path).manifest.id == found["id"]

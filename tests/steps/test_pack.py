@@ -1,0 +1,277 @@
+"""pack gives a checkpoint its name only when it was read back; it reuses, replaces and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtool.artifacts.identity import digest_file
+from qtool.artifacts.store import Artifact, open_artifact
+from qtool.engine.exporter import Exported
+from qtool.engine.subject import Subject
+from qtool.errors import ArtifactError, PluginError, QtoolError, ResourceError, UsageError
+from qtool.plugins import Plugins
+from qtool.scheme import ModelScheme, parse_tensor_scheme
+from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.pack import PackRequest, pack
+from qtool.steps.subjects import open_subject
+from qtool.steps.workspace import Workspace
+
+Quantize = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 24}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return Plugins.discover()
+
+
+@pytest.fixture
+def workspace(plugins: Plugins, tmp_path: Path, cache: Path) -> Workspace:
+    (tmp_path / "home").mkdir()
+    return Workspace(plugins, tmp_path / "home", cache)
+
+
+@pytest.fixture
+def quantize(source: Path, workspace: Workspace) -> Quantize:
+    def made(weights: str) -> str:
+        scheme = ModelScheme(weights=parse_tensor_scheme(weights, workspace.plugins.format))
+        return str(mitigate(MitigateRequest(str(source), "rtn", scheme), workspace)[0].path)
+
+    return made
+
+
+def left_in(workspace: Workspace) -> list[str]:
+    """Name whatever is in the home folder besides quantized artifacts."""
+    return sorted(path.name for path in workspace.home.iterdir() if not path.name.startswith("mitigate"))
+
+
+class Faulty:
+    """An exporter that does as it is told."""
+
+    version = 1
+
+    def __init__(self, **errors: BaseException) -> None:
+        self.errors = errors
+        self.done: list[str] = []
+
+    def _step(self, name: str) -> None:
+        self.done.append(name)
+        if name in self.errors:
+            raise self.errors[name]
+
+    def check(self, subject: Subject) -> None:
+        self._step("check")
+
+    def write(self, subject: Subject, directory: Path) -> Exported:
+        (directory / "model.safetensors").write_bytes(b"half")
+        self._step("write")
+        return Exported({}, {})
+
+    def verify(self, subject: Subject, directory: Path) -> None:
+        self._step("verify")
+
+
+def using(workspace: Workspace, exporter: object) -> Workspace:
+    """Return the workspace with another object behind the name `hf`."""
+    return replace(workspace, plugins=replace(workspace.plugins, _instances={("exporters", "hf"): exporter}))
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "hf"])
+def test_a_checkpoint_says_what_it_is(quantize: Quantize, workspace: Workspace, to: str) -> None:
+    quantized = quantize("int4-sym-g16")
+    checkpoint, reused = pack(PackRequest(quantized, to), workspace)
+    assert not reused
+    assert checkpoint.path == workspace.home / f"pack-{to}-{checkpoint.manifest.key[:12]}"
+    manifest = open_artifact(checkpoint.path).manifest
+    assert manifest == checkpoint.manifest
+    assert manifest.kind == "checkpoint"
+    assert manifest.inputs.keys() == {"model", "quantized"}
+    assert manifest.inputs["quantized"].id == open_artifact(Path(quantized)).manifest.id
+    assert manifest.tensors == {
+        file.name: digest_file(file) for file in checkpoint.path.iterdir() if file.name != "qtool.json"
+    }
+    details = manifest.details
+    assert details["to"] == to
+    assert details["labels"]["mitigator"] == "rtn"
+    assert details["labels"]["weights"] == "int4-sym-g16-sbf16-half"
+    assert details["consumers"]["transformers"].startswith("W4A16")
+    assert set(details["read_back_with"]) == {"transformers", "compressed-tensors", "safetensors"}
+
+
+def test_bits_are_counted_from_the_bytes_that_were_written(quantize: Quantize, workspace: Workspace) -> None:
+    checkpoint, _ = pack(PackRequest(quantize("int4-sym-g16"), "compressed-tensors"), workspace)
+    tensors = load_file(checkpoint.path / "model.safetensors")
+    linear = sum(tensor.nbytes for name, tensor in tensors.items() if "_proj" in name)
+    weights = 2 * (2 * 64 * 32 + 2 * 32 * 32 + 3 * 32 * 48)
+    others = 24 * 32 + 5 * 32
+    bits = checkpoint.manifest.details["bits"]
+    assert bits["linears"] == pytest.approx(linear * 8 / weights, abs=1e-12)
+    shapes = 14 * 2 * 64
+    assert bits["linears"] == pytest.approx(4 + 16 / 16 + shapes / weights, abs=1e-12)
+    assert bits["model"] == pytest.approx((linear * 8 + others * 16) / (weights + others), abs=1e-12)
+    plain, _ = pack(PackRequest(quantize("int4-sym-g16"), "hf"), workspace)
+    assert plain.manifest.details["bits"] == {"linears": 16.0, "model": 16.0}
+
+
+def test_packing_again_reuses_what_is_there(quantize: Quantize, workspace: Workspace) -> None:
+    request = PackRequest(quantize("int4-sym-g16"), "compressed-tensors")
+    first, _ = pack(request, workspace)
+    written = (first.path / "model.safetensors").stat().st_mtime_ns
+    second, reused = pack(request, workspace)
+    assert reused
+    assert second.manifest == first.manifest
+    assert (first.path / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_two_runs_give_the_same_id_wherever_they_write(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path
+) -> None:
+    quantized = quantize("int4-sym-g16")
+    one, _ = pack(PackRequest(quantized, "compressed-tensors", tmp_path / "a" / "one"), workspace)
+    two, _ = pack(PackRequest(quantized, "compressed-tensors", tmp_path / "two"), workspace)
+    assert one.path == tmp_path / "a" / "one"
+    assert one.manifest.id == two.manifest.id
+    assert pack(PackRequest(quantized, "hf", tmp_path / "three"), workspace)[0].manifest.key != one.manifest.key
+
+
+def test_a_checkpoint_is_something_to_be_measured(quantize: Quantize, workspace: Workspace) -> None:
+    checkpoint, _ = pack(PackRequest(quantize("int4-sym-g16"), "hf"), workspace)
+    opened = open_subject(str(checkpoint.path), workspace)
+    assert opened.artifact is not None
+    assert opened.artifact.manifest.kind == "checkpoint"
+
+
+def test_another_checkpoint_is_replaced_only_by_force(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    old, _ = pack(PackRequest(quantize("int4-sym-g16"), "compressed-tensors", output), workspace)
+    other = PackRequest(quantize("int8-sym-channel"), "compressed-tensors", output)
+    with pytest.raises(UsageError, match="the output path is taken") as refused:
+        pack(other, workspace)
+    assert refused.value.hint == "-o another folder, or --force to replace the checkpoint"
+    assert open_artifact(output).manifest == old.manifest
+    new, reused = pack(replace(other, force=True), workspace)
+    assert not reused
+    assert open_artifact(output).manifest == new.manifest
+    assert new.manifest.key != old.manifest.key
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path, force: bool
+) -> None:
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="taken") as refused:
+        pack(PackRequest(quantize("int4-sym-g16"), "hf", tmp_path / "papers", force), workspace)
+    assert refused.value.hint == "-o another folder"
+    assert (tmp_path / "papers" / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_filled(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    checkpoint, _ = pack(PackRequest(quantize("int4-sym-g16"), "hf", tmp_path / "out"), workspace)
+    assert (checkpoint.path / "config.json").is_file()
+
+
+def test_a_refusal_comes_before_any_work(quantize: Quantize, workspace: Workspace) -> None:
+    exporter = Faulty(check=UsageError("it does not fit"))
+    with pytest.raises(UsageError, match="does not fit"):
+        pack(PackRequest(quantize("int4-sym-g16"), "hf"), using(workspace, exporter))
+    assert exporter.done == ["check"]
+    assert left_in(workspace) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("write", ResourceError("no space left")),
+        ("write", KeyboardInterrupt()),
+        ("verify", ArtifactError("`q_proj` differs")),
+    ],
+)
+def test_nothing_is_left_behind(quantize: Quantize, workspace: Workspace, step: str, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        pack(PackRequest(quantize("int4-sym-g16"), "hf"), using(workspace, Faulty(**{step: error})))
+    assert left_in(workspace) == []
+
+
+def test_a_failure_by_force_keeps_the_old_checkpoint(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    old, _ = pack(PackRequest(quantize("int4-sym-g16"), "hf", tmp_path / "out"), workspace)
+    broken = using(workspace, Faulty(verify=ArtifactError("`q_proj` differs")))
+    with pytest.raises(ArtifactError):
+        pack(PackRequest(quantize("int8-sym-channel"), "hf", tmp_path / "out", force=True), broken)
+    assert open_artifact(tmp_path / "out").manifest == old.manifest
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("target", ["shutil.copyfile", "qtool.builtin.exporters.shards.write_assembled"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "hf"])
+def test_a_full_disk_is_an_error_of_resources(
+    quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, target: str, to: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    quantized = quantize("int4-sym-g16")
+    monkeypatch.setattr(target, full)
+    with pytest.raises(ResourceError, match="no space left on the disk"):
+        pack(PackRequest(quantized, to), workspace)
+    assert left_in(workspace) == []
+
+
+def test_only_quantized_artifacts_are_packed(source: Path, quantize: Quantize, workspace: Workspace) -> None:
+    with pytest.raises(UsageError, match="holds nothing to pack") as refused:
+        pack(PackRequest(str(source), "hf"), workspace)
+    assert ("received", "model") in refused.value.facts
+    checkpoint, _ = pack(PackRequest(quantize("int4-sym-g16"), "hf"), workspace)
+    with pytest.raises(UsageError) as refused:
+        pack(PackRequest(str(checkpoint.path), "hf"), workspace)
+    assert ("received", "checkpoint") in refused.value.facts
+
+
+def test_an_unknown_exporter_is_met_with_the_nearest(quantize: Quantize, workspace: Workspace) -> None:
+    with pytest.raises(UsageError) as refused:
+        pack(PackRequest(quantize("int4-sym-g16"), "compressed-tensor"), workspace)
+    assert refused.value.hint == "did you mean `compressed-tensors`?"
+
+
+def test_an_exporter_must_say_what_it_wrote(quantize: Quantize, workspace: Workspace) -> None:
+    with pytest.raises(PluginError, match="how many bytes"):
+        pack(PackRequest(quantize("int4-sym-g16"), "hf"), using(workspace, Faulty()))
+    assert left_in(workspace) == []
+
+
+def test_a_damaged_artifact_is_not_packed(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    damaged = shutil.copy(quantize("int4-sym-g16"), tmp_path / "damaged.safetensors")
+    content = bytearray(Path(damaged).read_bytes())
+    Path(damaged).write_bytes(content[:-8])
+    with pytest.raises(QtoolError, match="truncated"):
+        pack(PackRequest(str(damaged), "hf"), workspace)
+
+
+def test_the_manifest_is_valid_json_beside_the_weights(quantize: Quantize, workspace: Workspace) -> None:
+    checkpoint: Artifact
+    checkpoint, _ = pack(PackRequest(quantize("nvfp4"), "compressed-tensors"), workspace)
+    stated = json.loads((checkpoint.path / "qtool.json").read_text())
+    assert stated["key"] == checkpoint.manifest.key
+    assert stated["details"]["written"]["layout"] == "nvfp4-pack-quantized"

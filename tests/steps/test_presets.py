@@ -1,0 +1,85 @@
+"""A preset says what users do not; nothing that they say is changed. Schemes are read part by part."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtool.errors import SchemeError, UsageError
+from qtool.plugins import Plugins
+from qtool.scheme import ModelScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.steps.options import configure
+from qtool.steps.presets import PRESETS, MitigateSettings, mitigate_settings
+from qtool.steps.schemes import read_scheme
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return Plugins.discover()
+
+
+def test_without_a_preset_nothing_is_set() -> None:
+    settings = mitigate_settings("")
+    assert settings == MitigateSettings()
+    assert settings.options("gptq+lorc", {"rank": "4"}) == {"rank": "4"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_option_of_a_preset_is_one_that_its_method_has(preset: str, plugins: Plugins) -> None:
+    settings = mitigate_settings(preset)
+    for method, options in settings.methods.items():
+        (configured,) = configure("mitigators", method, settings.options(method, {}), plugins)
+        assert {name: str(getattr(configured.config, name)).lower() for name in options} == options
+    read_scheme("", settings.parts({"weights": "", "activations": "", "kv": ""}), plugins)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"block_size": "32"}, {"block-size": "32"}, {"gptq.block_size": "32"}, {"gptq.block-size": "32"},
+    ],
+)  # fmt: skip
+def test_an_option_of_ones_own_wins_however_it_is_spelled(given: dict[str, str], plugins: Plugins) -> None:
+    options = mitigate_settings("survey").options("gptq", given)
+    (gptq,) = configure("mitigators", "gptq", options, plugins)
+    assert (gptq.config.block_size, gptq.config.parameters, gptq.config.clip) == (32, "stale", "search")
+
+
+def test_options_of_methods_that_are_not_used_are_left_out() -> None:
+    survey = mitigate_settings("survey")
+    assert not [option for option in survey.options("rtn", {}) if not option.startswith("rtn.")]
+    assert {option.partition(".")[0] for option in survey.options("gptq + lorc", {})} == {"gptq", "lorc"}
+
+
+def test_values_that_are_given_override_and_none_does_not() -> None:
+    settings = mitigate_settings("survey").overridden(seed=0, true_sequential=False, token_weight=None)
+    assert (settings.seed, settings.true_sequential, settings.token_weight) == (0, False, "uniform")
+    given = {"weights": "int8", "activations": "", "kv": ""}
+    assert settings.parts(given) == {"weights": "int8", "activations": "int4-asym-token", "kv": ""}
+
+
+def test_an_unknown_preset_is_met_with_the_nearest() -> None:
+    with pytest.raises(UsageError) as error:
+        mitigate_settings("survy")
+    assert str(error.value) == "unknown preset `survy`\n  known  survey\nhint: did you mean `survey`?"
+
+
+def test_an_option_of_one_method_goes_before_one_for_all(plugins: Plugins) -> None:
+    settings = {"clip": "search", "gptq.clip": "none", "gptq.clip-grid": "7", "clip-grid": "9"}
+    (gptq,) = configure("mitigators", "gptq", settings, plugins)
+    assert (gptq.config.clip, gptq.config.clip_grid) == ("none", 7)
+
+
+def test_a_scheme_is_a_preset_or_parts_or_a_preset_with_other_parts(plugins: Plugins) -> None:
+    assert read_scheme("", {}, plugins) == ModelScheme()
+    whole = read_scheme("W4A8", {"weights": "", "kv": None}, plugins)
+    assert whole == parse_model_scheme("W4A8", plugins.format, plugins.presets)
+    mixed = read_scheme("W4A8", {"weights": "int3-g64", "activations": "none", "kv": "int8"}, plugins)
+    expected = [parse_tensor_scheme(text, plugins.format) for text in ("int3-g64", "int8")]
+    assert [mixed.weights, mixed.kv] == expected
+    assert (mixed.activations, mixed.name) == (None, "")
+
+
+@pytest.mark.parametrize("parts", [{"weights": "int4-wrong"}, {"kv": "int4-g0"}])
+def test_a_part_that_cannot_be_read_is_refused(parts: dict[str, str], plugins: Plugins) -> None:
+    with pytest.raises(SchemeError, match="cannot read"):
+        read_scheme("W4A16", parts, plugins)

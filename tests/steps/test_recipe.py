@@ -1,0 +1,186 @@
+"""Recipes: what is read, what is refused, and which cells and tasks come of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qtool.errors import UsageError
+from qtool.plugins import Plugins
+from qtool.steps.cells import CellChoice, cells_of
+from qtool.steps.recipe import CalibrateOptions, Choice, Match, Recipe, SchemeChoice, read_recipe
+from qtool.steps.tasks import tasks_of
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALLEST = """
+model: tiny
+matrix: {mitigate: [rtn], scheme: [W4A4]}
+eval: {perplexity: [speeches]}
+"""
+WHOLE = """
+name: whole
+model: tiny
+dtype: float32
+calibrate: {data: speeches, num_samples: 4, seq_len: 64, gather: [absmax], token_weight: uniform, sample_size: 8}
+matrix:
+  transform: [none, {method: smoothquant, set: {alpha: 0.25}}]
+  mitigate: [rtn, {method: gptq, set: {act_order: false, dampening_frac: 1e-2}}]
+  scheme: [W4A4, {name: mine, weights: int4-asym-g32, kv: int8-asym-token}]
+  seed: [3, 4]
+exclude: [{transform: smoothquant, mitigate: rtn}, {scheme: mine, seed: 4}]
+include: [{mitigate: rtn, scheme: NVFP4}]
+full_precision: false
+mitigate: {preset: survey, propagate: none}
+eval: {perplexity: [speeches], seq_len: 64, max_windows: 2, kl: true}
+report: {rows: [mitigator], columns: [], error: ci, bits: [model], to: latex, footnotes: [a, b]}
+"""
+
+
+def recipe_of(text: str, folder: Path) -> Recipe:
+    path = folder / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_recipe(path)
+
+
+def cell(transform: str, mitigate: str, scheme: str, seed: int = 0) -> CellChoice:
+    return CellChoice(Choice(transform), Choice(mitigate), SchemeChoice(scheme), seed)
+
+
+def test_defaults_and_the_name_of_the_file(tmp_path: Path) -> None:
+    recipe = recipe_of(SMALLEST, tmp_path)
+    assert (recipe.name, recipe.calibrate, recipe.full_precision, recipe.dtype) == ("my", None, True, "auto")
+    assert recipe.matrix.transform == (Choice("none"),)
+    assert recipe.matrix.seed == (0,)
+    assert cells_of(recipe) == [cell("none", "rtn", "W4A4")]
+
+
+def test_every_key_is_read(tmp_path: Path) -> None:
+    recipe = recipe_of(WHOLE, tmp_path)
+    assert recipe.calibrate == CalibrateOptions("speeches", 4, 64, None, ("absmax",), "uniform", 8)
+    assert recipe.matrix.transform == (Choice("none"), Choice("smoothquant", {"alpha": "0.25"}))
+    assert recipe.matrix.mitigate[1] == Choice("gptq", {"act_order": "false", "dampening_frac": "1e-2"})
+    assert recipe.matrix.scheme[1] == SchemeChoice(weights="int4-asym-g32", kv="int8-asym-token", name="mine")
+    assert recipe.exclude[1] == Match(scheme=SchemeChoice("mine"), seed=4)
+    assert (recipe.mitigate.preset, recipe.mitigate.propagate) == ("survey", "none")
+    assert (recipe.eval.max_windows, recipe.eval.kl, recipe.eval.limit) == (2, True, None)
+    assert recipe.report.footnotes == ("a", "b")
+
+
+def test_cells_are_the_matrix_less_what_is_excluded_plus_what_is_included(tmp_path: Path) -> None:
+    cells = [f"{one.transform} {one.mitigate} {one.scheme} {one.seed}" for one in cells_of(recipe_of(WHOLE, tmp_path))]
+    gptq = "gptq(act_order=false,dampening_frac=1e-2)"
+    assert cells == [
+        "none rtn W4A4 3",
+        "none rtn W4A4 4",
+        "none rtn mine 3",
+        f"none {gptq} W4A4 3",
+        f"none {gptq} W4A4 4",
+        f"none {gptq} mine 3",
+        f"smoothquant(alpha=0.25) {gptq} W4A4 3",
+        f"smoothquant(alpha=0.25) {gptq} W4A4 4",
+        f"smoothquant(alpha=0.25) {gptq} mine 3",
+        "none rtn NVFP4 3",
+        "none rtn NVFP4 4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("only", "left"),
+    [
+        (("mitigate=gptq", "seed=4"), 2),
+        (("scheme=mine",), 3),
+        (("scheme=mine", "scheme=NVFP4"), 5),
+        (("transform=smoothquant(alpha=0.25)", "seed=3"), 2),
+    ],
+)
+def test_only_chooses_cells(tmp_path: Path, only: tuple[str, ...], left: int) -> None:
+    assert len(cells_of(recipe_of(WHOLE, tmp_path), only)) == left
+
+
+@pytest.mark.parametrize("only", ["mitigate=gtpq", "method=gptq", "gptq"])
+def test_only_must_leave_something(tmp_path: Path, only: str) -> None:
+    with pytest.raises(UsageError, match=r"no cell of the recipe|cannot read the condition"):
+        cells_of(recipe_of(SMALLEST, tmp_path), (only,))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model: tiny", "modell: tiny", "unknown key `modell` in .*my.yaml(?s:.*)did you mean `model`"),
+        ("model: tiny", "", "`model` in .* is missing"),
+        ("model: tiny", "model: 3", "`model` in .* does not fit(?s:.*)expected +text(?s:.*)received +3"),
+        ("model: tiny", "model: tiny\nmodel: tiny", "the key `model` is given twice"),
+        ("model: tiny", "model: tiny\nname: ../up", "`name` in .* is no name for a folder"),
+        ("model: tiny", "model: tiny\nfull_precision: 1", "`full_precision` .*\n.*true or false"),
+        ("scheme: [W4A4]", "schema: [W4A4]", "unknown key `matrix.schema`(?s:.*)did you mean `scheme`"),
+        ("scheme: [W4A4]", "scheme: W4A4", "`matrix.scheme` (?s:.*)expected +a list"),
+        ("scheme: [W4A4]", "scheme: [W4A4], seed: [true]", "`matrix.seed.0` (?s:.*)a whole number"),
+        ("scheme: [W4A4]", "scheme: [{weihgts: int4}]", "unknown key `matrix.scheme.0.weihgts`(?s:.*)`weights`"),
+        ("[rtn]", "[{method: rtn, set: 3}]", "`matrix.mitigate.0.set` (?s:.*)a mapping"),
+        ("[rtn]", "[{method: rtn, set: {clip: [1]}}]", "`matrix.mitigate.0.set.clip` in .* does not fit"),
+        ("[rtn]", "[{set: {clip: x}}]", "`matrix.mitigate.0.method` in .* is missing"),
+        ("eval: {", "eval: {max-windows: 3, ", "unknown key `eval.max-windows`(?s:.*)did you mean `max_windows`"),
+        ("eval: {perplexity: [speeches]}", "eval: 3", "`eval` (?s:.*)a mapping"),
+        ("model: tiny", "model: [", "no valid YAML"),
+        ("model: tiny", "model: !!python/name:os.system", "no valid YAML"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        recipe_of(SMALLEST.replace(old, new), tmp_path)
+    assert "my.yaml" in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot read the recipe(?s:.*)No such file"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[rtn]", "[gtpq]", "no mitigator is called `gtpq`"),
+        ("[rtn]", "[{method: rtn, set: {clpi: search}}]", "`rtn` has no option `clpi`"),
+        ("[W4A4]", "[W5A5]", "unknown scheme `W5A5`"),
+        ("[W4A4]", "[W4A4], transform: [quarrot]", "no transform is called `quarrot`"),
+        ("[speeches]", "[speech]", "no dataset is called `speech`"),
+        ("perplexity: [speeches]", "kl: true", "measures nothing"),
+        ("model: tiny", "model: tiny\ncalibrate: {data: wikitxt2}", "no dataset is called `wikitxt2`"),
+        ("model: tiny", "model: tiny\ninclude: [{mitigate: rtn}]", "no whole cell"),
+        ("model: tiny", "model: tiny\nmitigate: {preset: surwey}", "unknown preset `surwey`"),
+    ],
+)
+def test_what_is_not_on_offer_is_refused_before_any_work(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        tasks_of(recipe_of(SMALLEST.replace(old, new), tmp_path), Plugins.discover())
+
+
+def test_tasks_are_shared_and_follow_their_inputs(tmp_path: Path) -> None:
+    text = WHOLE.replace("transform: [none, ", "transform: [none, quarot, ").replace(
+        "precision: false", "precision: true"
+    )
+    tasks = tasks_of(recipe_of(text, tmp_path), Plugins.discover())
+    titles = [task.title for task in tasks]
+    assert len(set(titles)) == len(titles)
+    assert titles[:3] == ["eval full precision", "calibrate speeches seed 3", "mitigate none rtn W4A4 seed 3"]
+    assert [title for title in titles if title.startswith("calibrate")] == [
+        f"calibrate speeches seed {n}" for n in (3, 4)
+    ]
+    plans = [title for title in titles if title.startswith("transform quarot")]
+    assert plans[:2] == ["transform quarot seed 3", "transform quarot seed 4"]
+    assert [plan.startswith("transform quarot for the KV cache in int8-asym-token") for plan in plans[2:]] == [True]
+    for index, task in enumerate(tasks):
+        assert task.source is None or task.source in tasks[:index]
+
+
+def test_schemes_of_one_name_are_different_tasks(tmp_path: Path) -> None:
+    text = SMALLEST.replace("[W4A4]", "[{name: x, weights: int4-g32}, {name: x, weights: int4-g64}]")
+    assert len(tasks_of(recipe_of(text, tmp_path), Plugins.discover())) == 5
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_of_this_repository_can_be_run(path: Path) -> None:
+    tasks = tasks_of(read_recipe(path), Plugins.discover())
+    assert tasks[0].title == "eval full precision"
+    assert sum(task.measures for task in tasks) == 7
