@@ -7,6 +7,7 @@ size that is not hidden / heads, since defaults hide mistakes.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from qtool.artifacts.identity import digest_tensor
 from qtool.artifacts.store import Artifact
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.planner import extend
@@ -30,7 +32,7 @@ from qtool.model.plan import Plan, Transform
 from qtool.numerics.groups import from_groups, to_groups
 from qtool.numerics.losses import relative_loss
 from qtool.plugins import Plugins
-from qtool.scheme import Format, TensorScheme
+from qtool.scheme import Format, GroupParameters, TensorScheme
 from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.transform import context_of
 from qtool.steps.workspace import Workspace
@@ -173,7 +175,7 @@ def plan_of(transform: Transform, options: object, tiny: TinyModel) -> tuple[Sub
 def _check_invariance(transform: Transform, options: object, tiny: TinyModel, label: str) -> None:
     subject, plan = plan_of(transform, options, tiny)
     again = plan_of(transform, options, tiny)[1]
-    if plan.to_state()[1] != again.to_state()[1]:
+    if _digest(plan) != _digest(again):
         raise CheckError(f"{type(transform).__name__} proposes other operators when it is asked again ({label})")
     with double_precision(tiny.path):
         before = exact_logits(subject)
@@ -184,6 +186,12 @@ def _check_invariance(transform: Transform, options: object, tiny: TinyModel, la
             f"{type(transform).__name__} changes the model ({label}): relative difference {difference:.2e}, "
             f"allowed {EXACT:.0e}"
         )
+
+
+def _digest(plan: Plan) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what two plans that are alike to the last bit have in common."""
+    tensors, described = plan.to_state()
+    return {name: digest_tensor(tensor) for name, tensor in tensors.items()}, described
 
 
 def correlated_problem(
@@ -204,8 +212,8 @@ def check_mitigator(
 ) -> None:
     """Check a mitigator on correlated random layers.
 
-    It must not modify its inputs, give the same codes twice, keep to the format's codes, report the loss that one
-    measures, and be no worse than rounding to nearest over several layers together.
+    It must not modify its inputs, give the same codes and scales twice, keep to the format's codes, report the loss
+    that one measures, and be no worse than rounding to nearest over several layers together.
 
     Args:
         mitigator: The method.
@@ -222,20 +230,23 @@ def check_mitigator(
     total = nearest = 0.0
     for seed in range(4):
         problem = correlated_problem(fmt, chosen, seed=seed)
-        kept = problem.weight.clone()
+        kept = {"weight": problem.weight.clone(), **{entry: t.clone() for entry, t in problem.entries.items()}}
         result, again = mitigator.quantize(problem, options), mitigator.quantize(problem, options)
-        if not torch.equal(kept, problem.weight):
-            raise CheckError(f"{name} modifies the weight that it is given")
+        for entry, tensor in {"weight": problem.weight, **problem.entries}.items():
+            if not torch.equal(kept[entry], tensor):
+                raise CheckError(f"{name} modifies the {entry} that it is given")
         if not torch.equal(result.codes, again.codes):
             raise CheckError(f"{name} gives other codes when it is asked again")
+        if not torch.equal(result.parameters.scale, again.parameters.scale):
+            raise CheckError(f"{name} gives other scales when it is asked again")
         if int(result.codes.max()) >= 2**fmt.bits:
             raise CheckError(f"{name} gives codes beyond {fmt.bits} bits")
-        measured = _measured_loss(result, problem)
-        if abs(measured - result.report["loss"]) > 1e-3 * max(measured, 1e-6):
-            raise CheckError(f"{name} reports the loss {result.report['loss']:.6g}, measured {measured:.6g}")
+        measured, reported = _measured_loss(result, problem), result.report.get("loss", math.nan)
+        if not abs(measured - reported) <= 1e-3 * max(measured, 1e-6):
+            raise CheckError(f"{name} reports the loss {reported:.6g}, measured {measured:.6g}")
         total += measured
         nearest += float(relative_loss(problem.weight, _nearest(problem), problem.need_hessian()))
-    if total > nearest * (1 + 1e-6):
+    if not total <= nearest * (1 + 1e-6):
         raise CheckError(f"{name} is worse than rounding to nearest: {total:.6g} against {nearest:.6g}")
 
 
@@ -253,7 +264,7 @@ def _nearest(problem: LayerProblem) -> Tensor:
 
 
 def check_format(fmt: Format, *, scheme: TensorScheme | None = None) -> None:
-    """Check a format: every code decodes and encodes to itself, rounding is to the nearest, and is idempotent.
+    """Check a format: every code decodes and encodes to itself; rounding is idempotent, to the nearest, ties to even.
 
     Raises:
         CheckError: A promise is broken.
@@ -278,6 +289,24 @@ def check_format(fmt: Format, *, scheme: TensorScheme | None = None) -> None:
     distance = (values.unsqueeze(-1) - torch.where(finite, levels, torch.inf).unsqueeze(1)).abs().amin(-1)
     if ((values - rounded).abs() > distance * (1 + 1e-5) + 1e-7).any():
         raise CheckError(f"`{fmt.name}`: a value is not rounded to the nearest level")
+    if parameters.zero_point is None or not parameters.zero_point.frac().any():
+        _check_ties(fmt, parameters)
+
+
+def _check_ties(fmt: Format, parameters: GroupParameters) -> None:
+    """Check that values halfway between neighbouring levels go up and down in turn, on a grid with steps of 1."""
+    zero_point, multiplier = parameters.zero_point, parameters.global_scale
+    unit = GroupParameters(
+        torch.ones(1),
+        None if zero_point is None else zero_point[:1],
+        None if multiplier is None else torch.ones_like(multiplier),
+    )
+    levels = fmt.decode(torch.arange(2**fmt.bits).to(torch.uint8)[None], unit)
+    levels = torch.tensor(sorted(set(levels[torch.isfinite(levels)].tolist())))
+    ties = (levels[1:] + levels[:-1]) / 2
+    up = fmt.round(ties[None], unit)[0] > ties
+    if (up[1:] == up[:-1]).any():
+        raise CheckError(f"`{fmt.name}`: a value between two levels does not go to the even one")
 
 
 def check_kernel(
@@ -300,6 +329,9 @@ def check_kernel(
     """
     for index, arguments in enumerate(inputs):
         expected, received = reference(**arguments), run(**arguments)
+        if expected.shape != received.shape:
+            shapes = f"{tuple(received.shape)} in call {index}, the reference {tuple(expected.shape)}"
+            raise CheckError(f"the kernel gives the shape {shapes}")
         difference = float((expected - received.to(expected)).abs().max() / expected.abs().max().clamp_min(1e-30))
         if not difference <= rtol:
             raise CheckError(

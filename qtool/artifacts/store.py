@@ -215,7 +215,8 @@ class ArtifactWriter:
         temporary = self.parts / f".{part}.{os.getpid()}.tmp"
         with disk_errors(self.path):
             try:
-                save_file(_plain(tensors), temporary, dict(notes or {}))
+                # An empty map beside no tensors at all (a plan of unsigned Hadamards) would be written as broken JSON.
+                save_file(_plain(tensors), temporary, dict(notes) if notes else None)
                 temporary.replace(final)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -81,7 +81,6 @@ def mitigate(
     from qtool.steps.mitigate import mitigate as step
     from qtool.steps.options import read_settings
     from qtool.steps.presets import mitigate_settings
-    from qtool.steps.schemes import read_scheme
 
     defaults = mitigate_settings(preset).overridden(
         propagate=propagate,
@@ -94,7 +93,7 @@ def mitigate(
     request = MitigateRequest(
         source=read_source(source),
         method=method,
-        scheme=read_scheme(scheme, parts if scheme else defaults.parts(parts), session.plugins),
+        scheme=defaults.scheme(scheme, parts, session.plugins),
         settings=defaults.options(method, read_settings(settings or ())),
         propagate=defaults.propagate,  # type: ignore[arg-type] # checked by the step
         true_sequential=defaults.true_sequential,

@@ -25,8 +25,10 @@ P = ParamSpec("P")
 Request = TypeVar("Request")
 
 ROLES = ("model", "statistics", "plan", "quantized")
-CALM = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-"""Environment of libraries that would otherwise write over the progress of a step."""
+CALM = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+"""Environment of libraries that would otherwise write between a step's own messages."""
+NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DELAY": "1000000000"}
+"""What hides libraries' own bars where there is no terminal; some overrule `TQDM_DISABLE`, none the seconds to wait."""
 
 Source = Annotated[
     str | None,
@@ -92,8 +94,6 @@ class Session:
     def workspace(self) -> Iterator[Workspace]:
         """Open the workspace; while it is open nothing but the result reaches standard output."""
         common = self.common
-        if not common.debug:
-            os.environ.update({name: value for name, value in CALM.items() if name not in os.environ})
         inputs = read_inputs(common.inputs or ())
         with kept_clean(quiet=common.quiet):
             from qtool.steps.environment import open_workspace
@@ -138,11 +138,18 @@ def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., 
     @wraps(function)
     def run(**arguments: Any) -> None:  # noqa: ANN401 - what Typer read
         common = Common(**{name: arguments.pop(name) for name in shared})
+        calm_libraries(common)
         function(Session(common, Plugins.discover()), **arguments)  # type: ignore[call-arg]
 
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+def calm_libraries(common: Common) -> None:
+    """Set the environment of libraries, which most of them read once, when they are imported: before any step is."""
+    calm = ({} if common.debug else CALM) | ({} if Bars(quiet=common.quiet).shown else NO_BARS)
+    os.environ.update({name: value for name, value in calm.items() if name not in os.environ})
 
 
 def read_inputs(pairs: Sequence[str]) -> dict[str, Path]:

@@ -29,8 +29,8 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
 
     def __getitem__(self, site_id: str) -> SiteStatistics:
         """Read and carry one site's statistics; empty entries where nothing was gathered."""
-        site = self.model.graph.site(site_id)
-        if site.layer is None or site.name not in self.model.graph.input_sites:
+        site = self.model.graph.sites.get(site_id)
+        if site is None or site.layer is None or site.name not in self.model.graph.input_sites:
             raise KeyError(site_id)
         gathered = SiteStatistics(self.tokens, {k: v.float() for k, v in self.artifact.tensors(f"{site_id}.").items()})
         return gathered.carried(self._operators(site.layer, site.name))

@@ -76,7 +76,8 @@ class LoadedExecutable:
         for start in range(0, len(windows), batch):
             rows = slice(start, min(start + batch, len(windows)))
             with torch.no_grad():
-                yield rows, model(windows[rows].to(self.device), use_cache=False).logits
+                logits = model(windows[rows].to(self.device), use_cache=False).logits
+            yield rows, logits
 
     def whole(self) -> nn.Module:
         """Load the checkpoint."""

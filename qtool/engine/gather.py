@@ -26,12 +26,14 @@ class Gathering:
         token_weight: How much each token counts where that matters.
         seed: Seeds what is drawn at random.
         sample_size: Token rows that a sample keeps.
+        window: Tokens to a window; accumulators are shown whole windows. 0 where that does not matter.
     """
 
     tokens: int
     token_weight: TokenWeight
     seed: int = 0
     sample_size: int = 2048
+    window: int = 0
 
 
 @runtime_checkable

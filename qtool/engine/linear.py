@@ -91,6 +91,7 @@ class ExecutedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(original.weight, requires_grad=False)
         bias = nn.Parameter(original.bias, requires_grad=False) if original.bias is not None else None
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)  # also where there is none: a shift gives it one when it is folded
         self.in_features, self.out_features = original.in_features, original.out_features
         self.site = site

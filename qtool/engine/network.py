@@ -22,6 +22,7 @@ from qtool.engine.attention import CHILD, KVPath
 from qtool.engine.linear import ExecutedLinear, SiteInput
 from qtool.engine.online import with_kernels
 from qtool.engine.subject import BlockContent, Subject
+from qtool.errors import ModelError
 
 Inputs = list[dict[str, Any]]
 
@@ -86,17 +87,28 @@ class Network:
 
         Returns:
             What was loaded.
+
+        Raises:
+            ModelError: A parameter of the block is not in it.
         """
         content = content or self.subject.block(layer)
         prefix = self.subject.model.graph.block_name(layer)
         for name, tensor in content.state.items():
             self._assign(f"{prefix}.{name}", tensor)
+        missing = [name for name, parameter in self.blocks[layer].named_parameters() if parameter.is_meta]
+        if missing:
+            raise ModelError(
+                f"the model lacks the tensor `{prefix}.{missing[0]}`",
+                facts=(("model", self.subject.model.path), ("family", self.subject.model.family.name)),
+                hint="check that the download is complete",
+            )
         for name, site in self.sites[layer].items():
+            site.forget()
             plan = self.subject.plan.at(f"layers.{layer}.{name}")
             site.operators = with_kernels(plan.online, self.subject.plugins, self.device)
             site.rounding = self.subject.rounding(layer, name, self.device)
-        for module, adapter in content.adapters.items():
-            self.linear(layer, module).adapter = adapter
+        for spec in self.subject.model.family.linears:
+            self.linear(layer, spec.module).adapter = content.adapters.get(spec.module)
         return content
 
     def linear(self, layer: int, module: str) -> ExecutedLinear:
@@ -107,9 +119,11 @@ class Network:
         return found
 
     def drop(self, layer: int) -> None:
-        """Forget a block's weights."""
+        """Forget a block's weights, adapters and what its sites remember."""
         for site in self.sites[layer].values():
             site.forget()
+        for spec in self.subject.model.family.linears:
+            self.linear(layer, spec.module).adapter = None
         self.blocks[layer].to("meta")
 
     def load_all(self) -> nn.Module:

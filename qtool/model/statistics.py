@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qtool.errors import ArtifactError
-from qtool.numerics.operators import Diag, Operator, carry_hessian
+from qtool.numerics.operators import Operator, carry_hessian
 
 SAMPLE = "sample"
 FROM_SAMPLE = ("absmax", "min", "max", "mean_abs")
@@ -43,10 +43,12 @@ class SiteStatistics:
             ArtifactError: It was not gathered; the hint says how to gather it.
         """
         if name not in self.entries:
+            # Behind a rotation extremes come from the sample, so gathering them alone would lead here again.
+            wanted = {*self.entries, name, *((SAMPLE,) if name in FROM_SAMPLE else ())}
             raise ArtifactError(
                 f"the statistics lack `{name}` at `{site}`",
                 facts=(("gathered", ", ".join(sorted(self.entries)) or "nothing"),),
-                hint=f"qtool calibrate MODEL --gather {','.join(sorted({*self.entries, name}))}",
+                hint=f"qtool calibrate MODEL --gather {','.join(sorted(wanted))}",
             )
         return self.entries[name]
 
@@ -54,7 +56,8 @@ class SiteStatistics:
         """Return the statistics of ``x T`` for ``T`` the product of ``operators``.
 
         ``hessian``, ``mean`` and ``sample`` are exact (a Hessian stays weighted by the tokens' original weights).
-        The others are exact behind a diagonal, and are otherwise estimated from the sample, or dropped without one.
+        The others are exact behind a diagonal or a permutation, and are otherwise estimated from the sample, or
+        dropped without one.
         """
         statistics = self
         for operator in operators:
@@ -68,20 +71,26 @@ class SiteStatistics:
         if "hessian" in self.entries:
             entries["hessian"] = carry_hessian((operator,), self.entries["hessian"], mean=mean)
         estimated = set(self.estimated)
-        if isinstance(operator, Diag) and operator.heads == 1:
-            entries |= self._scaled(operator)
+        if operator.is_diagonal or operator.is_permutation:
+            entries |= self._by_channel(operator)
         elif SAMPLE in entries:
             known = {name: value for name, value in summarize(entries[SAMPLE]).items() if name in self.entries}
             entries |= known
             estimated |= set(known)
         return SiteStatistics(self.tokens, entries, frozenset(estimated))
 
-    def _scaled(self, diagonal: Diag) -> dict[str, Tensor]:
-        """Return each channel's extremes behind a diagonal: exact."""
-        scaled = {n: diagonal.act(v) for n, v in self.entries.items() if n in FROM_SAMPLE}
+    def _by_channel(self, operator: Operator) -> dict[str, Tensor]:
+        """Return each channel's extremes behind an operator that leaves channels apart: exact.
+
+        Where a channel is flipped, its maximum is known only with its minimum, and the other way round.
+        """
+        scaled = {n: operator.act(v) for n, v in self.entries.items() if n in FROM_SAMPLE}
         low, high = scaled.get("min"), scaled.get("max")
         if low is not None and high is not None:
             scaled |= {"min": torch.minimum(low, high), "max": torch.maximum(low, high)}
+        for name in {"min", "max"} & scaled.keys() if low is None or high is None else ():
+            if bool((operator.act(torch.ones_like(scaled[name])) < 0).any()):
+                del scaled[name]
         return scaled | {name: scaled[name].abs() for name in ("absmax", "mean_abs") if name in scaled}
 
 

@@ -6,6 +6,7 @@ Dropping them is worse than keeping them, so they are kept but made to weigh les
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class TokenWeight:
 
     Attributes:
         rule: ``uniform``: 1. ``inverse-norm``: each token is divided by ``‖x‖**parameter``. ``clip``: tokens are
-            shortened to at most ``parameter`` times the median norm.
+            shortened to at most ``parameter`` times the median norm of their window. A token of zeros weighs nothing.
         parameter: See ``rule``.
     """
 
@@ -33,14 +34,22 @@ class TokenWeight:
     def __str__(self) -> str:
         return self.rule if self.rule == "uniform" else f"{self.rule}:{self.parameter:g}"
 
-    def scales(self, x: Float[Tensor, "tokens n"]) -> Float[Tensor, " tokens"] | None:
-        """Return the factor that multiplies each token before its outer product, or None for 1."""
+    def scales(self, x: Float[Tensor, "tokens n"], *, window: int = 0) -> Float[Tensor, " tokens"] | None:
+        """Return the factor that multiplies each token before its outer product, or None for 1.
+
+        Args:
+            x: Tokens, whole windows one after the other.
+            window: Tokens to a window, so that the result does not depend on how many windows come at once; where it
+                does not divide the tokens, they count as one window.
+        """
         if self.rule == "uniform":
             return None
-        norms = torch.linalg.vector_norm(x, dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        norms = torch.linalg.vector_norm(x, dim=-1)
         if self.rule == "inverse-norm":
-            return torch.pow(norms, -self.parameter)
-        return torch.clamp_max(self.parameter * norms.median() / norms, 1.0)
+            return torch.where(norms < torch.finfo(torch.float32).tiny, 0.0, torch.pow(norms, -self.parameter))
+        windows = norms.reshape(-1, window) if window and len(norms) % window == 0 else norms.reshape(1, -1)
+        bounds = (self.parameter * windows.median(-1, keepdim=True).values).expand_as(windows).reshape(-1)
+        return torch.where(norms > bounds, bounds / norms, 1.0)
 
 
 def parse_token_weight(text: str) -> TokenWeight:
@@ -52,10 +61,10 @@ def parse_token_weight(text: str) -> TokenWeight:
     rule, _, parameter = text.partition(":")
     defaults = {"uniform": 1.0, "inverse-norm": 1.0, "clip": 3.0}
     try:
-        value = float(parameter) if parameter else defaults[rule]
+        value = float(parameter) if parameter and rule != "uniform" else defaults[text]
     except (KeyError, ValueError):
         value = 0.0
-    if not value > 0:
+    if rule not in defaults or not 0 < value < math.inf:
         raise UsageError(
             f"cannot read the token weight `{text}`",
             facts=(("known", ", ".join(RULES)),),

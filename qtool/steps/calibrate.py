@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from qtool.artifacts.manifest import Manifest, Step
+from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.gather import Gathering, Statistic, observing
 from qtool.engine.network import Network
@@ -70,6 +70,8 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
     statistics: dict[str, Statistic] = {name: workspace.plugins.load("statistics", name) for name in request.gather}
     weight = parse_token_weight(request.token_weight)
     opened = open_subject(request.source, workspace)
+    if opened.artifact is not None:
+        require_kind(opened.artifact.manifest, "plan", "quantized", "statistics", path=request.source)
     windows, source = calibration_text(
         request.data,
         opened.model,
@@ -79,7 +81,7 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
         seed=request.seed,
     )
     dtype = compute_dtype(request.dtype, opened.model)
-    gathering = Gathering(windows.numel(), weight, request.seed, request.sample_size)
+    gathering = Gathering(windows.numel(), weight, request.seed, request.sample_size, windows.shape[1])
     manifest = _manifest(request, opened, statistics, _text_details(request, windows, source), dtype)
     path = workspace.output(manifest, request.output)
     if (done := ArtifactWriter.finished(path, manifest.key)) is not None:

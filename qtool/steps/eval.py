@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from qtool.artifacts.identity import digest_file, digest_json
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.execute import BlockExecutable, LoadedExecutable
@@ -161,6 +162,7 @@ def _manifest(
         "kl": request.kl,
         "tasks": list(request.tasks),
         "limit": request.limit,
+        "task_data": _task_data_digest(request),
         "dtype": dtype_name(dtype),
         "metrics": {name: workspace.plugins.load("metrics", name).version for name in _wanted(request)},
     }
@@ -179,6 +181,22 @@ def _manifest(
         schemes=opened.artifact.manifest.schemes if opened.artifact is not None else {},
         details=details,
     )
+
+
+def _task_data_digest(request: EvalRequest) -> str:
+    """Return a digest of what tasks are read from and by, so that other data or another harness is another key."""
+    if not request.tasks:
+        return ""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        harness = version("lm_eval")
+    except PackageNotFoundError:
+        harness = ""
+    folder = request.task_data
+    files = sorted(folder.rglob("*.jsonl*")) if folder is not None else []
+    listed = {str(file.relative_to(folder)): digest_file(file) for file in files if folder is not None}
+    return digest_json({"harness": harness, "files": listed})
 
 
 def _check(gates: list[Gate], artifact: Artifact) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qtool.artifacts.manifest import Manifest, Step
+from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import Gathering, Statistic, observing
@@ -22,15 +22,16 @@ from qtool.engine.solve import Method, Solver
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, linear_tensors, read_linear
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.subject import BlockContent, Subject
-from qtool.errors import ArtifactError, NumericalError, UsageError
+from qtool.errors import ArtifactError, NumericalError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
+from qtool.model.plan import Plan
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme, TensorScheme
 from qtool.steps.calibrate import WINDOWS
 from qtool.steps.options import Configured, configure
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
-from qtool.steps.transform import statistics_of
+from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace, measured
 
 Propagate = Literal["quantized", "none"]
@@ -90,30 +91,39 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     opened = open_subject(request.source, workspace)
     if opened.subject.quantized is not None:
         raise UsageError("this artifact is quantized already", hint="give the plan or the statistics it was made from")
+    if opened.artifact is not None:
+        require_kind(opened.artifact.manifest, "plan", "statistics", path=request.source)
     weights = check_scheme(request.scheme, opened.subject)
     statistics = statistics_of(opened, workspace)
     work = _Work(request, workspace, opened, methods, weights, statistics)
     manifest = work.manifest()
     path = workspace.output(manifest, request.output)
     if (done := ArtifactWriter.finished(path, manifest.key)) is not None:
+        _check_counters(request, done.manifest.counters)
         return done, True
     about: dict[str, object] = {}
     with measured(about, workspace.device):
         writer = ArtifactWriter(path, manifest)
         writer.begin()
         reports, counters = work.run(writer)
-    if request.strict and counters:
-        facts = tuple((name, count) for name, count in sorted(counters.items()))
-        raise NumericalError("something unusual happened and --strict was given", facts=facts)
+    _check_counters(request, counters)
     details = {**manifest.details, "layers": reports}
     return writer.finish(replace(manifest, details=details, counters=dict(counters), about=about)), False
+
+
+def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> None:
+    """Refuse what was not as usual if the user wants that; of an artifact that is reused as of a new one."""
+    if request.strict and counters:
+        facts = tuple(sorted(counters.items()))
+        raise NumericalError("something unusual happened and --strict was given", facts=facts)
 
 
 def check_scheme(scheme: ModelScheme, subject: Subject) -> TensorScheme:
     """Refuse, before any work, a scheme that does not fit some layer; return that of the weights.
 
     Raises:
-        SchemeError: A group does not divide an input; names the layer.
+        SchemeError: A group does not divide an input (names the layer), or a KV cache would need all of its tokens
+            before the first could be stored.
         UsageError: No weights are to be quantized.
     """
     if scheme.weights is None:
@@ -126,6 +136,13 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> TensorScheme:
             scheme.activations.groups_of(width, layer=linear.name)
     if scheme.kv is not None:
         scheme.kv.groups_of(graph.dims.head_dim, layer="the KV cache")
+        # One dynamic scale for all that attention sees stands in for the static one of engines; two levels do not.
+        if subject.plugins.format(scheme.kv.format).global_scale(torch.ones(()), scheme.kv) is not None:
+            raise SchemeError(
+                "a KV cache grows token by token, so its tokens cannot share a scale",
+                facts=(("scheme", scheme.kv),),
+                hint="--kv int8-asym-token",
+            )
     return scheme.weights
 
 
@@ -216,19 +233,23 @@ class _Work:
                     facts=(("gathered with", self.statistics.manifest.step.config["token_weight"]),),
                     hint=f"qtool calibrate MODEL --token-weight {self.request.token_weight}",
                 )
-            carried = CarriedStatistics(self.statistics, self.model, self.opened.subject.plan)
-        notes = []
+            behind = gathered_behind(self.statistics) is not None
+            carried = CarriedStatistics(self.statistics, self.model, Plan() if behind else self.opened.subject.plan)
+        notes, estimated = [], set[str]()
         for layer in self._layers(range(self.graph.dims.num_layers)):
             if not writer.has(f"layer-{layer}"):
                 known = {}
                 for site in self.graph.input_sites if carried else ():
                     known[site] = carried[f"layers.{layer}.{site}"]
                     for need in self.needs:
-                        known[site].need(need, site=site)
+                        known[site].need(need, site=f"layers.{layer}.{site}")
+                    estimated |= known[site].estimated & set(self.needs)
                 state = self.opened.subject.folded(layer)
                 linears = self.solver.solve(self.graph.linears_of(layer), state, known)
                 self._write(writer, layer, linears, self._static_scales(layer, known))
             notes.append(self._notes(writer, layer))
+        if estimated:
+            self.workspace.warn(f"{', '.join(sorted(estimated))} behind rotations: estimated from the sample")
         return notes
 
     def _solve_with_passes(self, writer: ArtifactWriter) -> list[dict[str, Any]]:
@@ -239,7 +260,13 @@ class _Work:
         scheme = self.request.scheme if self.request.round_activations else ModelScheme()
         subject = replace(self.opened.subject, scheme=replace(scheme, weights=None))
         network = Network(subject, device=self.workspace.device, dtype=self.dtype)
-        gathering = Gathering(windows.numel(), parse_token_weight(self.token_weight), self.request.seed)
+        gathering = Gathering(
+            windows.numel(),
+            parse_token_weight(self.token_weight),
+            self.request.seed,
+            self.statistics.manifest.step.config["sample_size"],
+            windows.shape[1],
+        )
         statistics: dict[str, Statistic] = {n: self.workspace.plugins.load("statistics", n) for n in self.needs}
         batch = self.request.batch or default_batch(self.workspace.device, windows.shape[1])
         stream = Stream(network, windows, batch=batch, spill=writer.parts)

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from qtool.errors import UsageError
+from qtool.plugins import Plugins
+from qtool.scheme import ModelScheme
+from qtool.steps.schemes import read_scheme
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,7 @@ class MitigateSettings:
     """What mitigate does where users say nothing; the fields are those of ``MitigateRequest``.
 
     Attributes:
+        scheme_name: What the scheme is called where none of its parts is replaced.
         weights: Written tensor scheme, or empty.
         activations: The same, of the inputs of linears.
         kv: The same, of the KV cache.
@@ -26,6 +30,7 @@ class MitigateSettings:
         seed: Seeds what is random.
     """
 
+    scheme_name: str = ""
     weights: str = ""
     activations: str = ""
     kv: str = ""
@@ -40,9 +45,22 @@ class MitigateSettings:
         """Return the settings with every value that is given, that is not None, in place of their own."""
         return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
-    def parts(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return the written parts of the scheme: those given, and where one is empty, these settings'."""
-        return {name: text or getattr(self, name) for name, text in given.items()}
+    def scheme(self, preset: str, given: Mapping[str, str], plugins: Plugins) -> ModelScheme:
+        """Return the scheme of a model.
+
+        Args:
+            preset: Name of a scheme such as ``W4A16``, which takes the place of all parts of these settings.
+            given: ``weights``, ``activations`` and ``kv`` as users write them; one that is empty is not given.
+            plugins: Where formats and presets are found.
+
+        Raises:
+            SchemeError: A part or the preset's name cannot be read.
+        """
+        if preset:
+            return read_scheme(preset, given, plugins)
+        parts = {name: given.get(name) or getattr(self, name) for name in ("weights", "activations", "kv")}
+        scheme = read_scheme("", parts, plugins)
+        return scheme if any(given.values()) else replace(scheme, name=self.scheme_name)
 
     def options(self, composition: str, given: Mapping[str, str]) -> dict[str, str]:
         """Return the options of a composition's methods: those given, then these settings' where none is given.
@@ -67,6 +85,7 @@ PRESETS: Mapping[str, MitigateSettings] = MappingProxyType(
     {
         # arXiv:2507.17417 and its released code: RTN and GPTQ as in QuaRot, LoRC of rank 32.
         "survey": MitigateSettings(
+            scheme_name="W4A4 (survey)",
             weights="int4-sym-channel-sfp32-full",
             activations="int4-asym-token",
             methods={

@@ -18,7 +18,6 @@ from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.options import configure
 from qtool.steps.presets import MitigateSettings, mitigate_settings
 from qtool.steps.recipe import Recipe
-from qtool.steps.schemes import read_scheme
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 
@@ -162,8 +161,7 @@ class _Expansion:
     def _scheme(self, cell: CellChoice) -> ModelScheme:
         choice = cell.scheme
         parts = {"weights": choice.weights, "activations": choice.activations, "kv": choice.kv}
-        given = parts if choice.scheme else self._settings(cell.seed).parts(parts)
-        scheme = read_scheme(choice.scheme, given, self.plugins)
+        scheme = self._settings(cell.seed).scheme(choice.scheme, parts, self.plugins)
         return replace(scheme, name=choice.name or scheme.name)
 
     def _mitigated(self, words: str, cell: CellChoice, source: Task | None) -> Task:

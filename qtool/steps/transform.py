@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qtool.artifacts.manifest import Manifest, Step
+from qtool.artifacts.manifest import Input, Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.carry import CarriedStatistics
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
-from qtool.errors import UsageError
+from qtool.errors import ArtifactError, UsageError
 from qtool.model.plan import Plan, TransformContext
 from qtool.model.statistics import SiteStatistics
 from qtool.scheme import ModelScheme
@@ -54,7 +54,15 @@ def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact
     """
     methods = configure("transforms", request.method, request.settings, workspace.plugins)
     opened = open_subject(request.source, workspace)
+    if opened.artifact is not None:
+        require_kind(opened.artifact.manifest, "statistics", "plan", path=request.source)
     statistics = statistics_of(opened, workspace)
+    if statistics is not None and gathered_behind(statistics) is not None:
+        raise UsageError(
+            "statistics of a transformed model cannot be carried through another transform",
+            facts=(("statistics", statistics.path),),
+            hint="calibrate the original model, and give those statistics",
+        )
     for one in methods:
         if one.method.needs and statistics is None:
             raise UsageError(
@@ -81,15 +89,47 @@ def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact
 
 
 def statistics_of(opened: Opened, workspace: Workspace) -> Artifact | None:
-    """Find the statistics behind what was opened: itself, what it was made from, or what the user points at."""
+    """Find the statistics behind what was opened: itself, what it was made from, or what the user points at.
+
+    Raises:
+        ArtifactError: They are gone, or were gathered on another model or behind another plan than what was opened.
+    """
+    found, artifact = None, opened.artifact
     if "statistics" in workspace.inputs:
-        return workspace.artifact(workspace.inputs["statistics"], "statistics")
-    artifact = opened.artifact
-    if artifact is None:
-        return None
-    if artifact.manifest.kind == "statistics":
-        return artifact
-    return workspace.input_of(artifact, "statistics") if "statistics" in artifact.manifest.inputs else None
+        found = workspace.artifact(workspace.inputs["statistics"], "statistics")
+    elif artifact is not None and artifact.manifest.kind == "statistics":
+        found = artifact
+    elif artifact is not None and "statistics" in artifact.manifest.inputs:
+        found = workspace.input_of(artifact, "statistics")
+    if found is not None:
+        _check_statistics(found, opened)
+    return found
+
+
+def gathered_behind(statistics: Artifact) -> Input | None:
+    """Return the plan (or the quantized artifact) that statistics were gathered behind; None for the model itself."""
+    inputs = statistics.manifest.inputs
+    return next((inputs[role] for role in ("quantized", "plan") if role in inputs), None)
+
+
+def _check_statistics(statistics: Artifact, opened: Opened) -> None:
+    """Refuse statistics that do not speak of what was opened."""
+    if statistics.manifest.subject != opened.model.id:
+        raise ArtifactError(
+            "statistics were collected on another model",
+            facts=(
+                ("statistics", f"{statistics.path}  subject {statistics.manifest.subject[:12]}"),
+                ("model", f"{opened.model.path}  subject {opened.model.id[:12]}"),
+            ),
+            hint=f"qtool calibrate {opened.model.path}",
+        )
+    behind = gathered_behind(statistics)
+    if behind is not None and behind.id not in {one.id for one in opened.inputs.values()}:
+        raise ArtifactError(
+            "statistics were collected on a transformed model",
+            facts=(("statistics", statistics.path), ("transformed by", behind.path)),
+            hint=f"give {behind.path} with --input statistics={statistics.path}",
+        )
 
 
 def context_of(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qtool.cli.app import main
-from qtool.cli.session import CALM
+from qtool.cli.session import CALM, NO_BARS
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def run_line(*words: object, stdin: io.StringIO | str = "") -> Ended:
     """Run `qtool` with these words; what is no text already is written as text."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        for name, value in CALM.items():  # a command sets them for good
+        for name, value in (CALM | NO_BARS).items():  # a command sets them for good
             patch.setenv(name, value)
         patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         code = main([str(word) for word in words])
@@ -71,6 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Pat
         for kind, words in lines.items():
             ended = run_line(*words, "-o", folder / f"{kind}.safetensors")
             assert ended.code == 0, ended.err
-        ended = run_line("pack", folder / "quantized.safetensors", "--to", "hf", "-o", folder / "checkpoint")
+        line = ("pack", folder / "quantized.safetensors", "--to", "compressed-tensors", "-o", folder / "checkpoint")
+        ended = run_line(*line)
         assert ended.code == 0, ended.err
     return {**{kind: folder / f"{kind}.safetensors" for kind in lines}, "checkpoint": folder / "checkpoint"}

@@ -251,6 +251,14 @@ def test_a_reader_that_leaves_ends_a_command_quietly_with_141(line: str) -> None
 
 
 @pytest.mark.slow
+def test_bars_of_libraries_are_shown_on_a_terminal_only(made: Made, tmp_path: Path) -> None:
+    words = ("eval", str(made["checkpoint"]), "--perplexity", "speeches", "--seq-len", "32", "--max-windows", "1")
+    line = [sys.executable, "-m", "qtool", *words, "-o", str(tmp_path / "metrics.safetensors")]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300)
+    assert [row.split()[0] for row in done.stderr.splitlines()] == ["perplexity/speeches"]
+
+
+@pytest.mark.slow
 def test_steps_chain_through_pipes(tmp_path: Path) -> None:
     qtool = f'"{sys.executable}" -m qtool'
     script = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -84,9 +84,7 @@ def transformers_logits(path: Path, windows: Tensor, batch: int = 2, dtype: torc
 class TestWholeModels:
     @pytest.mark.parametrize("name", MODELS)
     @pytest.mark.parametrize("batch", [1, 2, 3, 8])
-    def test_blocks_are_the_whole_model_bit_for_bit(
-        self, opened: Open, windows: Tensor, name: str, batch: int
-    ) -> None:
+    def test_blocks_are_the_whole_model_bit_for_bit(self, opened: Open, windows: Tensor, name: str, batch: int) -> None:
         subject = opened(name)
         expected = transformers_logits(subject.model.path, windows, batch)
         assert torch.equal(block_logits(subject, windows, batch), expected)
@@ -104,7 +102,9 @@ class TestWholeModels:
         subject = opened(name)
         whole = block_logits(subject, windows, 5, torch.float64)
         for batch in (1, 2, 4):
-            torch.testing.assert_close(block_logits(subject, windows, batch, torch.float64), whole, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(
+                block_logits(subject, windows, batch, torch.float64), whole, rtol=1e-11, atol=1e-11
+            )
 
     @pytest.mark.parametrize("name", ["llama-tied", "mistral", "qwen3"])
     def test_the_module_that_is_handed_out_whole(self, opened: Open, windows: Tensor, name: str) -> None:
@@ -164,6 +164,7 @@ class TestMemory:
         one.load(0)
         hidden, arguments = one.embed(windows[:2])
         one.run(0, hidden, arguments[0])
+        one.linear(0, "self_attn.q_proj")(hidden)
         assert one.sites[0]["attn_in"]._seen is not None
         one.linear(0, "mlp.up_proj").adapter = Adapter(torch.zeros(1, 24), torch.zeros(40, 1))
         one.drop(0)
@@ -261,9 +262,12 @@ class TestRounding:
 
         def rounded(_: torch.nn.Module, inputs: tuple[Tensor]) -> Tensor:
             groups = inputs[0].unflatten(-1, (-1, scheme.group_size or inputs[0].shape[-1]))
-            return fmt.decode(fmt.encode(groups, p := fmt.fit(groups, scheme)), p).flatten(-2) if p else groups
+            parameters = fmt.fit(groups, scheme)
+            return fmt.decode(fmt.encode(groups, parameters), parameters).flatten(-2)
 
-        model = AutoModelForCausalLM.from_pretrained(subject.model.path, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            subject.model.path, dtype=torch.float32, attn_implementation="sdpa"
+        )
         names = {linear.name for linear in subject.model.graph.linears}
         for name, module in model.named_modules():
             if name in names:
@@ -343,16 +347,24 @@ class TestSiteInput:
         one.load(0)
         one.sites[0]["attn_in"].operators = (doubling,)
         one.sites[0]["attn_in"].observer = seen.append
-        hidden, arguments = one.embed(windows)
         for rows in windows.split(2):
             hidden, arguments = one.embed(rows)
             one.run(0, hidden, arguments[0])
         assert doubling.calls == 3
         assert [len(x) for x in seen] == [24, 24, 12]
 
-    def test_another_tensor_is_never_mistaken_for_the_last(self) -> None:
+    @pytest.fixture
+    def site(self) -> SiteInput:
         site = SiteInput()
         site.operators = (self.Doubling(),)
+        site.readers = 100
+        return site
+
+    def test_the_same_tensor_is_remembered(self, site: SiteInput) -> None:
+        x = torch.ones(2, 3)
+        assert site(x) is site(x)
+
+    def test_another_tensor_is_never_mistaken_for_the_last(self, site: SiteInput) -> None:
         for value in range(50):
             # Each tensor may lie where the one before it lay.
             assert site(torch.full((2, 3), float(value))).eq(2.0 * value).all()
@@ -361,9 +373,7 @@ class TestSiteInput:
         assert site(x.clone().mul_(3)).eq(6).all()
         assert site(x[:1]).shape == (1, 3)
 
-    def test_a_tensor_that_was_changed_in_place_is_another(self) -> None:
-        site = SiteInput()
-        site.operators = (self.Doubling(),)
+    def test_a_tensor_that_was_changed_in_place_is_another(self, site: SiteInput) -> None:
         x = torch.ones(2, 3)
         assert site(x).eq(2).all()
         assert site(x.mul_(5)).eq(10).all()
@@ -372,8 +382,8 @@ class TestSiteInput:
         subject = opened("llama")
         one = network(subject)
         one.load(0)
-        site = one.sites[0]["up_down"]
-        x = torch.ones(2, 40)
+        site = one.sites[0]["mlp_in"]
+        x = torch.ones(2, 24)
         site.operators = (self.Doubling(),)
         assert site(x).eq(2).all()
         one.load(0)
@@ -428,8 +438,6 @@ class TestTinyModels:
         assert not tiny.path.exists()
 
 
-def test_every_module_has_a_reader(opened: Open) -> None:
-    """``Iterator`` of batches: rows are disjoint, in order, and cover everything."""
-    windows = torch.zeros(5, 4, dtype=torch.int64)
-    stream: Iterator[slice] = Stream(network(opened("llama")), windows, batch=2, spill=Path("unused")).batches()
-    assert [(rows.start, rows.stop) for rows in stream] == [(0, 2), (2, 4), (4, 5)]
+def test_batches_cover_every_window_once_and_in_order(opened: Open, windows: Tensor) -> None:
+    rows = Stream(network(opened("llama")), windows, batch=2, spill=Path("unused")).batches()
+    assert [(one.start, one.stop) for one in rows] == [(0, 2), (2, 4), (4, 5)]

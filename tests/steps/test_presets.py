@@ -6,7 +6,7 @@ import pytest
 
 from qtool.errors import SchemeError, UsageError
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
 from qtool.steps.options import configure
 from qtool.steps.presets import PRESETS, MitigateSettings, mitigate_settings
 from qtool.steps.schemes import read_scheme
@@ -29,7 +29,7 @@ def test_every_option_of_a_preset_is_one_that_its_method_has(preset: str, plugin
     for method, options in settings.methods.items():
         (configured,) = configure("mitigators", method, settings.options(method, {}), plugins)
         assert {name: str(getattr(configured.config, name)).lower() for name in options} == options
-    read_scheme("", settings.parts({"weights": "", "activations": "", "kv": ""}), plugins)
+    assert settings.scheme("", {}, plugins).weights is not None
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,20 @@ def test_options_of_methods_that_are_not_used_are_left_out() -> None:
 def test_values_that_are_given_override_and_none_does_not() -> None:
     settings = mitigate_settings("survey").overridden(seed=0, true_sequential=False, token_weight=None)
     assert (settings.seed, settings.true_sequential, settings.token_weight) == (0, False, "uniform")
-    given = {"weights": "int8", "activations": "", "kv": ""}
-    assert settings.parts(given) == {"weights": "int8", "activations": "int4-asym-token", "kv": ""}
+
+
+def test_parts_of_a_presets_scheme_are_replaced_one_by_one_and_by_a_scheme_all_at_once(plugins: Plugins) -> None:
+    survey = mitigate_settings("survey")
+    own = survey.scheme("", {"weights": "", "activations": "", "kv": ""}, plugins)
+    assert (str(own.activations), own.kv, own.name) == (str(read("int4-asym-token", plugins)), None, "W4A4 (survey)")
+    mixed = survey.scheme("", {"weights": "int8", "activations": "", "kv": ""}, plugins)
+    assert (mixed.weights, mixed.activations, mixed.name) == (read("int8", plugins), own.activations, "")
+    whole = survey.scheme("W4A16", {"weights": "", "kv": "int8"}, plugins)
+    assert (whole.activations, whole.kv) == (None, read("int8", plugins))
+
+
+def read(text: str, plugins: Plugins) -> TensorScheme:
+    return parse_tensor_scheme(text, plugins.format)
 
 
 def test_an_unknown_preset_is_met_with_the_nearest() -> None:
@@ -74,7 +86,7 @@ def test_a_scheme_is_a_preset_or_parts_or_a_preset_with_other_parts(plugins: Plu
     whole = read_scheme("W4A8", {"weights": "", "kv": None}, plugins)
     assert whole == parse_model_scheme("W4A8", plugins.format, plugins.presets)
     mixed = read_scheme("W4A8", {"weights": "int3-g64", "activations": "none", "kv": "int8"}, plugins)
-    expected = [parse_tensor_scheme(text, plugins.format) for text in ("int3-g64", "int8")]
+    expected = [read(text, plugins) for text in ("int3-g64", "int8")]
     assert [mixed.weights, mixed.kv] == expected
     assert (mixed.activations, mixed.name) == (None, "")
 

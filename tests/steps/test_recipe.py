@@ -181,6 +181,22 @@ def test_schemes_of_one_name_are_different_tasks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_of_this_repository_can_be_run(path: Path) -> None:
-    tasks = tasks_of(read_recipe(path), Plugins.discover())
+    recipe = read_recipe(path)
+    assert recipe.name == path.stem
+    assert tasks_of(recipe, Plugins.discover())
+
+
+@pytest.mark.parametrize("name", ["quickstart", "tiny"])
+def test_the_first_recipes_measure_seven_times_with_one_plan(name: str) -> None:
+    tasks = tasks_of(read_recipe(RECIPES / f"{name}.yaml"), Plugins.discover())
     assert tasks[0].title == "eval full precision"
     assert sum(task.measures for task in tasks) == 7
+    assert [task.title for task in tasks if task.title.startswith("transform")] == ["transform quarot"]
+
+
+def test_the_example_in_the_recipes_readme_can_be_run(tmp_path: Path) -> None:
+    example = (RECIPES / "README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    recipe = recipe_of(example, tmp_path)
+    assert recipe.name == "example"
+    assert len(cells_of(recipe)) == 3 * 3 * 3 - 3 + 1
+    assert tasks_of(recipe, Plugins.discover())

@@ -1,7 +1,7 @@
 """GPTQ, Frantar et al. 2023, arXiv:2210.17323: error feedback through the inverse Hessian.
 
 Groups are fitted before the solver starts (``parameters=static``), so that columns can be visited by descending Hessian
-diagonal while groups stay neighbours in storage; or when it reaches them, on the weights as they are by then (``fresh``);
+diagonal while groups stay neighbours in storage; or when it reaches them, on the weights as they are then (``fresh``);
 GPTQ's first code leaves out what is still pending in its lazy block (``stale``). The defaults are what measured best
 (``recipes/README.md``): static parameters in activation order, clipped by the Hessian's diagonal.
 """

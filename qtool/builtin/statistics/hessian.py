@@ -8,20 +8,19 @@ from torch import Tensor
 
 from qtool.engine.gather import Gathering
 from qtool.numerics.moments import add_second_moment
-from qtool.numerics.token_weights import TokenWeight
 
 
 class HessianAccumulator:
     """Sums w x xᵀ and w in float32."""
 
-    def __init__(self, n: int, token_weight: TokenWeight, device: torch.device) -> None:
+    def __init__(self, n: int, gathering: Gathering, device: torch.device) -> None:
         self.sum = torch.zeros(n, n, device=device)
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
-        self.token_weight = token_weight
+        self.gathering = gathering
 
     def update(self, x: Float[Tensor, "tokens n"]) -> None:
         """Add some tokens."""
-        scales = self.token_weight.scales(x)
+        scales = self.gathering.token_weight.scales(x, window=self.gathering.window)
         if scales is None:
             self.weight += x.shape[0]
         else:
@@ -42,4 +41,4 @@ class Hessian:
 
     def start(self, n: int, gathering: Gathering, device: torch.device) -> HessianAccumulator:
         """Return an accumulator for a site."""
-        return HessianAccumulator(n, gathering.token_weight, device)
+        return HessianAccumulator(n, gathering, device)
