@@ -29,10 +29,10 @@ def linear_tensors(name: str, linear: QuantizedLinear, scheme: TensorScheme, fmt
         f"{name}.scale": encode_scale(parameters.scale, scheme.scale),
     }
     if parameters.zero_point is not None:
-        integral = not parameters.zero_point.frac().any()
-        tensors[f"{name}.zero_point"] = (
-            pack_codes(parameters.zero_point.to(torch.uint8), fmt.bits) if integral else parameters.zero_point.half()
-        )
+        zero_point = parameters.zero_point
+        are_codes = bool(((zero_point >= 0) & (zero_point < 2**fmt.bits) & (zero_point.frac() == 0)).all())
+        packed = pack_codes(zero_point.to(torch.uint8), fmt.bits) if are_codes else zero_point.float()
+        tensors[f"{name}.zero_point"] = packed
     if parameters.global_scale is not None:
         tensors[f"{name}.global_scale"] = parameters.global_scale.float()
     if linear.adapter is not None:

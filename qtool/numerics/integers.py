@@ -1,9 +1,11 @@
 """Integer codes: ``value = scale * (code - zero_point)`` with codes in ``[0, 2^b - 1]``.
 
 Symmetric integers have ``z = 2^(b-1)``, that is the signed range ``[-qmax - 1, qmax]`` with ``qmax = 2^(b-1) - 1``. The
-lowest code stays legal under both range rules: ``half`` reaches it at the edge of the range (``-amax`` lies on a tie,
-so the last bit of the scale decides), ``full`` only where values lie outside the fitted range (clipping, error
-feedback). Eight bits are no exception; who writes a checkpoint for a kernel that cannot take -128 has to look for it.
+lowest code stays legal under both range rules: ``half`` reaches it at the edge of the range, ``full`` only where values
+lie outside the fitted range (clipping, error feedback). Under ``half`` both ends lie on a tie, which the last bit of a
+rounded scale would decide at random; scales are therefore rounded down, so that ``-amax`` always takes the lowest
+code (measured: ``recipes/README.md``). Eight bits are no exception; who writes a checkpoint for a kernel that cannot
+take -128 has to look for it.
 
 A fit with ``half`` must not be repeated on decoded values: the top code decodes to ``qmax / (qmax + 1/2)`` of the
 range, so the second scale is smaller. Scales are therefore fitted once and stored.
@@ -16,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qtool.numerics.groups import largest_magnitude
-from qtool.numerics.scales import fit_scale, store_scale
+from qtool.numerics.scales import fit_scale, scale_below, store_scale
 from qtool.scheme import ExponentRule, RangeRule, ScaleFormat
 
 
@@ -44,12 +46,12 @@ def fit_symmetric(
     """
     qmax = 2 ** (num_bits - 1) - 1
     half = range_rule == "half" and scale_format != "e8m0"
-    return fit_scale(
-        largest_magnitude(groups) * clip,
-        max_value=qmax + 0.5 if half else float(qmax),
-        scale_format=scale_format,
-        exponent_rule=exponent_rule,
-    )
+    amax = largest_magnitude(groups) * clip
+    max_value = qmax + 0.5 if half else float(qmax)
+    scale = fit_scale(amax, max_value=max_value, scale_format=scale_format, exponent_rule=exponent_rule)
+    if not half:
+        return scale
+    return torch.where((scale * max_value > amax) & (amax > 0), scale_below(scale, scale_format), scale)
 
 
 def fit_asymmetric(

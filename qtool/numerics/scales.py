@@ -92,6 +92,13 @@ def store_scale(
     return stored.masked_fill(scale == 0, 1.0)
 
 
+def scale_below(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> Float[Tensor, "*rows"]:
+    """Return the next smaller float below each stored scale, within the format's range; not for E4M3 and E8M0."""
+    stored = scale.to(_FLOATS[scale_format])
+    bits = stored.view(torch.int32 if stored.element_size() == 4 else torch.int16) - 1
+    return bits.view(stored.dtype).float().clamp(*_LIMITS[scale_format])
+
+
 def encode_scale(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> Shaped[Tensor, "*rows"]:
     """Return scales in their storage dtype; E8M0 as uint8 exponents, which every reader of safetensors knows."""
     if scale_format == "e8m0":

@@ -18,7 +18,7 @@ from qtool.engine.stream import Stream, default_batch
 from qtool.model.text import token_digest
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
-from qtool.steps.text import calibration_text
+from qtool.steps.text import calibration_text, text_name
 from qtool.steps.workspace import Workspace, measured
 
 WINDOWS = "windows"
@@ -126,7 +126,7 @@ def _gather(
 
 def _text_details(request: CalibrateRequest, windows: Tensor, source: str) -> dict[str, Any]:
     return {
-        "data": request.data if not Path(request.data).is_file() else Path(request.data).name,
+        "data": text_name(request.data),
         "source": source,
         "tokens_digest": token_digest(windows),
         "num_samples": request.num_samples,

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from qtool.artifacts.identity import digest_file, digest_json
-from qtool.artifacts.manifest import Manifest, Step
+from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.execute import BlockExecutable, LoadedExecutable
 from qtool.engine.metric import Evaluation, Executable
@@ -22,7 +22,7 @@ from qtool.model.text import token_digest
 from qtool.steps.gates import Gate, read_gate
 from qtool.steps.labels import labels_of, stored_bits
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
-from qtool.steps.text import evaluation_text
+from qtool.steps.text import evaluation_text, text_name
 from qtool.steps.workspace import Workspace, measured
 
 
@@ -73,11 +73,14 @@ def evaluate(request: EvalRequest, workspace: Workspace) -> tuple[Artifact, bool
     """
     if not request.perplexity and not request.tasks:
         raise UsageError("there is nothing to measure", hint="--perplexity wikitext2, or --tasks arc_easy,piqa")
-    gates = [read_gate(text) for text in request.require]
+    gates = _gates(request)
     opened = open_subject(request.source, workspace)
+    if opened.artifact is not None:
+        require_kind(opened.artifact.manifest, "quantized", "plan", "checkpoint", "statistics", path=request.source)
+    seq_len, most = request.seq_len, request.max_windows
     windows = {
-        data: evaluation_text(data, opened.model, workspace, seq_len=request.seq_len, max_windows=request.max_windows)
-        for data in request.perplexity
+        name: evaluation_text(data, opened.model, workspace, seq_len=seq_len, max_windows=most)
+        for name, data in _texts(request).items()
     }
     dtype = compute_dtype(request.dtype, opened.model)
     manifest = _manifest(request, opened, windows, dtype, workspace)
@@ -138,11 +141,43 @@ def _measure(
     return writer.finish(final)
 
 
+def _texts(request: EvalRequest) -> dict[str, str]:
+    """Return the texts by the names under which they are measured, so that no folder is part of an identity.
+
+    Raises:
+        UsageError: Two files have one name.
+    """
+    texts: dict[str, str] = {}
+    for data in request.perplexity:
+        if texts.setdefault(text_name(data), data) != data:
+            raise UsageError(
+                f"two texts are called `{text_name(data)}`",
+                facts=(("one", texts[text_name(data)]), ("two", data)),
+                hint="measure them one after the other, or rename a file",
+            )
+    return texts
+
+
+def _gates(request: EvalRequest) -> list[Gate]:
+    """Read the gates, and refuse one on a text that is not measured before any work.
+
+    Raises:
+        UsageError: One cannot be read, or can never be met.
+    """
+    gates, texts = [read_gate(text) for text in request.require], _texts(request)
+    for gate in gates:
+        if not request.tasks and gate.metric.partition("/")[2] not in texts:
+            raise UsageError(
+                f"`--require {gate}` names a metric that is not measured", facts=(("texts", ", ".join(texts)),)
+            )
+    return gates
+
+
 def _wanted(request: EvalRequest) -> dict[str, dict[str, Any]]:
     """Return the metrics that are asked for with their options."""
     wanted: dict[str, dict[str, Any]] = {}
     if request.perplexity:
-        wanted["perplexity"] = {"data": request.perplexity, "kl": request.kl}
+        wanted["perplexity"] = {"data": tuple(_texts(request)), "kl": request.kl}
     if request.tasks:
         wanted["tasks"] = {"tasks": request.tasks, "limit": request.limit, "task_data": request.task_data}
     return wanted

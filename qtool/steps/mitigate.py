@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,8 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     """
     if request.propagate not in PROPAGATE:
         raise UsageError(f"unknown propagation `{request.propagate}`", facts=(("known", ", ".join(PROPAGATE)),))
+    if request.token_weight:
+        parse_token_weight(request.token_weight)
     methods = configure("mitigators", request.method, request.settings, workspace.plugins)
     opened = open_subject(request.source, workspace)
     if opened.subject.quantized is not None:
@@ -219,9 +221,10 @@ class _Work:
             counters.update(notes["counters"])
         return reports, counters
 
-    def _layers(self, layers: range) -> range:
-        shown = self.workspace.progress(layers, total=len(layers), label=f"mitigate {self.request.method}")
-        return shown  # type: ignore[return-value]
+    def _layers(self) -> Iterable[int]:
+        """Yield the blocks in order and show how far the work is."""
+        layers = range(self.graph.dims.num_layers)
+        return self.workspace.progress(layers, total=len(layers), label=f"mitigate {self.request.method}")
 
     def _solve_carried(self, writer: ArtifactWriter) -> list[dict[str, Any]]:
         """Solve from carried statistics, without a forward pass."""
@@ -236,7 +239,7 @@ class _Work:
             behind = gathered_behind(self.statistics) is not None
             carried = CarriedStatistics(self.statistics, self.model, Plan() if behind else self.opened.subject.plan)
         notes, estimated = [], set[str]()
-        for layer in self._layers(range(self.graph.dims.num_layers)):
+        for layer in self._layers():
             if not writer.has(f"layer-{layer}"):
                 known = {}
                 for site in self.graph.input_sites if carried else ():
@@ -271,7 +274,7 @@ class _Work:
         batch = self.request.batch or default_batch(self.workspace.device, windows.shape[1])
         stream = Stream(network, windows, batch=batch, spill=writer.parts)
         notes = []
-        for layer in self._layers(range(self.graph.dims.num_layers)):
+        for layer in self._layers():
             state = subject.folded(layer)
             if not writer.has(f"layer-{layer}"):
                 network.load(layer, BlockContent(state))

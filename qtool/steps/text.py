@@ -13,6 +13,11 @@ from qtool.model.text import Documents, calibration_windows, disjoint_windows, r
 from qtool.steps.workspace import Workspace
 
 
+def text_name(data: str) -> str:
+    """Return the name under which a text is known: a dataset's own, or a file's without its folder."""
+    return Path(data).name if Path(data).is_file() else data
+
+
 def read_documents(data: str, split: str, workspace: Workspace) -> Documents:
     """Read a dataset by name, or a file by path.
 

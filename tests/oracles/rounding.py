@@ -98,17 +98,19 @@ def decode_e8m0(code: int) -> float:
     return math.nan if code == 255 else 2.0 ** (code - 127)
 
 
+_SCALARS = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+
+
 def store_scale(scale: float, dtype: ScaleDtype) -> float:
     """Round a scale to what the storage type can hold; E4M3 saturates."""
     if dtype == "e4m3":
         return decode_e4m3(encode_e4m3(scale))
-    stored = {
-        "float64": np.float64,
-        "float32": np.float32,
-        "float16": np.float16,
-        "bfloat16": ml_dtypes.bfloat16,
-    }[dtype]
-    return float(stored(scale))
+    return float(_SCALARS[dtype](scale))
 
 
 def int_limits(num_bits: int, kind: IntRange) -> tuple[int, int]:
@@ -124,8 +126,8 @@ def fit_int(
     Args:
         block: Values that share a scale.
         num_bits: Width of a code.
-        kind: ``full``: ``amax / qmax``. ``half``: ``amax / (qmax + 0.5)``. ``asym``: the range is widened to
-            hold 0, ``s = (max - min) / (2^b - 1)``, ``z = round(-min / s)`` clamped to the codes.
+        kind: ``full``: ``amax / qmax``. ``half``: ``amax / (qmax + 0.5)``, rounded down. ``asym``: the range is
+            widened to hold 0, ``s = (max - min) / (2^b - 1)``, ``z = round(-min / s)`` clamped to the codes.
         scale_dtype: Type that the scale is rounded to before the zero point is derived from it.
 
     Returns:
@@ -137,7 +139,12 @@ def fit_int(
         scale = store_scale((top - bottom) / (high - low), scale_dtype) or 1.0
         return scale, min(max(round(-bottom / scale), low), high)
     amax = max(abs(value) for value in block)
-    return store_scale(amax / (high if kind == "full" else high + 0.5), scale_dtype) or 1.0, 0
+    if kind == "full":
+        return store_scale(amax / high, scale_dtype) or 1.0, 0
+    scale = store_scale(amax / (high + 0.5), scale_dtype)
+    if amax > 0 and scale * (high + 0.5) > amax:  # rounded up: take the next number below, so that -amax is a code
+        scale = float(np.nextafter(_SCALARS[scale_dtype](scale), _SCALARS[scale_dtype](0)))
+    return scale or 1.0, 0
 
 
 def encode_int(value: float, scale: float, zero_point: int, limits: tuple[int, int]) -> int:

@@ -45,7 +45,7 @@ class Desk:
     told: list[str]
 
     def request(self, **changes: Any) -> CalibrateRequest:  # noqa: ANN401 - fields of the request
-        plain = CalibrateRequest(str(self.model), data=str(self.text), num_samples=4, seq_len=32)
+        plain = CalibrateRequest(str(self.model), data=str(self.text), num_samples=3, seq_len=32)
         return replace(plain, **changes)
 
     def calibrate(self, **changes: Any) -> Artifact:  # noqa: ANN401 - as above

@@ -37,7 +37,7 @@ class TestKeys:
     @pytest.mark.parametrize(
         "change",
         [
-            {"num_samples": 3},
+            {"num_samples": 4},
             {"seq_len": 16},
             {"seed": 1},
             {"gather": ("hessian",)},
@@ -107,10 +107,10 @@ class TestWhatIsWritten:
     def test_the_text_is_that_of_the_protocol(self, desk: Desk) -> None:
         artifact = desk.calibrate(seed=3, gather=())
         tokenizer = desk.workspace.model(str(desk.model)).tokenizer()
-        windows = calibration_windows(tokenizer, read_text_file(desk.text), 4, 32, 3)
+        windows = calibration_windows(tokenizer, read_text_file(desk.text), 3, 32, 3)
         assert torch.equal(artifact.tensor("windows").long(), windows)
         details = artifact.manifest.details
-        assert details["tokens"] == 4 * 32
+        assert details["tokens"] == 3 * 32
         assert details["data"] == "text.txt"
         assert details["tokens_digest"] == token_digest(windows)
         assert str(desk.text.parent) not in str(details)

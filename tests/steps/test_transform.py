@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtool.engine.execute import BlockExecutable
 from qtool.errors import ArtifactError, UsageError
 from qtool.scheme import ModelScheme
 from qtool.steps.eval import EvalRequest, evaluate
@@ -185,13 +184,3 @@ class TestRefusals:
         with pytest.raises(ArtifactError, match="is of the wrong kind") as refused:
             transform(TransformRequest(str(desk.model), "smoothquant"), workspace)
         assert refused.value.facts == (("expected", "statistics"), ("received", "plan"))
-
-
-def test_an_executable_is_made_from_a_plan(desk: Desk) -> None:
-    """What is evaluated is the transformed model, whose activations are other than the original's."""
-    plan, _ = transform(TransformRequest(str(desk.model), "quarot"), desk.workspace)
-    plain, rotated = (open_subject(str(one), desk.workspace).subject for one in (desk.model, plan.path))
-    assert isinstance(
-        BlockExecutable(rotated, device=torch.device("cpu"), dtype=torch.float32).subject.plan.sites, dict
-    )
-    assert not torch.equal(rotated.ends()["model.embed_tokens.weight"], plain.ends()["model.embed_tokens.weight"])

@@ -9,12 +9,16 @@ PRESETS: tuple[Preset, ...] = (
     Preset("W3A16", "int3-sym-g128", None, None, "INT3 weights in groups of 128"),
     Preset("W2A16", "int2-sym-g128", None, None, "INT2 weights in groups of 128"),
     Preset("W8A16", "int8-sym-channel", None, None, "INT8 weights per output row"),
-    Preset("W8A8", "int8-sym-channel", "int8-sym-token", None, "INT8 weights per output row, INT8 inputs per token"),
-    Preset("W4A8", "int4-sym-g128", "int8-sym-token", None, "INT4 weights in groups of 128, INT8 inputs per token"),
+    Preset(
+        "W8A8", "int8-sym-channel", "int8-sym-token-sfp32", None, "INT8 weights per output row, INT8 inputs per token"
+    ),
+    Preset(
+        "W4A8", "int4-sym-g128", "int8-sym-token-sfp32", None, "INT4 weights in groups of 128, INT8 inputs per token"
+    ),
     Preset(
         "W4A4",
         "int4-sym-channel",
-        "int4-asym-token",
+        "int4-asym-token-sfp32",
         None,
         "the survey's: INT4 weights per output row, asymmetric INT4 inputs per token; -gN groups both",
         group_activations=True,
