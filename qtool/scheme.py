@@ -91,18 +91,29 @@ class TensorScheme:
 
 @dataclass(frozen=True)
 class ModelScheme:
-    """Schemes of a model's linear weights, of the inputs of its linears, and of its KV cache; None is 16 bits."""
+    """Schemes of a model's linear weights, of the inputs of its linears, and of its KV cache; None is 16 bits.
+
+    Attributes:
+        weights: Linear weights.
+        activations: Inputs of the linears.
+        kv: Keys and values.
+        name: What tables call it.
+        scale_per_head: The input of the attention's output projection has a scale for each head, whatever the
+            strategy of the other activations: what the code of arXiv:2507.17417 does.
+    """
 
     weights: TensorScheme | None = None
     activations: TensorScheme | None = None
     kv: TensorScheme | None = None
     name: str = ""
+    scale_per_head: bool = False
 
     def __str__(self) -> str:
         def part(label: str, scheme: TensorScheme | None) -> str:
             return f"{label} {scheme}" if scheme else f"{label} 16 bits"
 
-        return ", ".join((part("weights", self.weights), part("activations", self.activations), part("kv", self.kv)))
+        parts = [part("weights", self.weights), part("activations", self.activations), part("kv", self.kv)]
+        return ", ".join([*parts, "a scale per head at o_proj"] if self.scale_per_head else parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheme as plain JSON values."""
@@ -112,7 +123,7 @@ class ModelScheme:
     def from_json(cls, data: Mapping[str, Any]) -> ModelScheme:
         """Read what ``to_json`` wrote."""
         parts = {k: TensorScheme(**data[k]) if data.get(k) else None for k in ("weights", "activations", "kv")}
-        return cls(name=data.get("name", ""), **parts)
+        return cls(name=data.get("name", ""), scale_per_head=data.get("scale_per_head", False), **parts)
 
 
 @dataclass(frozen=True)

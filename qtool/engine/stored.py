@@ -17,7 +17,6 @@ from qtool.numerics.packing import pack_codes, unpack_codes
 from qtool.numerics.scales import decode_scale, encode_scale
 from qtool.scheme import Format, GroupParameters, TensorScheme
 
-CODES = ".codes"
 INPUT_GLOBAL_SCALE = ".input_global_scale"
 
 
@@ -67,17 +66,3 @@ def read_linear(
     down, up = tensors.get(f"{name}.adapter.down"), tensors.get(f"{name}.adapter.up")
     adapter = None if down is None or up is None else Adapter(down, up)
     return QuantizedLinear(unpack_codes(tensors[f"{name}.codes"], fmt.bits, n_in), parameters, adapter)
-
-
-def linear_bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Count stored bits by what they hold: codes, scales, zero points, adapters."""
-    kinds = {"codes": 0, "scales": 0, "zero_points": 0, "adapters": 0}
-    for name, tensor in tensors.items():
-        if name.endswith(INPUT_GLOBAL_SCALE):
-            continue
-        kind = next((k for k, end in _ENDS.items() if name.endswith(end)), "scales")
-        kinds["adapters" if ".adapter." in name else kind] += tensor.numel() * tensor.element_size() * 8
-    return kinds
-
-
-_ENDS = {"codes": CODES, "zero_points": ".zero_point"}

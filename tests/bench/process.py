@@ -1,7 +1,7 @@
 """Whole processes, measured from outside: wall time and peak memory.
 
-This process must stay small: Linux hands the peak of the parent on to a child, so that a benchmark that imported torch
-would report its own memory as that of every process it starts.
+The process that starts them must stay small, hence imports no torch: Linux lets a new process inherit the peak of the
+one that started it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MIB = 1 << 20
-_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-_NOISE = 4000  # characters of a failed process's stderr that are worth showing
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Cost:
 
     Attributes:
         seconds: From start to exit, imports and files included.
-        peak: Largest resident set, in bytes; pages of mapped files count.
-        output: What it wrote to standard output, without the last line feed.
+        peak: Largest resident set in bytes; pages of mapped files count as well.
+        output: Standard output without white space around it.
     """
 
     seconds: float
@@ -33,30 +34,35 @@ class Cost:
     output: str
 
 
-def measure(command: Sequence[str], environ: Mapping[str, str], cores: Sequence[int]) -> Cost:
-    """Run a command to its end on some cores.
+def use_cores(count: int) -> int:
+    """Confine this process, and all that it starts, to so many cores; return how many it got."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+        count = len(os.sched_getaffinity(0))
+    os.environ.update(dict.fromkeys(_THREADS, str(count)))
+    return count
+
+
+def measure(command: Sequence[str], environ: Mapping[str, str] | None = None) -> Cost:
+    """Run a command to its end, on the CPU.
 
     Args:
         command: Program and arguments.
         environ: Variables beside those of this process.
-        cores: Numbers of the cores that it may use; as many threads are allowed.
-
-    Returns:
-        What it took.
 
     Raises:
-        RuntimeError: It failed.
+        SystemExit: It failed; its standard error was shown.
     """
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(len(cores)))
-    settings = {**os.environ, **threads, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", **environ}
-    before = available_cores()
-    pin(cores)
-    start = time.perf_counter()
-    try:
-        with subprocess.Popen(
-            list(command), env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            output, errors = process.communicate_and_wait() if False else _drain(process)
-    finally:
-        pin(before)
-    raise NotImplementedError
+    settings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **(environ or {})}
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, env=settings, stdout=output, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            sys.stderr.write(errors.read()[-4000:])
+            raise SystemExit(f"error: exit {process.returncode} from {' '.join(command)}")
+        return Cost(seconds, usage.ru_maxrss * _MAXRSS_UNIT, output.read().strip())

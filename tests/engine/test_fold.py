@@ -490,6 +490,7 @@ class TestLayerNorms:
         state["mlp.down_proj.weight"] = torch.randn(24, 40, generator=generator)
         for norm in graph.family.norms.values():
             state |= {f"{norm.module}.{leaf}": torch.randn(24, generator=generator) for leaf in ("weight", "bias")}
+        state["self_attn.q_proj.bias"] = torch.randn(6, generator=generator)
         state = {name: tensor.double() for name, tensor in state.items()}
         x = torch.nn.functional.layer_norm(torch.randn(5, 24, generator=generator).double(), (24,))
 

@@ -441,3 +441,19 @@ class TestTinyModels:
 def test_batches_cover_every_window_once_and_in_order(opened: Open, windows: Tensor) -> None:
     rows = Stream(network(opened("llama")), windows, batch=2, spill=Path("unused")).batches()
     assert [(one.start, one.stop) for one in rows] == [(0, 2), (2, 4), (4, 5)]
+
+
+def test_a_scale_per_head_at_the_output_projection_only() -> None:
+    with tiny_model() as tiny:
+        model = tiny.workspace.model(str(tiny.path))
+        plugins = tiny.workspace.plugins
+        scheme = parse_tensor_scheme("int4-asym-token-sfp32", plugins.format)
+        subject = Subject(model, plugins, scheme=ModelScheme(activations=scheme, scale_per_head=True))
+        by_head, by_token = (subject.rounding(0, site, torch.device("cpu")) for site in ("o_in", "attn_in"))
+        assert by_head is not None
+        assert by_token is not None
+        x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+        x[:, :8] *= 50
+        heads = torch.cat([by_token(head) for head in x.split(8, dim=-1)], dim=-1)
+        assert torch.equal(by_head(x), heads)
+        assert not torch.equal(by_token(x), heads)

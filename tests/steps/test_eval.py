@@ -19,9 +19,11 @@ from qtool.errors import ArtifactError, DataError, GateError, NumericalError, Us
 from qtool.model.text import read_text_file, tokenize
 from qtool.numerics.likelihood import divergence, perplexity, token_losses
 from qtool.steps.eval import EvalRequest, evaluate
+from qtool.steps.labels import parameter_counts
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
+from qtool.steps.subjects import open_subject
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 from tests.oracles.protocol import kl_divergence_oracle, perplexity_oracle, top1_agreement_oracle, window_losses_oracle
@@ -137,6 +139,21 @@ class TestSubjects:
     def test_bits(self, desk: Desk) -> None:
         plain, _ = evaluate(request(desk), desk.workspace)
         assert plain.manifest.details["bits"] == {"linears": 16.0, "model": 16.0}
+
+    def test_a_tied_head_that_needs_weights_of_its_own_counts(self, library: Workspace) -> None:
+        """A rotated model stores embedding and head, and its bits are those of the checkpoint made of it."""
+        model = library.model("tiny")
+        scheme = read_scheme("", {"weights": "int4"}, library.plugins)
+        plan, _ = transform(TransformRequest("tiny", "quarot", {"r4": "no"}), library)
+        bits = []
+        for source in ("tiny", str(plan.path)):
+            artifact, _ = mitigate(MitigateRequest(source, "rtn", scheme), library)
+            asked = EvalRequest(str(artifact.path), perplexity=("speeches",), seq_len=32, max_windows=1)
+            bits.append(evaluate(asked, library)[0].manifest.details["bits"])
+        dims, count = model.graph.dims, sum(parameter_counts(open_subject("tiny", library)).values())
+        assert dims.tied
+        assert bits[1]["linears"] == bits[0]["linears"]
+        assert bits[1]["model"] - bits[0]["model"] == pytest.approx(16 * dims.vocab * dims.hidden / count)
 
     def test_what_was_measured_is_nothing_to_measure(self, desk: Desk) -> None:
         metrics, _ = evaluate(request(desk), desk.workspace)

@@ -58,9 +58,11 @@ def test_values_that_are_given_override_and_none_does_not() -> None:
 def test_parts_of_a_presets_scheme_are_replaced_one_by_one_and_by_a_scheme_all_at_once(plugins: Plugins) -> None:
     survey = mitigate_settings("survey")
     own = survey.scheme("", {"weights": "", "activations": "", "kv": ""}, plugins)
-    assert (str(own.activations), own.kv, own.name) == (str(read("int4-asym-token", plugins)), None, "W4A4 (survey)")
+    assert own.activations == read("int4-asym-token-sfp32", plugins)
+    assert (own.kv, own.name, own.scale_per_head) == (None, "W4A4 (survey)", True)
     mixed = survey.scheme("", {"weights": "int8", "activations": "", "kv": ""}, plugins)
     assert (mixed.weights, mixed.activations, mixed.name) == (read("int8", plugins), own.activations, "")
+    assert not mixed.scale_per_head
     whole = survey.scheme("W4A16", {"weights": "", "kv": "int8"}, plugins)
     assert (whole.activations, whole.kv) == (None, read("int8", plugins))
 

@@ -50,6 +50,11 @@ class CompressedTensors:
         checkpoint_dtype(weights, subject.model.dtype)
         _refuse_online(subject)
         _refuse_adapters(subject)
+        if subject.scheme.scale_per_head:
+            raise UsageError(
+                "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
+                hint="--scheme W4A4, or pack --to hf",
+            )
         if layout == "nvfp4-pack-quantized":
             _check_global_scales(subject)
 
