@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 MIB = 1 << 20
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -51,7 +52,7 @@ def measure(command: Sequence[str], environ: Mapping[str, str] | None = None) ->
         environ: Variables beside those of this process.
 
     Raises:
-        SystemExit: It failed; its standard error was shown.
+        SystemExit: It failed; the end of its standard error is shown.
     """
     settings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **(environ or {})}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
@@ -66,3 +67,8 @@ def measure(command: Sequence[str], environ: Mapping[str, str] | None = None) ->
             sys.stderr.write(errors.read()[-4000:])
             raise SystemExit(f"error: exit {process.returncode} from {' '.join(command)}")
         return Cost(seconds, usage.ru_maxrss * _MAXRSS_UNIT, output.read().strip())
+
+
+def qtool(*words: str, home: Path) -> Cost:
+    """Run a step; its output is the path of what it made."""
+    return measure([sys.executable, "-m", "qtool", *words, "--quiet"], {"QTOOL_HOME": str(home)})
