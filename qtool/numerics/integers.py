@@ -49,7 +49,7 @@ def fit_symmetric(
     amax = largest_magnitude(groups) * clip
     max_value = qmax + 0.5 if half else float(qmax)
     scale = fit_scale(amax, max_value=max_value, scale_format=scale_format, exponent_rule=exponent_rule)
-    if not half:
+    if not half or scale_format == "fp32":  # float32 scales are what engines compute for activations: left as they are
         return scale
     return torch.where((scale * max_value > amax) & (amax > 0), scale_below(scale, scale_format), scale)
 

@@ -14,10 +14,12 @@ from importlib.metadata import version
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor import oneshot  # type: ignore[import-not-found]
+from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+VERSIONS = ("llmcompressor", "torch", "transformers")
 
 
 def main(model_path: str, statistics: str, output: str, batch: str) -> None:
@@ -45,8 +47,7 @@ def main(model_path: str, statistics: str, output: str, batch: str) -> None:
     start = time.perf_counter()
     model.save_pretrained(output, save_compressed=True)
     saving = time.perf_counter() - start
-    versions = {name: version(name) for name in ("llmcompressor", "torch", "transformers")}
-    sys.stdout.write("\n" + json.dumps({"saving": saving, "threads": torch.get_num_threads(), "versions": versions}))
+    sys.stdout.write("\n" + json.dumps({"saving": saving, "versions": {n: version(n) for n in VERSIONS}}))
 
 
 if __name__ == "__main__":

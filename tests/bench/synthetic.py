@@ -21,7 +21,7 @@ def main(folder: Path, width: int, layers: int) -> None:
     tokens = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder)  # type: ignore[no-untyped-call]
     config = LlamaConfig(
         vocab_size=len(alphabet),
         hidden_size=width,
@@ -46,7 +46,7 @@ def random_tensor(*shape: int) -> Tensor:
     """Return weights that keep activations of about the size that they have: ones for a norm."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.randn(shape, dtype=torch.bfloat16) / shape[1] ** 0.5
+    return torch.randn(shape, dtype=torch.bfloat16).mul_(shape[1] ** -0.5)
 
 
 def ends(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

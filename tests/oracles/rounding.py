@@ -142,7 +142,9 @@ def fit_int(
     if kind == "full":
         return store_scale(amax / high, scale_dtype) or 1.0, 0
     scale = store_scale(amax / (high + 0.5), scale_dtype)
-    if amax > 0 and scale * (high + 0.5) > amax:  # rounded up: take the next number below, so that -amax is a code
+    if (
+        scale_dtype in ("float16", "bfloat16") and amax > 0 and scale * (high + 0.5) > amax
+    ):  # rounded up: take the next number below, so that -amax is a code
         scale = float(np.nextafter(_SCALARS[scale_dtype](scale), _SCALARS[scale_dtype](0)))
     return scale or 1.0, 0
 
