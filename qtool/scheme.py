@@ -6,15 +6,15 @@ A *model scheme* has one tensor scheme each for weights, activations and the KV 
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-full|-half][-even|-floor|-rceil]
+    <format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-tight|-full|-half][-even|-floor|-rceil]
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from qtool.errors import SchemeError
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 Strategy = Literal["tensor", "channel", "token", "group"]
 ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
-RangeRule = Literal["full", "half"]
+RangeRule = Literal["tight", "full", "half"]
 ExponentRule = Literal["even", "floor", "rceil"]
 
-SCALE_BITS: Mapping[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "e4m3": 8, "e8m0": 8}
+VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token"}
+"""What a vector of the last axis is in each part of a model: an output row, or what one token has."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class TensorScheme:
             (``token``), or ``group_size`` neighbours along the input axis (``group``).
         group_size: Values to a scale, for the strategy ``group`` only.
         scale: Storage format of the scale; codes are chosen against the rounded scale.
-        range_rule: Symmetric integers: ``full`` maps the largest magnitude to ``qmax`` (scale = amax/7 for INT4),
-            ``half`` to ``qmax + 1/2`` (amax/7.5), which uses the code ``-qmax-1`` as well.
+        range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of
+            max/7 and -min/8; ``full`` is amax/7, which leaves the code -8 unused; ``half`` is amax/7.5, which clips
+            the largest value by half a step where it is positive. Other formats have ``tight`` only.
         exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
             (OCP MX), ``rceil`` (never saturates).
     """
@@ -52,13 +54,13 @@ class TensorScheme:
     strategy: Strategy = "channel"
     group_size: int | None = None
     scale: ScaleFormat = "fp32"
-    range_rule: RangeRule = "full"
+    range_rule: RangeRule = "tight"
     exponent_rule: ExponentRule = "even"
 
     def __str__(self) -> str:
         where = f"g{self.group_size}" if self.strategy == "group" else self.strategy
         parts = [self.format, "sym" if self.symmetric else "asym", where, f"s{self.scale}"]
-        if self.range_rule != "full":
+        if self.range_rule != "tight":
             parts.append(self.range_rule)
         if self.scale == "e8m0" and self.exponent_rule != "even":
             parts.append(self.exponent_rule)
@@ -114,6 +116,22 @@ class ModelScheme:
 
         parts = [part("weights", self.weights), part("activations", self.activations), part("kv", self.kv)]
         return ", ".join([*parts, "a scale per head at o_proj"] if self.scale_per_head else parts)
+
+    def check(self) -> None:
+        """Refuse a strategy that means nothing where it stands.
+
+        Raises:
+            SchemeError: Weights with a scale a token, or activations or a cache with a scale an output row.
+        """
+        for name, vector in VECTORS.items():
+            part: TensorScheme | None = getattr(self, name)
+            if part is not None and part.strategy in ("channel", "token") and part.strategy != vector:
+                nearest = replace(part, strategy=vector)
+                raise SchemeError(
+                    f"`{part.strategy}` means nothing for {name}",
+                    facts=(("scheme", part),),
+                    hint=f"nearest that works: --{name} {nearest}",
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheme as plain JSON values."""
@@ -202,12 +220,13 @@ class Format(Protocol):
 _GROUP = re.compile(r"g(\d+)")
 
 
-def parse_tensor_scheme(text: str, lookup: Callable[[str], Format]) -> TensorScheme:
+def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: Strategy = "channel") -> TensorScheme:
     """Read a written tensor scheme, e.g. ``int4-asym-g128-sfp16``.
 
     Args:
         text: The written form; parts that it leaves out keep the format's defaults.
         lookup: Finds a format by name.
+        vector: What a format's default of one scale a vector is called here: ``channel`` or ``token``.
 
     Returns:
         The scheme, checked by its format.
@@ -219,6 +238,8 @@ def parse_tensor_scheme(text: str, lookup: Callable[[str], Format]) -> TensorSch
     name, *parts = text.split("-")
     chosen = lookup(name)
     scheme = replace(chosen.defaults, format=name)
+    if scheme.strategy in ("channel", "token"):
+        scheme = replace(scheme, strategy=vector)
     for part in parts:
         scheme = _apply(scheme, part, text)
     chosen.check(scheme)
@@ -233,9 +254,9 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
     if (group := _GROUP.fullmatch(part)) and int(group[1]) > 0:
         return replace(scheme, strategy="group", group_size=int(group[1]))
-    if part.startswith("s") and part[1:] in SCALE_BITS:
+    if part.startswith("s") and part[1:] in get_args(ScaleFormat):
         return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
-    if part in ("full", "half"):
+    if part in ("tight", "full", "half"):
         return replace(scheme, range_rule=part)  # type: ignore[arg-type]
     if part in ("even", "floor", "rceil"):
         return replace(scheme, exponent_rule=part)  # type: ignore[arg-type]
@@ -244,11 +265,6 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>]"),),
         hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     )
-
-
-def scheme_fields() -> tuple[str, ...]:
-    """Return the names of a tensor scheme's fields, in the order in which they are written down."""
-    return tuple(field.name for field in fields(TensorScheme))
 
 
 @dataclass(frozen=True)
@@ -278,7 +294,7 @@ def parse_model_scheme(text: str, lookup: Callable[[str], Format], presets: Mapp
         The scheme of weights, activations and KV cache.
 
     Raises:
-        SchemeError: No such preset; the hint lists them.
+        SchemeError: No such preset; the facts list them. Or a strategy of its parts means nothing there.
     """
     head, _, suffix = text.partition("-")
     preset = presets.get(text.upper())
@@ -291,14 +307,16 @@ def parse_model_scheme(text: str, lookup: Callable[[str], Format], presets: Mapp
             f"unknown scheme `{text}`", facts=(("known", ", ".join(sorted(presets))),), hint="--scheme W4A16"
         )
 
-    def read(part: str | None, *, grouped: bool = False) -> TensorScheme | None:
+    def read(name: str, part: str | None, *, grouped: bool = False) -> TensorScheme | None:
         if part is None:
             return None
-        return parse_tensor_scheme(f"{part}-{suffix}" if grouped and suffix else part, lookup)
+        return parse_tensor_scheme(f"{part}-{suffix}" if grouped and suffix else part, lookup, vector=VECTORS[name])
 
-    return ModelScheme(
-        weights=read(preset.weights, grouped=True),
-        activations=read(preset.activations, grouped=preset.group_activations),
-        kv=read(preset.kv),
+    scheme = ModelScheme(
+        weights=read("weights", preset.weights, grouped=True),
+        activations=read("activations", preset.activations, grouped=preset.group_activations),
+        kv=read("kv", preset.kv),
         name=text,
     )
+    scheme.check()
+    return scheme

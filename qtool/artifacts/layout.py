@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from qtool.artifacts.identity import CHUNK, canonical_json, digest_bytes
 from qtool.errors import ArtifactError
 
+AGAIN = "make it again with the step that wrote it, or download it again"
 _MAX_HEADER = 100_000_000
 _ITEMSIZE: Mapping[str, int] = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -71,21 +72,23 @@ def read_header(path: Path) -> Header:
     except FileNotFoundError as error:
         raise ArtifactError(f"no such file `{path}`", hint="check the path, or run the step that writes it") from error
     except IsADirectoryError as error:
-        raise ArtifactError(f"`{path}` is a directory, not an artifact") from error
+        raise ArtifactError(f"`{path}` is a directory, not an artifact", hint="give the file in it") from error
     except OSError as error:
-        raise ArtifactError(f"cannot read `{path}`", facts=(("reason", error.strerror),)) from error
+        raise ArtifactError(
+            f"cannot read `{path}`", facts=(("reason", error.strerror),), hint="check the owner of the file"
+        ) from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ArtifactError(
             f"`{path}` is not a safetensors file, or is truncated",
             facts=(("reason", error),),
-            hint="make it again with the step that wrote it",
+            hint=AGAIN,
         ) from error
     end = max((slot.stop for slot in slots.values()), default=start)
     if end != size:
         raise ArtifactError(
             f"`{path}` is truncated" if end > size else f"`{path}` has bytes that belong to no tensor",
             facts=(("bytes expected", end), ("bytes found", size)),
-            hint="make it again with the step that wrote it",
+            hint=AGAIN,
         )
     return Header(metadata, slots)
 
@@ -98,7 +101,7 @@ def read_chunks(path: Path, slot: TensorSlot) -> Iterator[bytes]:
         while left:
             chunk = file.read(min(CHUNK, left))
             if not chunk:
-                raise ArtifactError(f"`{path}` is truncated")
+                raise ArtifactError(f"`{path}` is truncated", hint=AGAIN)
             left -= len(chunk)
             yield chunk
 

@@ -111,7 +111,9 @@ def read_manifest(text: str, *, path: str) -> Manifest:
             )
         if data["kind"] not in KINDS:
             raise ArtifactError(
-                f"`{path}` is of an unknown kind", facts=(("known", ", ".join(KINDS)), ("found", data["kind"]))
+                f"`{path}` is of an unknown kind",
+                facts=(("known", ", ".join(KINDS)), ("found", data["kind"])),
+                hint="pip install --upgrade qtool",
             )
         stated = {name: data.pop(name) for name in ("checksum", "key", "id")}
         checksum = digest_json(data | {"key": stated["key"], "id": stated["id"]})

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qtool.artifacts.layout import Header, TensorSlot, digest_slot, read_header, write_assembled
+from qtool.artifacts.layout import AGAIN, Header, TensorSlot, digest_slot, read_header, write_assembled
 from qtool.artifacts.manifest import Manifest, read_manifest
-from qtool.errors import ArtifactError, ResourceError, UsageError
+from qtool.errors import ArtifactError, QtoolError, ResourceError, UsageError
 
 MANIFEST_KEY = "qtool"
 CHECKPOINT_MANIFEST = "qtool.json"
@@ -51,7 +51,9 @@ class Artifact:
             ArtifactError: There is no tensor of this name.
         """
         if name not in self.header.slots:
-            raise ArtifactError(f"`{self.path}` has no tensor `{name}`", facts=(("kind", self.manifest.kind),))
+            raise ArtifactError(
+                f"`{self.path}` has no tensor `{name}`", facts=(("kind", self.manifest.kind),), hint=AGAIN
+            )
         return self._read({name: name})[name]
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -64,7 +66,9 @@ class Artifact:
             with safe_open(str(self.path), framework="pt") as file:
                 return {wanted: file.get_tensor(name) for wanted, name in names.items()}
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"cannot read the tensors of `{self.path}`", facts=(("reason", error),)) from error
+            raise ArtifactError(
+                f"cannot read the tensors of `{self.path}`", facts=(("reason", error),), hint=AGAIN
+            ) from error
 
     def verify(self) -> None:
         """Compare every tensor with the digest in the manifest.
@@ -74,7 +78,9 @@ class Artifact:
         """
         if set(self.header.slots) != set(self.manifest.tensors):
             odd = sorted(set(self.header.slots) ^ set(self.manifest.tensors))
-            raise ArtifactError(f"`{self.path}` and its manifest list other tensors", facts=(("first", odd[0]),))
+            raise ArtifactError(
+                f"`{self.path}` and its manifest list other tensors", facts=(("first", odd[0]),), hint=AGAIN
+            )
         for name, slot in self.header.slots.items():
             if digest_slot(self.path, slot) != self.manifest.tensors[name]:
                 raise ArtifactError(
@@ -97,7 +103,9 @@ def open_artifact(path: Path) -> Artifact:
                 f"`{path}` is a directory without `{CHECKPOINT_MANIFEST}`", hint="qtool pack writes checkpoints"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"cannot read `{path / CHECKPOINT_MANIFEST}`", facts=(("reason", error),)) from error
+            raise ArtifactError(
+                f"cannot read `{path / CHECKPOINT_MANIFEST}`", facts=(("reason", error),), hint="pack it again"
+            ) from error
     else:
         text = read_header(path).metadata.get(MANIFEST_KEY, "")
         if not text:
@@ -125,7 +133,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"no space left on the disk of `{path}`", hint="free some space, or set QTOOL_HOME to another disk"
             ) from error
-        raise ResourceError(f"cannot write `{path}`", facts=(("reason", os.strerror(number)),)) from error
+        raise ResourceError(
+            f"cannot write `{path}`", facts=(("reason", os.strerror(number)),), hint="choose another path with -o"
+        ) from error
 
 
 def _error_number(error: OSError | SafetensorError) -> int | None:
@@ -181,6 +191,24 @@ class ArtifactWriter:
             facts=(("key asked for", key[:12]),),
             hint="choose another path with -o, or remove the file",
         )
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Begin, and remove the parts again if the work is refused: the same command would be refused again.
+
+        Parts that an interruption, a full disk or a defect of qtool or a plugin leaves behind are kept for the next
+        run.
+
+        Raises:
+            ResourceError: The folder for parts cannot be written.
+        """
+        try:
+            self.begin()
+            yield
+        except QtoolError as error:
+            if not isinstance(error, ResourceError) or not any(self.parts.glob("*.safetensors")):
+                shutil.rmtree(self.parts, ignore_errors=True)
+            raise
 
     def begin(self) -> None:
         """Make the folder for parts; drop parts that answer another key."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli.completion import complete_offers
-from qtool.cli.session import Batch, Dtype, Output, Session, Source, command, read_list
+from qtool.cli.session import Batch, DryRun, Dtype, Output, Session, Source, command, read_list
 from qtool.cli.stdin import read_source
 
 NONE = "none"
@@ -30,9 +30,17 @@ def calibrate(
         str, typer.Option(metavar="RULE", help="Weight of a token: uniform, inverse-norm[:P] or clip[:K].")
     ] = "inverse-norm",
     sample_size: Annotated[int, typer.Option(min=1, help="Token rows that a sample keeps.")] = 2048,
+    experts: Annotated[
+        str,
+        typer.Option(
+            metavar="all|routed",
+            help="Tokens that experts' statistics are of: all, or those routed to each. [default: all]",
+        ),
+    ] = "",
     dtype: Dtype = "auto",
     batch: Batch = 0,
     output: Output = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Gather statistics over text.
 
@@ -50,8 +58,12 @@ def calibrate(
         gather=() if gather == NONE else read_list(gather),
         token_weight=token_weight,
         sample_size=sample_size,
+        experts=experts,
         dtype=dtype,
         batch=batch,
         output=output,
     )
-    session.run(step, request)
+    if dry_run:
+        session.foresee(step, request)
+    else:
+        session.run(step, request)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli.completion import complete_composition, complete_preset
-from qtool.cli.session import Batch, Dtype, Output, Session, Settings, Source, command
+from qtool.cli.session import Batch, DryRun, Dtype, Output, Session, Settings, Source, command
 from qtool.cli.stdin import read_source
 
 
@@ -62,6 +62,21 @@ def mitigate(
             help="uniform, inverse-norm[:P] or clip[:K]. [default: that of the statistics]",
         ),
     ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|routed",
+            help="Tokens that experts' statistics are of. [default: that of the statistics]",
+        ),
+    ] = None,
+    expert_share: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With routed: part of even routing below which an expert's statistics are shrunk toward shared ones. "
+            "[default: 0.25]",
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Whatever a counter counts is an error.")] = False,
     seed: Annotated[
         int | None,
@@ -72,6 +87,7 @@ def mitigate(
     dtype: Dtype = "auto",
     batch: Batch = 0,
     output: Output = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Quantize the weights.
 
@@ -87,6 +103,8 @@ def mitigate(
         true_sequential=true_sequential,
         round_activations=round_activations,
         token_weight=token_weight,
+        experts=experts,
+        expert_share=expert_share,
         seed=seed,
     )
     parts = {"weights": weights, "activations": activations, "kv": kv}
@@ -99,10 +117,15 @@ def mitigate(
         true_sequential=defaults.true_sequential,
         round_activations=defaults.round_activations,
         token_weight=defaults.token_weight,
+        experts=defaults.experts,
+        expert_share=defaults.expert_share,
         strict=strict,
         seed=defaults.seed,
         dtype=dtype,
         batch=batch,
         output=output,
     )
-    session.run(step, request)
+    if dry_run:
+        session.foresee(step, request)
+    else:
+        session.run(step, request)

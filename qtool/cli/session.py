@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeVa
 
 import typer
 
-from qtool.cli.output import Bars, kept_clean, say_values, warner, write_artifact
+from qtool.cli.output import Bars, kept_clean, say_values, warner, write_artifact, write_json
 from qtool.errors import UsageError
 from qtool.plugins import Plugins
 
@@ -52,6 +52,9 @@ Settings = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto (as stored), float32, bfloat16, float16 or float64.")]
 Batch = Annotated[int, typer.Option(min=0, help="Windows that run at once; 0 chooses.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Do nothing but say where the result goes, and what memory and disk it takes.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback on failure.")]
 
@@ -112,6 +115,18 @@ class Session:
         with self.workspace() as workspace:
             artifact, reused = step(request, workspace)
         self.show(artifact, reused=reused, metrics=artifact.manifest.details.get("values", {}))
+
+    def foresee(self, step: Callable[[Request, Workspace], tuple[Artifact, bool]], request: Request) -> None:
+        """Print what a step would do and take."""
+        from qtool.cli.tables import draw
+        from qtool.steps.foresee import foresee
+
+        with self.workspace() as workspace:
+            description = foresee(step, request, workspace)
+        if self.common.json:
+            write_json(description.to_json())
+        else:
+            draw(description)
 
     def show(self, artifact: Artifact, *, reused: bool, metrics: dict[str, float]) -> None:
         """Print an artifact, and what was measured for people to read."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qtool.numerics.groups import from_groups, to_groups
-from qtool.numerics.operators import Operator
+from qtool.engine.linear import Rounding
+from qtool.engine.online import Turns
 from qtool.scheme import Format, TensorScheme
 
 NAME = "qtool"
@@ -32,17 +33,16 @@ class KVPath(nn.Module):
         fmt: Format of ``scheme``.
     """
 
-    def __init__(self, operators: tuple[Operator, ...], scheme: TensorScheme | None, fmt: Format | None) -> None:
+    def __init__(self, operators: tuple[Turns, ...], scheme: TensorScheme | None, fmt: Format | None) -> None:
         super().__init__()
         self.operators = operators
-        self.scheme = scheme
-        self.format = fmt
+        self.rounding = None if scheme is None or fmt is None else Rounding(scheme, fmt)
 
     def forward(
         self,
         query: Float[Tensor, "batch heads tokens dim"],
         key: Float[Tensor, "batch kv_heads past dim"],
-        value: Float[Tensor, "batch kv_heads past dim"],
+        value: Float[Tensor, "batch kv_heads past value_dim"],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values as the attention sees them."""
         for operator in self.operators:
@@ -50,11 +50,7 @@ class KVPath(nn.Module):
         return query, self._rounded(key), self._rounded(value)
 
     def _rounded(self, values: Tensor) -> Tensor:
-        if self.scheme is None or self.format is None:
-            return values
-        groups = to_groups(values, self.scheme.strategy, self.scheme.group_size)
-        parameters = self.format.fit(groups.float(), self.scheme)
-        return from_groups(self.format.round(groups, parameters), values.shape)
+        return values if self.rounding is None else self.rounding(values)
 
 
 def executed_attention(
@@ -69,10 +65,73 @@ def executed_attention(
     path = getattr(module, CHILD, None)
     if isinstance(path, KVPath):
         query, key, value = path(query, key, value)
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    softcap, sinks = arguments.pop("softcap", None), arguments.pop("s_aux", None)
+    if softcap is not None or sinks is not None:
+        scaling = arguments.get("scaling")
+        causal = arguments.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if attention_mask is None and causal:
+            attention_mask = _causal(query, key)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(query, key, value, attention_mask, scaling=scaling, softcap=softcap, sinks=sinks), None
     result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-        module, query, key.to(query.dtype), value.to(query.dtype), attention_mask, **arguments
+        module, query, key, value, attention_mask, **arguments
     )
     return result
+
+
+def attend(
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch kv_heads past dim"],
+    value: Float[Tensor, "batch kv_heads past value_dim"],
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+) -> Float[Tensor, "batch tokens heads value_dim"]:
+    """Return ``softmax(c tanh(q kᵀ s / c) + mask) v``, the softmax over the keys and a sink that holds nothing.
+
+    For what fused kernels do not offer. The scores are formed one window at a time.
+
+    Args:
+        query: Queries.
+        key: Keys; a head of them serves ``heads / kv_heads`` neighbouring heads of queries.
+        value: Values.
+        mask: True where a query sees a key, or what is added to the scores; its batch and heads may be one for all.
+        scaling: Factor ``s`` of the scores.
+        softcap: Bound ``c`` of the scores, or None.
+        sinks: Score of each head's sink, or None.
+    """
+    groups = query.shape[1] // key.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if mask is not None:
+        mask = mask.expand(query.shape[0], *mask.shape[1:])
+    results = []
+    for window in range(query.shape[0]):
+        scores = query[window] @ key[window].mT * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask is not None:
+            seen = mask[window]
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
+        if sinks is not None:
+            sink = sinks.to(scores).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(dim=-1, dtype=wide).to(value.dtype)[..., : key.shape[2]]
+        results.append((weights @ value[window]).transpose(0, 1))
+    return torch.stack(results)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor | None:
+    """Return the mask that goes without saying: none for one token, else every token sees those before it."""
+    tokens, past = query.shape[2], key.shape[2]
+    if tokens == 1:
+        return None
+    return torch.ones(tokens, past, dtype=torch.bool, device=query.device).tril()[None, None]
 
 
 def register() -> None:

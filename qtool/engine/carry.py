@@ -8,10 +8,11 @@ import torch
 
 from qtool.artifacts.store import Artifact
 from qtool.engine.fold import input_operators
+from qtool.model.graph import EXPERTS
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import SiteStatistics
-from qtool.numerics.operators import Diag, Operator
+from qtool.numerics.operators import Diag, Operator, Shift
 
 
 class CarriedStatistics(Mapping[str, SiteStatistics]):
@@ -28,30 +29,43 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         self.tokens: int = artifact.manifest.details["tokens"]
 
     def __getitem__(self, site_id: str) -> SiteStatistics:
-        """Read and carry one site's statistics; empty entries where nothing was gathered."""
-        site = self.model.graph.sites.get(site_id)
-        if site is None or site.layer is None or site.name not in self.model.graph.input_sites:
-            raise KeyError(site_id)
+        """Read and carry the statistics of one site, or of an expert's share of one; empty where none were gathered."""
+        layer, reads = self._place(site_id)
         gathered = SiteStatistics(self.tokens, {k: v.float() for k, v in self.artifact.tensors(f"{site_id}.").items()})
-        return gathered.carried(self._operators(site.layer, site.name))
+        return gathered.carried(self._operators(layer, reads))
 
     def __iter__(self) -> Iterator[str]:
         """Yield the ids of the input sites."""
         graph = self.model.graph
-        return (site.id for site in graph.sites.values() if site.layer is not None and site.name in graph.input_sites)
+        return (f"layers.{i}.{name}" for i in range(graph.dims.num_layers) for name in graph.input_sites_of(i))
 
     def __len__(self) -> int:
         """Return the number of input sites."""
         return sum(1 for _ in self)
 
+    def _place(self, site_id: str) -> tuple[int, str]:
+        """Return a site's layer and name; what an expert reads of a site that all share has the name of that site."""
+        prefix, _, rest = site_id.partition(".")
+        index, _, name = rest.partition(".")
+        graph = self.model.graph
+        if prefix != "layers" or not index.isdecimal() or int(index) >= graph.dims.num_layers:
+            raise KeyError(site_id)
+        names = graph.input_sites_of(int(index))
+        for known in (name, name.rpartition(".")[2]) if name.startswith(EXPERTS) else (name,):
+            if known in names:
+                return int(index), known
+        raise KeyError(site_id)
+
     def _operators(self, layer: int, reads: str) -> tuple[Operator, ...]:
         """Return what lies between the gathered input and the transformed one."""
         graph = self.model.graph
-        operators = input_operators(graph, self.plan, layer, reads)
-        if self.plan.fold_norms and reads in graph.family.norms:
-            norm = graph.family.norms[reads]
-            gain = self.model.tensor(f"{graph.block_name(layer)}.{norm.module}.weight").float() + norm.offset
-            # A channel whose gain is zero shows nothing of the residual; its linears' columns become zero as well.
-            inverse = torch.where(gain == 0, torch.ones_like(gain), 1 / gain)
-            operators = (Diag(inverse), *operators)
+        operators, norm = input_operators(graph, self.plan, layer, reads), graph.norm_of(reads)
+        if not self.plan.fold_norms or norm is None or not norm.of_residual:
+            return operators
+        place = f"{graph.block_name(layer)}.{norm.module}"
+        gain = self.model.tensor(f"{place}.weight").float() + norm.offset
+        # A channel whose gain is zero shows nothing of the residual; its linears' columns become zero as well.
+        operators = (Diag(torch.where(gain == 0, torch.ones_like(gain), 1 / gain)), *operators)
+        if self.model.has(f"{place}.bias"):
+            operators = (Shift(self.model.tensor(f"{place}.bias").float()), *operators)
         return operators

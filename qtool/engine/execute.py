@@ -81,7 +81,10 @@ class LoadedExecutable:
 
     def whole(self) -> nn.Module:
         """Load the checkpoint."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto")
+        text = AutoConfig.from_pretrained(self.path).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        loader = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        model: nn.Module = loader.from_pretrained(self.path, dtype="auto")
         return model.to(self.device).eval()

@@ -9,13 +9,17 @@ from typing import Any, Protocol, runtime_checkable
 
 from qtool.engine.subject import Subject
 
+UNREADABLE = "cannot be read"
+"""How the words on a consumer begin that loads a checkpoint as something else, or not at all."""
+
 
 @dataclass(frozen=True)
 class Exported:
     """What an exporter wrote.
 
     Attributes:
-        consumers: Consumer (``vllm``, ``transformers``, …) to what it will execute, in words.
+        consumers: Consumer (``vllm``, ``transformers``, …) to what it will execute, in words; ``UNREADABLE`` and why
+            where it cannot.
         details: Facts for the checkpoint's manifest: layout, stored bytes.
     """
 

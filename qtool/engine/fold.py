@@ -12,12 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.errors import UsageError
 from qtool.model.family import Norm
 from qtool.model.graph import HEAD_IN, RESIDUAL, LinearSite, ModelGraph
 from qtool.model.plan import Plan
 from qtool.numerics.operators import Operator
 
 State = Mapping[str, Tensor]
+
+ROWS = 1024
+"""Rows of an embedding that are folded at once: so many that a product rounds them as it rounds them all."""
+SHIFT = "shift"
 
 
 def input_operators(graph: ModelGraph, plan: Plan, layer: int, reads: str) -> tuple[Operator, ...]:
@@ -32,7 +37,7 @@ def input_operators(graph: ModelGraph, plan: Plan, layer: int, reads: str) -> tu
     Returns:
         Operators in the order in which activations meet them, folded and online ones alike.
     """
-    residual = plan.at(RESIDUAL).operators if reads in graph.family.norms else ()
+    residual = plan.at(RESIDUAL).operators if graph.from_residual(reads) else ()
     heads = plan.at(f"layers.{layer}.vo").operators if reads == "o_in" else ()
     return (*residual, *heads, *plan.at(f"layers.{layer}.{reads}").operators)
 
@@ -52,15 +57,16 @@ def fold_block(graph: ModelGraph, plan: Plan, layer: int, state: State) -> dict[
     if plan.empty:
         return dict(state)
     folded = dict(state)
-    for linear in graph.linears_of(layer):
+    for linear in graph.readers_of(layer):
         weight, bias = fold_linear(graph, plan, linear, state)
         folded[f"{linear.spec.module}.weight"] = weight
         if bias is not None:
             folded[f"{linear.spec.module}.bias"] = bias
-    for reads, norm in graph.family.norms.items():
-        site = plan.at(f"layers.{layer}.{reads}")
-        folded |= _fold_norm(norm, plan, site.operators[: site.folded], state)
-    for through in {linear.writes_through for linear in graph.family.linears if linear.writes_through}:
+    for reads in graph.input_sites_of(layer):
+        site, norm = plan.at(f"layers.{layer}.{reads}"), graph.norm_of(reads)
+        if norm is not None:
+            folded |= _fold_norm(norm, plan, site.operators[: site.folded], state)
+    for through in {one.spec.writes_through for one in graph.readers_of(layer) if one.spec.writes_through}:
         folded |= _reorder_norm(through, plan.at(RESIDUAL).operators, state)
     return folded
 
@@ -70,53 +76,110 @@ def fold_linear(graph: ModelGraph, plan: Plan, linear: LinearSite, state: State)
     module, reads, layer = linear.spec.module, linear.spec.reads, linear.layer
     weight = state[f"{module}.weight"].double()
     bias = state[f"{module}.bias"].double() if f"{module}.bias" in state else None
-    if plan.fold_norms and reads in graph.family.norms:
-        weight, bias = _absorb_norm(graph.family.norms[reads], state, weight, bias)
+    norm = graph.norm_of(reads)
+    if plan.fold_norms and norm is not None and norm.of_residual:
+        weight, bias = _absorb_norm(norm, state, weight, bias)
     for operator in input_operators(graph, plan, layer, reads):
         bias = operator.bias_in(weight, bias)
         weight = operator.weight_in(weight)
-    for operator in _output_operators(plan, linear):
-        weight = operator.weight_out(weight)
-        if operator.group == "shift" and bias is None:
-            bias = torch.zeros_like(weight[:, 0])
-        bias = None if bias is None else operator.bias_out(bias)
+    for site, rows in graph.rows(linear.spec):
+        for operator in _absorbed(plan, layer, site):
+            weight = _at_rows(operator.weight_out, weight, rows)
+            if operator.group == SHIFT and bias is None:
+                bias = torch.zeros_like(weight[:, 0])
+            bias = None if bias is None else _at_rows(operator.bias_out, bias, rows)
     return weight, bias
 
 
-def fold_ends(graph: ModelGraph, plan: Plan, state: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def fold_ends(
+    graph: ModelGraph, plan: Plan, state: Callable[[str], Tensor], *, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     """Return embedding, final norm and head with the plan folded in, by full tensor name.
 
     Args:
         graph: The model's sites.
         plan: The operators.
         state: Reads a stored tensor by its full name; gives the embedding for a tied head.
+        dtype: Of the embedding and the head where the plan changes them. They are computed in float64, but never as a
+            whole: of a large vocabulary that would be the largest tensor of all.
+
+    Returns:
+        Those tensors, and those of the family's other writers of the residual where the plan changes them.
     """
     family = graph.family
     names = (f"{family.embedding}.weight", f"{family.head}.weight")
     embedding, head = (state(name) for name in names)
-    final = {f"{family.final_norm.module}.weight": state(f"{family.final_norm.module}.weight")}
+    leaves = ("weight", "bias") if family.final_norm.kind == "layer" and family.final_norm.bias else ("weight",)
+    final = {name: state(name) for name in (f"{family.final_norm.module}.{leaf}" for leaf in leaves)}
     if plan.empty:
         return {names[0]: embedding, names[1]: head, **final}
-    embedding, head = embedding.double(), head.double()
-    if plan.fold_norms:
-        head, _ = _absorb_norm(family.final_norm, final, head, None)
-    for operator in plan.at(RESIDUAL).operators:
-        embedding, head = operator.act(embedding), operator.weight_in(head)
-    site = plan.at(HEAD_IN)
-    for operator in site.operators:
-        head = operator.weight_in(head)
-    final = _fold_norm(family.final_norm, plan, site.operators, final)
-    return {names[0]: embedding, names[1]: head, **final}
+    residual, last = plan.at(RESIDUAL).operators, plan.at(HEAD_IN).operators
+
+    def embedded(rows: Float[Tensor, "rows hidden"]) -> Tensor:
+        for operator in residual:
+            rows = operator.act(rows)
+        return rows
+
+    def headed(rows: Float[Tensor, "rows hidden"]) -> Tensor:
+        if plan.fold_norms:
+            rows = rows * _movable_gain(family.final_norm, final)
+        for operator in (*residual, *last):
+            rows = operator.weight_in(rows)
+        return rows
+
+    folded = {names[0]: _by_rows(embedded, embedding, dtype), names[1]: _by_rows(headed, head, dtype)}
+    for writer in family.writers if residual else ():
+        folded |= _fold_writer(writer, residual, state)
+    return folded | _fold_norm(family.final_norm, plan, last, final, keep_bias=True)
 
 
-def _output_operators(plan: Plan, linear: LinearSite) -> tuple[Operator, ...]:
-    """Return the operators that a linear's output side absorbs."""
-    if linear.spec.writes == RESIDUAL:
+def require_biases(graph: ModelGraph, plan: Plan, has: Callable[[str], bool]) -> None:
+    """Refuse a plan that folds a shift into a norm of this model that stores no bias.
+
+    Args:
+        graph: The model's sites.
+        plan: The operators.
+        has: Says whether the model stores a tensor, by its full name.
+
+    Raises:
+        UsageError: There is such a norm; names it.
+    """
+    for layer in range(graph.dims.num_layers):
+        for reads, norm in graph.family.norms.items():
+            if norm is None:
+                continue
+            site, name = plan.at(f"layers.{layer}.{reads}"), f"{graph.block_name(layer)}.{norm.module}"
+            if any(one.kind == SHIFT for one in site.operators[: site.folded]) and not has(f"{name}.bias"):
+                raise _no_bias(name)
+
+
+def _by_rows(fold: Callable[[Tensor], Tensor], weight: Float[Tensor, "out in"], dtype: torch.dtype) -> Tensor:
+    """Fold the rows of a weight in float64, some at a time."""
+    folded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for start in range(0, len(weight), ROWS):
+        folded[start : start + ROWS] = fold(weight[start : start + ROWS].double())
+    return folded
+
+
+def _absorbed(plan: Plan, layer: int, written: str) -> tuple[Operator, ...]:
+    """Return the operators that the output side of a linear absorbs at the site that it writes."""
+    if written == RESIDUAL:
         return plan.at(RESIDUAL).operators
-    if not linear.spec.writes:
-        return ()
-    site = plan.at(f"layers.{linear.layer}.{linear.spec.writes}")
+    site = plan.at(f"layers.{layer}.{written}")
     return site.operators[: site.folded]
+
+
+def _at_rows(fold: Callable[[Tensor], Tensor], tensor: Tensor, rows: tuple[slice, ...]) -> Tensor:
+    """Apply a function to some rows, side by side, and leave the others."""
+    if rows == (slice(None),):
+        return fold(tensor)
+    folded = tensor.clone()
+    changed = fold(torch.cat([tensor[part] for part in rows]))
+    start = 0
+    for part in rows:
+        stop = start + part.stop - part.start
+        folded[part], start = changed[start:stop], stop
+    return folded
 
 
 def _absorb_norm(
@@ -131,6 +194,20 @@ def _absorb_norm(
     return weight * gain, bias
 
 
+def _movable_gain(norm: Norm, state: State) -> Tensor:
+    """Return a norm's weight as the linear behind it absorbs it while the norm keeps its bias: 1 in place of 0."""
+    gain = state[f"{norm.module}.weight"].double() + norm.offset
+    return torch.where(gain == 0, torch.ones_like(gain), gain)
+
+
+def _fold_writer(module: str, operators: tuple[Operator, ...], state: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Return a linear outside of the blocks that writes the residual, with the residual's operators behind it."""
+    weight, bias = state(f"{module}.weight").double(), state(f"{module}.bias").double()
+    for operator in operators:
+        weight, bias = operator.weight_out(weight), operator.bias_out(bias)
+    return {f"{module}.weight": weight, f"{module}.bias": bias}
+
+
 def _reorder_norm(module: str, operators: tuple[Operator, ...], state: State) -> dict[str, Tensor]:
     """Return the tensors of a norm between a linear and the residual, behind the residual's signed permutations.
 
@@ -143,16 +220,41 @@ def _reorder_norm(module: str, operators: tuple[Operator, ...], state: State) ->
     return {f"{module}.weight": weight} | ({} if bias is None else {f"{module}.bias": bias})
 
 
-def _fold_norm(norm: Norm, plan: Plan, operators: tuple[Operator, ...], state: State) -> dict[str, Tensor]:
-    """Return a norm's tensors: neutral if its weight moved into the linears, then the folded diagonals."""
+def _fold_norm(
+    norm: Norm, plan: Plan, operators: tuple[Operator, ...], state: State, *, keep_bias: bool = False
+) -> dict[str, Tensor]:
+    """Return a norm's tensors: neutral if its weight moved into the linears, in the order of the residual's channels.
+
+    Args:
+        norm: The norm.
+        plan: Says whether norms are folded, and what permutes the residual.
+        operators: What the norm absorbs of the site behind it.
+        state: Its stored tensors.
+        keep_bias: Whether its bias stays where it is (behind the final norm there is none that could take it).
+    """
     gain = state[f"{norm.module}.weight"].double() + norm.offset
     shift = state.get(f"{norm.module}.bias")
-    if plan.fold_norms:
-        gain = torch.ones_like(gain)
-        shift = None if shift is None else torch.zeros_like(shift)
+    shift = None if shift is None else shift.double()
+    if plan.fold_norms and norm.of_residual:
+        moved = _movable_gain(norm, state)
+        if shift is not None:
+            shift = shift / moved if keep_bias else torch.zeros_like(shift)
+        gain = gain / moved if keep_bias else torch.ones_like(gain)
+    for operator in plan.at(RESIDUAL).operators if norm.of_residual else ():
+        gain = operator.act(gain) if operator.is_permutation else gain
+        shift = None if shift is None else operator.act(shift)
     for operator in operators:
-        if operator.kind != "shift":
+        if operator.kind != SHIFT:
             gain = operator.act(gain)
-        shift = None if shift is None else operator.act(shift.double())
+        elif shift is None:
+            raise _no_bias(norm.module)
+        shift = None if shift is None else operator.act(shift)
     folded = {f"{norm.module}.weight": gain - norm.offset}
     return folded if shift is None else folded | {f"{norm.module}.bias": shift}
+
+
+def _no_bias(norm: str) -> UsageError:
+    return UsageError(
+        f"the plan folds a shift into the norm `{norm}`, which has no bias to hold it",
+        hint="leave out the transform that shifts, or describe the norm with `bias=False`: then the shift runs online",
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.engine.experts import Mode
 from qtool.engine.linear import SiteInput
 from qtool.errors import NumericalError
+from qtool.model.graph import LinearSite
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import TokenWeight
 
@@ -57,6 +59,29 @@ class Statistic(Protocol):
         """Return an accumulator for a site whose input has ``n`` channels."""
 
 
+@runtime_checkable
+class SizedStatistic(Statistic, Protocol):
+    """A statistic that knows beforehand how large it gets, so that a dry run can say so; no statistic has to."""
+
+    def nbytes(self, n: int, gathering: Gathering) -> int:
+        """Return the bytes of the result for a site whose input has ``n`` channels, and all tokens come by."""
+
+
+def sites_to_observe(linears: Iterable[LinearSite], mode: Mode) -> tuple[str, ...]:
+    """Return the names of the sites that the statistics of some linears of a block come from.
+
+    Args:
+        linears: The linears.
+        mode: ``all``: what all experts read is observed once; ``routed``: each expert's share of it as well.
+    """
+    names: dict[str, None] = {}
+    for linear in linears:
+        names[linear.spec.reads] = None
+        if mode == "routed":
+            names[linear.observed] = None
+    return tuple(names)
+
+
 class SiteObserver:
     """Feeds one site's input to its accumulators.
 
@@ -72,7 +97,9 @@ class SiteObserver:
         self.tokens = 0
 
     def __call__(self, x: Float[Tensor, "tokens n"]) -> None:
-        """Take in the input of some tokens."""
+        """Take in the input of some tokens; an expert may get none."""
+        if not len(x):
+            return
         x = x.float()
         if not self.accumulators:
             self.accumulators = {
@@ -84,13 +111,14 @@ class SiteObserver:
         self.tokens += x.shape[0]
 
     def result(self) -> SiteStatistics:
-        """Return what was gathered, on the host.
+        """Return what was gathered, on the host, and let go of it: of an expert without tokens, nothing.
 
         Raises:
             NumericalError: A value is NaN or infinite; names the site.
         """
-        entries = {name: accumulator.result().cpu() for name, accumulator in self.accumulators.items()}
-        for name, entry in entries.items():
+        entries: dict[str, Tensor] = {}
+        for name in tuple(self.accumulators):  # one at a time: with many experts there is no room for both
+            entries[name] = entry = self.accumulators.pop(name).result().cpu()
             if not torch.isfinite(entry).all():
                 raise NumericalError(
                     f"the activations at `{self.site}` hold NaN or Inf",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,11 @@ Observer = Callable[[Float[Tensor, "tokens n"]], None]
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a site's activations are quantized: dynamic scales, and a calibrated tensor-level multiplier if any."""
+    """How activations are quantized: dynamic scales, and a calibrated tensor-level multiplier if any.
+
+    What all tokens share (the scale of the strategy ``tensor``, a multiplier that was not calibrated) is taken over one
+    window, so that no window sees which others run beside it. Values of more than two axes are windows along the first.
+    """
 
     scheme: TensorScheme
     format: Format
@@ -27,19 +32,42 @@ class Rounding:
 
     def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return the values that the codes of ``x`` stand for, in the dtype of ``x``."""
+        if x.ndim > 2 and self.shared:
+            return torch.stack([self._rounded(window) for window in x])
+        return self._rounded(x)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the tokens of a window share something that is fitted to them."""
+        return self.scheme.strategy == "tensor" or self._fits_multiplier
+
+    @cached_property
+    def _fits_multiplier(self) -> bool:
+        """Whether the format wants a tensor-level multiplier and none was calibrated."""
+        return self.global_scale is None and self.format.global_scale(torch.ones(()), self.scheme) is not None
+
+    def _rounded(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         groups = to_groups(x, self.scheme.strategy, self.scheme.group_size)
         scale = self.global_scale
-        if scale is None:
+        if self._fits_multiplier:
             scale = self.format.global_scale(x.abs().amax().float(), self.scheme)
         parameters = self.format.fit(groups.float(), self.scheme, global_scale=scale)
         return from_groups(self.format.round(groups, parameters), x.shape)
 
 
 class SiteInput(nn.Module):
-    """The input of a site, shared by the linears that read it: operators, then an observer, then rounding.
+    """The input of a site, shared by what reads it: operators, then an observer, then rounding.
 
     The three projections of an attention are given one tensor; the work is done for the first and remembered until the
-    last of its readers has had it, or another tensor comes, or that one is written to.
+    last of its readers has had it, or another tensor comes, or that one is written to. A view of all of it is the same
+    tensor: blocks with experts flatten their windows for some readers and not for others.
+
+    Attributes:
+        operators: What acts online.
+        rounding: How activations are quantized, if they are.
+        observer: Is shown the values behind the operators.
+        readers: How many modules read the site in a forward pass.
+        windows: Of flattened values, the rows of each window.
     """
 
     def __init__(self) -> None:
@@ -48,52 +76,100 @@ class SiteInput(nn.Module):
         self.rounding: Rounding | None = None
         self.observer: Observer | None = None
         self.readers = 0
-        self._seen: tuple[Tensor, int, Tensor] | None = None
-        self._left = 0
+        self.windows: list[int] = []
+        self._seen: _Seen | None = None
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return what the linears multiply with their weights."""
-        # A reference is held, so that no other tensor can pass for `x`; writes do not count in inference mode.
-        version = None if x.is_inference() else x._version
-        if self._seen is not None and self._seen[0] is x and self._seen[1] == version:
-            result = self._seen[2]
-            self._left -= 1
-        else:
-            result = self._work(x)
-            self._left = self.readers - 1
-        self._seen = (x, version, result) if self._left > 0 and version is not None else None
-        return result
+        """Return what quantized linears multiply with their weights."""
+        seen = self._at(x)
+        if seen.rounded is None:
+            seen.rounded = self._rounded(seen.operated)
+        return self._read(seen, seen.rounded, x)
 
-    def _work(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        result = x
+    def operated(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return the values behind the operators, not rounded: what routers and gates read."""
+        seen = self._at(x)
+        return self._read(seen, seen.operated, x)
+
+    def turned(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return what the operators make of other values than those of the site itself: nothing is observed."""
         for operator in self.operators:
-            result = operator.act(result)
-        if self.observer is not None:
-            self.observer(result.reshape(-1, result.shape[-1]))
-        if self.rounding is not None:
-            result = self.rounding(result)
-        return result
+            x = operator.act(x)
+        return x
+
+    def recalled(self) -> Float[Tensor, "tokens n"] | None:
+        """Return the values behind the operators that are remembered, a row a token, as one of the readers."""
+        if self._seen is None or not self._seen.holds(self._seen.x):
+            return None
+        return self._read(self._seen, self._seen.operated, self._seen.x).flatten(0, -2)
 
     def forget(self) -> None:
         """Let go of the remembered tensors."""
         self._seen = None
+
+    def _at(self, x: Float[Tensor, "*batch n"]) -> _Seen:
+        """Return what is known of a tensor, after operators and observer have had it."""
+        if self._seen is None or not self._seen.holds(x):
+            self._seen = None  # before the work, so that two tensors are never held at once
+            operated = self.turned(x)
+            if self.observer is not None:
+                self.observer(operated.reshape(-1, operated.shape[-1]))
+            self._seen = _Seen(x, operated, self.readers)
+        return self._seen
+
+    def _read(self, seen: _Seen, result: Tensor, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        seen.left -= 1
+        # Writes do not count in inference mode.
+        self._seen = seen if seen.left > 0 and not x.is_inference() else None
+        return result if result.shape[:-1] == x.shape[:-1] else result.reshape(*x.shape[:-1], result.shape[-1])
+
+    def _rounded(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        if self.rounding is None:
+            return x
+        if x.ndim == 2 and len(self.windows) > 1 and self.rounding.shared:
+            return torch.cat([self.rounding(window) for window in torch.split(x, self.windows) if len(window)])
+        return self.rounding(x)
+
+
+class _Seen:
+    """A tensor that a site was given last, and what became of it."""
+
+    def __init__(self, x: Tensor, operated: Tensor, readers: int) -> None:
+        # A reference is held, so that no other tensor can pass for `x`.
+        self.x, self.operated, self.left = x, operated, readers
+        self.rounded: Tensor | None = None
+        self.version = None if x.is_inference() else x._version
+
+    def holds(self, x: Tensor) -> bool:
+        """Say whether a tensor is the one that was seen, or a view of all of it, and nobody has written to it since."""
+        if x.is_inference() or x._version != self.version:
+            return False
+        return x is self.x or (
+            x.data_ptr() == self.x.data_ptr()
+            and x.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr()
+            and x.numel() == self.x.numel() > 0
+            and x.shape[-1] == self.x.shape[-1]
+            and x.dtype == self.x.dtype
+            and x.is_contiguous()
+            and self.x.is_contiguous()
+        )
 
 
 class ExecutedLinear(nn.Module):
     """A linear in place of ``nn.Linear``, with the same parameter names.
 
     Args:
-        original: The layer that it replaces; only its shapes, dtype and device are used.
+        weight: The weight of the layer that it replaces; may be on the device ``meta``.
+        bias: Its bias, if it has one.
         site: The input that it shares with its siblings.
     """
 
-    def __init__(self, original: nn.Linear, site: SiteInput) -> None:
+    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, site: SiteInput) -> None:
         super().__init__()
-        self.weight = nn.Parameter(original.weight, requires_grad=False)
-        bias = nn.Parameter(original.bias, requires_grad=False) if original.bias is not None else None
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        # Registered also where there is none: a shift gives it one when it is folded.
         self.bias: nn.Parameter | None
-        self.register_parameter("bias", bias)  # also where there is none: a shift gives it one when it is folded
-        self.in_features, self.out_features = original.in_features, original.out_features
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.site = site
         site.readers += 1
         self.adapter: Adapter | None = None

@@ -1,28 +1,32 @@
 """A model that is executed one decoder block at a time: skeleton without weights, blocks loaded and dropped.
 
 The modules are transformers' own, so that no architecture is written twice; every linear of the family is replaced by
-an ``ExecutedLinear``, and attention runs through ``qtool.engine.attention``. Peak memory is embedding,
-head and one block.
+an ``ExecutedLinear``, the experts of a block by ``ExecutedExperts``, and attention runs through
+``qtool.engine.attention``. What comes before the blocks and after them is the model's own forward pass with stubs in
+place of its blocks. Peak memory is embedding, head and one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
-from qtool.engine.linear import ExecutedLinear, SiteInput
+from qtool.engine.experts import ExecutedExperts, Mode, executed_experts
+from qtool.engine.linear import ExecutedLinear, Observer, SiteInput
 from qtool.engine.online import with_kernels
+from qtool.engine.stubs import Stub, UnpackedError, stubs_for
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import ModelError
+from qtool.model.graph import EXPERTS, LinearSite
 
 Inputs = list[dict[str, Any]]
 
@@ -34,49 +38,92 @@ class Network:
         subject: What is executed: weights, operators, codes, activation schemes.
         device: Where it runs.
         dtype: What it computes in.
+        observed: What the observers of an expert are shown: ``all`` tokens, or those ``routed`` to it.
+
+    Attributes:
+        module: The whole model, as transformers builds it.
+        sites: The inputs of each block by site name; an expert has ``experts.<e>.mlp_in`` of its own, whose operators
+            are those of ``mlp_in``, done there for all experts.
+        experts: The routed experts of each block that has any, by block.
     """
 
-    def __init__(self, subject: Subject, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, subject: Subject, *, device: torch.device, dtype: torch.dtype, observed: Mode = "all") -> None:
         attention.register()
         self.subject, self.device, self.dtype = subject, device, dtype
         model, family = subject.model, subject.model.family
         config = deepcopy(model.config)
         if subject.plan.unties_head(tied=model.graph.dims.tied):
             config.tie_word_embeddings = False
+        if getattr(config.get_text_config(), "output_router_logits", False):
+            config.get_text_config().output_router_logits = False  # a loss for training, of all blocks at once
         with init_empty_weights(include_buffers=False):
-            self.module: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            self.module: nn.Module = getattr(transformers, family.loader).from_config(
                 config, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=model.trust_remote_code
             )
         self.module.eval().requires_grad_(False)
         self.backbone = self.module.get_submodule(family.backbone)
         self.blocks: nn.ModuleList = self.module.get_submodule(family.layers)
-        self.sites: list[dict[str, SiteInput]] = [self._equip(layer) for layer in range(len(self.blocks))]
-        ends = subject.ends()
-        for name, tensor in ends.items():
-            self._assign(name, tensor)
-        for buffer_owner in self.module.modules():
-            for key, buffer in buffer_owner.named_buffers(recurse=False):
-                setattr(buffer_owner, key, buffer.to(device))
+        self._tuples = False  # whether blocks return tuples
+        self.experts: dict[int, ExecutedExperts] = {}
+        self.sites: list[dict[str, SiteInput]] = [self._equip(layer, observed) for layer in range(len(self.blocks))]
+        for owner in self.module.modules():
+            for key, buffer in owner.named_buffers(recurse=False):
+                setattr(owner, key, buffer if buffer.is_meta else buffer.to(device))
+        self._load_ends()
 
-    def _equip(self, layer: int) -> dict[str, SiteInput]:
+    def _equip(self, layer: int, observed: Mode) -> dict[str, SiteInput]:
         """Replace the linears of a block and give its attention a path for keys and values."""
-        family, block = self.subject.model.family, self.blocks[layer]
-        sites = {name: SiteInput() for name in self.subject.model.graph.input_sites}
-        for spec in family.linears:
-            parent, _, leaf = spec.module.rpartition(".")
-            owner = block.get_submodule(parent)
-            original = getattr(owner, leaf)
-            setattr(owner, leaf, ExecutedLinear(original, sites[spec.reads]))
-        path = KVPath(*self.subject.kv_path(layer))
-        block.get_submodule(family.attention).add_module(CHILD, path)
+        graph, block = self.subject.model.graph, self.blocks[layer]
+        readers = graph.readers_of(layer)
+        names = (*graph.input_sites_of(layer), *(linear.observed for linear in readers))
+        sites = {name: SiteInput() for name in dict.fromkeys(names)}
+        for linear in readers:
+            if linear.expert is None:
+                _replace(block, linear, sites[linear.spec.reads])
+        if graph.family.experts is not None and graph.is_sparse(layer):
+            owner, leaf = _place(block, graph.family.experts.module)
+            linears = [linear for linear in readers if linear.expert is not None]
+            experts = executed_experts(getattr(owner, leaf), linears, sites, graph, dtype=self.dtype, observed=observed)
+            setattr(owner, leaf, experts)
+            block.register_forward_pre_hook(_window_counter(experts, sites), with_kwargs=True)
+            self.experts[layer] = experts
+        operators, scheme, fmt = self.subject.kv_path(layer)
+        path = KVPath(with_kernels(operators, self.subject.plugins, self.device), scheme, fmt)
+        block.get_submodule(graph.family.attention).add_module(CHILD, path)
+        _release(block)
         return sites
 
+    def _load_ends(self) -> None:
+        """Load what lies around the blocks: as the plan leaves it, or as it is stored."""
+        family = self.subject.model.family
+        for name, tensor in self.subject.ends(self.dtype).items():
+            self._assign(name, tensor)
+        around = {name: value for name, value in _tensors(self.module) if not name.startswith(f"{family.layers}.")}
+        for name, value in around.items():
+            if value.is_meta and name.startswith((f"{family.backbone}.", f"{family.head}.")):
+                self._assign(name, self.subject.stored(name))
+
     def _assign(self, name: str, tensor: Tensor) -> None:
-        """Put a real tensor in place of a parameter by its full name."""
-        owner_name, _, leaf = name.rpartition(".")
-        owner = self.module.get_submodule(owner_name)
-        value = tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
-        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        """Put a real tensor in place of a parameter or buffer by its full name; what the module lacks is left out."""
+        try:
+            owner, leaf = _place(self.module, name)
+        except AttributeError:
+            return
+        dtype = self._dtype_of(name) if tensor.is_floating_point() else tensor.dtype
+        value = tensor.to(device=self.device, dtype=dtype)
+        if leaf in owner._buffers and leaf not in owner._non_persistent_buffers_set:
+            owner.register_buffer(leaf, value)
+        elif leaf in owner._parameters:
+            owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """Return what a tensor computes in: the network's dtype, unless the model wants more for this one."""
+        wide: list[str] = []
+        if self.dtype in (torch.float16, torch.bfloat16):
+            wide += getattr(self.module, "_keep_in_fp32_modules_strict", None) or ()
+        if self.dtype == torch.float16:
+            wide += getattr(self.module, "_keep_in_fp32_modules", None) or ()
+        return torch.float32 if set(wide) & set(name.split(".")) else self.dtype
 
     def load(self, layer: int, content: BlockContent | None = None) -> BlockContent:
         """Load a block: weights, operators, roundings, adapters.
@@ -92,23 +139,29 @@ class Network:
             ModelError: A parameter of the block is not in it.
         """
         content = content or self.subject.block(layer)
-        prefix = self.subject.model.graph.block_name(layer)
+        graph = self.subject.model.graph
+        prefix = graph.block_name(layer)
         for name, tensor in content.state.items():
             self._assign(f"{prefix}.{name}", tensor)
-        missing = [name for name, parameter in self.blocks[layer].named_parameters() if parameter.is_meta]
+        missing = [name for name, value in _tensors(self.blocks[layer]) if value.is_meta]
         if missing:
             raise ModelError(
                 f"the model lacks the tensor `{prefix}.{missing[0]}`",
                 facts=(("model", self.subject.model.path), ("family", self.subject.model.family.name)),
                 hint="check that the download is complete",
             )
+        shared = graph.input_sites_of(layer)
         for name, site in self.sites[layer].items():
             site.forget()
-            plan = self.subject.plan.at(f"layers.{layer}.{name}")
-            site.operators = with_kernels(plan.online, self.subject.plugins, self.device)
-            site.rounding = self.subject.rounding(layer, name, self.device)
-        for spec in self.subject.model.family.linears:
-            self.linear(layer, spec.module).adapter = content.adapters.get(spec.module)
+            if name in shared:
+                plan = self.subject.plan.at(f"layers.{layer}.{name}")
+                site.operators = with_kernels(plan.online, self.subject.plugins, self.device)
+            rounded_as = name if name in shared else name.rpartition(".")[2]
+            site.rounding = self.subject.rounding(layer, rounded_as, self.device)
+        if layer in self.experts:
+            self.experts[layer].reset()
+        for linear in graph.linears_of(layer):
+            self.linear(layer, linear.spec.module).adapter = content.adapters.get(linear.spec.module)
         return content
 
     def linear(self, layer: int, module: str) -> ExecutedLinear:
@@ -122,9 +175,9 @@ class Network:
         """Forget a block's weights, adapters and what its sites remember."""
         for site in self.sites[layer].values():
             site.forget()
-        for spec in self.subject.model.family.linears:
-            self.linear(layer, spec.module).adapter = None
-        self.blocks[layer].to("meta")
+        for linear in self.subject.model.graph.linears_of(layer):
+            self.linear(layer, linear.spec.module).adapter = None
+        _release(self.blocks[layer])
 
     def load_all(self) -> nn.Module:
         """Load every block and return the whole model, for tasks that generate or score with it."""
@@ -136,49 +189,117 @@ class Network:
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens hidden"], Inputs]:
         """Return what the first block reads, and the keyword arguments of every block.
 
-        The backbone runs once with recorders in place of its blocks: so masks, positions and scalings are the
-        model's own, for every architecture.
+        The backbone runs once with stubs in place of its blocks: so masks, positions and scalings are the model's
+        own, for every architecture.
         """
-        recorders = [_Recorder(block) for block in self.blocks]
-        owner_name, _, leaf = self.subject.model.family.layers.rpartition(".")
-        owner = self.module.get_submodule(owner_name)
-        real = getattr(owner, leaf)
-        setattr(owner, leaf, nn.ModuleList(recorders))
-        try:
-            self.backbone(input_ids=ids.to(self.device), use_cache=False)
-        finally:
-            setattr(owner, leaf, real)
-        return recorders[0].hidden, [recorder.arguments for recorder in recorders]
+        stubs, _ = self._with_stubs(lambda: self.backbone(input_ids=ids.to(self.device), use_cache=False))
+        return stubs[0].hidden, [stub.arguments for stub in stubs]
 
     @torch.no_grad()
     def run(self, layer: int, hidden: Float[Tensor, "batch tokens hidden"], arguments: Mapping[str, Any]) -> Tensor:
         """Run one loaded block."""
         result = self.blocks[layer](hidden, **arguments)
-        output: Tensor = result[0] if isinstance(result, tuple) else result
+        self._tuples = isinstance(result, tuple)
+        output: Tensor = result[0] if self._tuples else result
         return output
+
+    def show(self, layer: int, hidden: Float[Tensor, "batch tokens hidden"], arguments: Mapping[str, Any]) -> None:
+        """Run one loaded block for its observers only: what comes after the last site that has one is not computed."""
+        observers = {site: site.observer for site in self.sites[layer].values() if site.observer is not None}
+        waiting = set(observers)
+
+        def stopping(site: SiteInput, observer: Observer) -> Observer:
+            def shown(x: Float[Tensor, "tokens n"]) -> None:
+                observer(x)
+                waiting.discard(site)
+                if not waiting:
+                    raise _AllSeen
+
+            return shown
+
+        try:
+            for site, observer in observers.items():
+                site.observer = stopping(site, observer)
+            self.run(layer, hidden, arguments)
+        except _AllSeen:
+            pass
+        finally:
+            for site, observer in observers.items():
+                site.observer = observer
 
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens vocab"]:
-        """Run the final norm and the head."""
-        family = self.subject.model.family
-        normed = self.module.get_submodule(family.final_norm.module)(hidden)
-        result: Tensor = self.module.get_submodule(family.head)(normed)
-        return result
+        """Run what follows the blocks: the model's own forward pass with stubs, of which the last gives ``hidden``."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        _, result = self._with_stubs(lambda: self.module(input_ids=ids, use_cache=False), hidden)
+        logits: Tensor = result.logits
+        return logits
+
+    def _with_stubs(self, call: Callable[[], Any], hidden: Tensor | None = None) -> tuple[list[Stub], Any]:
+        """Call the model with stubs in place of its blocks, of which the last gives ``hidden``; return both."""
+        owner, leaf = _place(self.module, self.subject.model.family.layers)
+        stubs = stubs_for(self.blocks, tuples=self._tuples)
+        stubs[-1].result = hidden
+        setattr(owner, leaf, nn.ModuleList(stubs))
+        try:
+            return stubs, call()
+        except UnpackedError:
+            if self._tuples:
+                raise
+            self._tuples = True
+        finally:
+            setattr(owner, leaf, self.blocks)
+        return self._with_stubs(call, hidden)
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block and remembers what it was called with."""
+class _AllSeen(Exception):  # noqa: N818 - not an error: it leaves a block from within
+    """Every observed site of a block has had its input."""
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.hidden: Tensor = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
-        for name in ("attention_type", "layer_type"):
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:  # noqa: ANN401 - whatever the model passes
-        self.hidden = hidden_states
-        skipped = ("past_key_values", "use_cache")
-        self.arguments = {k: v for k, v in arguments.items() if k not in skipped}
-        return hidden_states
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds something, and what it calls it."""
+    owner, _, leaf = name.rpartition(".")
+    return module.get_submodule(owner), leaf
+
+
+def _replace(block: nn.Module, linear: LinearSite, site: SiteInput) -> None:
+    """Let a linear read a site: its own module, if it is kept in full precision, sees the operators only."""
+    owner, leaf = _place(block, linear.spec.module)
+    original = getattr(owner, leaf)
+    if not linear.spec.kept:
+        setattr(owner, leaf, ExecutedLinear(original.weight, original.bias, site))
+        return
+
+    def operated(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if given:
+            return (site.operated(given[0]), *given[1:]), named
+        name = next(iter(named))
+        return (), named | {name: site.operated(named[name])}
+
+    original.register_forward_pre_hook(operated, with_kwargs=True)
+    site.readers += 1
+
+
+def _window_counter(experts: ExecutedExperts, sites: Mapping[str, SiteInput]) -> Callable[..., None]:
+    """Return a hook that tells the sites of a sparse block, which flattens its input, where windows end."""
+
+    def told(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = given[0] if given else named["hidden_states"]
+        experts.windows = [hidden.shape[1]] * hidden.shape[0]
+        for name, site in sites.items():
+            if not name.startswith(EXPERTS):
+                site.windows = experts.windows
+
+    return told
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what files hold of a module, by name: parameters, and buffers that are not computed."""
+    yield from module.state_dict(keep_vars=True).items()
+
+
+def _release(module: nn.Module) -> None:
+    """Let go of what files hold of a module; what it computed itself stays."""
+    for name, value in list(_tensors(module)):
+        (owner, leaf), empty = _place(module, name), value.detach().to("meta")
+        setattr(owner, leaf, nn.Parameter(empty, requires_grad=False) if leaf in owner._parameters else empty)

@@ -25,6 +25,15 @@ class Acts(Protocol):
         ...
 
 
+@runtime_checkable
+class Turns(Acts, Protocol):
+    """Anything that transforms keys, and queries so that their products stay what they were."""
+
+    def weight_in(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return ``w T^-T``."""
+        ...
+
+
 @dataclass(frozen=True)
 class KernelHadamard:
     """A Hadamard operator whose power-of-two factor runs in a kernel."""
@@ -41,8 +50,12 @@ class KernelHadamard:
         y = self.kernel.run(y.reshape(*y.shape[:-1], -1, power)).flatten(-2)
         return hadamard_core(y).to(x.dtype)
 
+    def weight_in(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return what ``operator.weight_in`` returns: a rotation is its own inverse transpose."""
+        return self.act(w)
 
-def with_kernels(operators: Sequence[Operator], plugins: Plugins, device: torch.device) -> tuple[Acts, ...]:
+
+def with_kernels(operators: Sequence[Operator], plugins: Plugins, device: torch.device) -> tuple[Turns, ...]:
     """Return the operators, those replaced that a kernel on offer runs on this device."""
     kernels = [plugins.load("kernels", name) for name in plugins.offers["kernels"]] if device.type != "cpu" else []
     usable = [kernel for kernel in kernels if kernel.operation == "sylvester" and kernel.supports(device)]

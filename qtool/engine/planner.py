@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qtool.errors import UsageError
 from qtool.model.graph import HEAD_IN, RESIDUAL, ModelGraph, Site
 from qtool.model.plan import Plan, Proposal, SitePlan
-from qtool.numerics.operators import Operator, OperatorGroup
+from qtool.numerics.operators import Diag, Operator, OperatorGroup, Shift, Signs
 
 ABSORBED_BY: Mapping[OperatorGroup, frozenset[str]] = {
     "signs": frozenset({"signed_perm", "diag", "orthogonal", "general"}),
@@ -43,8 +43,9 @@ def extend(plan: Plan, proposal: Proposal, graph: ModelGraph, *, method: str) ->
             _check_size(operator, site, method)
         joined = (*plan.at(site_id).operators, *operators)
         folded = _folded(joined, site)
-        if folded < len(joined) and not site.online:
-            raise _refusal(joined[folded], site, method)
+        for operator in joined[folded:]:
+            if not site.online or operator.group in site.refused:
+                raise _refusal(operator, site, method)
         sites[site_id] = SitePlan(joined, folded)
     extended = replace(plan, sites=sites)
     return _rotated(extended, proposal, graph) if proposal.get(RESIDUAL) else extended
@@ -53,21 +54,26 @@ def extend(plan: Plan, proposal: Proposal, graph: ModelGraph, *, method: str) ->
 def _rotated(plan: Plan, proposal: Proposal, graph: ModelGraph) -> Plan:
     """Return the plan with norms folded, as a rotation of the residual needs.
 
-    Diagonals of the methods to the left that only lived in a norm vanish with its weight. What runs online behind a
+    Diagonals of the methods to the left that only lived in a norm vanish with its weight. A permutation, with signs or
+    without, folds no norm: it puts the weights of norms, and such diagonals, into its order. What runs online behind a
     norm stays, and from now on meets rotated channels: still exact, but not what its method saw.
     """
     sites, vanished, moved = dict(plan.sites), set(), set()
+    rotates = any(operator.group not in ("perm", "signs") for operator in proposal[RESIDUAL])
     for site_id, site in plan.sites.items():
         name = graph.site(site_id).name
         earlier = len(site.operators) - len(proposal.get(site_id, ()))
-        if not earlier or name not in (*graph.family.norms, HEAD_IN):
+        if not earlier or not (name == HEAD_IN or graph.from_residual(name)):
             continue
         if site.folded < earlier:
             moved.add(name)
-        else:
+        elif rotates:
             kept = site.operators[earlier:]
             sites[site_id] = SitePlan(kept, _folded(kept, graph.site(site_id)))
             vanished.add(name)
+        else:
+            reordered = (_reordered(operator, proposal[RESIDUAL]) for operator in site.operators[:earlier])
+            sites[site_id] = replace(site, operators=(*reordered, *site.operators[earlier:]))
     notes = plan.notes
     if vanished:
         notes += (
@@ -75,7 +81,17 @@ def _rotated(plan: Plan, proposal: Proposal, graph: ModelGraph) -> Plan:
         )
     if moved:
         notes += (f"operators at {', '.join(sorted(moved))} act behind the rotation that follows them",)
-    return replace(plan, sites=sites, fold_norms=True, notes=notes)
+    return replace(plan, sites=sites, fold_norms=plan.fold_norms or rotates, notes=notes)
+
+
+def _reordered(operator: Operator, permutations: Sequence[Operator]) -> Operator:
+    """Return what a norm absorbs, for channels in another order: factors follow a permutation, shifts its signs too."""
+    for permutation in permutations:
+        if isinstance(operator, Shift):
+            operator = replace(operator, z=permutation.act(operator.z))
+        elif isinstance(operator, Diag | Signs) and permutation.is_permutation:
+            operator = replace(operator, s=permutation.act(operator.s))
+    return operator
 
 
 def _folded(operators: tuple[Operator, ...], site: Site) -> int:
@@ -103,8 +119,9 @@ def _check_size(operator: Operator, site: Site, method: str) -> None:
 
 def _refusal(operator: Operator, site: Site, method: str) -> UsageError:
     exact = ", ".join(sorted(site.foldable)) or "nothing"
+    why = site.refused.get(operator.group) or site.why or "nothing can run online there"
     return UsageError(
         f"`{method}` is not exact on this model: `{operator.kind}` cannot be folded at `{site.id}`",
-        facts=(("exact there", exact), ("because", site.why or "nothing can run online there")),
+        facts=(("exact there", exact), ("because", why)),
         hint="leave the operator out, or put it at a site that allows it",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,6 +60,8 @@ class LayerProblem:
         global_scale: Tensor-level multiplier that the layer must use (shared with its siblings), or None.
         seed: Seeds whatever is random.
         previous: What the method to the left made, or None for the first.
+        memory: What methods remember of ``hessian`` and ``entries`` for the other linears that have the same ones, such
+            as a factor, under keys of their own.
     """
 
     name: str
@@ -71,6 +73,7 @@ class LayerProblem:
     global_scale: Float[Tensor, ""] | None = None
     seed: int = 0
     previous: QuantizedLinear | None = None
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def need_hessian(self) -> Float[Tensor, "in in"]:
         """Return the Hessian.
@@ -108,3 +111,15 @@ class Mitigator(Protocol):
         Raises:
             NumericalError: The problem cannot be solved even after escalation.
         """
+
+
+@runtime_checkable
+class SiblingMitigator(Mitigator, Protocol):
+    """A mitigator that saves work where several linears read one site; no method has to.
+
+    Siblings differ in name, weight, seed and previous result only. Each gets what ``quantize`` would give it alone, up
+    to float rounding.
+    """
+
+    def quantize_siblings(self, problems: Sequence[LayerProblem], config: Any) -> list[QuantizedLinear]:  # noqa: ANN401
+        """Solve linears of one site, in their order; raises as ``quantize`` does."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear
+from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear, SiblingMitigator
 from qtool.errors import NumericalError
 from qtool.model.graph import LinearSite, ModelGraph
 from qtool.model.statistics import SiteStatistics
 from qtool.scheme import Format, TensorScheme
+
+Key = TypeVar("Key", bound=Hashable)
+
+MOST_ROWS = 1 << 16
+"""Output rows that are solved at once: the experts of a block have many times more, which must not all be copied."""
 
 
 @dataclass(frozen=True)
@@ -58,54 +64,86 @@ class Solver:
         """Quantize linears of one block.
 
         Args:
-            linears: Which; all that read one site must come together, since they may share a tensor-level scale.
+            linears: Which; all that read one site must come together, since they are solved together.
             state: The block's float tensors by name inside the block.
-            statistics: What is known of the sites that they read, by site name.
+            statistics: What is known of the sites that they read, by site name. An expert goes by what it saw itself,
+                and where that is not there by the site that all experts read.
 
         Returns:
             The quantized linears by full name.
         """
-        weights = {one.name: state[f"{one.spec.module}.weight"].to(self.device, torch.float32) for one in linears}
         solved: dict[str, QuantizedLinear] = {}
-        shared = _Shared(self.device)
-        for linear in linears:
-            siblings = [weights[other.name] for other in linears if other.spec.reads == linear.spec.reads]
-            amax = torch.stack([weight.abs().amax() for weight in siblings]).amax()
-            known = shared.of(linear.spec.reads, statistics)
-            problem = LayerProblem(
-                name=linear.name,
-                weight=weights[linear.name],
-                scheme=self.scheme,
-                format=self.format,
-                hessian=known.get("hessian"),
-                entries=known,
-                global_scale=self.format.global_scale(amax, self.scheme),
-                seed=self.seed + self.graph.linears.index(linear),
-            )
-            solved[linear.name] = self._composed(problem)
+        in_stages = sorted(linears, key=lambda linear: linear.stage)
+        for site, readers in _grouped(in_stages, lambda linear: _known_as(linear, statistics)).items():
+            entries = statistics[site].entries if site in statistics else {}
+            known = {name: entry.to(self.device) for name, entry in entries.items()}
+            for siblings in self._stacks(readers, state, known):
+                solved |= zip((one.name for one in siblings), self._composed(siblings), strict=True)
         return solved
 
-    def _composed(self, problem: LayerProblem) -> QuantizedLinear:
-        """Run the methods left to right on one linear."""
-        if not torch.isfinite(problem.weight).all():
-            raise NumericalError(f"the weight of `{problem.name}` holds NaN or Inf")
-        result: QuantizedLinear | None = None
+    def _stacks(
+        self, readers: Sequence[LinearSite], state: Mapping[str, Tensor], known: Mapping[str, Tensor]
+    ) -> Iterator[list[LayerProblem]]:
+        """Yield the problems of linears that share statistics, as many at once as memory allows.
+
+        What engines fuse stays together. What has another tensor-level multiplier is not of the same grid.
+        """
+        stack: list[LayerProblem] = []
+        memory: dict[Any, Any] = {}
+        for fused in _grouped(readers, lambda linear: linear.fused_with).values():
+            weights = [state[f"{one.spec.module}.weight"].to(self.device, torch.float32) for one in fused]
+            amax = torch.stack([weight.abs().amax() for weight in weights]).amax()
+            multiplier = self.format.global_scale(amax, self.scheme)
+            problems = [
+                LayerProblem(
+                    name=linear.name,
+                    weight=weight,
+                    scheme=self.scheme,
+                    format=self.format,
+                    hessian=known.get("hessian"),
+                    entries=known,
+                    global_scale=multiplier,
+                    seed=self.seed + self._places[linear.name],
+                    memory=memory,
+                )
+                for linear, weight in zip(fused, weights, strict=True)
+            ]
+            rows = sum(len(problem.weight) for problem in (*stack, *problems))
+            if stack and (rows > MOST_ROWS or multiplier is not None):
+                yield stack
+                stack = []
+            stack += problems
+        yield stack
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Place of each linear in the order of execution, by name."""
+        return {linear.name: place for place, linear in enumerate(self.graph.linears)}
+
+    def _composed(self, problems: Sequence[LayerProblem]) -> list[QuantizedLinear]:
+        """Run the methods left to right on the linears of a site."""
+        results: list[QuantizedLinear] = []
+        for problem in problems:
+            if not torch.isfinite(problem.weight).all():
+                raise NumericalError(f"the weight of `{problem.name}` holds NaN or Inf")
         for method in self.methods:
-            result = method.mitigator.quantize(problem if result is None else problem.after(result), method.config)
-        if result is None:
-            raise LookupError(problem.name)
-        return result
+            if results:
+                problems = [problem.after(result) for problem, result in zip(problems, results, strict=True)]
+            if isinstance(method.mitigator, SiblingMitigator):
+                results = method.mitigator.quantize_siblings(problems, method.config)
+            else:
+                results = [method.mitigator.quantize(problem, method.config) for problem in problems]
+        return results
 
 
-@dataclass
-class _Shared:
-    """Statistics of a site on the device, for the linears that read it one after the other."""
+def _known_as(linear: LinearSite, statistics: Mapping[str, SiteStatistics]) -> str:
+    """Return the site whose statistics a linear goes by."""
+    return linear.observed if linear.observed in statistics else linear.spec.reads
 
-    device: torch.device
-    _held: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def of(self, site: str, statistics: Mapping[str, SiteStatistics]) -> dict[str, Tensor]:
-        if site not in self._held:
-            known = statistics[site].entries if site in statistics else {}
-            self._held = {site: {name: entry.to(self.device) for name, entry in known.items()}}
-        return self._held[site]
+def _grouped(linears: Iterable[LinearSite], key: Callable[[LinearSite], Key]) -> dict[Key, list[LinearSite]]:
+    """Group linears, keeping their order."""
+    groups: dict[Key, list[LinearSite]] = {}
+    for linear in linears:
+        groups.setdefault(key(linear), []).append(linear)
+    return groups

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from qtool.artifacts.store import disk_errors
+from qtool.engine.gather import Gathering, Statistic, observing, sites_to_observe
 from qtool.engine.network import Inputs, Network
+from qtool.model.graph import LinearSite
+from qtool.model.statistics import SiteStatistics
 
 MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What one pass of a block showed.
+
+    Attributes:
+        statistics: By site name.
+        tokens: How many tokens each expert was sent; None where the block has none, or nothing reached them.
+    """
+
+    statistics: dict[str, SiteStatistics]
+    tokens: Int64[Tensor, " experts"] | None = None
 
 
 class Stream:
@@ -38,20 +57,49 @@ class Stream:
         for start in range(0, len(self.windows), self.batch):
             yield slice(start, min(start + self.batch, len(self.windows)))
 
-    def run(self, layer: int, *, keep: bool, each: Callable[[slice, Tensor], None] | None = None) -> None:
+    def run(self, layer: int, *, keep: bool) -> None:
         """Run a loaded block over all windows.
 
         Args:
             layer: Block index.
-            keep: Whether the states become the block's outputs; otherwise the block only shows its inputs.
-            each: Called with the rows and the output of every batch.
+            keep: Whether the states become the block's outputs; otherwise the block only shows its inputs to observers.
         """
+        arguments = self.arguments_of(layer)
         for rows in self.batches():
-            output = self.network.run(layer, self.states[rows].to(self.network.device), self.arguments_of(layer))
+            hidden = self.states[rows].to(self.network.device)
             if keep:
-                self.states[rows] = output.to(self.states.device)
-            if each is not None:
-                each(rows, output)
+                self.states[rows] = self.network.run(layer, hidden, arguments).to(self.states.device)
+            else:
+                self.network.show(layer, hidden, arguments)
+
+    def gather(
+        self,
+        layer: int,
+        linears: Sequence[LinearSite],
+        statistics: Mapping[str, Statistic],
+        gathering: Gathering,
+        *,
+        keep: bool,
+    ) -> Gathered:
+        """Run a loaded block over all windows and gather statistics of what its linears read.
+
+        Args:
+            layer: Block index.
+            linears: Which linears.
+            statistics: What to gather at each.
+            gathering: What the accumulators are told.
+            keep: See ``run``.
+        """
+        experts = self.network.experts.get(layer)
+        if experts is not None:
+            experts.reset()
+        sites = sites_to_observe(linears, "all" if experts is None else experts.observed)
+        wanted = dict.fromkeys(sites, statistics)
+        with observing(self.network.sites[layer], layer, wanted, gathering) as observers:
+            self.run(layer, keep=keep)
+            found = {name: observer.result() for name, observer in observers.items()}
+        reached = experts is not None and bool(experts.routed.any())
+        return Gathered(found, experts.routed.clone() if experts is not None and reached else None)
 
     def arguments_of(self, layer: int) -> dict[str, Any]:
         """Return the keyword arguments of a block."""
@@ -66,8 +114,10 @@ class Stream:
         if size < MEMORY_SHARE * free_memory():
             return torch.empty(shape, dtype=dtype)
         spill.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=spill) as file:
+        with tempfile.NamedTemporaryFile(dir=spill) as file, disk_errors(spill):
             file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # a page that finds no place on the disk would end the process
+                os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 

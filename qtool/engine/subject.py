@@ -58,9 +58,13 @@ class Subject:
             name = f"{family.embedding}.weight"
         return self.model.tensor(name)
 
-    def ends(self) -> dict[str, Tensor]:
-        """Return embedding, final norm and head as they are executed, by full name."""
-        return fold_ends(self.model.graph, self.plan, self.stored)
+    def ends(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Return embedding, final norm and head as they are executed, by full name.
+
+        Args:
+            dtype: Of the embedding and the head where the plan changes them.
+        """
+        return fold_ends(self.model.graph, self.plan, self.stored, dtype=dtype)
 
     def folded(self, layer: int) -> dict[str, Tensor]:
         """Return a block's float tensors with the plan folded in, names relative to the block."""

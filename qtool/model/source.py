@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from qtool.artifacts.identity import digest_file, digest_json
-from qtool.artifacts.layout import read_header
-from qtool.artifacts.store import write_atomically
-from qtool.errors import ModelError, NumericalError
+from qtool.errors import ModelError
+from qtool.model.extras import left_alone
 from qtool.model.family import Family
+from qtool.model.files import CONFIG, StoredTensor, folder_digest, stored_tensors
 from qtool.model.graph import Dimensions, ModelGraph
+from qtool.model.naming import Place, places_of, stored_name
+from qtool.model.prequantized import BlockShape, float8_blocks
+from qtool.model.reading import DTYPES, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 @runtime_checkable
@@ -53,6 +51,8 @@ class Model:
         family: The family that describes it.
         id: SHA-256 over its config and weights; independent of where it lies.
         trust_remote_code: Whether code beside the weights may run.
+        float8: Rows and columns of the blocks that share a scale, where files hold float8 weights; they are
+            dequantised on reading.
     """
 
     path: Path
@@ -60,53 +60,69 @@ class Model:
     family: Family
     id: str
     trust_remote_code: bool = False
+    float8: BlockShape | None = None
 
     @cached_property
     def graph(self) -> ModelGraph:
         """The model's sites and linears."""
-        return ModelGraph(self.family, read_dimensions(self.config))
+        return ModelGraph(self.family, read_dimensions(self.config, self.family))
 
     @cached_property
-    def files(self) -> Mapping[str, Path]:
-        """File of every stored tensor by name."""
-        return tensor_files(self.path)
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """Every stored tensor, by its name in the files."""
+        return stored_tensors(self.path)
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Where every tensor lies, by the name that the graph knows; a tied embedding may lie under the head's name."""
+        places = places_of(self.stored, self.family)
+        embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
+        if self.graph.dims.tied and embedding not in places and head in places:
+            places[embedding] = places.pop(head)
+        return places
+
+    @cached_property
+    def left_alone(self) -> Mapping[str, str]:
+        """Tensors that nothing here reads or changes, by the name that the graph would know, with the reason."""
+        return left_alone(self.places, self.family, self.graph.dims.num_layers)
 
     def has(self, name: str) -> bool:
-        """Say whether a tensor is stored under this name."""
-        return name in self.files
+        """Say whether there is a tensor of this name."""
+        return name in self.places
+
+    def stored_name(self, name: str) -> str:
+        """Return what the files call a tensor; for one that they lack, what they would call it."""
+        return self.places[name].name if name in self.places else stored_name(name, self.family)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor as stored and check that it is finite.
+        """Read one tensor as stored (float8 dequantised) and check that it is finite.
 
         Raises:
             ModelError: There is none of this name.
             NumericalError: It holds NaN or Inf.
         """
-        if name not in self.files:
+        if name not in self.places:
             raise ModelError(
                 f"the model lacks the tensor `{name}`",
                 facts=(("model", self.path), ("family", self.family.name)),
                 hint="check that the download is complete",
             )
-        with safe_open(str(self.files[name]), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NumericalError(
-                f"the weight `{name}` holds NaN or Inf", facts=(("file", self.files[name]),), hint="download it again"
-            )
-        return tensor
+        return read_tensors({name: self.places[name]}, self.dtype, self.float8)[name]
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Read the tensors below ``prefix``, keyed by the rest of their names."""
-        return {n.removeprefix(prefix): self.tensor(n) for n in self.files if n.startswith(prefix)}
+        """Read the tensors below ``prefix``, keyed by the rest of their names; not those that are left alone."""
+        names = [name for name in self.places if name.startswith(prefix) and name not in self.left_alone]
+        found = read_tensors({name: self.places[name] for name in names}, self.dtype, self.float8)
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that the weights are stored in, by the first linear of the first block."""
-        name = f"{self.graph.linears[0].name}.weight"
-        with safe_open(str(self.files[name]), framework="pt") as file:
-            dtype: torch.dtype = file.get_slice(name)[:1].dtype
-        return dtype
+        """The dtype of the weights, by the first linear of the first block; what float8 weights become."""
+        first = self.places.get(f"{self.graph.linears[0].name}.weight")
+        if first is not None and first.stored.slot.dtype in DTYPES:
+            return DTYPES[first.stored.slot.dtype]
+        said = getattr(self.config.get_text_config(), "dtype", None)
+        return said if isinstance(said, torch.dtype) and said in DTYPES.values() else torch.bfloat16
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that lies beside the weights.
@@ -139,26 +155,28 @@ def open_model(path: Path, families: Mapping[str, Family], *, cache: Path, trust
         The model; nothing but its config and headers has been read.
 
     Raises:
-        ModelError: Not a model folder, an unknown family, or already quantized.
+        ModelError: Not a model folder, an unknown family, or quantized in a way that is not undone on reading.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    if not (path / "config.json").is_file():
-        raise ModelError(f"`{path}` holds no model", facts=(("expected", "config.json and *.safetensors"),))
+    if not (path / CONFIG).is_file():
+        raise ModelError(
+            f"`{path}` holds no model",
+            facts=(("expected", f"{CONFIG} and *.safetensors"),),
+            hint="give the folder of a model, or an artifact that a qtool step printed",
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise ModelError(
-            f"transformers cannot read the config of `{path}`", facts=(("reason", str(error).split("\n")[0]),)
+            f"transformers cannot read the config of `{path}`",
+            facts=(("reason", reason),),
+            hint="get the model again, or pip install --upgrade transformers",
         ) from error
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "?")
-        raise ModelError(
-            f"`{path}` is quantized already",
-            facts=(("quantization", method),),
-            hint="start from the original model",
-        )
-    found = [family for family in families.values() if config.model_type in family.model_types]
+    float8 = float8_blocks(config, path)
+    found = [one for one in families.values() if config.model_type in one.model_types and _covers(one, config)]
     if not found:
         known = sorted(t for family in families.values() for t in family.model_types)
         raise ModelError(
@@ -166,72 +184,51 @@ def open_model(path: Path, families: Mapping[str, Family], *, cache: Path, trust
             facts=(("known", ", ".join(known)),),
             hint="describe it as data: see qtool.model.family.Family and the hook register_families",
         )
-    return Model(path, config, found[0], _identity(path, cache), trust_remote_code)
+    if float8 is not None:
+        del config.quantization_config  # what is read, executed and written is not quantized any more
+    return Model(path, config, found[0], folder_digest(path, cache), trust_remote_code, float8)
 
 
-def read_dimensions(config: Any) -> Dimensions:  # noqa: ANN401 - each family has its own config class
-    """Read the sizes that sites need from a transformers config."""
+def _covers(family: Family, config: Any) -> bool:  # noqa: ANN401 - each family has its own config class
+    """Say whether a family is meant by a config of its model type."""
+    return family.covers is None or family.covers(config.get_text_config())
+
+
+def read_dimensions(config: Any, family: Family) -> Dimensions:  # noqa: ANN401 - each family has its own config class
+    """Read the sizes that sites need from a transformers config, as the family names them."""
     text = config.get_text_config()
     heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    sizes = {"hidden": text.hidden_size, "intermediate": text.intermediate_size, "head_dim": head_dim}
+    sizes |= {"heads": heads, "kv_heads": getattr(text, "num_key_value_heads", None) or heads}
+    sizes |= {name: _size(text, expression) for name, expression in family.sizes.items()}
+    sizes.setdefault("value_dim", sizes["head_dim"])
+    sizes |= {
+        "queries": sizes["heads"] * sizes["head_dim"],
+        "keys": sizes["kv_heads"] * sizes["head_dim"],
+        "values": sizes["kv_heads"] * sizes["value_dim"],
+        "o_in": sizes["heads"] * sizes["value_dim"],
+    }
+    sizes.setdefault("up_down", sizes["intermediate"])
+    experts, blocks = family.experts, range(text.num_hidden_layers)
     return Dimensions(
         num_layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        hidden=sizes["hidden"],
+        intermediate=sizes["intermediate"],
         num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_kv_heads=sizes["kv_heads"],
+        head_dim=sizes["head_dim"],
+        value_dim=sizes["value_dim"],
         vocab=text.vocab_size,
         max_positions=text.max_position_embeddings,
         tied=bool(config.tie_word_embeddings),
+        experts=_size(text, experts.count) if experts else 0,
+        chosen=_size(text, experts.chosen) if experts else 0,
+        sparse=tuple(experts is not None and (family.sparse is None or family.sparse(text, i)) for i in blocks),
+        sizes=sizes,
     )
 
 
-def tensor_files(path: Path) -> dict[str, Path]:
-    """Return the file of every tensor of a safetensors folder, sharded or not.
-
-    Raises:
-        ModelError: There are no weights, or the index names a missing file or tensor.
-    """
-    if (path / INDEX).is_file():
-        table = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        shards = {name: path / name for name in sorted(set(table.values()))}
-    elif (path / WEIGHTS).is_file():
-        table, shards = None, {WEIGHTS: path / WEIGHTS}
-    else:
-        raise ModelError(
-            f"`{path}` holds no safetensors weights",
-            facts=(("expected", f"{WEIGHTS} or {INDEX}"),),
-            hint="convert it with model.save_pretrained(folder)",
-        )
-    missing = [name for name, file in shards.items() if not file.is_file()]
-    if missing:
-        raise ModelError(f"the index of `{path}` names files that are not there", facts=(("first", missing[0]),))
-    stored = {tensor: file for file in shards.values() for tensor in read_header(file).slots}
-    for tensor in table or ():
-        if tensor not in stored:
-            raise ModelError(f"the index of `{path}` promises a tensor that no file has", facts=(("tensor", tensor),))
-    return stored
-
-
-def _identity(path: Path, cache: Path) -> str:
-    """Return the digest of a model's config and weights, remembering those of files that did not change."""
-    memory = cache / "digests.json"
-    try:
-        known: dict[str, str] = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    for incidental in ("_name_or_path", "transformers_version"):
-        config.pop(incidental, None)
-    files = sorted(set(tensor_files(path).values()))
-    digests, learned = {}, {}
-    for file in files:
-        status = file.stat()
-        label = f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-        digests[file.name] = known.get(label) or digest_file(file)
-        if label not in known:
-            learned[label] = digests[file.name]
-    if learned:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps(known | learned))
-    return digest_json({"config": config, "weights": digests})
+def _size(config: object, expression: str) -> int:
+    """Return a size written as sums of products of a config's attributes."""
+    return sum(prod(int(getattr(config, name)) for name in term.split("*")) for term in expression.split("+"))

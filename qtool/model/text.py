@@ -27,6 +27,7 @@ from qtool.errors import DataError, UsageError
 
 FIELDS = ("text", "page", "content")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+JSON_LINES = 'every line is an object such as {"text": "…"}'
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def read_text_file(path: Path) -> Documents:
         raise DataError(
             f"cannot tell what kind of text `{path}` is",
             facts=(("suffixes", ", ".join(SUFFIXES)), ("received", path.suffix or "none")),
+            hint="rename the file; .txt is one long text",
         )
     try:
         content = path.read_bytes()
@@ -126,7 +128,9 @@ def read_text_file(path: Path) -> Documents:
             texts = tuple(_json_texts(content.decode("utf-8"), path))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(f"cannot read text from `{path}`", facts=(("reason", reason),)) from error
+        raise DataError(
+            f"cannot read text from `{path}`", facts=(("reason", reason),), hint="give a file in UTF-8"
+        ) from error
     return Documents(texts, joined=suffix == ".txt", source=f"{path.name} sha256:{text_digest(texts)}")
 
 
@@ -141,7 +145,7 @@ def tokenize(tokenizer: Tokenizer, documents: Documents) -> Int64[Tensor, " toke
     """
     ids = [token for text in documents.texts for token in _token_ids(tokenizer, text)]
     if not ids:
-        raise DataError(f"`{documents.source}` gives no tokens")
+        raise DataError(f"`{documents.source}` gives no tokens", hint="give another text")
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -264,13 +268,16 @@ def _json_texts(content: str, path: Path) -> Iterator[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"line {number} of `{path}` is not JSON", facts=(("reason", error),)) from error
+            raise DataError(
+                f"line {number} of `{path}` is not JSON", facts=(("reason", error),), hint=JSON_LINES
+            ) from error
         names = tuple(row) if isinstance(row, dict) else ()
         field = field or _text_field(names, f"line {number} of `{path}`")
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise DataError(
                 f"line {number} of `{path}` has no text in `{field}`",
                 facts=(("fields found", ", ".join(names) or "none"),),
+                hint=JSON_LINES,
             )
         yield row[field]
 
@@ -285,7 +292,9 @@ def _parquet_texts(content: bytes, path: Path) -> tuple[str, ...]:
         field = _text_field(tuple(file.schema_arrow.names), f"`{path}`")
         return tuple(str(text) for text in file.read(columns=[field]).column(field).to_pylist() if text is not None)
     except ValueError as error:  # pyarrow's errors about damaged files
-        raise DataError(f"`{path}` is not a Parquet file, or is damaged", facts=(("reason", error),)) from error
+        raise DataError(
+            f"`{path}` is not a Parquet file, or is damaged", facts=(("reason", error),), hint="get the file again"
+        ) from error
 
 
 def _text_field(names: Sequence[str], where: str) -> str:
@@ -296,4 +305,5 @@ def _text_field(names: Sequence[str], where: str) -> str:
     raise DataError(
         f"{where} has no field that holds text",
         facts=(("fields expected", " or ".join(FIELDS)), ("fields found", ", ".join(names) or "none")),
+        hint=f"rename the field that holds it to `{FIELDS[0]}`",
     )

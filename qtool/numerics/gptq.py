@@ -75,6 +75,7 @@ class GPTQResult:
         dampening_frac: λ as a fraction of the mean diagonal entry, as used.
         wide: Whether the factorization took float64.
         dead: Columns whose input is always 0.
+        factor: What the Hessian was factorized to, for other weights with the same inputs.
     """
 
     codes: UInt8[Tensor, "out in"]
@@ -83,6 +84,7 @@ class GPTQResult:
     dampening_frac: float
     wide: bool
     dead: Bool[Tensor, " in"]
+    factor: InverseFactor
 
 
 def inverse_cholesky(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | None:
@@ -101,7 +103,8 @@ def inverse_cholesky(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | No
     if int(failed):
         return None
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+    # What is not finite in a column makes its pivot so too.
+    return None if int(failed) or not bool(torch.isfinite(upper.diagonal()).all()) else upper
 
 
 def factorize_inverse(hessian: Float[Tensor, "in in"], dampening_frac: float) -> InverseFactor:
@@ -147,6 +150,7 @@ def gptq_round(
     block_size: int = 128,
     parameters: ParameterSource = "fresh",
     act_order: bool = False,
+    factor: InverseFactor | None = None,
 ) -> GPTQResult:
     """Choose codes that approximately minimize ``tr(E H Eᵀ)``, the layer's output error.
 
@@ -165,6 +169,7 @@ def gptq_round(
             what GPTQ's first code does.
         act_order: Visit columns by descending Hessian diagonal instead of left to right. Groups stay neighbours in
             storage; needs ``static`` parameters.
+        factor: What an earlier call returned for this Hessian, damping and order; None to factorize it.
 
     Returns:
         Codes in storage order, with what decodes them.
@@ -192,24 +197,26 @@ def gptq_round(
     dead = hessian.diagonal() == 0
     hessian = hessian.to(weight.dtype, copy=True)
     hessian.diagonal().masked_fill_(dead, 1.0)
-    columns = weight.detach().T.clone(memory_format=torch.contiguous_format)
-    columns.masked_fill_(dead.unsqueeze(-1), 0.0)
+    alive = weight.detach().masked_fill(dead, 0.0)
     fitted: list[GroupParameters] = []
     if parameters == "static":
         for start in range(0, n_in, grid.group_size):
-            fitted.append(grid.fit(columns[start : start + grid.group_size].T.contiguous(), start))
+            fitted.append(grid.fit(alive[:, start : start + grid.group_size].contiguous(), start))
+    columns = alive.T.contiguous()
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     if order is not None:
-        columns, hessian = columns[order], hessian[order][:, order]
-    factor = factorize_inverse(hessian, dampening_frac)
+        columns = columns.index_select(0, order)
+    if factor is None:
+        visited = hessian if order is None else hessian.index_select(0, order).index_select(1, order)
+        factor = factorize_inverse(visited, dampening_frac)
     groups = [col // grid.group_size for col in (range(n_in) if order is None else order.tolist())]
     loss = _solve(columns, factor.upper, grid, fitted, groups, block_size, stale=parameters == "stale")
     if order is not None:
-        columns = torch.empty_like(columns).index_copy_(0, order, columns)
+        columns = columns.index_select(0, torch.argsort(order))
     joined = _join(fitted)
     values = to_groups(columns.T.contiguous(), "group", grid.group_size)
     codes = from_groups(grid.encode(values, joined), weight.shape)
-    return GPTQResult(codes, joined, loss, factor.dampening_frac, factor.wide, dead)
+    return GPTQResult(codes, joined, loss, factor.dampening_frac, factor.wide, dead, factor)
 
 
 def _solve(
@@ -256,14 +263,13 @@ def _solve(
             panel, made = columns[first:last], residuals[first - start : last - start]
             # `spread` is 0 up to the column's own entry, so that columns already rounded stay as they are.
             for column, residual, spread, group in zip(
-                panel.unbind(),
+                panel.unsqueeze(-1).unbind(),
                 made.unbind(),
                 feedback[first:last, first:last].unbind(),
                 groups[first:last],
                 strict=True,
             ):
-                rounded = grid.round(column.unsqueeze(-1), fitted[group])
-                torch.sub(column, rounded.squeeze(-1), out=residual)
+                torch.sub(column, grid.round(column, fitted[group]), out=residual.unsqueeze(-1))
                 panel.addr_(spread, residual, alpha=-1)
             columns[last:stop].addmm_(feedback[first:last, last:stop].T, made, alpha=-1)
         made = residuals[: stop - start]

@@ -1,14 +1,12 @@
 """Integer codes: ``value = scale * (code - zero_point)`` with codes in ``[0, 2^b - 1]``.
 
 Symmetric integers have ``z = 2^(b-1)``, that is the signed range ``[-qmax - 1, qmax]`` with ``qmax = 2^(b-1) - 1``. The
-lowest code stays legal under both range rules: ``half`` reaches it at the edge of the range, ``full`` only where values
-lie outside the fitted range (clipping, error feedback). Under ``half`` both ends lie on a tie, which the last bit of a
-rounded scale would decide at random; scales are therefore rounded down, so that ``-amax`` always takes the lowest
-code (measured: ``recipes/README.md``). Eight bits are no exception; who writes a checkpoint for a kernel that cannot
-take -128 has to look for it.
+lowest code is legal under every range rule, whether or not a fit reaches it: values may lie outside the fitted range
+(clipping, error feedback). Who writes a checkpoint for a kernel that cannot take -128 has to look for it.
 
-A fit with ``half`` must not be repeated on decoded values: the top code decodes to ``qmax / (qmax + 1/2)`` of the
-range, so the second scale is smaller. Scales are therefore fitted once and stored.
+``tight`` uses both ends and clips neither: measured, it is the best rule for rounding (``recipes/README.md``). Under
+``half`` both ends lie on a tie, which the last bit of a rounded scale decides, and the top code decodes inside the
+range, so that a second fit on decoded values would shrink it. Scales are fitted once and stored.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qtool.numerics.groups import largest_magnitude
-from qtool.numerics.scales import fit_scale, scale_below, store_scale
+from qtool.numerics.scales import fit_scale, store_scale
 from qtool.scheme import ExponentRule, RangeRule, ScaleFormat
 
 
@@ -31,12 +29,12 @@ def fit_symmetric(
     exponent_rule: ExponentRule = "even",
     clip: float = 1.0,
 ) -> Float[Tensor, "*rows"]:
-    """Fit scales ``amax / qmax`` (``full``) or ``amax / (qmax + 1/2)`` (``half``).
+    """Fit scales ``max(max / qmax, -min / (qmax + 1))``, ``amax / qmax`` or ``amax / (qmax + 1/2)``.
 
     Args:
         groups: Values; the last axis shares a scale. Not modified.
         num_bits: Bits of a code, 2 to 8.
-        range_rule: Where the largest magnitude goes. Power-of-two scales follow ``exponent_rule`` alone.
+        range_rule: ``tight``, ``full`` or ``half``, in this order; powers of two follow ``exponent_rule`` instead.
         scale_format: How the scale is stored.
         exponent_rule: Rounding of power-of-two scales.
         clip: Fraction of the range that is kept, in (0, 1].
@@ -45,13 +43,13 @@ def fit_symmetric(
         Scales in float32, exactly as stored.
     """
     qmax = 2 ** (num_bits - 1) - 1
-    half = range_rule == "half" and scale_format != "e8m0"
     amax = largest_magnitude(groups) * clip
-    max_value = qmax + 0.5 if half else float(qmax)
-    scale = fit_scale(amax, max_value=max_value, scale_format=scale_format, exponent_rule=exponent_rule)
-    if not half or scale_format == "fp32":  # float32 scales are what engines compute for activations: left as they are
-        return scale
-    return torch.where((scale * max_value > amax) & (amax > 0), scale_below(scale, scale_format), scale)
+    if scale_format == "e8m0":
+        return fit_scale(amax, max_value=float(qmax), scale_format=scale_format, exponent_rule=exponent_rule)
+    if range_rule == "tight":
+        high, low = groups.amax(-1).float() * clip, groups.amin(-1).float() * clip
+        return store_scale(torch.maximum(high / qmax, -low / (qmax + 1)), scale_format)
+    return store_scale(amax / (qmax + 0.5 if range_rule == "half" else qmax), scale_format)
 
 
 def fit_asymmetric(

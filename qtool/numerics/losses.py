@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from qtool.numerics.moments import panels
 
 
 def relative_loss(
@@ -27,9 +30,20 @@ def relative_loss(
 
 
 def output_energy(matrix: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"] | None = None) -> float:
-    """Return ``tr(M H Mᵀ)``, the mean squared output of ``M``; products in its dtype, the sum in float64."""
-    outputs = matrix if hessian is None else matrix @ hessian.to(matrix.dtype)
-    return float((outputs * matrix).sum(-1).double().sum())
+    """Return ``tr(M H Mᵀ)``, the mean squared output of ``M``; products in its dtype, the sum in float64.
+
+    As ``H`` is symmetric, panels of it on and twice those above the diagonal suffice.
+    """
+    if hessian is None:
+        return float(matrix.square().sum(-1).double().sum())
+    hessian = hessian.to(matrix.dtype)
+    energy = matrix.new_zeros((), dtype=torch.float64)
+    for start, stop in panels(matrix.shape[1]):
+        part = matrix[:, start:stop]
+        outputs = part @ hessian[start:stop, start:stop]
+        outputs.addmm_(matrix[:, :start], hessian[:start, start:stop], alpha=2)
+        energy += (outputs * part).sum(-1).double().sum()
+    return float(energy)
 
 
 def loss_ratio(error: float, signal: float) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from jaxtyping import Float
 from torch import Tensor
 
-PANEL = 256
+PANEL = 192
 
 
 def add_second_moment(total: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"]) -> None:
@@ -18,8 +20,12 @@ def add_second_moment(total: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"])
         total: Running sum; modified, lower triangle only (and inside the diagonal panels).
         x: Values of some tokens, in the dtype of ``total``.
     """
-    n = x.shape[1]
-    panel = max(PANEL, n // 8)
-    for start in range(0, n, panel):
-        stop = min(start + panel, n)
+    for start, stop in panels(x.shape[1]):
         total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+
+def panels(n: int) -> Iterator[tuple[int, int]]:
+    """Cut ``n`` columns into runs that are wide enough for a fast product, and yield where each starts and stops."""
+    width = max(PANEL, n // 8)
+    for start in range(0, n, width):
+        yield start, min(start + width, n)

@@ -22,7 +22,7 @@ from qtool.numerics.minifloats import (
     encode_e8m0,
     shared_exponents,
 )
-from qtool.scheme import SCALE_BITS, ExponentRule, ScaleFormat
+from qtool.scheme import ExponentRule, ScaleFormat
 
 _FLOATS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Least and largest positive value. Subnormals count where the format is narrow and hardware keeps them.
@@ -92,13 +92,6 @@ def store_scale(
     return stored.masked_fill(scale == 0, 1.0)
 
 
-def scale_below(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> Float[Tensor, "*rows"]:
-    """Return the next smaller float below each stored scale, within the format's range; not for E4M3 and E8M0."""
-    stored = scale.to(_FLOATS[scale_format])
-    bits = stored.view(torch.int32 if stored.element_size() == 4 else torch.int16) - 1
-    return bits.view(stored.dtype).float().clamp(*_LIMITS[scale_format])
-
-
 def encode_scale(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> Shaped[Tensor, "*rows"]:
     """Return scales in their storage dtype; E8M0 as uint8 exponents, which every reader of safetensors knows."""
     if scale_format == "e8m0":
@@ -128,20 +121,3 @@ def fp4_global_scale(amax: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """
     multiplier = (amax.float() / (E2M1_MAX * E4M3_MAX)).clamp(min=_LEAST_GLOBAL_SCALE)
     return multiplier.masked_fill(amax == 0, 1.0)
-
-
-def bits_per_value(
-    num_bits: int, *, scale_format: ScaleFormat, values_per_scale: int, zero_point_bits: int = 0
-) -> float:
-    """Return ``b + (b_scale + b_zero) / g``: what a value costs with its share of scale and zero point.
-
-    Args:
-        num_bits: Bits of a code.
-        scale_format: How scales are stored.
-        values_per_scale: Values that share a scale, ``g``.
-        zero_point_bits: Bits of a zero point, 0 without one.
-
-    Returns:
-        Bits per value; a global scale, one a tensor, is not counted.
-    """
-    return num_bits + (SCALE_BITS[scale_format] + zero_point_bits) / values_per_scale

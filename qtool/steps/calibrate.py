@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
-from qtool.engine.gather import Gathering, Statistic, observing
+from qtool.engine.experts import Mode
+from qtool.engine.gather import Gathering, Statistic
 from qtool.engine.network import Network
-from qtool.engine.stream import Stream, default_batch
+from qtool.engine.stream import Gathered, Stream, default_batch
+from qtool.errors import UsageError
+from qtool.model.graph import ModelGraph
 from qtool.model.text import token_digest
-from qtool.numerics.token_weights import parse_token_weight
+from qtool.numerics.token_weights import TokenWeight, parse_token_weight
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.text import calibration_text, text_name
 from qtool.steps.workspace import Workspace, measured
 
 WINDOWS = "windows"
+EXPERT_TOKENS = "experts.tokens"
+"""Name, behind the layer, of how many tokens of the text each expert was sent."""
 EVERYTHING = ("hessian", "absmax", "min", "max", "mean", "mean_abs", "sample")
 
 
@@ -38,6 +42,8 @@ class CalibrateRequest:
         gather: Names of statistics; empty gathers none and only fixes the text.
         token_weight: Rule for the weight of a token in the Hessian.
         sample_size: Token rows that a sample keeps.
+        experts: Which tokens an expert's statistics are of: ``all`` of them, or those ``routed`` to it; empty means
+            ``all``, and is the only choice for a model without experts.
         dtype: What to compute in, ``auto`` for the model's own.
         batch: Windows that run at once; 0 for a default.
         output: Where the artifact goes; None for a name that follows from the key.
@@ -51,6 +57,7 @@ class CalibrateRequest:
     gather: tuple[str, ...] = EVERYTHING
     token_weight: str = "inverse-norm"
     sample_size: int = 2048
+    experts: str = ""
     dtype: str = "auto"
     batch: int = 0
     output: Path | None = None
@@ -72,6 +79,7 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
     opened = open_subject(request.source, workspace)
     if opened.artifact is not None:
         require_kind(opened.artifact.manifest, "plan", "quantized", "statistics", path=request.source)
+    experts = experts_mode(request.experts, opened.model.graph, weight)
     windows, source = calibration_text(
         request.data,
         opened.model,
@@ -82,46 +90,83 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
     )
     dtype = compute_dtype(request.dtype, opened.model)
     gathering = Gathering(windows.numel(), weight, request.seed, request.sample_size, windows.shape[1])
-    manifest = _manifest(request, opened, statistics, _text_details(request, windows, source), dtype)
+    manifest = _manifest(request, opened, statistics, _text_details(request, windows, source), dtype, experts)
     path = workspace.output(manifest, request.output)
     if (done := ArtifactWriter.finished(path, manifest.key)) is not None:
         return done, True
     about: dict[str, object] = {}
     with measured(about, workspace.device):
         writer = ArtifactWriter(path, manifest)
-        writer.begin()
-        network = Network(opened.subject, device=workspace.device, dtype=dtype)
-        batch = request.batch or default_batch(workspace.device, request.seq_len)
-        _gather(network, windows, statistics, gathering, writer, workspace, batch)
-        writer.add(WINDOWS, {WINDOWS: windows.to(torch.int32)})
+        with writer.working():
+            layers = range(opened.model.graph.dims.num_layers) if statistics else ()
+            if missing := [layer for layer in layers if not writer.has(f"layer-{layer}")]:
+                network = Network(opened.subject, device=workspace.device, dtype=dtype, observed=experts or "all")
+                batch = request.batch or default_batch(workspace.device, request.seq_len)
+                stream = Stream(network, windows, batch=batch, spill=writer.parts)
+                _gather(stream, missing, statistics, gathering, writer, workspace)
+            writer.add(WINDOWS, {WINDOWS: windows.to(torch.int32)})
     return writer.finish(replace(manifest, about=about)), False
 
 
+def experts_mode(given: str, graph: ModelGraph, weight: TokenWeight) -> Mode | Literal[""]:
+    """Return which tokens observers inside experts see, empty for a model without experts.
+
+    Args:
+        given: The user's choice, empty for the default.
+        graph: The model.
+        weight: The weight of a token.
+
+    Raises:
+        UsageError: There is no such mode, the model has no experts, or the weights need whole windows.
+    """
+    if given not in ("", *get_args(Mode)):
+        raise UsageError(
+            f"no statistics of experts are `{given}`",
+            facts=(("known", ", ".join(get_args(Mode))),),
+            hint="--experts routed",
+        )
+    if not any(graph.dims.sparse):
+        if given:
+            raise UsageError(f"models of the family `{graph.family.name}` like this one have no experts to choose for")
+        return ""
+    if given == "routed" and weight.rule == "clip":
+        raise UsageError(
+            "`clip` measures a token by its window, and a router sends no whole windows",
+            hint="--token-weight inverse-norm, or --experts all",
+        )
+    return "routed" if given == "routed" else "all"
+
+
 def _gather(
-    network: Network,
-    windows: Int64[Tensor, "samples seq"],
+    stream: Stream,
+    missing: list[int],
     statistics: dict[str, Statistic],
     gathering: Gathering,
     writer: ArtifactWriter,
     workspace: Workspace,
-    batch: int,
 ) -> None:
-    """Run the blocks one after the other and keep what the observers saw as parts."""
-    layers = range(network.subject.model.graph.dims.num_layers) if statistics else range(0)
-    missing = [layer for layer in layers if not writer.has(f"layer-{layer}")]
-    if not missing:
-        return
-    stream = Stream(network, windows, batch=batch, spill=writer.parts)
-    for layer in workspace.progress(range(missing[-1] + 1), total=missing[-1] + 1, label="calibrate"):
+    """Run the blocks one after the other and keep what the observers saw in the missing ones as parts."""
+    network, last = stream.network, missing[-1]
+    graph = network.subject.model.graph
+    for layer in workspace.progress(range(last + 1), total=last + 1, label="calibrate"):
         network.load(layer)
-        wanted = dict.fromkeys(network.sites[layer], statistics) if layer in missing else {}
-        with observing(network.sites[layer], layer, wanted, gathering) as observers:
-            stream.run(layer, keep=True)
         if layer in missing:
-            found = {site: observer.result() for site, observer in observers.items()}
-            tensors = {f"layers.{layer}.{s}.{e}": t for s, stats in found.items() for e, t in stats.entries.items()}
-            writer.add(f"layer-{layer}", tensors)
+            # No name is given to what was gathered: it must be gone before the next block is gathered.
+            writer.add(
+                f"layer-{layer}",
+                _named(layer, stream.gather(layer, graph.readers_of(layer), statistics, gathering, keep=layer < last)),
+            )
+        else:
+            stream.run(layer, keep=layer < last)
         network.drop(layer)
+
+
+def _named(layer: int, found: Gathered) -> dict[str, Tensor]:
+    """Return what was gathered in a block by the names in the artifact."""
+    tensors = {f"layers.{layer}.{s}.{e}": t for s, stats in found.statistics.items() for e, t in stats.entries.items()}
+    if found.tokens is not None:
+        tensors[f"layers.{layer}.{EXPERT_TOKENS}"] = found.tokens
+    return tensors
 
 
 def _text_details(request: CalibrateRequest, windows: Tensor, source: str) -> dict[str, Any]:
@@ -142,6 +187,7 @@ def _manifest(
     statistics: dict[str, Statistic],
     text: dict[str, Any],
     dtype: torch.dtype,
+    experts: str,
 ) -> Manifest:
     config = {
         "gather": {name: statistic.version for name, statistic in sorted(statistics.items())},
@@ -151,10 +197,11 @@ def _manifest(
         "tokens_digest": text["tokens_digest"],
         "shape": [request.num_samples, request.seq_len],
         "seed": request.seed,
+        **({"experts": experts} if experts else {}),
     }
     return Manifest(
         kind="statistics",
-        step=Step("calibrate", text["data"].split(".")[0], 1, "qtool", config),
+        step=Step("calibrate", "", 1, "qtool", config),  # a text's name is no part of the key; `details` has it
         inputs=opened.inputs,
         subject=opened.model.id,
         family=opened.model.family.name,

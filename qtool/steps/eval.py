@@ -15,10 +15,12 @@ from qtool.artifacts.identity import digest_file, digest_json
 from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.execute import BlockExecutable, LoadedExecutable
+from qtool.engine.exporter import UNREADABLE
 from qtool.engine.metric import Evaluation, Executable
 from qtool.engine.subject import Subject
 from qtool.errors import GateError, NumericalError, UsageError
 from qtool.model.text import token_digest
+from qtool.scheme import ModelScheme
 from qtool.steps.gates import Gate, read_gate
 from qtool.steps.labels import labels_of, stored_bits
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
@@ -76,6 +78,7 @@ def evaluate(request: EvalRequest, workspace: Workspace) -> tuple[Artifact, bool
     gates = _gates(request)
     opened = open_subject(request.source, workspace)
     if opened.artifact is not None:
+        _refuse_unreadable(opened.artifact)
         require_kind(opened.artifact.manifest, "quantized", "plan", "checkpoint", "statistics", path=request.source)
     seq_len, most = request.seq_len, request.max_windows
     windows = {
@@ -108,12 +111,17 @@ def _measure(
     def shown(layers: Iterable[int], total: int) -> Iterable[int]:
         return workspace.progress(layers, total=total, label="eval")
 
+    checkpoint = (
+        opened.artifact if opened.artifact is not None and opened.artifact.manifest.kind == "checkpoint" else None
+    )
+    batch = request.batch if checkpoint is None else _batch_of(checkpoint, request.batch)
+
     def blocks(subject: Subject) -> BlockExecutable:
-        return BlockExecutable(subject, device=workspace.device, dtype=dtype, batch=request.batch, shown=shown)
+        return BlockExecutable(subject, device=workspace.device, dtype=dtype, batch=batch, shown=shown)
 
     subject: Executable = blocks(opened.subject)
-    if opened.artifact is not None and opened.artifact.manifest.kind == "checkpoint":
-        subject = LoadedExecutable(opened.artifact.path, device=workspace.device, batch=request.batch)
+    if checkpoint is not None:
+        subject = LoadedExecutable(checkpoint.path, device=workspace.device, batch=batch)
     about: dict[str, object] = {}
     values: dict[str, float] = {}
     tensors: dict[str, Tensor] = {}
@@ -135,10 +143,28 @@ def _measure(
         if value != value or abs(value) == float("inf"):
             raise NumericalError(f"`{name}` is not finite", hint="--dtype float32")
     writer = ArtifactWriter(path, manifest)
-    writer.begin()
-    writer.add("metrics", tensors)
+    with writer.working():
+        writer.add("metrics", tensors)
     final = replace(manifest, details={**manifest.details, "values": values, "metrics": details}, about=about)
     return writer.finish(final)
+
+
+def _refuse_unreadable(artifact: Artifact) -> None:
+    """Refuse a checkpoint that transformers, which is what it would be measured with, does not load as it is."""
+    text = str(artifact.manifest.details.get("consumers", {}).get("transformers", ""))
+    if text.startswith(UNREADABLE):
+        raise UsageError(
+            "this checkpoint cannot be measured, since transformers does not read it",
+            facts=(("transformers", text),),
+            hint="measure the quantized artifact that it was packed from",
+        )
+
+
+def _batch_of(checkpoint: Artifact, asked: int) -> int:
+    """Return how many windows a consumer may run at once: one where it takes a scale over all that it is given."""
+    scheme = ModelScheme.from_json(checkpoint.manifest.schemes)
+    shared = any(part is not None and part.strategy == "tensor" for part in (scheme.activations, scheme.kv))
+    return 1 if shared else asked
 
 
 def _texts(request: EvalRequest) -> dict[str, str]:

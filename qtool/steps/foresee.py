@@ -1,23 +1,30 @@
-"""What a run would do: which of its tasks are done already, without doing any."""
+"""What a step or a run would do and take, without doing any of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from qtool.artifacts.manifest import Manifest
 from qtool.artifacts.store import Artifact, ArtifactWriter
+from qtool.errors import ArtifactError
+from qtool.steps.demand import Demand, demand_of
+from qtool.steps.description import Cell, Description
 from qtool.steps.recipe import Recipe
 from qtool.steps.tasks import Outcome, Task, ended
 from qtool.steps.workspace import Workspace
+
+Request = TypeVar("Request")
 
 
 class _Known(BaseException):
     """Ends a step of a dry run where its output is known; no step's ``except Exception`` may hold it up."""
 
-    def __init__(self, path: Path, done: Artifact | None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, done: Artifact | None) -> None:
         super().__init__()
-        self.path, self.done = path, done
+        self.path, self.manifest, self.done = path, manifest, done
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,33 @@ class _DryWorkspace(Workspace):
     def output(self, manifest: Manifest, chosen: Path | None) -> Path:
         """Tell where the artifact would go instead of returning it."""
         path = super().output(manifest, chosen)
-        raise _Known(path, ArtifactWriter.finished(path, manifest.key))
+        raise _Known(path, manifest, ArtifactWriter.finished(path, manifest.key))
+
+
+def foresee(
+    step: Callable[[Request, Workspace], tuple[Artifact, bool]], request: Request, workspace: Workspace
+) -> Description:
+    """Describe what one step would do; whatever it would refuse before any work is refused.
+
+    Args:
+        step: The step.
+        request: What it is asked.
+        workspace: Where it would work.
+    """
+    try:
+        artifact, _ = step(request, _DryWorkspace(**vars(workspace)))
+    except _Known as known:
+        done, path, demand = known.done, known.path, _demand(known.manifest, workspace)
+    else:
+        done, path, demand = artifact, artifact.path, None
+    facts: dict[str, Cell] = {"path": str(path), "state": "to do" if done is None else "there"}
+    if demand is not None:
+        facts |= {
+            "statistics_bytes_of_largest_layer": demand.statistics,
+            "largest_layer": demand.layer,
+            "disk_bytes_at_least": demand.disk,
+        }
+    return Description(facts)
 
 
 def foreseen(tasks: list[Task], recipe: Recipe, workspace: Workspace) -> tuple[Outcome, ...]:
@@ -41,8 +74,20 @@ def foreseen(tasks: list[Task], recipe: Recipe, workspace: Workspace) -> tuple[O
             try:
                 task.start(source if isinstance(source, str) else source.path, dry)
             except _Known as known:
-                outcome = replace(outcome, path=str(known.path))
+                outcome = replace(outcome, path=str(known.path), demand=_demand(known.manifest, workspace))
                 if known.done is not None:
                     outcome = ended(task, known.done, "there")
         outcomes[task] = outcome
     return tuple(outcomes.values())
+
+
+def _demand(manifest: Manifest, workspace: Workspace) -> Demand | None:
+    """Return what a step would take; None where that is not known."""
+    model = workspace.model(str(workspace.inputs.get("model", manifest.inputs["model"].path)))
+    gathered = None
+    if manifest.kind == "quantized" and "statistics" in manifest.inputs:
+        try:
+            gathered = workspace.artifact(manifest.inputs["statistics"].path, "statistics").manifest
+        except ArtifactError:
+            return None
+    return demand_of(manifest, model, workspace.plugins, gathered)

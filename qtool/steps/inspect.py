@@ -11,19 +11,23 @@ from typing import Any
 
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.errors import ArtifactError, ResourceError
-from qtool.model.graph import ModelGraph
+from qtool.model.graph import EXPERTS, ModelGraph
 from qtool.model.plan import SitePlan
 from qtool.model.source import Model
 from qtool.numerics.operators import Operator
 from qtool.scheme import ModelScheme
-from qtool.steps.calibrate import WINDOWS
+from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS
 from qtool.steps.description import Cell, Description, Table
 from qtool.steps.labels import stored_bits
 from qtool.steps.parameters import parameter_table, parameters_of, require_known
+from qtool.steps.routing import alike, gathered_routing, solved_routing
 from qtool.steps.subjects import Opened, is_artifact, open_subject, read_plan
 from qtool.steps.workspace import Workspace
 
-_PROTOCOL = ("propagate", "true_sequential", "round_activations", "token_weight", "seed", "dtype")
+_PROTOCOL = (
+    *("propagate", "true_sequential", "round_activations", "token_weight", "experts", "expert_share"),
+    *("seed", "dtype"),
+)
 _LOSSES = ("loss", "weight_error")
 
 Facts = dict[str, Cell]
@@ -36,11 +40,11 @@ def inspect(source: str, workspace: Workspace, *, strict: bool = False) -> Descr
     Args:
         source: A model, or the path of an artifact.
         workspace: Where things are found.
-        strict: Whether a parameter that the model's family does not describe is an error.
+        strict: Whether parameters that the model's family does not describe, or that are missing, are an error.
 
     Raises:
         ArtifactError: The artifact is damaged.
-        ModelError: There is no such model; or, with ``strict``, parameters are unknown.
+        ModelError: There is no such model; or, with ``strict``, parameters are unknown or missing.
     """
     if not is_artifact(source):
         return _describe_model(workspace.model(source), strict=strict)
@@ -55,7 +59,7 @@ def _describe_model(model: Model, *, strict: bool) -> Description:
     if strict:
         require_known(parameters, model)
     dims = model.graph.dims
-    count = sum(_size(one.slot.shape) for one in parameters if one.slot is not None)
+    count = sum(_size(place.shape) for place in model.places.values())
     facts: Facts = {
         "path": str(model.path),
         "kind": "model",
@@ -73,7 +77,11 @@ def _describe_model(model: Model, *, strict: bool) -> Description:
         "context": dims.max_positions,
         "tied_head": dims.tied,
     }
-    return Description(facts, {"parameters_by_fate": parameter_table(parameters, model)})
+    if dims.experts:
+        facts |= {"experts": dims.experts, "experts_chosen": dims.chosen, "sparse_layers": sum(dims.sparse)}
+    if model.family.note:
+        facts["note"] = model.family.note
+    return Description(facts, {"parameters_by_fate": parameter_table(parameters)})
 
 
 def _opened(source: str, workspace: Workspace) -> Opened | None:
@@ -101,7 +109,7 @@ def _manifest_facts(artifact: Artifact) -> Facts:
         "provider": manifest.step.provider,
         "created": about.get("created"),
         "seconds": about.get("seconds"),
-        "peak_memory_bytes": about.get("peak_memory_bytes"),
+        "process_peak_memory_bytes": about.get("process_peak_memory_bytes"),
         "command": " ".join(about.get("argv", ())),
     }
 
@@ -112,21 +120,27 @@ def _describe_statistics(artifact: Artifact, opened: Opened | None) -> tuple[Fac
     names = ("data", "source", "num_samples", "seq_len", "tokens", "seed")
     facts: Facts = {name: details.get(name) for name in names}
     facts |= {"token_weight": config["token_weight"], "dtype": config["dtype"]}
+    facts |= {name: config[name] for name in ("experts",) if name in config}
     sites: defaultdict[str, list[tuple[int, str, str]]] = defaultdict(list)
     for name in artifact.names("layers."):
-        _, layer, site, entry = name.split(".", 3)
-        sites[site].append((int(layer), entry, name))
+        place, _, entry = name.rpartition(".")
+        _, layer, site = place.split(".", 2)
+        if name != f"layers.{layer}.{EXPERT_TOKENS}":
+            sites[alike(site)].append((int(layer), entry, name))
     rows = [_site_row(artifact, site, found) for site, found in sites.items()]
     columns = ("site", "layers", "channels", "entries", "bytes", "absmax", "absmax_layer")
     windows = artifact.header.slots.get(WINDOWS)
     facts["stored_windows"] = windows.shape[0] if windows else 0
-    return facts, {"sites": Table(columns, rows)}
+    return facts, {"sites": Table(columns, rows), **gathered_routing(artifact)}
 
 
 def _site_row(artifact: Artifact, site: str, found: list[tuple[int, str, str]]) -> tuple[Cell, ...]:
     """Return one row of statistics: what was gathered at a site, and where its largest magnitude lies."""
     slots = artifact.header.slots
-    largest = {layer: float(artifact.tensor(name).max()) for layer, entry, name in found if entry == "absmax"}
+    largest: defaultdict[int, float] = defaultdict(float)
+    for layer, entry, name in found:
+        if entry == "absmax":
+            largest[layer] = max(largest[layer], float(artifact.tensor(name).max()))
     peak = max(largest, key=largest.__getitem__, default=None)
     return (
         site,
@@ -142,31 +156,41 @@ def _site_row(artifact: Artifact, site: str, found: list[tuple[int, str, str]]) 
 def _describe_plan(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
     plan = read_plan(artifact)
     graph = opened.model.graph if opened is not None else None
-    alike: defaultdict[tuple[str, tuple[str, ...], int], list[str]] = defaultdict(list)
+    grouped: defaultdict[tuple[str, tuple[str, ...], int], list[str]] = defaultdict(list)
     for site_id, site in plan.sites.items():
-        alike[site_id.rpartition(".")[2], tuple(one.kind for one in site.operators), site.folded].append(site_id)
+        grouped[_site_name(site_id), tuple(one.kind for one in site.operators), site.folded].append(site_id)
     rows: list[tuple[Cell, ...]] = []
-    for (name, kinds, folded), ids in alike.items():
+    for (name, kinds, folded), ids in grouped.items():
         sites = [plan.at(site_id) for site_id in ids]
         stored = sum(artifact.header.slots[one].nbytes for id_ in ids for one in artifact.names(f"sites/{id_}/"))
         flops = None if graph is None else sum(_online_flops(site, name, graph) for site in sites)
         condition = max((one.log_condition() for site in sites for one in site.operators), default=0.0)
-        row = (name, len(ids), " ".join(kinds), folded, len(kinds) - folded, flops, stored, condition)
+        layers = len({site_id.split(".")[1] if site_id.startswith("layers.") else "" for site_id in ids})
+        row = (name, layers, " ".join(kinds), folded, len(kinds) - folded, flops, stored, condition)
         rows.append(row)
     columns = ("site", "layers", "operators", "folded", "online", "flops_per_token", "bytes", "log_condition")
     notes = Table(("note",), [(note,) for note in plan.notes])
     return {"folds_norms": plan.fold_norms}, {"sites": Table(columns, rows), **({"notes": notes} if plan.notes else {})}
 
 
-def _online_flops(site: SitePlan, name: str, graph: ModelGraph) -> int:
-    """Return what a site's online operators cost for one token: each acts on every vector of its size there."""
+def _site_name(site_id: str) -> str:
+    """Return the name that sites share over layers and experts."""
+    return alike(site_id.split(".", 2)[2] if site_id.startswith("layers.") else site_id)
+
+
+def _online_flops(site: SitePlan, name: str, graph: ModelGraph) -> float:
+    """Return what a site's online operators cost for one token: each acts on every vector of its size there.
+
+    An expert's count by the part of the tokens that is routed to it on average.
+    """
     dims = graph.dims
+    visited = dims.chosen / dims.experts if name.startswith(EXPERTS) else 1
     width = (dims.num_heads + dims.num_kv_heads) * dims.head_dim if name == "qk_post" else graph.width(name)
 
     def cost(operator: Operator) -> int:
         return operator.flops() * (width // (operator.dim * operator.heads))
 
-    return sum(cost(operator) for operator in site.online)
+    return sum(cost(operator) for operator in site.online) * visited
 
 
 def _describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
@@ -177,16 +201,29 @@ def _describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Fact
         "scheme": scheme.name or None,
         **{part: str(getattr(scheme, part) or "16 bits") for part in ("weights", "activations", "kv")},
         **_options_of(config["methods"]),
-        **{name: config[name] for name in _PROTOCOL},
+        **{name: config[name] for name in _PROTOCOL if name in config},
     }
     if opened is not None:
         facts |= {f"bits_per_weight_{name}": bits for name, bits in stored_bits(opened).items()}
     names = {name for report in reports.values() for name in report}
     columns = sorted(names, key=lambda name: (not name.startswith(_LOSSES), not name.endswith("_rtn"), name))
-    rows = [(linear, *(reports[linear].get(c) for c in columns)) for linear in sorted(reports, key=_natural)]
-    losses = Table(("linear", *columns), rows)
+    means = _over_experts(reports)
+    rows = [(linear, *(means[linear].get(c) for c in columns)) for linear in sorted(means, key=_natural)]
     counters = _pairs(manifest.counters, "counter")
-    return facts, {"losses": losses, "losses_by_module": _by_module(reports), "counters": counters}
+    tables = {"losses": Table(("linear", *columns), rows), "losses_by_module": _by_module(reports)}
+    return facts, {**tables, **solved_routing(manifest.details.get("experts", {})), "counters": counters}
+
+
+def _over_experts(reports: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Return the reports, with one for all experts of a layer in place of each: the mean of every number."""
+    groups: defaultdict[str, list[Mapping[str, float]]] = defaultdict(list)
+    for name, report in reports.items():
+        groups[alike(name)].append(report)
+    means: dict[str, Mapping[str, float]] = {}
+    for name, members in groups.items():
+        numbers = dict.fromkeys(number for one in members for number in one)
+        means[name] = {number: fmean(one[number] for one in members if number in one) for number in numbers}
+    return means
 
 
 def _options_of(methods: list[Mapping[str, Any]]) -> Facts:

@@ -8,7 +8,6 @@ from dataclasses import MISSING, fields
 from math import prod
 from typing import Any
 
-from qtool.artifacts.layout import read_header
 from qtool.artifacts.manifest import Manifest
 from qtool.artifacts.store import Artifact
 from qtool.errors import QtoolError
@@ -142,8 +141,5 @@ def stored_bits(opened: Opened) -> dict[str, float]:
 
 
 def parameter_counts(opened: Opened) -> dict[str, int]:
-    """Return the number of values of every stored tensor of the original model."""
-    counts: dict[str, int] = {}
-    for file in sorted(set(opened.model.files.values())):
-        counts |= {name: prod(slot.shape) for name, slot in read_header(file).slots.items()}
-    return counts
+    """Return the number of values of every tensor of the original model, those of each expert apart."""
+    return {name: prod(place.shape) for name, place in opened.model.places.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
+from qtool.engine.block import BlockSolver, SolvedBlock, static_inputs
 from qtool.engine.carry import CarriedStatistics
-from qtool.engine.gather import Gathering, Statistic, observing
+from qtool.engine.gather import Gathering, Statistic, sites_to_observe
 from qtool.engine.network import Network
-from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Method, Solver
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, linear_tensors, read_linear
+from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import ArtifactError, NumericalError, SchemeError, UsageError
@@ -28,7 +28,7 @@ from qtool.model.plan import Plan
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme, TensorScheme
-from qtool.steps.calibrate import WINDOWS
+from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
 from qtool.steps.options import Configured, configure
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.transform import gathered_behind, statistics_of
@@ -52,6 +52,10 @@ class MitigateRequest:
         true_sequential: Four passes a block, so that each linear sees the quantized ones before it in its block.
         round_activations: Whether the activations that are propagated are quantized as the scheme says.
         token_weight: Rule for the weight of a token in the Hessian; empty takes that of the statistics.
+        experts: Which tokens an expert's statistics are of: ``all``, or those ``routed`` to it; empty takes the choice
+            of the statistics.
+        expert_share: With ``routed``, the part of the tokens of even routing below which an expert's statistics are
+            shrunk toward shared ones; None for a default.
         strict: Whether anything unusual that a counter counts is an error.
         seed: Seeds what is random.
         dtype: What to compute in, ``auto`` for the model's own.
@@ -67,6 +71,8 @@ class MitigateRequest:
     true_sequential: bool = False
     round_activations: bool = False
     token_weight: str = ""
+    experts: str = ""
+    expert_share: float | None = None
     strict: bool = False
     seed: int = 0
     dtype: str = "auto"
@@ -92,7 +98,11 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     methods = configure("mitigators", request.method, request.settings, workspace.plugins)
     opened = open_subject(request.source, workspace)
     if opened.subject.quantized is not None:
-        raise UsageError("this artifact is quantized already", hint="give the plan or the statistics it was made from")
+        raise ArtifactError(
+            f"`{request.source}` is quantized already",
+            facts=(("expected", "plan or statistics"), ("received", "quantized")),
+            hint="give the plan or the statistics it was made from",
+        )
     if opened.artifact is not None:
         require_kind(opened.artifact.manifest, "plan", "statistics", path=request.source)
     weights = check_scheme(request.scheme, opened.subject)
@@ -106,30 +116,54 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     about: dict[str, object] = {}
     with measured(about, workspace.device):
         writer = ArtifactWriter(path, manifest)
-        writer.begin()
-        reports, counters = work.run(writer)
-    _check_counters(request, counters)
-    details = {**manifest.details, "layers": reports}
-    return writer.finish(replace(manifest, details=details, counters=dict(counters), about=about)), False
+        with writer.working():
+            found = work.run(writer)
+    _check_counters(request, found.counters)
+    if found.counters:
+        counted = ", ".join(f"{name} {count}" for name, count in sorted(found.counters.items()))
+        workspace.warn(f"not as usual: {counted}")
+    details = {**manifest.details, "layers": found.reports, **({"experts": found.experts} if found.experts else {})}
+    return writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about)), False
+
+
+def _checked_share(request: MitigateRequest, experts: str) -> float:
+    """Return the share of even routing below which experts are starved.
+
+    Raises:
+        UsageError: It is none, or would have no effect.
+    """
+    share = request.expert_share
+    if share is None:
+        return DEFAULT_SHARE
+    if experts != "routed":
+        raise UsageError("`expert_share` has an effect on statistics of routed tokens only", hint="--experts routed")
+    if not 0 <= share <= 1:
+        raise UsageError(f"`expert_share` is from 0 to 1, not {share:g}", hint=f"--expert-share {DEFAULT_SHARE}")
+    return share
 
 
 def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> None:
     """Refuse what was not as usual if the user wants that; of an artifact that is reused as of a new one."""
     if request.strict and counters:
         facts = tuple(sorted(counters.items()))
-        raise NumericalError("something unusual happened and --strict was given", facts=facts)
+        raise NumericalError(
+            "something unusual happened and --strict was given",
+            facts=facts,
+            hint="calibrate on more tokens, or go without --strict, which continues from here",
+        )
 
 
 def check_scheme(scheme: ModelScheme, subject: Subject) -> TensorScheme:
     """Refuse, before any work, a scheme that does not fit some layer; return that of the weights.
 
     Raises:
-        SchemeError: A group does not divide an input (names the layer), or a KV cache would need all of its tokens
-            before the first could be stored.
+        SchemeError: A group does not divide an input (names the layer), a strategy means nothing where it stands, or
+            a KV cache would need all of its tokens before the first could be stored.
         UsageError: No weights are to be quantized.
     """
     if scheme.weights is None:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
+    scheme.check()
     graph = subject.model.graph
     for linear in graph.linears:
         width = graph.width(linear.spec.reads)
@@ -148,6 +182,15 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> TensorScheme:
     return scheme.weights
 
 
+@dataclass
+class _Found:
+    """What there is to say of all blocks: reports by linear, counters, and what each block's experts went by."""
+
+    reports: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    experts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
 class _Work:
     """One run of mitigate: what to solve, from which activations."""
 
@@ -161,17 +204,21 @@ class _Work:
         statistics: Artifact | None,
     ) -> None:
         self.request, self.workspace, self.opened, self.statistics = request, workspace, opened, statistics
-        self.configured, self.scheme = methods, weights
+        self.configured = methods
         self.model, self.graph = opened.model, opened.model.graph
-        self.format = workspace.plugins.format(weights.format)
         bound = [Method(one.method, one.config) for one in methods]
-        self.solver = Solver(self.graph, bound, weights, self.format, request.seed, workspace.device)
+        fmt = workspace.plugins.format(weights.format)
+        solver = Solver(self.graph, bound, weights, fmt, request.seed, workspace.device)
         self.dtype = compute_dtype(request.dtype, opened.model)
+        gathered = str(statistics.manifest.step.config.get("experts", "")) if statistics else ""
+        mode = experts_mode(request.experts or gathered, self.graph, parse_token_weight(self.token_weight))
         activations = request.scheme.activations
-        self.static = activations is not None and (
-            workspace.plugins.format(activations.format).global_scale(torch.ones(()), activations) is not None
+        inputs = (
+            None if activations is None else static_inputs(activations, workspace.plugins.format(activations.format))
         )
-        self.needs = tuple(dict.fromkeys((*self.solver.needs, *(("absmax",) if self.static else ()))))
+        self.block = BlockSolver(solver, inputs, mode or "all", _checked_share(request, mode))
+        self.needs = self.block.needs
+        self.experts = mode if self.needs else ""
         if self.needs and statistics is None:
             raise UsageError(
                 f"`{request.method}` needs statistics, and `{request.source}` has none behind it",
@@ -193,6 +240,8 @@ class _Work:
             "token_weight": self.token_weight if self.needs else "",
             "seed": request.seed,
             "dtype": dtype_name(self.dtype),
+            **({"experts": self.experts} if self.experts else {}),
+            **({"expert_share": self.block.share} if self.experts == "routed" else {}),
         }
         provider = ", ".join(dict.fromkeys(one.provider for one in self.configured))
         return Manifest(
@@ -210,16 +259,17 @@ class _Work:
         gathered = str(self.statistics.manifest.step.config["token_weight"]) if self.statistics else "uniform"
         return str(parse_token_weight(self.request.token_weight or gathered))
 
-    def run(self, writer: ArtifactWriter) -> tuple[dict[str, Mapping[str, float]], Counter[str]]:
-        """Solve every block; return reports by linear, and counters."""
+    def run(self, writer: ArtifactWriter) -> _Found:
+        """Solve every block; return what there is to say of them."""
         passes = self.needs and self.request.propagate == "quantized"
         solved = self._solve_with_passes(writer) if passes else self._solve_carried(writer)
-        reports: dict[str, Mapping[str, float]] = {}
-        counters: Counter[str] = Counter()
-        for notes in solved:
-            reports |= notes["reports"]
-            counters.update(notes["counters"])
-        return reports, counters
+        found = _Found()
+        for layer, notes in enumerate(solved):
+            found.reports |= notes["reports"]
+            found.counters.update(notes["counters"])
+            if notes.get("experts"):
+                found.experts[str(layer)] = notes["experts"]
+        return found
 
     def _layers(self) -> Iterable[int]:
         """Yield the blocks in order and show how far the work is."""
@@ -230,30 +280,43 @@ class _Work:
         """Solve from carried statistics, without a forward pass."""
         carried: Mapping[str, SiteStatistics] = {}
         if self.statistics is not None and self.needs:
-            if self.request.token_weight and self.token_weight != self.statistics.manifest.step.config["token_weight"]:
-                raise UsageError(
-                    "carried statistics keep the token weight that they were gathered with",
-                    facts=(("gathered with", self.statistics.manifest.step.config["token_weight"]),),
-                    hint=f"qtool calibrate MODEL --token-weight {self.request.token_weight}",
-                )
+            self._check_carried(self.statistics.manifest.step.config)
             behind = gathered_behind(self.statistics) is not None
             carried = CarriedStatistics(self.statistics, self.model, Plan() if behind else self.opened.subject.plan)
         notes, estimated = [], set[str]()
         for layer in self._layers():
             if not writer.has(f"layer-{layer}"):
-                known = {}
-                for site in self.graph.input_sites if carried else ():
+                linears = self.graph.linears_of(layer)
+                known: dict[str, SiteStatistics] = {}
+                for site in sites_to_observe(linears, self.block.experts) if carried else ():
                     known[site] = carried[f"layers.{layer}.{site}"]
-                    for need in self.needs:
-                        known[site].need(need, site=f"layers.{layer}.{site}")
                     estimated |= known[site].estimated & set(self.needs)
-                state = self.opened.subject.folded(layer)
-                linears = self.solver.solve(self.graph.linears_of(layer), state, known)
-                self._write(writer, layer, linears, self._static_scales(layer, known))
+                folded = self.opened.subject.folded(layer)
+                self._write(writer, layer, self.block.solve(linears, folded, known, self._carried_tokens(layer)))
             notes.append(self._notes(writer, layer))
         if estimated:
             self.workspace.warn(f"{', '.join(sorted(estimated))} behind rotations: estimated from the sample")
         return notes
+
+    def _check_carried(self, config: Mapping[str, Any]) -> None:
+        """Refuse to carry statistics that were gathered otherwise than the user asks."""
+        for name, inside, given, used in (
+            ("token-weight", "token weight", self.request.token_weight, self.token_weight),
+            ("experts", "choice of tokens for experts", self.request.experts, self.experts),
+        ):
+            gathered = config.get(name.replace("-", "_"), "")
+            if given and used != gathered:
+                raise UsageError(
+                    f"carried statistics keep the {inside} that they were gathered with",
+                    facts=(("gathered with", gathered),),
+                    hint=f"qtool calibrate MODEL --{name} {given}",
+                )
+
+    def _carried_tokens(self, layer: int) -> Tensor | None:
+        """Return how many tokens each expert of a block was sent when the statistics were gathered."""
+        name = f"layers.{layer}.{EXPERT_TOKENS}"
+        known = self.needs and self.statistics is not None and name in self.statistics.header.slots
+        return self.statistics.tensor(name) if known and self.statistics is not None else None
 
     def _solve_with_passes(self, writer: ArtifactWriter) -> list[dict[str, Any]]:
         """Solve from the activations of what is quantized already."""
@@ -262,7 +325,7 @@ class _Work:
         windows = self.statistics.tensor(WINDOWS).long()
         scheme = self.request.scheme if self.request.round_activations else ModelScheme()
         subject = replace(self.opened.subject, scheme=replace(scheme, weights=None))
-        network = Network(subject, device=self.workspace.device, dtype=self.dtype)
+        network = Network(subject, device=self.workspace.device, dtype=self.dtype, observed=self.block.experts)
         gathering = Gathering(
             windows.numel(),
             parse_token_weight(self.token_weight),
@@ -281,7 +344,7 @@ class _Work:
                 self._solve_block(stream, layer, state, statistics, gathering, writer)
             notes.append(self._notes(writer, layer))
             if layer + 1 < self.graph.dims.num_layers:
-                self._install(network, layer, state, writer)
+                self.block.install(network, layer, state, writer.part(f"layer-{layer}")[0])
                 stream.run(layer, keep=True)
             network.drop(layer)
         return notes
@@ -295,73 +358,34 @@ class _Work:
         gathering: Gathering,
         writer: ArtifactWriter,
     ) -> None:
-        """Gather and solve one block, in one stage or in four."""
-        network, linears = stream.network, self.graph.linears_of(layer)
-        stages = [[one for one in linears if one.stage == s] for s in range(len(self.graph.input_sites))]
-        solved: dict[str, QuantizedLinear] = {}
-        scales: dict[str, Tensor] = {}
-        for stage in stages if self.request.true_sequential else [list(linears)]:
-            wanted = dict.fromkeys((one.spec.reads for one in stage), statistics)
-            with observing(network.sites[layer], layer, wanted, gathering) as observers:
-                stream.run(layer, keep=False)
-            known = {site: observer.result() for site, observer in observers.items()}
-            found = self.solver.solve(stage, state, known)
-            scales |= self._static_scales(layer, known)
-            self._put(network, stage, found)
-            solved |= found
-        self._write(writer, layer, solved, scales)
-
-    def _put(self, network: Network, linears: list[LinearSite], solved: Mapping[str, QuantizedLinear]) -> None:
-        """Put decoded weights and adapters into a loaded block."""
-        for linear in linears:
-            target, found = network.linear(linear.layer, linear.spec.module), solved[linear.name]
-            target.weight.data = found.weight(self.scheme, self.format).to(target.weight)
-            target.adapter = found.adapter
-
-    def _install(self, network: Network, layer: int, state: Mapping[str, Tensor], writer: ArtifactWriter) -> None:
-        """Load a finished block as it is going to be executed."""
-        tensors, _ = writer.part(f"layer-{layer}")
+        """Gather and solve one block, in one stage or in one for each kind of input site."""
         linears = self.graph.linears_of(layer)
-        found = {
-            one.name: read_linear(one.name, self.graph.width(one.spec.reads), tensors, self.scheme, self.format)
-            for one in linears
-        }
-        network.load(layer, BlockContent(state))
-        self._put(network, list(linears), found)
-        for site, module in network.sites[layer].items():
-            name = f"layers.{layer}.{site}{INPUT_GLOBAL_SCALE}"
-            if module.rounding is not None and name in tensors:
-                module.rounding = replace(module.rounding, global_scale=tensors[name].to(self.workspace.device))
+        stages = [[one for one in linears if one.stage == s] for s in sorted({one.stage for one in linears})]
+        block = SolvedBlock()
+        for stage in stages if self.request.true_sequential else [list(linears)]:
+            found = self._solve_stage(stream, stage, state, statistics, gathering)
+            self.block.put(stream.network, stage, found.linears)
+            block.linears |= found.linears
+            block.scales |= found.scales
+            block.seen += found.seen
+        self._write(writer, layer, block)
 
-    def _static_scales(self, layer: int, known: Mapping[str, SiteStatistics]) -> dict[str, Tensor]:
-        """Return the calibrated tensor-level multipliers of a block's activations."""
-        activations = self.request.scheme.activations
-        if not self.static or activations is None:
-            return {}
-        fmt = self.workspace.plugins.format(activations.format)
-        scales = {}
-        for site, statistics in known.items():
-            scale = fmt.global_scale(statistics.need("absmax", site=site).amax().float(), activations)
-            if scale is not None:
-                scales[f"layers.{layer}.{site}{INPUT_GLOBAL_SCALE}"] = scale
-        return scales
-
-    def _write(
+    def _solve_stage(
         self,
-        writer: ArtifactWriter,
-        layer: int,
-        linears: Mapping[str, QuantizedLinear],
-        scales: Mapping[str, Tensor],
-    ) -> None:
+        stream: Stream,
+        stage: Sequence[LinearSite],
+        state: dict[str, Tensor],
+        statistics: Mapping[str, Statistic],
+        gathering: Gathering,
+    ) -> SolvedBlock:
+        """Gather and solve linears of one block; the statistics are gone when this returns."""
+        gathered = stream.gather(stage[0].layer, stage, statistics, gathering, keep=False)
+        return self.block.solve(stage, state, gathered.statistics, gathered.tokens)
+
+    def _write(self, writer: ArtifactWriter, layer: int, block: SolvedBlock) -> None:
         """Finish a block's part."""
-        tensors = dict(scales)
-        counters: Counter[str] = Counter()
-        for name, linear in linears.items():
-            tensors |= linear_tensors(name, linear, self.scheme, self.format)
-            counters.update(linear.counters)
-        reports = {name: dict(linear.report) for name, linear in linears.items()}
-        notes = json.dumps({"reports": reports, "counters": {k: v for k, v in counters.items() if v}})
-        writer.add(f"layer-{layer}", tensors, {"notes": notes})
+        tensors, notes = self.block.stored(block)
+        writer.add(f"layer-{layer}", tensors, {"notes": json.dumps(notes)})
 
     def _notes(self, writer: ArtifactWriter, layer: int) -> dict[str, Any]:
         notes: dict[str, Any] = json.loads(writer.part(f"layer-{layer}")[1]["notes"])

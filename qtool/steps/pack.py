@@ -13,7 +13,7 @@ from qtool.artifacts.identity import digest_file
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, Artifact, ArtifactWriter, disk_errors, write_atomically
 from qtool.engine.exporter import Exported, Exporter
-from qtool.errors import PluginError, UsageError
+from qtool.errors import ArtifactError, PluginError, UsageError
 from qtool.steps.labels import labels_of, parameter_counts
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
@@ -53,7 +53,7 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     opened = open_subject(request.source, workspace)
     kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
     if kind != "quantized":
-        raise UsageError(
+        raise ArtifactError(
             f"`{request.source}` holds nothing to pack",
             facts=(("expected", "quantized"), ("received", kind)),
             hint=f"qtool mitigate {request.source} --method rtn --scheme W4A16",

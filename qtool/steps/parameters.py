@@ -2,99 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from qtool.artifacts.layout import TensorSlot, read_header
+from qtool.artifacts.layout import TensorSlot
 from qtool.errors import ModelError
+from qtool.model.completeness import promised_tensors
+from qtool.model.naming import SCALE
 from qtool.model.source import Model
 from qtool.steps.description import Table
 
-Fate = Literal["quantized", "folded", "kept", "unknown"]
-COLUMNS = ("parameter", "layers", "shape", "dtype", "fate", "why")
+Fate = Literal["quantized", "folded", "kept", "unknown", "missing"]
+COLUMNS = ("parameter", "tensors", "linears", "shape", "dtype", "fate", "why")
 SHOWN = 5
+
+_FOLDED_NORM = "moves into the linears behind it where a plan asks for it"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One stored tensor: its name, what is stored, and what becomes of it."""
+    """One stored tensor.
+
+    Attributes:
+        name: What the files call it.
+        slot: What is stored; None where the family expects a tensor that no file has.
+        fate: What becomes of it.
+        why: The reason.
+        linears: Number of linears whose weights it holds: one, or as many as there are experts in it.
+    """
 
     name: str
     slot: TensorSlot | None
     fate: Fate
     why: str
+    linears: int = 0
 
 
 def parameters_of(model: Model) -> tuple[Parameter, ...]:
-    """Return every parameter of a model, and those that its family expects but no file has."""
-    slots: dict[str, TensorSlot] = {}
-    for file in sorted(set(model.files.values())):
-        slots |= read_header(file).slots
-    expected = [f"{linear.name}.weight" for linear in model.graph.linears]
-    rules = _rules(model)
-    stored = tuple(Parameter(name, slot, *_fate(name, slot, model, rules)) for name, slot in slots.items())
-    why = "the family expects it, and no file has it"
-    return (*stored, *(Parameter(name, None, "unknown", why) for name in expected if name not in slots))
+    """Return every stored parameter of a model, and those that its family expects but no file has."""
+    fates = dict(_fates(model))
+    held: dict[str, list[str]] = {}
+    for name, place in model.places.items():
+        held.setdefault(place.name, []).append(name)
+    found = {name: _parameter(name, held[name], fates, model) for name in held}
+    scales = [name for name in model.stored if name not in held]
+    missing = [name for name, _ in promised_tensors(model) if name not in model.places]
+    return (
+        *found.values(),
+        *(_scales(name, found[name.removesuffix(SCALE)], model) for name in scales),
+        *(Parameter(name, None, "missing", "the family expects it, and no file has it") for name in missing),
+    )
 
 
 def require_known(parameters: tuple[Parameter, ...], model: Model) -> None:
-    """Refuse a model with parameters that its family does not describe.
+    """Refuse a model with parameters that its family does not describe, or without some that it does.
 
     Raises:
         ModelError: There are such; names the first.
     """
-    unknown = [one for one in parameters if one.fate == "unknown"]
+    unknown = [one for one in parameters if one.fate in ("unknown", "missing")]
     if unknown:
         raise ModelError(
-            f"the family `{model.family.name}` does not describe {len(unknown)} parameters of this model",
+            f"the family `{model.family.name}` and this model differ in {len(unknown)} parameters",
             facts=tuple((one.name, one.why) for one in unknown[:SHOWN]),
             hint="describe them as data: see qtool.model.family.Family and the hook register_families",
         )
 
 
-def parameter_table(parameters: tuple[Parameter, ...], model: Model) -> Table:
-    """Return the parameters as a table; those of all blocks that are alike share a row."""
-    rows: dict[tuple[str, str, str, Fate, str], int] = {}
+def parameter_table(parameters: tuple[Parameter, ...]) -> Table:
+    """Return the parameters as a table; those of all blocks and all experts that are alike share a row."""
+    rows: Counter[tuple[str, ...]] = Counter()
+    linears: Counter[tuple[str, ...]] = Counter()
     for one in parameters:
         shape, dtype = ("", "") if one.slot is None else ("x".join(map(str, one.slot.shape)), one.slot.dtype)
-        row = (_pattern(one.name, model), shape, dtype, one.fate, one.why)
-        rows[row] = rows.get(row, 0) + 1
+        row = (_pattern(one.name), shape, dtype, one.fate, one.why)
+        rows[row] += 1
+        linears[row] += one.linears
     ordered = sorted(rows, key=lambda row: ("*" in row[0], row[0]))
-    return Table(COLUMNS, [(row[0], rows[row], *row[1:]) for row in ordered])
+    return Table(COLUMNS, [(row[0], rows[row], linears[row] or None, *row[1:]) for row in ordered])
 
 
-def _rules(model: Model) -> Mapping[str, tuple[Fate, str]]:
-    """Return what becomes of the parameters that the family names, by name (inside a block: with ``*``)."""
-    family = model.family
-    block = f"{family.layers}.*"
-    rules: dict[str, tuple[Fate, str]] = {
-        f"{family.embedding}.weight": ("kept", "a look-up; rotations of the residual are folded into it"),
-        f"{family.head}.weight": ("kept", "the head stays in 16 bits; rotations of the residual are folded into it"),
-    }
-    for norm in (family.final_norm, *family.norms.values()):
-        place = norm.module if norm is family.final_norm else f"{block}.{norm.module}"
-        for leaf in ("weight", "bias"):
-            rules[f"{place}.{leaf}"] = ("folded", "moves into the linears behind it where a plan asks for it")
-    for linear in family.linears:
-        rules[f"{block}.{linear.module}.weight"] = ("quantized", f"reads {linear.reads}")
-        rules[f"{block}.{linear.module}.bias"] = ("kept", "added in 16 bits; operators are folded into it")
-    return rules
+def _fates(model: Model) -> Iterator[tuple[str, tuple[Fate, str, int]]]:
+    """Yield what becomes of the tensors that the family names, with the number of linears that each holds."""
+    family, graph = model.family, model.graph
+    yield f"{family.embedding}.weight", ("kept", "a look-up; rotations of the residual are folded into it", 0)
+    kept = "the head stays in 16 bits; rotations of the residual are folded into it"
+    yield f"{family.head}.weight", ("kept", kept, 1)
+    norms = [family.final_norm.module]
+    for layer in range(graph.dims.num_layers):
+        sites = (graph.norm_of(site) for site in graph.input_sites_of(layer))
+        norms += [f"{graph.block_name(layer)}.{norm.module}" for norm in sites if norm is not None]
+        for linear in graph.readers_of(layer):
+            site = linear.spec.reads.rpartition(".")[2]
+            if linear.spec.kept:
+                why = f"{linear.spec.kept}; operators of {site} are folded into it"
+                yield f"{linear.name}.weight", ("kept", why, 1)
+            else:
+                yield f"{linear.name}.weight", ("quantized", f"reads {site}", 1)
+            yield f"{linear.name}.bias", ("kept", "added in 16 bits; operators are folded into it", 0)
+    for place in norms:
+        yield from ((f"{place}.{leaf}", ("folded", _FOLDED_NORM, 0)) for leaf in ("weight", "bias"))
+    for writer in family.writers:
+        why = "writes the residual, whose rotations are folded into it"
+        yield from ((f"{writer}.{leaf}", ("kept", why, 0)) for leaf in ("weight", "bias"))
+    yield from ((name, ("kept", why, 0)) for name, why in model.left_alone.items())
 
 
-def _fate(name: str, slot: TensorSlot, model: Model, rules: Mapping[str, tuple[Fate, str]]) -> tuple[Fate, str]:
-    pattern = _pattern(name, model)
-    if pattern in rules:
-        return rules[pattern]
-    if "*" in pattern and len(slot.shape) <= 1:
-        return "kept", "a vector; the block applies it as it is"
-    return "unknown", "the family does not describe it"
+def _parameter(name: str, held: list[str], fates: Mapping[str, tuple[Fate, str, int]], model: Model) -> Parameter:
+    """Return what becomes of a stored tensor that holds one of the model's, or one of each expert."""
+    slot = model.stored[name].slot
+    known = [fates[one] for one in held if one in fates]
+    if len(known) < len(held):
+        in_block = all(one.startswith(f"{model.family.layers}.") for one in held)
+        vector = in_block and len(slot.shape) <= 1
+        vector_fate: tuple[Fate, str] = ("kept", "a vector; the block applies it as it is")
+        return Parameter(name, slot, *(vector_fate if vector else ("unknown", "the family does not describe it")))
+    fate, why, _ = known[0]
+    if model.places[held[0]].scale is not None:
+        why = f"{why}; float8, dequantised on reading"
+    if len(held) > 1:
+        why = f"{why}; of all experts"
+    return Parameter(name, slot, fate, why, sum(linears for _, _, linears in known))
 
 
-def _pattern(name: str, model: Model) -> str:
-    """Return a name with ``*`` in place of the block's index."""
-    prefix = f"{model.family.layers}."
-    if not name.startswith(prefix):
-        return name
-    index, dot, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}*.{rest}" if dot and index.isdecimal() else name
+def _scales(name: str, weight: Parameter, model: Model) -> Parameter:
+    """Return what becomes of the scales of a float8 weight."""
+    return Parameter(name, model.stored[name].slot, weight.fate, "scales of the weight, multiplied in on reading")
+
+
+def _pattern(name: str) -> str:
+    """Return a name with ``*`` in place of every number: the block's, the expert's."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

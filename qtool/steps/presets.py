@@ -28,6 +28,8 @@ class MitigateSettings:
         true_sequential: Four passes a block.
         round_activations: Whether propagated activations are quantized.
         token_weight: Rule for the weight of a token; empty takes that of the statistics.
+        experts: Which tokens experts' statistics are of; empty takes the choice of the statistics.
+        expert_share: Part of even routing below which an expert is starved; None for a default.
         seed: Seeds what is random.
     """
 
@@ -41,6 +43,8 @@ class MitigateSettings:
     true_sequential: bool = False
     round_activations: bool = False
     token_weight: str = ""
+    experts: str = ""
+    expert_share: float | None = None
     seed: int = 0
 
     def overridden(self, **given: object) -> MitigateSettings:

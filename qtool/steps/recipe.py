@@ -99,6 +99,7 @@ class CalibrateOptions:
     gather: tuple[str, ...] = EVERYTHING
     token_weight: str = "inverse-norm"
     sample_size: int = 2048
+    experts: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class MitigateOptions:
     true_sequential: bool | None = None
     round_activations: bool | None = None
     token_weight: str | None = None
+    experts: str | None = None
+    expert_share: float | None = None
 
 
 @dataclass(frozen=True)

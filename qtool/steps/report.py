@@ -17,6 +17,7 @@ from qtool.steps.table import SPREADS, Layout, arrange
 from qtool.steps.workspace import Workspace
 
 BITS = ("linears", "model")
+ARTIFACT = ".safetensors"
 _REFERENCE = "reference_"
 
 
@@ -54,10 +55,16 @@ def report(request: ReportRequest, workspace: Workspace) -> str:
         Its text, which ends with a newline.
 
     Raises:
-        UsageError: An unknown format, label or metric, or a table that would mix what is not alike.
+        UsageError: An unknown format, label or metric, a table that would mix what is not alike, or an output that
+            would be taken for an artifact.
         ArtifactError: A source is no metrics artifact.
     """
     check(request)
+    if request.output is not None and request.output.suffix == ARTIFACT:
+        raise UsageError(
+            f"`{request.output}` would be an artifact's name, and a report is text",
+            hint=f"-o {request.output.with_suffix('.md')}",
+        )
     if not request.sources:
         raise UsageError("there is nothing to report", hint="give the paths that qtool eval printed")
     artifacts = [workspace.artifact(source, "metrics") for source in request.sources]

@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from qtool.artifacts.store import disk_errors
 from qtool.errors import QtoolError
+from qtool.steps.demand import Demand
 from qtool.steps.foresee import foreseen
 from qtool.steps.recipe import Recipe, read_recipe
 from qtool.steps.rendering import SUFFIXES
@@ -173,5 +174,13 @@ def _sentence(error: Exception) -> str:
 
 
 def _listed(outcomes: tuple[Outcome, ...]) -> str:
-    rows = [(index, one.title, one.state, Path(one.path).name) for index, one in enumerate(outcomes, 1)]
-    return tabulate(rows, ("", "step", "state", "artifact"), tablefmt="simple", disable_numparse=True) + "\n"
+    rows = [
+        (index, one.title, one.state, Path(one.path).name, *_taken(one.demand)) for index, one in enumerate(outcomes, 1)
+    ]
+    columns = ("", "step", "state", "artifact", "statistics of a layer", "on disk")
+    return tabulate(rows, columns, tablefmt="simple", disable_numparse=True) + "\n"
+
+
+def _taken(demand: Demand | None) -> tuple[str, str]:
+    """Return the memory and the disk that a step takes, for people."""
+    return ("", "") if demand is None else (f"{demand.statistics / 1e9:.3g} GB", f"{demand.disk / 1e9:.3g} GB")

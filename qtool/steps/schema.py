@@ -67,10 +67,10 @@ def _read(hint: Any, value: object, place: Place) -> Any:  # noqa: ANN401 - the 
         return tuple(_read(arguments[0], item, place.below(index)) for index, item in enumerate(value))
     if origin is not None:
         return _read_texts(value, place)
-    fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    if not fits:
+    wanted = (int, float) if hint is float else hint
+    if not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool):
         raise place.refusal("does not fit", _shown(value), expected=_NAMES[hint])
-    return value
+    return float(value) if hint is float else value
 
 
 def _read_texts(value: object, place: Place) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import VECTORS, ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
 
 NONE = "none"
 
@@ -22,12 +22,15 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
         plugins: Where formats and presets are found.
 
     Raises:
-        SchemeError: A part or the preset's name cannot be read.
+        SchemeError: A part or the preset's name cannot be read, or a part's strategy means nothing there.
     """
     scheme = parse_model_scheme(preset, plugins.format, plugins.presets) if preset else ModelScheme()
-    given: dict[str, Any] = {name: _read_part(text, plugins) for name, text in parts.items() if text}
-    return replace(scheme, **given, name="") if given else scheme
+    given: dict[str, Any] = {name: _read_part(name, text, plugins) for name, text in parts.items() if text}
+    if given:
+        scheme = replace(scheme, **given, name="")
+        scheme.check()
+    return scheme
 
 
-def _read_part(text: str, plugins: Plugins) -> TensorScheme | None:
-    return None if text == NONE else parse_tensor_scheme(text, plugins.format)
+def _read_part(name: str, text: str, plugins: Plugins) -> TensorScheme | None:
+    return None if text == NONE else parse_tensor_scheme(text, plugins.format, vector=VECTORS[name])

@@ -11,6 +11,7 @@ from qtool.artifacts.manifest import Input
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, Artifact, open_artifact
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
+from qtool.model.completeness import require_complete
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.scheme import ModelScheme
@@ -55,12 +56,13 @@ def open_subject(reference: str, workspace: Workspace) -> Opened:
 
     Raises:
         ArtifactError: The artifact is damaged, or what it was made from cannot be found.
-        ModelError: There is no such model.
+        ModelError: There is no such model, or its files are not what its config promises.
     """
     if not reference:
         raise UsageError("an empty path was given", hint="the command before this one failed; look at its message")
     if not is_artifact(reference):
         model = workspace.model(reference)
+        require_complete(model)
         return Opened(Subject(model, workspace.plugins), {"model": Input(model.id, str(model.path))})
     artifact = open_artifact(Path(reference))
     model = workspace.model_of(artifact)
@@ -91,7 +93,9 @@ def compute_dtype(name: str, model: Model) -> torch.dtype:
     if name == "auto":
         return model.dtype
     if name not in DTYPES:
-        raise UsageError(f"unknown dtype `{name}`", facts=(("known", f"auto, {', '.join(DTYPES)}"),))
+        raise UsageError(
+            f"unknown dtype `{name}`", facts=(("known", f"auto, {', '.join(DTYPES)}"),), hint="--dtype auto"
+        )
     return DTYPES[name]
 
 

@@ -13,6 +13,7 @@ from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.cells import NONE, CellChoice, cells_of
+from qtool.steps.demand import Demand
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.options import configure
@@ -55,6 +56,7 @@ class Outcome:
         path: The artifact, or where it is going to be; empty where that is not known.
         id: The artifact's id, if there is one.
         error: Why it failed.
+        demand: Of a dry run, what it is going to take, where that is known.
     """
 
     title: str
@@ -62,6 +64,7 @@ class Outcome:
     path: str = ""
     id: str = ""
     error: Exception | None = None
+    demand: Demand | None = None
 
 
 def ended(task: Task, artifact: Artifact, state: State) -> Outcome:
@@ -134,6 +137,7 @@ class _Expansion:
             gather=options.gather,
             token_weight=options.token_weight,
             sample_size=options.sample_size,
+            experts=options.experts,
             dtype=self.recipe.dtype,
         )
         return self._task(f"calibrate {options.data}{word}", None, request, calibrate)
@@ -155,6 +159,8 @@ class _Expansion:
             true_sequential=options.true_sequential,
             round_activations=options.round_activations,
             token_weight=options.token_weight,
+            experts=options.experts,
+            expert_share=options.expert_share,
             seed=seed,
         )
 
@@ -177,6 +183,8 @@ class _Expansion:
             true_sequential=settings.true_sequential,
             round_activations=settings.round_activations,
             token_weight=settings.token_weight,
+            experts=settings.experts,
+            expert_share=settings.expert_share,
             seed=settings.seed,
             dtype=self.recipe.dtype,
         )

@@ -7,9 +7,9 @@ from pathlib import Path
 from jaxtyping import Int64
 from torch import Tensor
 
-from qtool.errors import UsageError
+from qtool.errors import DataError, UsageError
 from qtool.model.source import Model
-from qtool.model.text import Documents, calibration_windows, disjoint_windows, read_text_file, tokenize
+from qtool.model.text import SUFFIXES, Documents, calibration_windows, disjoint_windows, read_text_file, tokenize
 from qtool.steps.workspace import Workspace
 
 
@@ -27,6 +27,8 @@ def read_documents(data: str, split: str, workspace: Workspace) -> Documents:
     """
     if Path(data).is_file():
         return read_text_file(Path(data))
+    if data not in workspace.plugins.offers["datasets"] and (Path(data).name != data or data.endswith(SUFFIXES)):
+        raise DataError(f"no such file `{data}`", hint="check the path, or name a dataset: qtool plugins datasets")
     documents: Documents = workspace.plugins.load("datasets", data).documents(split, workspace.data)
     return documents
 

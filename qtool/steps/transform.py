@@ -11,6 +11,7 @@ from torch import Tensor
 from qtool.artifacts.manifest import Input, Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.carry import CarriedStatistics
+from qtool.engine.fold import require_biases
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
@@ -79,12 +80,13 @@ def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact
         plan = opened.subject.plan
         for one in workspace.progress(methods, total=len(methods), label="transform"):
             plan = _extended(plan, one, request, opened, statistics)
+        require_biases(opened.model.graph, plan, opened.model.has)
         for note in plan.notes:
             workspace.warn(note)
         tensors, described = plan.to_state()
         writer = ArtifactWriter(path, manifest)
-        writer.begin()
-        writer.add("plan", tensors)
+        with writer.working():
+            writer.add("plan", tensors)
     return writer.finish(replace(manifest, details=described, about=about)), False
 
 

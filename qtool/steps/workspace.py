@@ -206,7 +206,10 @@ def _from_hub(reference: str) -> Path:
 
 @contextmanager
 def measured(about: dict[str, object], device: torch.device) -> Iterator[None]:
-    """Fill ``about`` with when, where, how long and how much memory a step took."""
+    """Fill ``about`` with when, where, how long and how much memory a step took.
+
+    The host's peak is that of the whole process so far: what `qtool run` did before counts as well.
+    """
     start = time.perf_counter()
     about |= {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -215,8 +218,10 @@ def measured(about: dict[str, object], device: torch.device) -> Iterator[None]:
         | {"qtool": qtool.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores",
     }
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     yield
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    about |= {"seconds": round(time.perf_counter() - start, 3), "peak_memory_bytes": peak}
+    about |= {"seconds": round(time.perf_counter() - start, 3), "process_peak_memory_bytes": peak}
     if device.type == "cuda":
         about["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -132,7 +132,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     (tmp_path / "file").write_bytes(content[:kept] if kept >= 0 else content[:-1])
     with pytest.raises(ArtifactError, match="truncated") as error:
         read_header(tmp_path / "file")
-    assert error.value.hint == "make it again with the step that wrote it"
+    assert error.value.hint == "make it again with the step that wrote it, or download it again"
 
 
 DAMAGED = {

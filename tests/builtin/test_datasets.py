@@ -15,7 +15,7 @@ from qtool.builtin.datasets.c4 import C4
 from qtool.builtin.datasets.sotu import StateOfTheUnion
 from qtool.builtin.datasets.speeches import Speeches
 from qtool.builtin.datasets.wikitext2 import WikiText2
-from qtool.errors import DataError, UsageError
+from qtool.errors import DataError, ResourceError, UsageError
 from qtool.model.text import Dataset
 
 # Two articles as the original file spells them: a blank line is a space and a line feed.
@@ -84,7 +84,7 @@ def test_wikitext2_from_the_hub_is_the_same_text(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(("dataset", "file"), [(WikiText2(), "wikitext2/test.txt"), (C4(), "c4/sample.jsonl")])
 def test_no_network_and_no_folder(tmp_path: Path, dataset: Dataset, file: str) -> None:
     for directory in (None, tmp_path):
-        with pytest.raises(DataError, match="couldn't reach the hub") as caught:
+        with pytest.raises(ResourceError, match="couldn't reach the hub") as caught:
             dataset.documents("test", directory)
         assert caught.value.hint == f"export QTOOL_DATA=/path/to/data  # a folder that holds {file}"
 

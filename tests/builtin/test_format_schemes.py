@@ -7,34 +7,8 @@ import torch
 
 from qtool.builtin.formats.presets import PRESETS
 from qtool.errors import SchemeError
-from qtool.numerics.scales import bits_per_value
 from qtool.scheme import Format, ModelScheme, Preset, TensorScheme, parse_model_scheme
 from tests.builtin.format_cases import FORMATS, error_of, read
-
-
-@pytest.mark.parametrize(
-    ("text", "n", "bits"),
-    [
-        ("int4-g128-sfp16", 1024, 4.125),
-        ("int4-asym-g128", 1024, 4.15625),
-        ("int4-g32", 1024, 4.5),
-        ("int4", 1024, 4.015625),
-        ("nvfp4", 1024, 4.5),
-        ("mxfp4", 1024, 4.25),
-        ("fp4-g16", 1024, 6.0),
-        ("fp4-g32-se4m3", 1024, 4.25),
-        ("fp8-g32-se8m0", 1024, 8.25),
-    ],
-)
-def test_bits_per_value(text: str, n: int, bits: float) -> None:
-    form, scheme = read(text)
-    cost = bits_per_value(
-        form.bits,
-        scale_format=scheme.scale,
-        values_per_scale=n // scheme.groups_of(n, layer="layer"),
-        zero_point_bits=form.zero_point_bits(scheme),
-    )
-    assert cost == bits
 
 
 @pytest.mark.parametrize(
@@ -100,6 +74,7 @@ def test_the_presets_mean_what_the_ecosystem_means() -> None:
         ("int4-asym-se8m0", "without zero points", "int4-sym-channel-se8m0"),
         ("int4-rceil", "rounds e8m0 scales", "int4-sym-channel-sbf16"),
         ("fp4-half", "rule for symmetric integers", "fp4-sym-channel"),
+        ("int4-asym-full", "rule for symmetric integers", "int4-asym-channel"),
         ("fp8-asym", "no zero point", "fp8-sym-channel"),
         ("fp8-se4m3", "no e4m3 scales", "fp8-sym-channel-sfp32"),
         ("nvfp4-g32", "16 values", "fp4-sym-g32-se4m3"),
@@ -122,7 +97,7 @@ def test_the_nearest_scheme_of_a_refusal_always_works() -> None:
         ("tensor", "channel", "token", "group"),
         (None, 16, 32),
         ("fp32", "fp16", "bf16", "e4m3", "e8m0"),
-        ("full", "half"),
+        ("tight", "full", "half"),
         ("even", "floor", "rceil"),
     )
     for scheme in itertools.starmap(TensorScheme, parts):
@@ -141,3 +116,21 @@ def test_every_format_keeps_the_contract() -> None:
         assert form.name == name
         assert form.defaults.format == name
         form.check(form.defaults)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4",
+        "int4-full",
+        "int4-half-g64",
+        "int8-asym-token-sfp32",
+        "fp4",
+        "fp4-g16-se4m3",
+        "mxfp4-floor",
+        "fp8-tensor",
+    ],
+)
+def test_what_a_scheme_prints_reads_back(text: str) -> None:
+    scheme = read(text)[1]
+    assert read(str(scheme))[1] == scheme

@@ -16,7 +16,7 @@ from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
 from qtool.builtin.mitigators.lorc import LoRC, LoRCConfig
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions
 from qtool.builtin.plugin import register_mitigators
-from qtool.engine.problem import LayerProblem, QuantizedLinear
+from qtool.engine.problem import LayerProblem, QuantizedLinear, SiblingMitigator
 from qtool.errors import NumericalError, SchemeError, ShapeError, UsageError
 from qtool.numerics import gptq as solver
 from qtool.numerics.groups import to_groups
@@ -31,15 +31,11 @@ FORMATS: dict[str, Format] = {
 
 
 def scheme_of(text: str) -> TensorScheme:
-    """Read ``int4``, ``int4-g16`` or ``int4-tensor``.
-
-    Where scales are float32, the range rule is ``full``: ``half`` puts the largest magnitude on a tie between two
-    codes, which the last bit of the scale would decide.
-    """
+    """Read ``int4``, ``int4-g16`` (float32 scales) or ``int4-tensor``."""
     name, _, where = text.partition("-")
     scheme = FORMATS[name].defaults
     if where.startswith("g"):
-        return replace(scheme, strategy="group", group_size=int(where[1:]), scale="fp32", range_rule="full")
+        return replace(scheme, strategy="group", group_size=int(where[1:]), scale="fp32")
     return replace(scheme, strategy="tensor") if where else scheme
 
 
@@ -74,7 +70,7 @@ def oracle_grid(of: LayerProblem) -> Grid:
         return nvfp4_grid(nvfp4_global_scale(of.weight.flatten().tolist()))
     if of.scheme.format == "mxfp4":
         return mxfp4_grid("even")
-    return int_grid(4, "half", "bfloat16") if of.scheme.scale == "bf16" else int_grid(4, "full")
+    return int_grid(4, "tight", "bfloat16" if of.scheme.scale == "bf16" else "float32")
 
 
 def test_the_plugin_offers_these_classes_with_their_contract() -> None:
@@ -279,6 +275,47 @@ class TestGPTQ:
         assert result.counters["fallback_rtn"] == 1
         assert result.counters["dead_columns"] == int((hessian.diagonal() == 0).sum())
         assert result.report == nearest.report
+
+    @pytest.mark.parametrize("bad", [False, True])
+    @pytest.mark.parametrize("text", ["int4", "int4-g16", "nvfp4", "int4-tensor"])
+    def test_siblings_get_what_each_gets_alone(self, text: str, bad: bool) -> None:
+        one = problem(text)
+        siblings = [
+            replace(one, name=str(rows), weight=size * problem(text, seed=rows, n_out=rows).weight)
+            for rows, size in ((5, 1.0), (12, 0.5), (3, 2.0))
+        ]
+        if one.scheme.format == "nvfp4":
+            siblings = [replace(sibling, global_scale=torch.tensor(2.0**-13)) for sibling in siblings]
+        if bad:
+            siblings = [replace(sibling, hessian=torch.zeros(64, 64)) for sibling in siblings]
+        method, config = GPTQ(), GPTQConfig()
+        assert isinstance(method, SiblingMitigator)
+        for sibling, result in zip(siblings, method.quantize_siblings(siblings, config), strict=True):
+            alone = method.quantize(sibling, config)
+            assert torch.equal(result.codes, alone.codes)
+            assert torch.equal(result.parameters.scale, alone.parameters.scale)
+            assert result.parameters.global_scale == alone.parameters.global_scale
+            assert result.report == pytest.approx(alone.report, rel=1e-5)
+            assert result.counters == alone.counters
+            assert result.counters["fallback_rtn"] == int(bad)
+
+    def test_a_zero_point_goes_with_its_row(self) -> None:
+        one = problem("int4-g16")
+        scheme = replace(one.scheme, symmetric=False)
+        siblings = [replace(one, scheme=scheme, weight=one.weight[rows] + 0.02) for rows in (slice(5), slice(5, 12))]
+        together = GPTQ().quantize(replace(one, scheme=scheme, weight=one.weight + 0.02), GPTQConfig())
+        parts = GPTQ().quantize_siblings(siblings, GPTQConfig())
+        assert torch.equal(torch.cat([decoded(part, one) for part in parts]), decoded(together, one))
+        for part, rows in zip(parts, (slice(5), slice(5, 12)), strict=True):
+            assert part.parameters.zero_point is not None
+            assert together.parameters.zero_point is not None
+            assert torch.equal(part.parameters.zero_point, together.parameters.zero_point[rows])
+
+    def test_every_sibling_is_checked(self) -> None:
+        one = problem("int4")
+        broken = replace(one, name="broken", weight=one.weight / 0)
+        with pytest.raises(NumericalError, match="`broken` holds NaN or Inf"):
+            GPTQ().quantize_siblings([one, broken], GPTQConfig())
 
     def test_a_hessian_that_was_not_gathered_is_asked_for(self) -> None:
         with pytest.raises(UsageError, match="hint: qtool calibrate"):

@@ -29,7 +29,7 @@ from qtool.engine.execute import BlockExecutable
 from qtool.engine.linear import SiteInput
 from qtool.engine.metric import Evaluation, Measured
 from qtool.engine.subject import Subject
-from qtool.errors import DataError, ModelError, PluginError, UsageError
+from qtool.errors import DataError, ModelError, PluginError, ResourceError, UsageError
 from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.testing import TinyModel, double_precision, plan_of, tiny_model
@@ -202,7 +202,7 @@ def subjects(tiny: TinyModel) -> dict[str, Subject]:
 def test_greedy_decoding_with_a_cache_equals_full_passes(tiny: TinyModel, plain: PreTrainedModel, name: str) -> None:
     model: Any = executable(tiny, subjects(tiny)[name]).whole()
     ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad(), double_precision(tiny.path):
+    with torch.no_grad(), double_precision():
         cache, fed = None, ids
         for _ in range(8):
             step = model(fed, past_key_values=cache, use_cache=True)
@@ -229,7 +229,7 @@ def test_padding_changes_no_prompt(tiny: TinyModel, name: str) -> None:
     mask = torch.ones(2, 14, dtype=torch.long)
     mask[0, :5] = 0
     generate = partial(model.generate, max_new_tokens=6, do_sample=False, pad_token_id=256)
-    with torch.no_grad(), double_precision(tiny.path):
+    with torch.no_grad(), double_precision():
         alone = model(ids).logits
         assert float((model(torch.cat([right, other])).logits[0, :9] - alone[0]).abs().max()) < 1e-10
         padded = model(torch.cat([left, other]), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
@@ -245,7 +245,7 @@ def test_harness_generates_what_the_plain_model_does(tiny: TinyModel, plain: Pre
     subject = subjects(tiny)["quarot"]
     asked = evaluation(tiny, subject=subject)
     request = Instance("generate_until", {}, ("amber birch", {"until": ["\n\n"], "max_gen_toks": 12}), 0)
-    with quiet(), double_precision(tiny.path):
+    with quiet(), double_precision():
         text = Harness.load().wrap(asked).generate_until([request])[0]
         ids = asked.tokenizer("amber birch", return_tensors="pt").input_ids
         for _ in range(12):
@@ -369,7 +369,7 @@ def test_data_that_does_not_fit_is_refused(tiny: TinyModel, tmp_path: Path) -> N
 
 
 def test_without_a_hub_local_data_is_suggested(tiny: TinyModel) -> None:
-    with pytest.raises(DataError, match="cannot get the data of task `piqa` from the hub") as caught:
+    with pytest.raises(ResourceError, match="cannot get the data of task `piqa` from the hub") as caught:
         measure(tiny, "piqa")
     assert caught.value.hint == "--task-data FOLDER"
 

@@ -48,7 +48,7 @@ OPTIONS: tuple[tuple[Any, Any], ...] = (
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[TinyModel]:
-    with tiny_model("qwen2") as made, double_precision(made.path):
+    with tiny_model("qwen2") as made, double_precision():
         yield made
 
 

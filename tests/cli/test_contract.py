@@ -119,7 +119,7 @@ FAILURES = {
     "verify a model": (2, ("verify", "tiny"), "`tiny` is no artifact", "qtool inspect --strict tiny"),
     "no such file": (3, ("verify", "nothing.safetensors"), "`nothing.safetensors`", "check the path"),
     "no such model": (3, ("calibrate", "tinny"), "no such model `tinny`", "hub id"),
-    "wrong kind": (2, ("pack", "@plan", "--to", "hf"), "nothing to pack", "qtool mitigate"),
+    "wrong kind": (3, ("pack", "@plan", "--to", "hf"), "nothing to pack", "qtool mitigate"),
     "moved model": (3, ("transform", "@statistics", "--method", "quarot", "--input", "model=no"), "model", "--input"),
     "no such device": (6, ("calibrate", "tiny", "--device", "cuda:99"), "cuda:99", "--device auto"),
 }  # fmt: skip

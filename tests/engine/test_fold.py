@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from qtool.engine import fold as fold_module
 from qtool.engine import subject as subject_module
-from qtool.engine.fold import fold_block, fold_ends, input_operators
+from qtool.engine.fold import fold_block, fold_ends, input_operators, require_biases
 from qtool.engine.network import Network
 from qtool.engine.planner import ABSORBED_BY, extend
 from qtool.engine.subject import Subject
@@ -86,7 +87,7 @@ def tiny() -> Iterator[Tiny]:
             if name not in made:
                 model_type, changes = MODELS[name]
                 made[name] = stack.enter_context(tiny_model(model_type, plugins=plugins, **changes))
-                stack.enter_context(double_precision(made[name].path))
+                stack.enter_context(double_precision())
             return made[name]
 
         yield of
@@ -172,9 +173,7 @@ ONLINE: Mapping[str, tuple[str, ...]] = {
 
 def proposal(graph: ModelGraph, site: str, kinds: Sequence[str], generator: torch.Generator) -> Proposal:
     """Operators of these kinds, in order, at every site of this name."""
-    return {
-        one.id: [operator(kind, one.dim, generator, one.heads) for kind in kinds] for one in graph.sites_named(site)
-    }
+    return {one.id: [operator(kind, one.dim, generator, one.heads) for kind in kinds] for one in graph.of_kind(site)}
 
 
 def plan_of(graph: ModelGraph, *proposals: Proposal) -> Plan:
@@ -318,7 +317,7 @@ class TestByHand:
         sites = (RESIDUAL, "vo", "attn_in", "o_in", "up_down")
         kinds = {RESIDUAL: "perm", "vo": "affine", "attn_in": "diag", "o_in": "head_mix", "up_down": "kron"}
         plan = plan_of(graph, *(proposal(graph, site, (kinds[site],), generator) for site in sites))
-        met = {name: [one.kind for one in input_operators(graph, plan, 1, name)] for name in graph.input_sites}
+        met = {name: [one.kind for one in input_operators(graph, plan, 1, name)] for name in graph.input_sites_of(1)}
         assert met == {
             "attn_in": ["perm", "diag"],
             "o_in": ["affine", "head_mix"],
@@ -355,7 +354,7 @@ class TestWhatIsRefused:
     def test_a_rotation_behind_a_norm_runs_online(self, tiny: Tiny, generator: torch.Generator, site: str) -> None:
         graph = subject_of(tiny("llama")).model.graph
         plan = plan_of(graph, proposal(graph, site, ("orthogonal",), generator))
-        for one in graph.sites_named(site):
+        for one in graph.of_kind(site):
             assert plan.at(one.id).folded == 0
             assert len(plan.at(one.id).online) == 1
         assert not plan.fold_norms
@@ -428,7 +427,7 @@ class TestSandwichNorms:
     def one(self, tmp_path: Path) -> Iterator[Subject]:
         save_tiny_model(tmp_path / "model", tiny_config("glm4", pad_token_id=None, eos_token_id=None))
         model = open_model(tmp_path / "model", {"sandwich": SANDWICH}, cache=tmp_path / "cache")
-        with double_precision(model.path):
+        with double_precision():
             yield Subject(model, Plugins.discover())
 
     @pytest.mark.parametrize("kind", ["orthogonal", "hadamard"])
@@ -467,7 +466,7 @@ class TestLayerNorms:
         norms = {"attn_in": Norm("input_layernorm", kind="layer"), "mlp_in": Norm("post_attention_layernorm", "layer")}
         family = replace(SANDWICH, name="layered", norms=norms, final_norm=Norm("model.norm", "layer"), linears=())
         plain = tuple(replace(linear, writes_through="") for linear in SANDWICH.linears)
-        return ModelGraph(replace(family, linears=plain), read_dimensions(tiny_config("llama")))
+        return ModelGraph(replace(family, linears=plain), read_dimensions(tiny_config("llama"), family))
 
     @pytest.mark.parametrize("kind", ["orthogonal", "hadamard", "signs"])
     def test_they_do_not_commute_with_rotations(self, graph: ModelGraph, generator: torch.Generator, kind: str) -> None:
@@ -480,6 +479,38 @@ class TestLayerNorms:
         assert (
             plan_of(graph, proposal(graph, "attn_in", ("shift", "diag"), generator)).at("layers.0.attn_in").folded == 2
         )
+
+    def test_a_shift_that_has_nowhere_to_go_is_refused(self, graph: ModelGraph, generator: torch.Generator) -> None:
+        plan = plan_of(graph, proposal(graph, "mlp_in", ("diag", "shift"), generator))
+        biases = {f"model.layers.{i}.post_attention_layernorm.bias" for i in range(2)}
+        require_biases(graph, plan, biases.__contains__)
+        biases.remove("model.layers.1.post_attention_layernorm.bias")
+        with pytest.raises(UsageError, match=r"layers\.1\.post_attention_layernorm`, which has no bias") as told:
+            require_biases(graph, plan, biases.__contains__)
+        assert "bias=False" in told.value.hint
+        state = {f"{one.module}.weight": torch.ones(40, graph.width(one.reads)) for one in graph.family.linears}
+        norms = {f"{norm.module}.weight": torch.ones(24) for norm in graph.family.norms.values()}
+        for fold_norms in (False, True):
+            with pytest.raises(UsageError, match="`post_attention_layernorm`, which has no bias"):
+                fold_block(graph, replace(plan, fold_norms=fold_norms), 0, state | norms)
+
+    def test_without_a_bias_a_shift_runs_online(self, graph: ModelGraph, generator: torch.Generator) -> None:
+        norms = {**graph.family.norms, "attn_in": Norm("input_layernorm", "layer", bias=False)}
+        plain = replace(graph, family=replace(graph.family, norms=norms))
+        plan = plan_of(plain, proposal(plain, "attn_in", ("diag", "shift"), generator))
+        site = plan.at("layers.0.attn_in")
+        assert [one.kind for one in site.online] == ["shift"]
+        require_biases(plain, plan, lambda _: False)
+        state = {f"{one.module}.weight": torch.randn(40, plain.width(one.reads)) for one in plain.family.linears}
+        state |= {f"{norm.module}.weight": torch.rand(24) + 0.5 for norm in plain.family.norms.values()}
+        state = {name: tensor.double() for name, tensor in state.items()}
+        x = torch.nn.functional.layer_norm(torch.randn(5, 24, generator=generator).double(), (24,))
+        folded = fold_block(plain, plan, 0, state)
+        seen = x * folded["input_layernorm.weight"]
+        for one in site.online:
+            seen = one.act(seen)
+        received = torch.nn.functional.linear(seen, folded["self_attn.q_proj.weight"], folded["self_attn.q_proj.bias"])
+        torch.testing.assert_close(received, (x * state["input_layernorm.weight"]) @ state["self_attn.q_proj.weight"].T)
 
     def test_weight_and_bias_move_into_the_linears(self, graph: ModelGraph, generator: torch.Generator) -> None:
         state = {
@@ -502,6 +533,58 @@ class TestLayerNorms:
         proposed = proposal(graph, "attn_in", ("shift", "diag", "shift"), generator)
         for plan in (plan_of(graph, proposed), replace(plan_of(graph, proposed), fold_norms=True)):
             torch.testing.assert_close(output(fold_block(graph, plan, 0, state)), output(state))
+
+
+class TestEnds:
+    """Embedding and head are folded some rows at a time, to the bits that they have as a whole."""
+
+    KINDS: Mapping[str, Kinds] = {
+        "rotated": ("hadamard", "perm"),
+        "dense": ("orthogonal", "signs"),
+    }
+
+    @pytest.mark.parametrize("name", ["llama", "llama-tied"])
+    @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_rows_at_a_time_give_the_bits_of_the_whole(
+        self,
+        tiny: Tiny,
+        generator: torch.Generator,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+        kinds: Kinds,
+        dtype: torch.dtype,
+    ) -> None:
+        subject = subject_of(tiny(name))
+        graph = subject.model.graph
+        plan = plan_of(
+            graph, proposal(graph, RESIDUAL, kinds, generator), proposal(graph, HEAD_IN, ("diag",), generator)
+        )
+        whole = fold_ends(graph, plan, subject.stored)
+        assert {one.dtype for one in whole.values()} == {torch.float64}
+        for rows in (64, 128):
+            monkeypatch.setattr(fold_module, "ROWS", rows)
+            ends = fold_ends(graph, plan, subject.stored, dtype=dtype)
+            for tensor in ("model.embed_tokens.weight", "lm_head.weight"):
+                assert ends[tensor].dtype == dtype
+                assert torch.equal(ends[tensor], whole[tensor].to(dtype))
+
+    def test_no_operator_ever_sees_more(
+        self, tiny: Tiny, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        subject = subject_of(tiny("llama"))
+        graph, seen = subject.model.graph, list[int]()
+        plan = plan_of(graph, proposal(graph, RESIDUAL, ("hadamard",), generator))
+        act = Hadamard.act
+
+        def watched(self: Hadamard, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return act(self, x)
+
+        monkeypatch.setattr(Hadamard, "act", watched)
+        monkeypatch.setattr(fold_module, "ROWS", 100)
+        fold_ends(graph, plan, subject.stored)
+        assert seen == 2 * [100, 100, 60]
 
 
 class TestComposition:
@@ -646,8 +729,10 @@ class TestPlantedMistakes:
     def test_a_head_that_stays_tied(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from qtool.builtin.transforms.quarot import QuaRot
 
-        def tied(graph: ModelGraph, plan: Plan, state: Callable[[str], Tensor]) -> dict[str, Tensor]:
-            ends = fold_ends(graph, plan, state)
+        def tied(
+            graph: ModelGraph, plan: Plan, state: Callable[[str], Tensor], *, dtype: torch.dtype
+        ) -> dict[str, Tensor]:
+            ends = fold_ends(graph, plan, state, dtype=dtype)
             return ends | ({"lm_head.weight": ends["model.embed_tokens.weight"]} if graph.dims.tied else {})
 
         monkeypatch.setattr(subject_module, "fold_ends", tied)

@@ -309,7 +309,7 @@ class TestCarrying:
         plan = Plan()
         for proposal in proposals:
             plan = extend(plan, proposal, opened.model.graph, method="test")
-        with double_precision(root / name):
+        with double_precision():
             gathered, _ = calibrate(request(root, name, token_weight=token_weight), workspace)
             plan_path = written_plan(plan, opened, workspace)
             transformed, _ = calibrate(request(root, source=str(plan_path), token_weight=token_weight), workspace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qtool.engine import network as network_module
 from qtool.engine.execute import BlockExecutable, LoadedExecutable
 from qtool.engine.linear import Rounding, SiteInput
 from qtool.engine.network import Network
-from qtool.engine.online import KernelHadamard, with_kernels
+from qtool.engine.online import KernelHadamard, Turns, with_kernels
 from qtool.engine.problem import Adapter
 from qtool.engine.stream import Stream
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import ModelError
 from qtool.model.plan import Plan, SitePlan
 from qtool.numerics.hadamard import hadamard_matrix
-from qtool.numerics.operators import Diag, Hadamard, Perm
+from qtool.numerics.operators import Diag, Hadamard, Operator, Perm
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.subjects import open_subject
@@ -171,6 +172,35 @@ class TestMemory:
         assert all(site._seen is None for site in one.sites[0].values())
         assert one.linear(0, "mlp.up_proj").adapter is None
 
+    @pytest.mark.parametrize(
+        ("watched", "runs"),
+        [
+            (["attn_in"], []),
+            (["mlp_in", "attn_in"], ["self_attn.o_proj"]),
+            (["attn_in", "o_in", "mlp_in", "up_down"], ["self_attn.o_proj", "mlp.gate_proj"]),
+            ([], ["self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]),
+        ],
+    )
+    def test_a_pass_for_observers_ends_with_the_last_that_is_watched(
+        self, opened: Open, windows: Tensor, watched: list[str], runs: list[str]
+    ) -> None:
+        one = network(opened("llama"))
+        one.load(0)
+        ran: list[str] = []
+        for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            one.linear(0, name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        seen: dict[str, list[Tensor]] = {name: [] for name in watched}
+        for name in watched:
+            one.sites[0][name].observer = seen[name].append
+        stream = Stream(one, windows[:1], batch=1, spill=Path())
+        before = stream.states.clone()
+        stream.run(0, keep=False)
+        assert ran == runs
+        assert torch.equal(stream.states, before)
+        stream.run(0, keep=True)
+        assert not torch.equal(stream.states, before)
+        assert all(torch.equal(*inputs) for inputs in seen.values())
+
     def test_the_states_move_to_a_file_where_memory_does_not_suffice(
         self, opened: Open, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -287,6 +317,28 @@ class TestRounding:
         assert torch.equal(calibrated(x), fmt.decode(fmt.encode(groups, parameters), parameters).flatten(-2))
         assert not torch.equal(calibrated(x), Rounding(fmt.defaults, fmt)(x))
 
+    @pytest.mark.parametrize("part", ["activations", "kv"])
+    @pytest.mark.parametrize("text", ["fp8-tensor", "int8-tensor", "int4-asym-tensor", "fp4-g8-se4m3"])
+    def test_what_is_shared_is_shared_within_a_window(
+        self, opened: Open, windows: Tensor, part: str, text: str
+    ) -> None:
+        subject = opened("llama")
+        scheme = ModelScheme(**{part: parse_tensor_scheme(text, subject.plugins.format)})
+        rounded = replace(subject, scheme=scheme)
+        alone = block_logits(rounded, windows, 1, torch.float64)
+        for batch in (3, 5):
+            received = block_logits(rounded, windows, batch, torch.float64)
+            torch.testing.assert_close(received, alone, rtol=1e-12, atol=1e-12)
+        assert (alone - block_logits(subject, windows, 1, torch.float64)).abs().max() > 1e-4
+
+    def test_the_scale_of_a_tensor_is_that_of_one_window(self, opened: Open) -> None:
+        fmt = opened("llama").plugins.format("int8")
+        rounding = Rounding(replace(fmt.defaults, strategy="tensor", scale="fp32", range_rule="full"), fmt)
+        x = torch.tensor([[[127.0, 0.4], [1.0, -2.6]], [[12.7, 0.44], [0.06, 0.04]]])
+        expected = torch.tensor([[[127.0, 0.0], [1.0, -3.0]], [[12.7, 0.4], [0.1, 0.0]]])
+        torch.testing.assert_close(rounding(x), expected)
+        torch.testing.assert_close(rounding(x[1]), expected[1])
+
     def test_online_operators_come_before_rounding(self, opened: Open, windows: Tensor) -> None:
         subject = opened("llama")
         order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -328,6 +380,32 @@ class TestRounding:
                     row = x[0, head, token]
                     expected = fmt.round(row, fmt.fit(row, scheme))
                     assert torch.equal(received[0, head, token], expected)
+
+    def test_queries_and_keys_turn_through_a_kernel_where_there_is_one(
+        self, opened: Open, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = list[tuple[int, ...]]()
+
+        class Watched:
+            operation = "sylvester"
+
+            def supports(self, device: torch.device) -> bool:
+                return True
+
+            def run(self, x: Tensor) -> Tensor:
+                seen.append(tuple(x.shape))
+                return x @ hadamard_matrix(x.shape[-1]).to(x) / x.shape[-1] ** 0.5
+
+        def replaced(operators: Sequence[Operator], plugins: Plugins, device: torch.device) -> tuple[Turns, ...]:
+            return tuple(KernelHadamard(one, Watched()) if isinstance(one, Hadamard) else one for one in operators)
+
+        subject = opened("llama")
+        turn = Hadamard(8, torch.tensor([1, -1, 1, 1, -1, -1, 1, -1], dtype=torch.int8))
+        turned = replace(subject, plan=Plan({f"layers.{i}.qk_post": SitePlan((turn,), 0) for i in range(2)}))
+        expected = block_logits(turned, windows, 5)
+        monkeypatch.setattr(network_module, "with_kernels", replaced)
+        torch.testing.assert_close(block_logits(turned, windows, 5), expected, rtol=1e-5, atol=1e-5)
+        assert seen == 2 * [(5, 4, 12, 1, 8), (5, 2, 12, 1, 8)], "queries and keys of two blocks"
 
 
 class TestSiteInput:

@@ -74,7 +74,9 @@ def test_it_runs_on_a_gpu_where_its_package_is_there(monkeypatch: pytest.MonkeyP
 def test_behind_an_operator(kernel: FastHadamard, n: int) -> None:
     operator = Hadamard(n, 1 - 2 * torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(n)))
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(KernelHadamard(operator, kernel).act(x), operator.act(x), rtol=1e-5, atol=1e-5)
+    behind = KernelHadamard(operator, kernel)
+    torch.testing.assert_close(behind.act(x), operator.act(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(behind.weight_in(x), operator.weight_in(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

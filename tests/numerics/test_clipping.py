@@ -39,10 +39,10 @@ def errors(fmt: Format, groups: Tensor, found: ClippedFit, norm: float, weights:
 
 def best_error_by_hand(block: list[float], weights: list[float], norm: float, stored: ScaleDtype) -> float:
     """Try each ratio on one symmetric block, one value at a time."""
-    amax, limits = max(abs(value) for value in block), int_limits(4, "full")
+    widest, limits = max(max(block) / 7, min(block) / -8), int_limits(4, "tight")
     tried = []
     for ratio in RATIOS:
-        scale = store_scale(amax * ratio / 7, stored)
+        scale = store_scale(widest * ratio, stored)
         rounded = [decode_int(encode_int(value, scale, 0, limits), scale, 0) for value in block]
         tried.append(sum(w * abs(r - value) ** norm for w, r, value in zip(weights, rounded, block, strict=True)))
     return float(min(tried))

@@ -29,13 +29,13 @@ SOURCES: tuple[ParameterSource, ...] = ("fresh", "static", "stale")
 GLOBAL_SCALE = 1 / 512
 CHANNEL = 0
 
-# Our format and scheme, and the same grid as the oracle knows it. ``half`` only with short scales: otherwise the
+# Our format and scheme, and the same grid as the oracle knows it. ``half`` is not among them: its
 # largest magnitude is on a tie between two codes, which the last bit of the scale decides.
 GRIDS: dict[str, tuple[Format, TensorScheme, Grid]] = {
-    "int4": (Int4(), TensorScheme("int4"), int_grid(4, "full")),
-    "int4-half-fp16": (Int4(), TensorScheme("int4", scale="fp16", range_rule="half"), int_grid(4, "half", "float16")),
+    "int4": (Int4(), TensorScheme("int4"), int_grid(4, "tight")),
+    "int4-full-fp16": (Int4(), TensorScheme("int4", scale="fp16", range_rule="full"), int_grid(4, "full", "float16")),
     "int4-asym": (Int4(), TensorScheme("int4", symmetric=False), int_grid(4, "asym")),
-    "int2": (Int2(), TensorScheme("int2"), int_grid(2, "full")),
+    "int2": (Int2(), TensorScheme("int2"), int_grid(2, "tight")),
     "mxfp4": (MXFP4(), MXFP4.defaults, mxfp4_grid("even")),
     "nvfp4": (NVFP4(), NVFP4.defaults, nvfp4_grid(GLOBAL_SCALE)),
 }
@@ -100,7 +100,7 @@ def assert_same(name: str, ours: GPTQResult, theirs: Solution, group_size: int) 
     [
         ("int4", CHANNEL),
         ("int4", 16),
-        ("int4-half-fp16", 32),
+        ("int4-full-fp16", 32),
         ("int4-asym", 16),
         ("int2", 32),
         ("mxfp4", 32),
@@ -200,7 +200,7 @@ def test_a_diagonal_hessian_gives_nearest_rounding(
     assert torch.equal(result.codes, torch.cat(nearest, dim=1))
 
 
-@pytest.mark.parametrize(("name", "group_size"), [("int4", 64), ("int4-half-fp16", 16), ("nvfp4", 16)])
+@pytest.mark.parametrize(("name", "group_size"), [("int4", 64), ("int4-full-fp16", 16), ("nvfp4", 16)])
 def test_beats_nearest_rounding_on_correlated_inputs(name: str, group_size: int) -> None:
     solved = nearest = 0.0
     grid = column_grid(name, group_size)

@@ -27,7 +27,7 @@ def fit(groups: torch.Tensor, kind: str, bits: int, scale_format: str = "fp32", 
     return scale, None
 
 
-@pytest.mark.parametrize("kind", ["full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale_format", STORED)
 def test_scalar_by_scalar_as_the_oracle_does_it(kind: str, bits: int, scale_format: str) -> None:
@@ -54,13 +54,14 @@ def test_scales_by_hand(bits: int) -> None:
     qmax = 2 ** (bits - 1) - 1
     groups = torch.tensor([[0.5, -3.0, 1.0, 2.0]])
     assert float(fit(groups, "full", bits)[0]) == pytest.approx(3 / qmax)
+    assert float(fit(groups, "tight", bits)[0]) == pytest.approx(max(2 / qmax, 3 / (qmax + 1)))
     assert float(fit(groups, "half", bits)[0]) == pytest.approx(3 / (qmax + 0.5))
     scale, zero_point = fit(groups, "asym", bits)
     assert float(scale) == pytest.approx(5 / (2**bits - 1))
     assert float(zero_point) == round(3 * (2**bits - 1) / 5)
 
 
-@pytest.mark.parametrize("kind", ["full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
 @pytest.mark.parametrize("bits", BITS)
 def test_the_error_inside_the_range_is_half_a_step(kind: str, bits: int) -> None:
     groups = groups_of(8, 64, seed=bits)
@@ -70,7 +71,7 @@ def test_the_error_inside_the_range_is_half_a_step(kind: str, bits: int) -> None
     assert (error <= scale.unsqueeze(-1) * 0.5 * slack * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("kind", ["full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
 @pytest.mark.parametrize("bits", BITS)
 def test_all_codes_round_trip_and_rounding_is_decoding(kind: str, bits: int) -> None:
     scale, zero_point = fit(groups_of(5, 32, seed=1, shift=-0.4), kind, bits, "bf16")
@@ -90,30 +91,30 @@ def test_ties_go_to_even_and_the_ends_clamp() -> None:
     assert round_integers(x, one, zero_point, 4).tolist() == [[-3, -3, 0, 0, 2, 2, 8, 9]]
 
 
-def test_the_lowest_symmetric_code_is_reached_by_half_and_by_clipping_only() -> None:
+def test_only_full_reaches_the_lowest_code_by_clipping_alone() -> None:
     for bits, largest in [(4, 7.5), (8, 127.5)]:
         groups = torch.tensor([[-largest, 0.2, 0.4, 0.9]])
-        for kind, clip, lowest in [("half", 1.0, 0), ("full", 1.0, 1), ("full", 0.8, 0)]:
+        for kind, clip, lowest in [("half", 1.0, 0), ("full", 1.0, 1), ("full", 0.8, 0), ("tight", 1.0, 0)]:
             scale, _ = fit(groups, kind, bits, clip=clip)
             assert int(encode_integers(groups, scale, None, bits).min()) == lowest
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_full_can_be_fitted_again_and_half_cannot(bits: int) -> None:
+def test_half_alone_cannot_be_fitted_again(bits: int) -> None:
     """Regression: the top code of ``half`` decodes inside the range, so a second fit would shrink it."""
     groups = groups_of(16, 64, seed=3).abs()  # the largest magnitude is positive
-    for kind in ("full", "half"):
+    for kind in ("tight", "full", "half"):
         scale, _ = fit(groups, kind, bits, "bf16")
         rounded = round_integers(groups, scale, None, bits)
         again, _ = fit(rounded, kind, bits, "fp32")
-        if kind == "full":
+        if kind != "half":
             assert torch.allclose(again, scale, rtol=1e-6)
         else:
             assert (again < scale * 0.999).all()
         assert torch.equal(round_integers(rounded, scale, None, bits), rounded)
 
 
-@pytest.mark.parametrize("kind", ["full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
 def test_groups_of_zeros_decode_to_zero(kind: str) -> None:
     groups = torch.zeros(2, 8)
     for scale_format in ("fp32", "fp16", "bf16"):
@@ -149,7 +150,7 @@ def test_the_zero_point_is_derived_from_the_stored_scale() -> None:
     assert not torch.equal((-low / exact).round(), zero_point)
 
 
-@pytest.mark.parametrize("kind", ["full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
 @pytest.mark.parametrize("factor", [0.125, 64.0])
 def test_powers_of_two_scale_exactly(kind: str, factor: float) -> None:
     groups = groups_of(8, 32, seed=6)
@@ -161,7 +162,7 @@ def test_powers_of_two_scale_exactly(kind: str, factor: float) -> None:
         assert torch.equal(encode_integers(groups * factor, scaled, moved, 4), codes)
 
 
-@pytest.mark.parametrize("kind", ["full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
 def test_clip_keeps_a_fraction_of_the_range(kind: str) -> None:
     groups = groups_of(8, 32, seed=7)
     scale, zero_point = fit(groups, kind, 4)
@@ -171,11 +172,24 @@ def test_clip_keeps_a_fraction_of_the_range(kind: str) -> None:
         assert torch.equal(moved, zero_point)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_tight_is_the_least_scale_that_clips_nothing(bits: int) -> None:
+    groups = groups_of(64, 16, seed=11, shift=0.2)
+    scale, _ = fit(groups, "tight", bits)
+    qmax = 2 ** (bits - 1) - 1
+
+    def clips(step: torch.Tensor) -> torch.Tensor:
+        return (groups.amax(-1) > step * qmax * (1 + 1e-6)) | (groups.amin(-1) < -step * (qmax + 1) * (1 + 1e-6))
+
+    assert not clips(scale).any()
+    assert clips(scale * 0.999).all()
+
+
 def test_power_of_two_scales_of_integers_ignore_the_range_rule() -> None:
     groups = torch.tensor([[7.0], [7.4], [7.5], [8.0]])
     expected = {"floor": [1, 1, 1, 2], "even": [1, 1, 2, 2], "rceil": [1, 2, 2, 2]}
     for rule, scales in expected.items():
-        for range_rule in ("full", "half"):
+        for range_rule in ("tight", "full", "half"):
             scale = fit_symmetric(groups, num_bits=4, range_rule=range_rule, scale_format="e8m0", exponent_rule=rule)
             assert scale.tolist() == scales
 

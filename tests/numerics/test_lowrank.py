@@ -8,6 +8,7 @@ from qtool.errors import ShapeError
 from qtool.numerics import lowrank
 from qtool.numerics.losses import loss_ratio, output_energy, relative_loss
 from qtool.numerics.lowrank import truncated_svd
+from qtool.numerics.moments import PANEL
 from tests.oracles.lowrank import lorc_oracle, output_error
 
 
@@ -84,6 +85,13 @@ def test_relative_loss_is_the_ratio_of_output_energies() -> None:
     measured = ((weight - rounded) @ inputs).square().sum() / (weight @ inputs).square().sum()
     assert relative_loss(weight, rounded, hessian) == pytest.approx(float(measured), rel=1e-12)
     assert output_energy(weight, hessian) == pytest.approx(float((weight @ inputs).square().sum() / 50), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 7])
+def test_half_of_the_hessian_gives_the_energy_of_the_whole(n: int) -> None:
+    matrix, inputs = noise(3, n), noise(n, 5, 1)
+    expected = float((matrix @ inputs).square().sum())
+    assert output_energy(matrix, inputs @ inputs.T) == pytest.approx(expected, rel=1e-10)
 
 
 def test_without_a_hessian_it_is_the_error_of_the_weight() -> None:

@@ -8,7 +8,6 @@ import torch
 from qtool.errors import SchemeError
 from qtool.numerics.minifloats import decode_e4m3, decode_e8m0
 from qtool.numerics.scales import (
-    bits_per_value,
     decode_scale,
     encode_scale,
     fit_scale,
@@ -132,20 +131,3 @@ def test_only_e4m3_has_a_global_scale(scale_format: str) -> None:
         fit_scale(one, max_value=6.0, scale_format=scale_format, global_scale=torch.tensor(1.0))
     with pytest.raises(SchemeError, match="need a global scale"):
         fit_scale(one, max_value=6.0, scale_format="e4m3")
-
-
-@pytest.mark.parametrize(
-    ("num_bits", "scale_format", "group", "zero_point_bits", "bits"),
-    [
-        (4, "fp16", 128, 0, 4.125),
-        (4, "fp16", 128, 4, 4.15625),
-        (4, "bf16", 32, 0, 4.5),
-        (4, "e4m3", 16, 0, 4.5),
-        (4, "e8m0", 32, 0, 4.25),
-        (4, "fp32", 16, 0, 6.0),
-        (8, "e8m0", 32, 0, 8.25),
-    ],
-)
-def test_bits_per_value(num_bits: int, scale_format: str, group: int, zero_point_bits: int, bits: float) -> None:
-    cost = bits_per_value(num_bits, scale_format=scale_format, values_per_scale=group, zero_point_bits=zero_point_bits)
-    assert cost == bits

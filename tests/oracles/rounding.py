@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IntRange: TypeAlias = Literal["full", "half", "asym"]
+IntRange: TypeAlias = Literal["tight", "full", "half", "asym"]
 ExponentRule: TypeAlias = Literal["floor", "even", "rceil"]
 ScaleDtype: TypeAlias = Literal["float64", "float32", "float16", "bfloat16", "e4m3"]
 
@@ -126,8 +126,9 @@ def fit_int(
     Args:
         block: Values that share a scale.
         num_bits: Width of a code.
-        kind: ``full``: ``amax / qmax``. ``half``: ``amax / (qmax + 0.5)``, rounded down. ``asym``: the range is
-            widened to hold 0, ``s = (max - min) / (2^b - 1)``, ``z = round(-min / s)`` clamped to the codes.
+        kind: ``tight``: the least scale that clips nothing. ``full``: ``amax / qmax``. ``half``: ``amax / (qmax +
+            0.5)``. ``asym``: the range is widened to hold 0, ``s = (max - min) / (2^b - 1)``, ``z = round(-min / s)``
+            clamped to the codes.
         scale_dtype: Type that the scale is rounded to before the zero point is derived from it.
 
     Returns:
@@ -141,12 +142,9 @@ def fit_int(
     amax = max(abs(value) for value in block)
     if kind == "full":
         return store_scale(amax / high, scale_dtype) or 1.0, 0
-    scale = store_scale(amax / (high + 0.5), scale_dtype)
-    if (
-        scale_dtype in ("float16", "bfloat16") and amax > 0 and scale * (high + 0.5) > amax
-    ):  # rounded up: take the next number below, so that -amax is a code
-        scale = float(np.nextafter(_SCALARS[scale_dtype](scale), _SCALARS[scale_dtype](0)))
-    return scale or 1.0, 0
+    if kind == "tight":
+        return store_scale(max(value / (high if value > 0 else low) for value in block), scale_dtype) or 1.0, 0
+    return store_scale(amax / (high + 0.5), scale_dtype) or 1.0, 0
 
 
 def encode_int(value: float, scale: float, zero_point: int, limits: tuple[int, int]) -> int:

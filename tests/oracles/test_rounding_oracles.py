@@ -174,7 +174,7 @@ def test_grids_wrap_the_block_formats() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
 @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
 def test_integer_error_is_at_most_half_a_step_inside_the_range(num_bits: int, kind: IntRange) -> None:
     rng = np.random.default_rng(num_bits)
@@ -193,11 +193,13 @@ def test_integer_error_is_at_most_half_a_step_inside_the_range(num_bits: int, ki
 def test_integer_scales_of_a_known_block() -> None:
     block = [-3.0, 0.4, 1.5]
     assert fit_int(block, 4, "full", "float64") == (3.0 / 7, 0)
+    assert fit_int(block, 4, "tight", "float64") == (3.0 / 8, 0)
+    assert fit_int([3.0, -3.2, 1.5], 4, "tight", "float64") == (3.0 / 7, 0)
     assert fit_int(block, 4, "half", "float64") == (0.4, 0)
     assert fit_int(block, 4, "asym", "float64") == (0.3, 10)
     assert fit_int([1.0, 1.5], 4, "asym", "float64") == (0.1, 0)
     assert fit_int([-1.5, -1.0], 4, "asym", "float64") == (0.1, 15)
-    kinds: tuple[IntRange, ...] = ("full", "half", "asym")
+    kinds: tuple[IntRange, ...] = ("tight", "half", "asym")
     assert [int_limits(4, kind) for kind in kinds] == [(-8, 7), (-8, 7), (0, 15)]
     codes = [encode_int(x, 0.4, 0, (-8, 7)) for x in (-3.0, 3.0, 0.2, 0.6000000001)]
     assert codes == [-8, 7, 0, 2]
@@ -229,6 +231,7 @@ def refitted_error(kind: IntRange) -> float:
     return max(abs(a - b) for a, b in zip(once, twice, strict=True))
 
 
-def test_refitting_is_idempotent_for_full_and_not_for_half() -> None:
+def test_refitting_is_idempotent_except_for_half() -> None:
+    assert refitted_error("tight") < 1e-14
     assert refitted_error("full") < 1e-14
     assert refitted_error("half") > 0.01

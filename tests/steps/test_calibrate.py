@@ -31,7 +31,7 @@ class TestKeys:
         assert reused
         assert watch.seen == []
         assert second.manifest == first.manifest
-        assert first.path.name == f"calibrate-text-{first.manifest.key[:12]}.safetensors"
+        assert first.path.name == f"calibrate-statistics-{first.manifest.key[:12]}.safetensors"
         assert first.path.parent == desk.workspace.home
 
     @pytest.mark.parametrize(
@@ -75,6 +75,18 @@ class TestKeys:
         assert second.manifest.key == first.manifest.key
         assert second.manifest.id == first.manifest.id
         assert str(tmp_path) not in second.manifest.to_text().replace(str(model), "").replace(str(text), "")
+
+    def test_the_name_of_a_text_is_shown_but_does_not_matter(self, desk: Desk, tmp_path: Path) -> None:
+        first = desk.calibrate()
+        shutil.copy(desk.text, tmp_path / "other.name.txt")
+        second, reused = calibrate(desk.request(data=str(tmp_path / "other.name.txt")), desk.workspace)
+        assert reused
+        assert second.path == first.path
+        first.path.unlink()
+        made, reused = calibrate(desk.request(data=str(tmp_path / "other.name.txt")), desk.workspace)
+        assert not reused
+        assert (made.path, made.manifest.key, made.manifest.id) == (first.path, first.manifest.key, first.manifest.id)
+        assert (first.manifest.details["data"], made.manifest.details["data"]) == ("text.txt", "other.name.txt")
 
     def test_another_model_or_text_has_another_key(self, desk: Desk, tmp_path: Path) -> None:
         plain = desk.calibrate(gather=())

@@ -124,6 +124,28 @@ class TestDivergence:
         assert found["top1"] < 1.0
 
 
+class TestBatches:
+    @pytest.mark.parametrize("scheme", ["fp8-tensor", "int8-tensor"])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_no_window_sees_which_others_run_beside_it(self, desk: Desk, scheme: str, packed: bool) -> None:
+        asked = read_scheme("", {"weights": scheme, "activations": scheme}, desk.workspace.plugins)
+        artifact, _ = mitigate(MitigateRequest(str(desk.model), "rtn", asked), desk.workspace)
+        if packed:
+            artifact, _ = pack(PackRequest(str(artifact.path), "compressed-tensors"), desk.workspace)
+        losses = []
+        for batch in (1, 3):
+            found, reused = evaluate(
+                request(
+                    desk, artifact.path, batch=batch, dtype="float64", output=desk.workspace.home / "one.safetensors"
+                ),
+                desk.workspace,
+            )
+            assert not reused
+            losses.append(found.tensor("nll/text.txt"))
+            found.path.unlink()
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+
+
 class TestSubjects:
     def test_a_checkpoint_is_measured_as_its_loader_runs_it(self, desk: Desk) -> None:
         scheme = read_scheme("", {"weights": "int8"}, desk.workspace.plugins)

@@ -22,6 +22,7 @@ from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import read_plan
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
+from tests.model.conftest import save_model
 
 Rows = list[dict[str, object]]
 
@@ -79,7 +80,7 @@ def test_every_parameter_of_a_model_has_a_fate(workspace: Workspace) -> None:
     stored = load_file(workspace.model("tiny").path / "model.safetensors")
     assert found["parameters"] == sum(tensor.numel() for tensor in stored.values())
     rows = by(found["parameters_by_fate"], "parameter")
-    assert sum(int(str(row["layers"])) for row in rows.values()) == len(stored)
+    assert sum(int(str(row["tensors"])) for row in rows.values()) == len(stored)
     fates = {name.removeprefix("model.layers.*."): row["fate"] for name, row in rows.items()}
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     for name, fate in fates.items():
@@ -95,13 +96,80 @@ def test_parameters_that_no_family_describes_are_unknown_and_strict_refuses_them
     assert fates["*.self_attn.q_proj.bias"] == "kept"
     assert fates["*.self_attn.q_norm.weight"] == "kept"
     assert fates["*.mlp.router.weight"] == "unknown"
-    with pytest.raises(ModelError, match="does not describe 2 parameters") as error:
+    with pytest.raises(ModelError, match="and this model differ in 2 parameters") as error:
         inspect(str(odd_model), workspace, strict=True)
     assert [name for name, _ in error.value.facts] == [
         "model.layers.1.mlp.router.weight",
         "model.layers.2.mlp.up_proj.weight",
     ]
     assert inspect("tiny", workspace, strict=True).facts["kind"] == "model"
+
+
+def fates_of(workspace: Workspace, folder: Path) -> dict[str, dict[str, object]]:
+    """Return the rows of a model's parameters by name, after checking that there is one for every stored tensor."""
+    found = described(workspace, folder)
+    rows = found["parameters_by_fate"]
+    assert isinstance(rows, list)
+    files = [load_file(file) for file in folder.glob("*.safetensors")]
+    assert sum(row["tensors"] for row in rows) == sum(map(len, files))
+    return by(rows, "parameter")
+
+
+def test_the_experts_of_all_layers_share_a_row(workspace: Workspace, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "mixtral", "mixtral").folder
+    rows = fates_of(workspace, folder)
+    block = "model.layers.*.block_sparse_moe."
+    expected = {"tensors": 6, "linears": 6, "shape": "40x24", "dtype": "BF16", "fate": "quantized"}
+    assert rows[f"{block}experts.*.w3.weight"].items() >= {**expected, "why": "reads mlp_in"}.items()
+    assert rows[f"{block}experts.*.w2.weight"]["why"] == "reads up_down"
+    assert rows[f"{block}gate.weight"]["fate"] == "kept"
+    assert rows[f"{block}gate.weight"]["why"] == "the router; operators of mlp_in are folded into it"
+    found = described(workspace, folder)
+    assert (found["experts"], found["experts_chosen"], found["sparse_layers"]) == (3, 2, 2)
+
+
+def test_a_stacked_tensor_says_how_many_linears_it_holds(workspace: Workspace, tmp_path: Path) -> None:
+    rows = fates_of(workspace, save_model(tmp_path / "gpt_oss", "gpt_oss").folder)
+    stacked = rows["model.layers.*.mlp.experts.gate_up_proj"]
+    assert (stacked["tensors"], stacked["linears"], stacked["shape"]) == (2, 6, "3x24x80")
+    assert (stacked["fate"], stacked["why"]) == ("quantized", "reads mlp_in; of all experts")
+    assert rows["model.layers.*.mlp.experts.down_proj_bias"]["fate"] == "kept"
+    assert rows["model.layers.*.self_attn.sinks"]["fate"] == "kept"
+
+
+def test_towers_further_heads_and_float8_are_explained(workspace: Workspace, tmp_path: Path) -> None:
+    rows = fates_of(workspace, save_model(tmp_path / "qwen2_vl", "qwen2_vl").folder)
+    assert rows["visual.blocks.*.attn.qkv.weight"]["why"] == "the vision tower"
+    assert rows["model.layers.*.self_attn.q_proj.weight"]["fate"] == "quantized"
+    further = save_model(tmp_path / "deepseek_v3", "deepseek_v3")
+    added = {
+        "model.layers.2.eh_proj.weight": torch.ones(24, 48),
+        "model.layers.2.mlp.odd.weight": torch.ones(5, 24),
+    }
+    codes = torch.ones(24, 40).to(torch.float8_e4m3fn)
+    name = "model.layers.0.mlp.down_proj.weight"
+    further.change(lambda tensors: tensors.update(added | {name: codes, f"{name}_scale_inv": torch.ones(1, 1)}))
+    further.configure(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    rows = fates_of(workspace, further.folder)
+    assert rows["model.layers.*.eh_proj.weight"]["fate"] == "kept"
+    assert "(MTP)" in str(rows["model.layers.*.mlp.odd.weight"]["why"])
+    assert rows["model.layers.*.mlp.down_proj.weight"]["why"] == "reads up_down; float8, dequantised on reading"
+    assert rows["model.layers.*.mlp.down_proj.weight_scale_inv"]["fate"] == "quantized"
+    assert inspect(str(further.folder), workspace, strict=True).facts["family"] == "deepseek"
+
+
+def test_stacked_experts_that_the_config_forgets_are_unknown(workspace: Workspace, tmp_path: Path) -> None:
+    saved = save_model(tmp_path / "gpt_oss", "gpt_oss")
+    saved.configure(num_local_experts=2)
+    rows = fates_of(workspace, saved.folder)
+    assert rows["model.layers.*.mlp.experts.down_proj"]["fate"] == "unknown"
+
+
+def test_blocks_that_the_config_forgets_are_unknown(workspace: Workspace, tmp_path: Path) -> None:
+    saved = save_model(tmp_path / "llama", "llama")
+    saved.configure(num_hidden_layers=1)
+    with pytest.raises(ModelError, match="differ in 7 parameters"):
+        inspect(str(saved.folder), workspace, strict=True)
 
 
 def test_statistics_name_their_text_and_the_layer_of_the_largest_activation(

@@ -21,7 +21,7 @@ from qtool.engine.fold import fold_linear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, NumericalError, PluginError, SchemeError, UsageError
 from qtool.model.plan import Plan
-from qtool.scheme import ModelScheme
+from qtool.scheme import ModelScheme, TensorScheme
 from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -488,6 +488,20 @@ class TestRefusals:
         error = self.refused(desk, SchemeError, f"does not divide the input of `{layer}`", request)
         assert error.hint == hint
 
+    @pytest.mark.parametrize(
+        ("wrong", "hint"),
+        [
+            ({"weights": "token"}, "--weights int4-sym-channel-sfp32"),
+            ({"activations": "channel"}, "--activations int4-sym-token-sfp32"),
+            ({"kv": "channel"}, "--kv int4-sym-token-sfp32"),
+        ],
+    )
+    def test_a_strategy_that_means_nothing_there(self, desk: Desk, wrong: Any, hint: str) -> None:  # noqa: ANN401
+        parts = {"weights": "channel", **wrong}
+        asked = ModelScheme(**{name: TensorScheme("int4", strategy=strategy) for name, strategy in parts.items()})
+        error = self.refused(desk, SchemeError, "means nothing for", MitigateRequest(str(desk.model), "rtn", asked))
+        assert error.hint == f"nearest that works: {hint}"
+
     def test_a_cache_whose_tokens_would_share_a_multiplier(self, desk: Desk) -> None:
         request = MitigateRequest(str(desk.model), "rtn", scheme(desk.workspace, weights="int4", kv="fp4-g8-se4m3"))
         error = self.refused(desk, SchemeError, "its tokens cannot share a scale", request)
@@ -531,7 +545,7 @@ class TestRefusals:
     def test_what_is_quantized_already(self, desk: Desk) -> None:
         done, _ = mitigate(MitigateRequest(str(desk.model), "rtn", weights(desk)), desk.workspace)
         request = MitigateRequest(str(done.path), "rtn", weights(desk))
-        self.refused(desk, UsageError, "this artifact is quantized already", request)
+        self.refused(desk, ArtifactError, "is quantized already", request)
 
     def test_statistics_of_another_model(self, desk: Desk, tmp_path: Path) -> None:
         def nudge(tensors: dict[str, Tensor]) -> None:

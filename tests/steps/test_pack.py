@@ -112,7 +112,7 @@ def test_a_checkpoint_says_what_it_is(quantize: Quantize, workspace: Workspace, 
     details = manifest.details
     assert details["to"] == to
     assert details["labels"]["mitigator"] == "rtn"
-    assert details["labels"]["weights"] == "int4-sym-g16-sbf16-half"
+    assert details["labels"]["weights"] == "int4-sym-g16-sbf16"
     assert details["consumers"]["transformers"].startswith("W4A16")
     assert set(details["read_back_with"]) == {"transformers", "compressed-tensors", "safetensors"}
 
@@ -240,11 +240,11 @@ def test_a_full_disk_is_an_error_of_resources(
 
 
 def test_only_quantized_artifacts_are_packed(source: Path, quantize: Quantize, workspace: Workspace) -> None:
-    with pytest.raises(UsageError, match="holds nothing to pack") as refused:
+    with pytest.raises(ArtifactError, match="holds nothing to pack") as refused:
         pack(PackRequest(str(source), "hf"), workspace)
     assert ("received", "model") in refused.value.facts
     checkpoint, _ = pack(PackRequest(quantize("int4-sym-g16"), "hf"), workspace)
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(ArtifactError) as refused:
         pack(PackRequest(str(checkpoint.path), "hf"), workspace)
     assert ("received", "checkpoint") in refused.value.facts
 

@@ -6,7 +6,7 @@ import pytest
 
 from qtool.errors import SchemeError, UsageError
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import ModelScheme, Preset, TensorScheme, parse_model_scheme, parse_tensor_scheme
 from qtool.steps.options import configure
 from qtool.steps.presets import PRESETS, MitigateSettings, mitigate_settings
 from qtool.steps.schemes import read_scheme
@@ -64,7 +64,7 @@ def test_parts_of_a_presets_scheme_are_replaced_one_by_one_and_by_a_scheme_all_a
     assert (mixed.weights, mixed.activations, mixed.name) == (read("int8", plugins), own.activations, "")
     assert not mixed.scale_per_head
     whole = survey.scheme("W4A16", {"weights": "", "kv": "int8"}, plugins)
-    assert (whole.activations, whole.kv) == (None, read("int8", plugins))
+    assert (whole.activations, whole.kv) == (None, read("int8-token", plugins))
 
 
 def read(text: str, plugins: Plugins) -> TensorScheme:
@@ -88,7 +88,7 @@ def test_a_scheme_is_a_preset_or_parts_or_a_preset_with_other_parts(plugins: Plu
     whole = read_scheme("W4A8", {"weights": "", "kv": None}, plugins)
     assert whole == parse_model_scheme("W4A8", plugins.format, plugins.presets)
     mixed = read_scheme("W4A8", {"weights": "int3-g64", "activations": "none", "kv": "int8"}, plugins)
-    expected = [read(text, plugins) for text in ("int3-g64", "int8")]
+    expected = [read(text, plugins) for text in ("int3-g64", "int8-token")]
     assert [mixed.weights, mixed.kv] == expected
     assert (mixed.activations, mixed.name) == (None, "")
 
@@ -97,3 +97,39 @@ def test_a_scheme_is_a_preset_or_parts_or_a_preset_with_other_parts(plugins: Plu
 def test_a_part_that_cannot_be_read_is_refused(parts: dict[str, str], plugins: Plugins) -> None:
     with pytest.raises(SchemeError, match="cannot read"):
         read_scheme("W4A16", parts, plugins)
+
+
+def test_a_vector_is_a_row_of_weights_and_a_token_of_what_they_multiply(plugins: Plugins) -> None:
+    scheme = read_scheme("", {"weights": "int4", "activations": "int8", "kv": "fp8"}, plugins)
+    assert scheme == ModelScheme(*(read(text, plugins) for text in ("int4-channel", "int8-token", "fp8-token")))
+    grouped = read_scheme("", {"weights": "nvfp4", "activations": "fp8-tensor"}, plugins)
+    assert grouped == ModelScheme(read("nvfp4", plugins), read("fp8-tensor", plugins))
+
+
+@pytest.mark.parametrize(
+    ("part", "text", "message", "hint"),
+    [
+        ("weights", "int4-token", "`token` means nothing for weights", "--weights int4-sym-channel-sbf16"),
+        ("weights", "fp8-token-sbf16", "`token` means nothing for weights", "--weights fp8-sym-channel-sbf16"),
+        ("activations", "int8-asym-channel", "`channel` means nothing for activations",
+         "--activations int8-asym-token-sbf16"),
+        ("kv", "fp8-channel", "`channel` means nothing for kv", "--kv fp8-sym-token-sfp32"),
+    ],
+)  # fmt: skip
+def test_a_strategy_that_means_nothing_there_is_refused(
+    part: str, text: str, message: str, hint: str, plugins: Plugins
+) -> None:
+    for preset in ("", "W4A4"):
+        with pytest.raises(SchemeError, match=message) as refused:
+            read_scheme(preset, {part: text}, plugins)
+        assert refused.value.hint.startswith(f"nearest that works: {hint}")
+        _, name, nearest = refused.value.hint.partition(": ")[2].replace("--", "-- ").split()
+        read_scheme(preset, {name: nearest}, plugins)
+    with pytest.raises(SchemeError, match=message):
+        ModelScheme(**{part: read(text, plugins)}).check()
+
+
+def test_a_preset_with_such_a_strategy_is_refused(plugins: Plugins) -> None:
+    odd = Preset("ODD", "int4-g32", "int8-channel", None, "made up")
+    with pytest.raises(SchemeError, match="`channel` means nothing for activations"):
+        parse_model_scheme("ODD", plugins.format, {"ODD": odd})

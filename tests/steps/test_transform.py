@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from qtool.errors import ArtifactError, UsageError
+from qtool.numerics.operators import Shift
 from qtool.scheme import ModelScheme
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject, read_plan
 from qtool.steps.transform import TransformRequest, transform
+from qtool.steps.workspace import Workspace
 from qtool.testing import double_precision, exact_logits
 from tests.steps.conftest import Desk
 
@@ -68,6 +70,21 @@ class TestKeys:
         assert other.manifest.key != plain.manifest.key
 
 
+def test_a_shift_that_the_model_has_no_place_for_is_refused_and_leaves_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    families = desk.workspace.plugins.load("families", "llama")
+    norms = {site: replace(norm, kind="layer") for site, norm in families.norms.items()}
+    layered = replace(desk.workspace.model(str(desk.model)), family=replace(families, norms=norms))
+    monkeypatch.setattr(Workspace, "model", lambda *_: layered)
+    method = desk.workspace.plugins.load("transforms", "none")
+    shifts = {"layers.1.attn_in": [Shift(torch.ones(24))]}
+    monkeypatch.setattr(method, "plan", lambda *_: shifts, raising=False)
+    with pytest.raises(UsageError, match=r"`model\.layers\.1\.input_layernorm`, which has no bias to hold it"):
+        transform(TransformRequest(str(desk.model), "none"), desk.workspace)
+    assert list(desk.workspace.home.iterdir()) == []
+
+
 class TestPlans:
     def test_a_plan_holds_operators_and_no_weights(self, desk: Desk) -> None:
         plan, _ = transform(TransformRequest(str(desk.calibrate().path), "quarot"), desk.workspace)
@@ -88,7 +105,7 @@ class TestPlans:
     def test_what_is_read_back_is_the_model(self, desk: Desk, method: str, settings: Mapping[str, str]) -> None:
         """Also plans without a single tensor, of unsigned Hadamards or of nothing at all."""
         plan, _ = transform(TransformRequest(str(desk.calibrate().path), method, settings), desk.workspace)
-        with double_precision(desk.model):
+        with double_precision():
             before = exact_logits(open_subject(str(desk.model), desk.workspace).subject)
             after = exact_logits(open_subject(str(plan.path), desk.workspace).subject)
         torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)

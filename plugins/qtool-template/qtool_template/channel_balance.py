@@ -62,7 +62,7 @@ class ChannelBalance:
     def plan(self, context: TransformContext, config: ChannelBalanceConfig) -> Proposal:
         """Return a diagonal in front of every down_proj."""
         proposal: dict[str, list[Operator]] = {}
-        for site in context.graph.sites_named(SITE):
+        for site in context.graph.of_kind(SITE):
             absmax = context.statistics[site.id].need("absmax", site=site.id)
             proposal[site.id] = [Diag(balancing_factors(absmax, config.strength))]
         return proposal

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 
-from qtool.errors import DataError
+from qtool.errors import DataError, ResourceError
 
 
 def hub_texts(
@@ -22,7 +22,8 @@ def hub_texts(
         hint: What to do if there is no network.
 
     Raises:
-        DataError: ``datasets`` is not installed, or the hub cannot be reached.
+        DataError: ``datasets`` is not installed, or the hub has another data set than expected.
+        ResourceError: The hub cannot be reached.
     """
     try:
         datasets = importlib.import_module("datasets")
@@ -33,7 +34,8 @@ def hub_texts(
         )
         return [str(text) for text in rows["text"]]
     except (ImportError, OSError, ValueError, KeyError) as error:
-        raise DataError(
+        kind = ResourceError if isinstance(error, ConnectionError) else DataError
+        raise kind(
             f"`{repository}` is neither in the data folder nor to be had from the hub",
             facts=(("reason", error),),
             hint=hint,

@@ -2,14 +2,17 @@
 
 Written one decoder block at a time: each block becomes a part on disk, and parts are joined into shards by streaming.
 So memory holds one block, and the disk one shard more than is needed. What is not quantized (embedding, norms, biases,
-head) has the plan folded in and is stored in 16 bits, whatever the model had: a checkpoint is made for deployment.
+routers, head) has the plan folded in and is stored in 16 bits, whatever the model had: a checkpoint is made for
+deployment. What a model in 16 bits, or its loader, keeps in float32 stays so; what is left alone is copied as it is.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +21,23 @@ import torch
 from torch import Tensor
 
 from qtool.artifacts.store import disk_errors
+from qtool.builtin.exporters.read_back import empty_model, wide_names
 from qtool.builtin.exporters.shards import Shards, write_json
+from qtool.builtin.exporters.stored_names import as_stored
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
+from qtool.model.files import CONFIG
 from qtool.model.graph import LinearSite
+from qtool.model.source import Model
 
-CONFIG = "config.json"
+TEXT = "text_config"
+"""Where the config of a model with several towers has that of its text tower."""
+BATCH_BYTES = 1_000_000_000
 # What goes with the weights as it is: how to generate, how to tokenize, and under which licence.
 COPIED = (
     "generation_config.json",
     "tokenizer*",
+    "*processor*.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",
@@ -35,6 +45,7 @@ COPIED = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "*.py",
     "LICENSE*",
     "NOTICE*",
 )
@@ -42,7 +53,8 @@ COPIED = (
 LinearTensors = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Makes what is stored of a linear, named below it, from the linear and its block's folded tensors.
 
-What it names ``weight…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one.
+What it names ``weight…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one. Of a linear that
+stays in full precision, what it makes replaces the folded tensors, and is cast like all others.
 """
 
 
@@ -79,40 +91,85 @@ def write_checkpoint(
         UsageError: The plan needs a bias that the model does not have.
     """
     model, graph = subject.model, subject.model.graph
+    cast = _Cast(model, dtype)
     shards, linears = Shards(directory), 0
-    ends = _stored_ends(subject)
-    shards.add(_cast(ends, dtype))
+    ends = _stored_ends(subject, dtype)
+    shards.add(as_stored(model, cast(ends)))
     for layer in range(graph.dims.num_layers):
         state = subject.folded(layer)
         made: dict[str, Tensor] = {}
-        for linear in graph.linears_of(layer):
-            stored = linear_tensors(linear, state)
+        for linear in graph.readers_of(layer):
+            stored, module = linear_tensors(linear, state), linear.spec.module
+            if linear.spec.kept:
+                state |= {f"{module}.{name}": tensor for name, tensor in stored.items()}
+                continue
             made |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
             linears += sum(tensor.nbytes for name, tensor in stored.items() if name.startswith("weight"))
-            del state[f"{linear.spec.module}.weight"]
+            del state[f"{module}.weight"]
         others = {f"{graph.block_name(layer)}.{name}": tensor for name, tensor in state.items()}
         _refuse_new_biases(subject, others | made)
-        shards.add(_cast(others, dtype) | made)
+        shards.add(as_stored(model, cast(others) | made))
     blocks = tuple(f"{graph.block_name(layer)}." for layer in range(graph.dims.num_layers))
     known = {*ends, f"{model.family.head}.weight"}
-    rest = [name for name in model.files if not name.startswith(blocks) and name not in known]
-    shards.add(_cast({name: model.tensor(name) for name in rest}, dtype))
+    rest = [name for name in model.places if not name.startswith(blocks) and name not in known]
+    for names in _batches(model, [name for name in model.places if name in {*rest, *model.left_alone}]):
+        shards.add(as_stored(model, cast({name: model.tensor(name) for name in names})))
     shards.finish()
     _write_config(subject, directory, dtype, quantization)
     _copy_files(model.path, directory)
     return Sizes(linears, shards.total)
 
 
-def _stored_ends(subject: Subject) -> dict[str, Tensor]:
-    """Return embedding, final norm and head, without a head that is still tied."""
-    ends, tied = subject.ends(), subject.model.graph.dims.tied
-    if tied and not subject.plan.unties_head(tied=tied):
-        del ends[f"{subject.model.family.head}.weight"]
+def left_alone_counts(model: Model) -> dict[str, int]:
+    """Return the number of tensors that are copied as they are, by the reason."""
+    return dict(Counter(model.left_alone.values()))
+
+
+class _Cast:
+    """Casts tensors that are not quantized to what a checkpoint stores them in.
+
+    Args:
+        model: The original model.
+        dtype: What most are stored in.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        half = model.dtype in (torch.bfloat16, torch.float16)
+        wide = {name for name, place in model.places.items() if half and place.stored.slot.dtype in ("F32", "F64")}
+        self.wide = wide | wide_names(empty_model(deepcopy(model.config), model), tuple(model.places), dtype)
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors cast; integers, and those that are left alone, as they are."""
+        return {name: tensor.to(self._dtype(name, tensor)) for name, tensor in tensors.items()}
+
+    def _dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point() or name in self.model.left_alone:
+            return tensor.dtype
+        return torch.float32 if name in self.wide else self.dtype
+
+
+def _batches(model: Model, names: Iterable[str]) -> Iterator[list[str]]:
+    """Group tensors so that a group is not much larger than ``BATCH_BYTES``."""
+    batch: list[str] = []
+    size = 0
+    for name in names:
+        batch.append(name)
+        size += model.places[name].stored.slot.nbytes
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _stored_ends(subject: Subject, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return embedding, final norm, head and what else writes the residual, without a head that is still tied."""
+    ends, model = subject.ends(dtype), subject.model
+    head, tied = f"{model.family.head}.weight", model.graph.dims.tied
+    if tied and not subject.plan.unties_head(tied=tied) and not model.has(head):
+        del ends[head]
     return ends
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _refuse_new_biases(subject: Subject, named: Mapping[str, Tensor]) -> None:
@@ -131,11 +188,13 @@ def _write_config(
 ) -> None:
     """Write the model's own config with what the checkpoint changes."""
     config = json.loads((subject.model.path / CONFIG).read_text(encoding="utf-8"))
-    for replaced in ("_name_or_path", "dtype"):
-        config.pop(replaced, None)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
     tied = subject.model.graph.dims.tied
-    config["tie_word_embeddings"] = tied and not subject.plan.unties_head(tied=tied)
+    for part in (config, config.get(TEXT)):
+        for replaced in ("_name_or_path", "dtype", "quantization_config", "compression_config"):
+            (part or {}).pop(replaced, None)
+        if part is not None:
+            part["torch_dtype"] = str(dtype).removeprefix("torch.")
+            part["tie_word_embeddings"] = tied and not subject.plan.unties_head(tied=tied)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
     write_json(directory / CONFIG, config)

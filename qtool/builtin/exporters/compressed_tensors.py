@@ -14,12 +14,13 @@ from compressed_tensors.quantization import QuantizationScheme, apply_quantizati
 from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
-from qtool.builtin.exporters.checkpoint import write_checkpoint
+from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
 from qtool.builtin.exporters.consumers import compressed_consumers
 from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
-from qtool.builtin.exporters.read_back import CheckpointReader, empty_model
+from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
+from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE
@@ -48,6 +49,7 @@ class CompressedTensors:
         """
         layout, weights = choose_layout(subject.scheme), _weights(subject)
         checkpoint_dtype(weights, subject.model.dtype)
+        _refuse_stacked(subject.model)
         _refuse_online(subject)
         _refuse_adapters(subject)
         if subject.scheme.scale_per_head:
@@ -62,14 +64,18 @@ class CompressedTensors:
         """Write the checkpoint into an empty folder."""
         layout, weights = choose_layout(subject.scheme), _weights(subject)
         dtype = checkpoint_dtype(weights, subject.model.dtype)
-        config = quantization_config(subject.scheme, layout, _other_linears(subject.model))
+        config = quantization_config(subject.scheme, layout, not_quantized(subject.model))
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            if linear.spec.kept:
+                return {}
             return stored_tensors(subject.linear(linear), weights, layout) | _input_scale(subject, linear)
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
-        details = {"layout": layout, "dtype": str(dtype).removeprefix("torch."), "bytes": vars(sizes)}
-        return Exported(compressed_consumers(subject.scheme, layout, dtype), details)
+        details: dict[str, object] = {"layout": layout, "dtype": str(dtype).removeprefix("torch.")}
+        details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
+        experts = subject.model.graph.dims.experts > 0
+        return Exported(compressed_consumers(subject.scheme, layout, dtype, experts=experts), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.
@@ -80,14 +86,13 @@ class CompressedTensors:
         Raises:
             ArtifactError: Names the first weight that differs.
         """
-        layout, weights = choose_layout(subject.scheme), _weights(subject)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=subject.model.trust_remote_code)
+        layout, weights, model = choose_layout(subject.scheme), _weights(subject), subject.model
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         parsed = CompressedTensorsConfig.from_dict(config.quantization_config)  # type: ignore[no-untyped-call]
-        reader = CheckpointReader(directory)
-        skeleton = _skeleton(config, parsed, trust_remote_code=subject.model.trust_remote_code)
-        reader.compare(skeleton, any_shape=_ZERO_POINT)
+        reader = CheckpointReader(directory, model)
+        reader.compare(_skeleton(config, parsed, model), any_shape=_ZERO_POINT)
         (scheme,) = parsed.quantization_config.config_groups.values()
-        for linear in subject.model.graph.linears:
+        for linear in model.graph.linears:
             tensors = reader.module(linear.name)
             decoded = _decode(tensors, scheme, linear.name)
             ours = _as_consumer(subject, linear, weights, layout, tensors)
@@ -100,6 +105,16 @@ def _weights(subject: Subject) -> TensorScheme:
     if subject.quantized is None or subject.scheme.weights is None:
         raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
     return subject.scheme.weights
+
+
+def _refuse_stacked(model: Model) -> None:
+    stacked = next((place.name for place in model.places.values() if place.expert is not None), None)
+    if stacked is not None:
+        raise UsageError(
+            "compressed-tensors has no layout for one tensor of all experts, which the loaders of this family look for",
+            facts=(("first", stacked), ("family", model.family.name)),
+            hint="qtool pack SOURCE --to hf, which stacks the dequantized experts again",
+        )
 
 
 def _refuse_online(subject: Subject) -> None:
@@ -125,10 +140,10 @@ def _refuse_adapters(subject: Subject) -> None:
 
 def _check_global_scales(subject: Subject) -> None:
     """Refuse siblings with different multipliers, which fused layers would share, and inputs without one."""
-    known: dict[str, Tensor] = {}
+    known: dict[tuple[str, str], Tensor] = {}
     for linear in subject.model.graph.linears:
         scale = _multiplier(subject, f"{linear.name}.global_scale")
-        if scale is None or not torch.equal(known.setdefault(linear.reads, scale), scale):
+        if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
             raise UsageError(
                 "linears that read one input have different global scales, and consumers fuse them",
                 facts=(("input", linear.reads), ("linear", linear.name)),
@@ -158,18 +173,30 @@ def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     return {} if multiplier is None else {"input_global_scale": global_divisor(multiplier)}
 
 
-def _other_linears(model: Model) -> list[str]:
-    """Return the names of the linears that are not quantized: the head, and routers if there are any."""
-    module = empty_model(deepcopy(model.config), trust_remote_code=model.trust_remote_code)
+def not_quantized(model: Model) -> set[str]:
+    """Return the names of the linears that are not quantized: head, routers, gates, towers, heads for further tokens.
+
+    Some loaders match the names of modules in transformers, some those in files, so both are given.
+    """
+    module = empty_model(deepcopy(model.config), model)
     quantized = {linear.name for linear in model.graph.linears}
-    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name not in quantized]
+    names = {name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name not in quantized}
+    names |= {
+        linear.name for i in range(model.graph.dims.num_layers) for linear in model.graph.readers_of(i)
+    } - quantized
+    matrices = (name for name in model.left_alone if len(model.places[name].shape) > 1 and name.endswith(".weight"))
+    names |= {name.removesuffix(".weight") for name in matrices}
+    return names | {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight") for name in names}
 
 
-def _skeleton(config: Any, parsed: CompressedTensorsConfig, *, trust_remote_code: bool) -> nn.Module:  # noqa: ANN401
-    """Build the model without weights as transformers does before it loads a compressed checkpoint."""
+def _skeleton(config: Any, parsed: CompressedTensorsConfig, model: Model) -> nn.Module:  # noqa: ANN401
+    """Build the model without weights as transformers does before it loads a compressed checkpoint.
+
+    transformers decodes experts on loading; the library compresses linears in their place to what it decodes.
+    """
     plain = deepcopy(config)
     del plain.quantization_config
-    module = empty_model(plain, trust_remote_code=trust_remote_code)
+    module = with_linear_experts(empty_model(plain, model), model)
     apply_quantization_config(module, parsed.quantization_config, show_progress=False)
     for child in module.modules():
         if isinstance(child, nn.Linear):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from qtool.builtin.exporters.ct_layout import ELEMENTS, Layout
+from qtool.engine.exporter import UNREADABLE
 from qtool.errors import SchemeError
 from qtool.scheme import ModelScheme, TensorScheme
 
@@ -16,13 +17,16 @@ TRANSFORMERS = "transformers 5.23 with compressed-tensors 0.20"
 VLLM = "by the code of vLLM 0.33, not run"
 
 
-def compressed_consumers(scheme: ModelScheme, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+def compressed_consumers(
+    scheme: ModelScheme, layout: Layout, dtype: torch.dtype, *, experts: bool = False
+) -> dict[str, str]:
     """Return what loads a compressed-tensors checkpoint, and what each loader executes.
 
     Args:
         scheme: Weights, activations, KV cache.
         layout: The layout that was written.
         dtype: What transformers computes in.
+        experts: Whether the model has experts, which both loaders treat apart from other linears.
 
     Raises:
         SchemeError: The scheme has no weights.
@@ -33,9 +37,16 @@ def compressed_consumers(scheme: ModelScheme, layout: Layout, dtype: torch.dtype
     cache = ""
     if scheme.kv is not None:
         cache = "; KV cache in FP8 with a dynamic scale" if weights.symmetric else "; the KV cache is NOT quantized"
-    read = f"{_transformers(weights, activations, _name(dtype))}{cache} ({TRANSFORMERS})"
+    read = f"{_transformers(weights, activations, _name(dtype))}{cache}"
     cache = "; FP8 KV cache with scale 1, for it holds no calibrated ones" if scheme.kv else ""
-    return {"transformers": read, "vllm": f"{_vllm(weights, activations, layout)}{cache} ({VLLM})"}
+    run = f"{_vllm(weights, activations, layout)}{cache}"
+    if experts:
+        lost = _unread_experts(weights, layout)
+        quantized = " and their activations NOT quantized" if activations is not None else ""
+        read = f"{UNREADABLE}: {lost}" if lost else f"{read}; experts are decoded on loading{quantized}"
+        refused = _vllm_without_experts(weights, activations, layout)
+        run = f"refused: {refused}" if refused else run
+    return {"transformers": f"{read} ({TRANSFORMERS})", "vllm": f"{run} ({VLLM})"}
 
 
 def dequantized_consumers(weight_bits: int, scheme: ModelScheme, dtype: torch.dtype) -> dict[str, str]:
@@ -62,7 +73,11 @@ def _transformers(weights: TensorScheme, activations: TensorScheme | None, dtype
         return f"W{bits}A16: activations are not quantized, weights are decoded to {dtype}{rounded}"
     if not weights.symmetric:
         return f"W{bits}A16: activations are NOT quantized, since asymmetric weights are loaded dequantized to {dtype}"
-    return f"{_both(weights, activations)}: {_dynamic(activations)}, emulated in {dtype}{rounded}"
+    integers = ELEMENTS[activations.format][0] == "int" and activations.symmetric
+    ranged = (
+        "" if not integers or activations.range_rule == "half" else f", by `half` instead of `{activations.range_rule}`"
+    )
+    return f"{_both(weights, activations)}: {_dynamic(activations)}{ranged}, emulated in {dtype}{rounded}"
 
 
 def _vllm(weights: TensorScheme, activations: TensorScheme | None, layout: Layout) -> str:
@@ -99,6 +114,28 @@ def _vllm_packed(weights: TensorScheme, activations: TensorScheme | None, alone:
 
 
 _EMULATION = "--linear-backend emulation is given"
+
+
+def _unread_experts(weights: TensorScheme, layout: Layout) -> str:
+    """Return why transformers does not read the experts of a layout rightly; empty if it does."""
+    if layout == "nvfp4-pack-quantized":
+        return "it decodes experts without their global scales, and says nothing"
+    if layout == "int-quantized":
+        return "it has no decoder for experts in INT8"
+    return "" if weights.symmetric else "it decodes experts without their zero points"
+
+
+def _vllm_without_experts(weights: TensorScheme, activations: TensorScheme | None, layout: Layout) -> str:
+    """Return why vLLM does not run the experts of a scheme, empty if it does."""
+    if layout == "pack-quantized" and ELEMENTS[weights.format][1] not in (4, 8):
+        return "experts have 4 or 8 bits"
+    if layout == "pack-quantized" and activations is not None:
+        int8 = activations.format == "int8" and activations.strategy in ("token", "channel")
+        dynamic = weights.format == "int4" and weights.symmetric and activations.symmetric and int8
+        return "" if dynamic else "experts with packed weights have activations in 16 bits"
+    if layout == "float-quantized" and activations is None:
+        return "experts in FP8 have FP8 activations"
+    return ""
 
 
 def _both(weights: TensorScheme, activations: TensorScheme) -> str:

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
-from qtool.builtin.exporters.checkpoint import write_checkpoint
+from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
 from qtool.builtin.exporters.consumers import dequantized_consumers
-from qtool.builtin.exporters.read_back import CheckpointReader, empty_model
+from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
 from qtool.engine.exporter import Exported
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
@@ -39,12 +39,18 @@ class HuggingFace:
         dtype = _dtype(subject)
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            weight, bias = dense(subject, linear, state.get(f"{linear.spec.module}.bias"))
-            tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-            return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            module = linear.spec.module
+            bias = state.get(f"{module}.bias")
+            if linear.spec.kept:
+                weight, bias = offline(subject, linear, state[f"{module}.weight"], bias)
+            else:
+                weight, bias = dense(subject, linear, bias)
+                weight = weight.to(dtype)
+            return {"weight": weight} if bias is None else {"weight": weight, "bias": bias.to(weight.dtype)}
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype)
-        details = {"layout": "dense", "dtype": str(dtype).removeprefix("torch."), "bytes": vars(sizes)}
+        details: dict[str, object] = {"layout": "dense", "dtype": str(dtype).removeprefix("torch.")}
+        details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
         bits = subject.plugins.format(subject.scheme.weights.format).bits if subject.scheme.weights is not None else 16
         return Exported(dequantized_consumers(bits, subject.scheme, dtype), details)
 
@@ -56,10 +62,10 @@ class HuggingFace:
         Raises:
             ArtifactError: Names the first weight that differs.
         """
-        dtype, trusted = _dtype(subject), subject.model.trust_remote_code
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
-        reader = CheckpointReader(directory)
-        reader.compare(empty_model(config, trust_remote_code=trusted))
+        dtype, model = _dtype(subject), subject.model
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+        reader = CheckpointReader(directory, model)
+        reader.compare(with_linear_experts(empty_model(config, model), model))
         for linear in subject.model.graph.linears:
             ours, _ = dense(subject, linear, None)
             try:
@@ -77,10 +83,7 @@ class HuggingFace:
 def dense(
     subject: Subject, linear: LinearSite, bias: Float[Tensor, " out"] | None
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
-    """Return the dense weight and bias of a linear that reads its site as it is without online operators.
-
-    With ``x̂ = x T``, ``(Ŵ + U D) x̂ᵀ = (Ŵ + U D) Tᵀ xᵀ``: of ``T = T1 T2 …`` the last operator is undone first.
-    Everything in float64.
+    """Return the dense weight ``Ŵ + U D`` and the bias of a linear that reads its site without online operators.
 
     Args:
         subject: A quantized subject.
@@ -93,7 +96,25 @@ def dense(
     weight = found.weight(scheme, subject.plugins.format(scheme.format)).double()
     if found.adapter is not None:
         weight = weight + found.adapter.up.double() @ found.adapter.down.double()
-    bias = None if bias is None else bias.double()
+    return offline(subject, linear, weight, bias)
+
+
+def offline(
+    subject: Subject, linear: LinearSite, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
+    """Return the weight and bias of a linear as it reads its site without online operators, in float64.
+
+    With ``x̂ = x T``, ``W x̂ᵀ = W Tᵀ xᵀ``: of ``T = T1 T2 …`` the last operator is undone first.
+
+    Args:
+        subject: Its plan has the operators.
+        linear: Which linear.
+        weight: Its weight behind all operators.
+        bias: Its bias, already folded.
+    """
+    if not subject.plan.at(linear.reads).online:
+        return weight, bias
+    weight, bias = weight.double(), None if bias is None else bias.double()
     for operator in reversed(subject.plan.at(linear.reads).online):
         undone = operator.inverse()
         bias = undone.bias_in(weight, bias)

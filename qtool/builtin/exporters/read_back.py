@@ -5,67 +5,95 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from qtool.artifacts.layout import read_header
+from qtool.builtin.exporters.stored_names import expected_shapes, stored_tensor_name
 from qtool.errors import ArtifactError
-from qtool.model.source import tensor_files
+from qtool.model.files import stored_tensors
+from qtool.model.naming import places_of
+from qtool.model.reading import Files
+from qtool.model.source import Model
 
 
-def empty_model(config: Any, *, trust_remote_code: bool) -> nn.Module:  # noqa: ANN401 - each family has its config
-    """Build the model of a config without its weights."""
+def empty_model(config: Any, model: Model) -> nn.Module:  # noqa: ANN401 - each family has its config
+    """Build the model of a config without its weights, as the original model's family is loaded."""
+    loader = getattr(transformers, model.family.loader)
     with init_empty_weights(include_buffers=False):
-        module: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=trust_remote_code
-        )
+        module: nn.Module = loader.from_config(config, trust_remote_code=model.trust_remote_code)
+    return module
+
+
+def with_linear_experts(module: nn.Module, model: Model) -> nn.Module:
+    """Put linears, which checkpoints speak of, in place of each block's experts: the first expert's, for all.
+
+    transformers keeps the weights of all experts in parameters that no checkpoint of single experts has.
+
+    Args:
+        module: A model without weights. Modified.
+        model: The original model.
+    """
+    graph, experts = model.graph, model.family.experts
+    for layer in range(graph.dims.num_layers) if experts is not None else ():
+        if experts is None or not graph.is_sparse(layer):
+            continue
+        first = nn.Module()
+        for linear in graph.readers_of(layer):
+            if linear.expert == 0:
+                rows, columns = model.places[f"{linear.name}.weight"].shape
+                has_bias = model.has(f"{linear.name}.bias")
+                inside = linear.spec.module.removeprefix(f"{experts.module}.0.")
+                first.add_module(inside, nn.Linear(columns, rows, bias=has_bias, device="meta"))
+        owner, _, leaf = f"{graph.block_name(layer)}.{experts.module}".rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.ModuleList([first]))
     return module
 
 
 class CheckpointReader:
-    """Reads the tensors of a checkpoint by the module that they belong to.
+    """Reads the tensors of a checkpoint by the module that they belong to, as the graph calls it.
 
     Args:
         directory: The checkpoint.
+        model: The model that it was made from.
 
     Raises:
         ArtifactError: It holds no weights, or damaged ones.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.files = tensor_files(directory)
+    def __init__(self, directory: Path, model: Model) -> None:
+        self.model = model
+        self.stored = stored_tensors(directory)
+        self._places = places_of(self.stored, model.family)
+        self._files = Files()
         self._leaves: dict[str, list[str]] = {}
-        for name in self.files:
+        for name in self._places:
             module, _, leaf = name.rpartition(".")
             self._leaves.setdefault(module, []).append(leaf)
 
     def module(self, name: str) -> dict[str, Tensor]:
         """Return a module's own tensors, keyed by the last part of their names."""
-        tensors = {}
-        for leaf in self._leaves.get(name, ()):
-            with safe_open(str(self.files[f"{name}.{leaf}"]), framework="pt") as file:
-                tensors[leaf] = file.get_tensor(f"{name}.{leaf}")
-        return tensors
+        return {leaf: self._files.read(self._places[f"{name}.{leaf}"]) for leaf in self._leaves.get(name, ())}
 
     def compare(self, module: nn.Module, *, any_shape: str = "") -> None:
         """Compare names and shapes with those that a model asks for.
 
         Args:
-            module: The model as its consumer builds it, without weights.
+            module: The model as its consumer builds it, without weights, but with linears as its experts.
             any_shape: Ending of names whose shapes are not compared.
 
         Raises:
             ArtifactError: A tensor is missing, too many, or of another shape.
         """
-        shared = getattr(module, "_tied_weights_keys", None) or ()
-        tied = set(shared if getattr(module.config, "tie_word_embeddings", False) else ())
-        wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name not in tied}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(set(self.files.values())):
-            shapes |= {name: slot.shape for name, slot in read_header(file).slots.items()}
+        modules = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        wanted = expected_shapes(self.model, modules)
+        shapes = {name: tensor.slot.shape for name, tensor in self.stored.items()}
+        if getattr(module.config, "tie_word_embeddings", False):
+            shared = {
+                stored_tensor_name(self.model, name) for name in getattr(module, "_tied_weights_keys", None) or ()
+            }
+            wanted = {name: shape for name, shape in wanted.items() if name in shapes or name not in shared}
         for name in sorted(wanted.keys() | shapes.keys()):
             free = bool(any_shape) and name.endswith(any_shape) and name in wanted and name in shapes
             if wanted.get(name) != shapes.get(name) and not free:
@@ -73,3 +101,17 @@ class CheckpointReader:
                     f"the checkpoint does not fit the model that transformers builds: `{name}`",
                     facts=(("shape asked for", wanted.get(name, "none")), ("shape written", shapes.get(name, "none"))),
                 )
+
+
+def wide_names(module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> set[str]:
+    """Return the tensors that a model's loader keeps in float32 whatever the rest is in.
+
+    Args:
+        module: The model as transformers builds it.
+        names: Names of its tensors.
+        dtype: What the rest is in; with float16 loaders keep more.
+    """
+    marks = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        marks |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return {name for name in names if any(f".{mark}." in f".{name}." for mark in marks)}

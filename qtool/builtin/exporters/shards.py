@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtool.artifacts.layout import TensorSlot, read_header, write_assembled
 from qtool.artifacts.store import disk_errors
-from qtool.model.source import INDEX, WEIGHTS
+from qtool.model.files import INDEX, WEIGHTS
 
 SHARD_BYTES = 4_000_000_000
 

@@ -10,4 +10,5 @@ LLAMA = Family(
     final_norm=Norm("model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=LLAMA_LIKE_LINEARS,
+    tiny=({}, {"attention_bias": True, "mlp_bias": True}),
 )

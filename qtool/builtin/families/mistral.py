@@ -10,4 +10,5 @@ MISTRAL = Family(
     final_norm=Norm("model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=LLAMA_LIKE_LINEARS,
+    tiny=({"sliding_window": 8},),
 )

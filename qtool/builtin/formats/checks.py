@@ -36,7 +36,7 @@ def nearest_scheme(
         defaults: The format's defaults.
         scales: Scale formats that the format takes.
         zero_points: Whether it can be asymmetric.
-        range_rules: Whether it has a choice between ``full`` and ``half``.
+        range_rules: Whether it has a choice besides ``tight``.
 
     Returns:
         The scheme with those parts put right, and what is wrong with each: nothing for a scheme that works.
@@ -57,7 +57,7 @@ def nearest_scheme(
     if nearest.exponent_rule != "even" and nearest.scale != "e8m0":
         reasons.append(f"`{nearest.exponent_rule}` rounds e8m0 scales, and these are {nearest.scale}")
         nearest = replace(nearest, exponent_rule="even")
-    if nearest.range_rule != defaults.range_rule and not range_rules:
+    if nearest.range_rule != "tight" and not (range_rules and nearest.symmetric):
         reasons.append(f"`{nearest.range_rule}` is a rule for symmetric integers")
-        nearest = replace(nearest, range_rule=defaults.range_rule)
+        nearest = replace(nearest, range_rule="tight")
     return nearest, reasons

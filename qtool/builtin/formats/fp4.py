@@ -37,10 +37,6 @@ class E2M1:
         scales = ("fp32", "fp16", "bf16", "e4m3", "e8m0")
         return nearest_scheme(scheme, self.defaults, scales=scales, zero_points=True, range_rules=False)
 
-    def zero_point_bits(self, scheme: TensorScheme) -> int:
-        """Return the bits of a zero point: 32, 0 where there is none."""
-        return 0 if scheme.symmetric else 32
-
     def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> Float[Tensor, ""] | None:
         """Return ``amax / (6 * 448)`` for E4M3 scales, otherwise None."""
         return fp4_global_scale(amax) if scheme.scale == "e4m3" else None

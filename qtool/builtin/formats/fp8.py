@@ -26,10 +26,6 @@ class E4M3:
         nearest, reasons = nearest_scheme(scheme, self.defaults, scales=scales, zero_points=False, range_rules=False)
         refuse_unless_empty(scheme, reasons, nearest)
 
-    def zero_point_bits(self, scheme: TensorScheme) -> int:
-        """Return 0: there are no zero points."""
-        return 0
-
     def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> None:
         """Return None: there is one level of scales."""
 

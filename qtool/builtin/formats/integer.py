@@ -17,8 +17,8 @@ from qtool.scheme import GroupParameters, TensorScheme
 
 
 def _defaults(name: str) -> TensorScheme:
-    """Return what ``name`` alone means: symmetric, one bfloat16 scale an output row, half a step beyond ``qmax``."""
-    return TensorScheme(format=name, scale="bf16", range_rule="half")
+    """Return what ``name`` alone means: symmetric, one bfloat16 scale an output row, nothing clipped."""
+    return TensorScheme(format=name, scale="bf16")
 
 
 class Integer:
@@ -37,10 +37,6 @@ class Integer:
         scales = ("fp32", "fp16", "bf16", "e8m0")
         nearest, reasons = nearest_scheme(scheme, self.defaults, scales=scales, zero_points=True, range_rules=True)
         refuse_unless_empty(scheme, reasons, nearest)
-
-    def zero_point_bits(self, scheme: TensorScheme) -> int:
-        """Return the bits of a zero point: as many as a code has, 0 where there is none."""
-        return 0 if scheme.symmetric else self.bits
 
     def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> None:
         """Return None: integers have one level of scales."""

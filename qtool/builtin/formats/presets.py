@@ -10,10 +10,18 @@ PRESETS: tuple[Preset, ...] = (
     Preset("W2A16", "int2-sym-g128", None, None, "INT2 weights in groups of 128"),
     Preset("W8A16", "int8-sym-channel", None, None, "INT8 weights per output row"),
     Preset(
-        "W8A8", "int8-sym-channel", "int8-sym-token-sfp32", None, "INT8 weights per output row, INT8 inputs per token"
+        "W8A8",
+        "int8-sym-channel",
+        "int8-sym-token-sfp32-half",
+        None,
+        "INT8 weights per output row, INT8 inputs per token",
     ),
     Preset(
-        "W4A8", "int4-sym-g128", "int8-sym-token-sfp32", None, "INT4 weights in groups of 128, INT8 inputs per token"
+        "W4A8",
+        "int4-sym-g128",
+        "int8-sym-token-sfp32-half",
+        None,
+        "INT4 weights in groups of 128, INT8 inputs per token",
     ),
     Preset(
         "W4A4",

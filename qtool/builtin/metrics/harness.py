@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from qtool.engine.metric import Evaluation
-from qtool.errors import DataError, ModelError, PluginError, UsageError
+from qtool.errors import DataError, ModelError, PluginError, ResourceError, UsageError
 
 BATCH = 1
 RANDOM_SEED, SEED = 0, 1234  # the harness's own, so that drawn examples are those of other reports
@@ -133,6 +133,7 @@ class Harness:
         Raises:
             UsageError: Two of the names hold the same task, or one cannot be run here.
             DataError: Data cannot be had, or does not fit the task.
+            ResourceError: The hub that has the data cannot be reached.
             PluginError: A task needs a package that is not installed.
         """
         errors = importlib.import_module("datasets.exceptions").DatasetsError
@@ -181,11 +182,12 @@ class Harness:
         return results
 
 
-def _unusable(name: str, error: Exception, *, local: bool) -> DataError:
+def _unusable(name: str, error: Exception, *, local: bool) -> DataError | ResourceError:
     facts = (("reason", f"{type(error).__name__}: {str(error).strip()[:300]}"),)
     if local:
-        return DataError(f"the local data of task `{name}` does not fit it", facts=facts)
-    return DataError(f"cannot get the data of task `{name}` from the hub", facts=facts, hint="--task-data FOLDER")
+        return DataError(f"the local data of task `{name}` does not fit it", facts=facts, hint="--task-data FOLDER")
+    kind = ResourceError if isinstance(error, ConnectionError) else DataError
+    return kind(f"cannot get the data of task `{name}` from the hub", facts=facts, hint="--task-data FOLDER")
 
 
 def _refuse(name: str, task: Any) -> None:  # noqa: ANN401 - the harness's Task

@@ -9,10 +9,11 @@ GPTQ's first code leaves out what is still pending in its lazy block (``stale``)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -90,27 +91,57 @@ class GPTQ:
             NumericalError: The weight or the Hessian is not finite.
             UsageError: Another method came first, or no Hessian was gathered.
         """
-        refuse_previous(problem, "gptq")
-        hessian = problem.need_hessian()
-        check_problem(problem)
-        plain = round_nearest(problem)
+        return self.quantize_siblings([problem], config)[0]
+
+    def quantize_siblings(self, problems: Sequence[LayerProblem], config: GPTQConfig) -> list[QuantizedLinear]:
+        """Solve the layers of one site as one: they share the factor, and rows do not see each other."""
+        if len(problems) > 1 and problems[0].scheme.strategy == "tensor":  # each has its own scale
+            return [self.quantize(problem, config) for problem in problems]
+        for problem in problems:
+            refuse_previous(problem, "gptq")
+            problem.need_hessian()
+            check_problem(problem)
+        stacked = replace(problems[0], weight=torch.cat([problem.weight for problem in problems]))
+        hessian = stacked.need_hessian()
         ratios: list[Tensor] = []
+        solved: GPTQResult | None = None
         try:
-            solved = _solve(problem, _normalized(hessian), config, ratios)
+            solved = _solve(stacked, _normalized(hessian), config, ratios)
         except ShapeError:
             raise
         except NumericalError:
-            # The model is more useful with one plainly rounded layer than not at all; the counter tells.
-            nearest = round_nearest(problem, replace(config, clip_metric="mse"))
-            result = replace(nearest, counters=_counters(config, hessian, None))
+            # The model is more useful with plainly rounded layers than not at all; the counter tells.
+            results = [round_nearest(problem, replace(config, clip_metric="mse")) for problem in problems]
         else:
-            report = {"dampening_frac": solved.dampening_frac, **clip_report(ratios)}
-            parameters = _as_stored(solved.parameters, problem)
-            result = QuantizedLinear(
-                solved.codes, parameters, report=report, counters=_counters(config, hessian, solved)
-            )
-        decoded, unclipped = (linear.weight(problem.scheme, problem.format) for linear in (result, plain))
-        return replace(result, report={**loss_report(problem, decoded, unclipped), **result.report})
+            results = _apart(problems, solved, ratios)
+        counters = _counters(config, hessian, solved)
+        return [
+            replace(result, report={**_losses(problem, result), **result.report}, counters=counters)
+            for problem, result in zip(problems, results, strict=True)
+        ]
+
+
+def _apart(problems: Sequence[LayerProblem], solved: GPTQResult, ratios: Sequence[Tensor]) -> list[QuantizedLinear]:
+    """Give each layer its rows of what was solved as one."""
+    results, stop = [], 0
+    for problem in problems:
+        start, stop = stop, stop + len(problem.weight)
+        zero_point = solved.parameters.zero_point
+        parameters = GroupParameters(
+            solved.parameters.scale[start:stop].clone(),
+            None if zero_point is None else zero_point[start:stop].clone(),
+            solved.parameters.global_scale,
+        )
+        report = {"dampening_frac": solved.dampening_frac, **clip_report([ratio[start:stop] for ratio in ratios])}
+        codes = solved.codes[start:stop].clone()
+        results.append(QuantizedLinear(codes, _as_stored(parameters, problem), report=report))
+    return results
+
+
+def _losses(problem: LayerProblem, result: QuantizedLinear) -> dict[str, float]:
+    """Measure a result beside rounding to nearest without clipping."""
+    decoded, plain = (one.weight(problem.scheme, problem.format) for one in (result, round_nearest(problem)))
+    return loss_report(problem, decoded, plain)
 
 
 def _normalized(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
@@ -135,7 +166,8 @@ def _solve(
     """Run the solver on the problem's grid; collects the clip ratios of the groups."""
     group_size = len(hessian) // problem.scheme.groups_of(len(hessian), layer=problem.name)
     fit = _fitter(problem, hessian, config, ratios)
-    return gptq_round(
+    key = ("gptq", config.dampening_frac, config.act_order)
+    solved = gptq_round(
         problem.weight,
         hessian,
         grid=ColumnGrid(group_size, fit, problem.format.round, problem.format.encode),
@@ -143,7 +175,10 @@ def _solve(
         block_size=config.block_size,
         parameters=config.parameters,
         act_order=config.act_order,
+        factor=problem.memory.get(key),
     )
+    problem.memory[key] = solved.factor
+    return solved
 
 
 def _fitter(

@@ -196,7 +196,11 @@ def loss_report(
     if nearest is not None:
         measured[f"{key}_rtn"] = measured[key] if nearest is approximated else loss(nearest)
     if not all(math.isfinite(value) for value in measured.values()):
-        raise NumericalError(f"the loss of `{problem.name}` is not finite", facts=tuple(measured.items()))
+        raise NumericalError(
+            f"the loss of `{problem.name}` is not finite",
+            facts=tuple(measured.items()),
+            hint="look for weights and activations so large that their squares overflow",
+        )
     return measured
 
 

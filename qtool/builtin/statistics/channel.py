@@ -44,7 +44,16 @@ class Average:
         return (self.sum / max(self.tokens, 1)).float()
 
 
-class AbsMax:
+class _ByChannel:
+    """A statistic of one float32 number a channel."""
+
+    def nbytes(self, n: int, gathering: Gathering) -> int:
+        """Return the bytes of the vector."""
+        del gathering
+        return 4 * n
+
+
+class AbsMax(_ByChannel):
     """The statistic ``absmax``."""
 
     version = 1
@@ -55,7 +64,7 @@ class AbsMax:
         return Extreme(n, 0, device)
 
 
-class Minimum:
+class Minimum(_ByChannel):
     """The statistic ``min``."""
 
     version = 1
@@ -66,7 +75,7 @@ class Minimum:
         return Extreme(n, -1, device)
 
 
-class Maximum:
+class Maximum(_ByChannel):
     """The statistic ``max``."""
 
     version = 1
@@ -77,7 +86,7 @@ class Maximum:
         return Extreme(n, 1, device)
 
 
-class Mean:
+class Mean(_ByChannel):
     """The statistic ``mean``."""
 
     version = 1
@@ -88,7 +97,7 @@ class Mean:
         return Average(n, magnitude=False, device=device)
 
 
-class MeanAbs:
+class MeanAbs(_ByChannel):
     """The statistic ``mean_abs``."""
 
     version = 1

@@ -42,3 +42,8 @@ class Hessian:
     def start(self, n: int, gathering: Gathering, device: torch.device) -> HessianAccumulator:
         """Return an accumulator for a site."""
         return HessianAccumulator(n, gathering, device)
+
+    def nbytes(self, n: int, gathering: Gathering) -> int:
+        """Return the bytes of the matrix in float32."""
+        del gathering
+        return 4 * n * n

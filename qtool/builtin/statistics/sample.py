@@ -40,3 +40,7 @@ class Sample:
         """Return an accumulator for a site."""
         del n, device
         return SampleAccumulator(gathering)
+
+    def nbytes(self, n: int, gathering: Gathering) -> int:
+        """Return the bytes of the rows in bfloat16."""
+        return 2 * n * min(gathering.sample_size, gathering.tokens)

@@ -27,7 +27,7 @@ class QuaRotConfig:
         r1: Rotate the residual stream.
         r2: Rotate value heads.
         r3: Rotate queries and keys online; ``auto`` does so if the scheme quantizes the KV cache.
-        r4: Rotate the input of down_proj online.
+        r4: Rotate the input of every down projection online, each expert's included.
     """
 
     r1: bool = True
@@ -53,9 +53,9 @@ class QuaRot:
         r3 = config.r3 == "on" or (config.r3 == "auto" and context.scheme.kv is not None)
         for layer in range(dims.num_layers):
             if config.r2:
-                proposal[f"layers.{layer}.vo"] = [Hadamard(dims.head_dim)]
+                proposal |= {site.id: [Hadamard(site.dim)] for site in context.graph.of_kind("vo", layer)}
             if r3:
                 proposal[f"layers.{layer}.qk_post"] = [Hadamard(dims.head_dim)]
             if config.r4:
-                proposal[f"layers.{layer}.up_down"] = [Hadamard(dims.intermediate)]
+                proposal |= {site.id: [Hadamard(site.dim)] for site in context.graph.of_kind("up_down", layer)}
         return proposal

@@ -63,7 +63,9 @@ class SmoothQuant:
         graph = context.graph
         proposal = {}
         for layer in range(graph.dims.num_layers):
-            for name in graph.family.norms:
+            for name in graph.input_sites_of(layer):
+                if graph.norm_of(name) is None:
+                    continue
                 site = graph.site(f"layers.{layer}.{name}")
                 absmax = context.statistics[site.id].need("absmax", site=site.id)
                 maxima = [context.weights(linear.name).abs().amax(0) for linear in graph.consumers(site)]

@@ -1,0 +1,1 @@
+"""A family of models for qtool, as data: Seed-OSS."""

@@ -1,0 +1,14 @@
+"""SmolLM3: Llama in which every fourth block knows no positions, which no operator sees."""
+
+from __future__ import annotations
+
+from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm
+
+SMOLLM3 = Family(
+    name="smollm3",
+    model_types=("smollm3",),
+    final_norm=Norm("model.norm"),
+    norms=LLAMA_LIKE_NORMS,
+    linears=LLAMA_LIKE_LINEARS,
+    tiny=({"pad_token_id": 0, "no_rope_layers": [1, 0]},),
+)

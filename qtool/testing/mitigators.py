@@ -1,0 +1,83 @@
+"""The check of mitigators."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear
+from qtool.numerics.groups import from_groups, to_groups
+from qtool.numerics.losses import relative_loss
+from qtool.scheme import Format, TensorScheme
+from qtool.testing.promise import CheckError
+
+
+def correlated_problem(
+    fmt: Format, scheme: TensorScheme, *, seed: int = 0, n_out: int = 32, n_in: int = 64
+) -> LayerProblem:
+    """Return a layer with random weights and strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(n_in, n_in, generator=generator) / n_in**0.5 + torch.eye(n_in) * 0.3
+    x = torch.randn(512, n_in, generator=generator) @ mixing @ mixing
+    weight = torch.randn(n_out, n_in, generator=generator)
+    scale = fmt.global_scale(weight.abs().amax(), scheme)
+    entries = {"hessian": x.T @ x / len(x), "absmax": x.abs().amax(0), "mean_abs": x.abs().mean(0), "sample": x}
+    return LayerProblem("layer", weight, scheme, fmt, entries["hessian"], entries, scale)
+
+
+def check_mitigator(
+    mitigator: Mitigator, fmt: Format, config: object = None, *, scheme: TensorScheme | None = None
+) -> None:
+    """Check a mitigator on correlated random layers.
+
+    It must not modify its inputs, give the same codes and scales twice, keep to the format's codes, report the loss
+    that one measures, and be no worse than rounding to nearest over several layers together.
+
+    Args:
+        mitigator: The method.
+        fmt: Format of the weights.
+        config: Its options; None for its defaults.
+        scheme: Scheme of the weights; None for the format's default.
+
+    Raises:
+        CheckError: A promise is broken.
+    """
+    chosen = scheme or fmt.defaults
+    options = mitigator.Config() if config is None else config
+    name = type(mitigator).__name__
+    total = nearest = 0.0
+    for seed in range(4):
+        problem = correlated_problem(fmt, chosen, seed=seed)
+        kept = {"weight": problem.weight.clone(), **{entry: t.clone() for entry, t in problem.entries.items()}}
+        result, again = mitigator.quantize(problem, options), mitigator.quantize(problem, options)
+        for entry, tensor in {"weight": problem.weight, **problem.entries}.items():
+            if not torch.equal(kept[entry], tensor):
+                raise CheckError(f"{name} modifies the {entry} that it is given")
+        if not torch.equal(result.codes, again.codes):
+            raise CheckError(f"{name} gives other codes when it is asked again")
+        if not torch.equal(result.parameters.scale, again.parameters.scale):
+            raise CheckError(f"{name} gives other scales when it is asked again")
+        if int(result.codes.max()) >= 2**fmt.bits:
+            raise CheckError(f"{name} gives codes beyond {fmt.bits} bits")
+        measured, reported = _measured_loss(result, problem), result.report.get("loss", math.nan)
+        if not abs(measured - reported) <= 1e-3 * max(measured, 1e-6):
+            raise CheckError(f"{name} reports the loss {reported:.6g}, measured {measured:.6g}")
+        total += measured
+        nearest += float(relative_loss(problem.weight, _nearest(problem), problem.need_hessian()))
+    if not total <= nearest * (1 + 1e-6):
+        raise CheckError(f"{name} is worse than rounding to nearest: {total:.6g} against {nearest:.6g}")
+
+
+def _measured_loss(result: QuantizedLinear, problem: LayerProblem) -> float:
+    weight = result.weight(problem.scheme, problem.format)
+    if result.adapter is not None:
+        weight = weight + result.adapter.up.float() @ result.adapter.down.float()
+    return float(relative_loss(problem.weight, weight, problem.need_hessian()))
+
+
+def _nearest(problem: LayerProblem) -> Tensor:
+    groups = to_groups(problem.weight, problem.scheme.strategy, problem.scheme.group_size)
+    parameters = problem.format.fit(groups, problem.scheme, global_scale=problem.global_scale)
+    return from_groups(problem.format.round(groups, parameters), problem.weight.shape)

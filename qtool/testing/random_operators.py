@@ -1,0 +1,127 @@
+"""Random operators of every kind, and plans that put them wherever a model's graph claims that they are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from qtool.engine.planner import ABSORBED_BY, extend
+from qtool.errors import UsageError
+from qtool.model.graph import RESIDUAL, ModelGraph, Site
+from qtool.model.plan import Plan, Proposal
+from qtool.numerics.operators import (
+    OPERATORS,
+    Affine,
+    Block,
+    Diag,
+    Hadamard,
+    HeadMix,
+    Kron,
+    Operator,
+    Orthogonal,
+    Perm,
+    Shift,
+    Signs,
+)
+from qtool.testing.promise import CheckError
+
+
+def random_operator(kind: str, site: Site, generator: torch.Generator) -> Operator:
+    """Return an operator of a kind that fits a site; where a site has heads, each gets parameters of its own."""
+    dim, heads = site.dim, site.heads
+    leading = (heads,) if heads > 1 else ()
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def signs(*shape: int) -> Tensor:
+        return (1 - 2 * torch.randint(0, 2, shape, generator=generator)).to(torch.int8)
+
+    def invertible(*shape: int) -> Tensor:
+        size = shape[-1]
+        return torch.eye(size, dtype=torch.float64).add(noise(*shape, size), alpha=0.5 / size**0.5)
+
+    def orthogonal() -> Tensor:
+        q, _ = torch.linalg.qr(noise(*leading, dim, dim))
+        return torch.Tensor.contiguous(q)
+
+    makers: Mapping[str, Callable[[], Operator]] = {
+        "shift": lambda: Shift(noise(*leading, dim), heads),
+        "diag": lambda: Diag(
+            signs(*leading, dim) * (0.5 + torch.rand(*leading, dim, generator=generator).double()), heads
+        ),
+        "signs": lambda: Signs(signs(*leading, dim), heads),
+        "perm": lambda: Perm(torch.randperm(dim, generator=generator)),
+        "hadamard": lambda: Hadamard(dim, signs(dim)),
+        "head_mix": lambda: HeadMix(4, dim // 4),
+        "orthogonal": lambda: Orthogonal(orthogonal(), heads),
+        "affine": lambda: Affine.from_matrix(invertible(*leading, dim), heads),
+        "kron": lambda: Kron(invertible(4), invertible(dim // 4)),
+        "block": lambda: Block(invertible(dim // 4, 4), dim),
+    }
+    return makers[kind]()
+
+
+def claims(site: Site) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the kinds that a site claims to fold, and those that run online behind them."""
+    folds = tuple(kind for kind in OPERATORS if ABSORBED_BY[OPERATORS[kind].group] & site.foldable)
+    runs = (kind for kind in OPERATORS if kind not in folds and OPERATORS[kind].group not in site.refused)
+    return folds, tuple(runs) if site.online else ()
+
+
+def everything(graph: ModelGraph, *, residual: bool) -> Plan:
+    """Return a plan with every kind that is exact at every site, folded ones in front of those that run online.
+
+    Args:
+        graph: The model's sites.
+        residual: Whether the residual is transformed too, for which norms are folded.
+    """
+    return _plan(graph, [site for site in graph.sites.values() if residual or site.id != RESIDUAL], tuple(OPERATORS))
+
+
+def apart(graph: ModelGraph) -> Iterator[tuple[str, Plan, Iterator[tuple[str, Plan]]]]:
+    """Yield a plan for each kind of site with every kind of operator, and a plan for each of these alone."""
+    for name, sites in _by_kind(graph).items():
+        kinds = [kind for kind in OPERATORS if any(kind in claimed for one in sites for claimed in claims(one))]
+        yield name, _plan(graph, sites, tuple(OPERATORS)), ((one, _plan(graph, sites, (one,))) for one in kinds)
+
+
+def _plan(graph: ModelGraph, sites: list[Site], kinds: tuple[str, ...]) -> Plan:
+    """Return a plan with operators of some kinds at some sites, as far as these claim them."""
+    generator = torch.Generator().manual_seed(7)
+    proposal: Proposal = {
+        site.id: [random_operator(one, site, generator) for claimed in claims(site) for one in claimed if one in kinds]
+        for site in sites
+    }
+    return extend(Plan(), {name: operators for name, operators in proposal.items() if operators}, graph, method="check")
+
+
+def check_refusals(graph: ModelGraph, label: str) -> None:
+    """Check that the planner folds what a site claims, and refuses or runs online everything else.
+
+    Raises:
+        CheckError: It takes an operator that the site does not claim.
+    """
+    generator = torch.Generator().manual_seed(7)
+    for name, sites in _by_kind(graph).items():
+        site = sites[0]
+        folds, online = claims(site)
+        for kind in OPERATORS:
+            try:
+                operator = random_operator(kind, site, generator)
+                plan = extend(Plan(), {site.id: [operator]}, graph, method="check")
+            except UsageError:
+                if kind in (*folds, *online):
+                    raise
+                continue
+            if kind not in (*folds, *online) or plan.at(site.id).folded != (kind in folds):
+                raise CheckError(f"the planner takes `{kind}` at `{name}`, which does not claim it ({label})")
+
+
+def _by_kind(graph: ModelGraph) -> dict[str, list[Site]]:
+    found: dict[str, list[Site]] = {}
+    for site in graph.sites.values():
+        found.setdefault(site.kind, []).append(site)
+    return found

@@ -1,0 +1,82 @@
+"""The check of transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from qtool.artifacts.identity import digest_tensor
+from qtool.engine.planner import extend
+from qtool.engine.subject import Subject
+from qtool.errors import UsageError
+from qtool.model.family import Family
+from qtool.model.plan import Plan, Transform
+from qtool.plugins import Plugins
+from qtool.steps.transform import context_of
+from qtool.testing.promise import EXACT, CheckError
+from qtool.testing.tiny_models import TinyModel, double_precision, exact_logits, tiny_model
+
+
+def check_transform(transform: Transform, config: object = None, *, families: Sequence[str] | None = None) -> None:
+    """Check that a transform leaves the function of every family's model unchanged, to 1e-9 in float64.
+
+    A family on which qtool refuses the method as inexact is passed over; one at least must be left.
+
+    Args:
+        transform: The method.
+        config: Its options; None for its defaults.
+        families: Names of families; None for all that are installed.
+
+    Raises:
+        CheckError: The logits changed; names the family and the largest difference. Or the method proposes other
+            operators when it is asked again.
+        UsageError: Every family refuses the method; this is the first refusal.
+    """
+    plugins = Plugins.discover()
+    heads = {False: "untied head", True: "tied head"}
+    options = transform.Config() if config is None else config
+    refused, passed = list[UsageError](), False
+    for name in families or sorted(plugins.offers["families"]):
+        family: Family = plugins.load("families", name)
+        for model_type in family.model_types:
+            for tied, head in heads.items():
+                changes = {**family.tiny[0], "tie_word_embeddings": tied}
+                with tiny_model(model_type, plugins=plugins, **changes) as tiny:
+                    try:
+                        _check_invariance(transform, options, tiny, f"{model_type}, {head}")
+                        passed = True
+                    except UsageError as error:
+                        refused.append(error)
+    if refused and not passed:
+        raise refused[0]
+
+
+def plan_of(transform: Transform, options: object, tiny: TinyModel) -> tuple[Subject, Plan]:
+    """Return a tiny model's subject, and the plan that a transform makes for it."""
+    model = tiny.workspace.model(str(tiny.path))
+    subject = Subject(model, tiny.workspace.plugins)
+    context = context_of(subject, tiny.statistics)
+    return subject, extend(Plan(), transform.plan(context, options), model.graph, method=type(transform).__name__)
+
+
+def _check_invariance(transform: Transform, options: object, tiny: TinyModel, label: str) -> None:
+    subject, plan = plan_of(transform, options, tiny)
+    again = plan_of(transform, options, tiny)[1]
+    if _digest(plan) != _digest(again):
+        raise CheckError(f"{type(transform).__name__} proposes other operators when it is asked again ({label})")
+    with double_precision():
+        before = exact_logits(subject)
+        after = exact_logits(replace(subject, plan=plan))
+    difference = float((after - before).abs().max() / before.abs().max())
+    if not difference < EXACT:
+        raise CheckError(
+            f"{type(transform).__name__} changes the model ({label}): relative difference {difference:.2e}, "
+            f"allowed {EXACT:.0e}"
+        )
+
+
+def _digest(plan: Plan) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return what two plans that are alike to the last bit have in common."""
+    tensors, described = plan.to_state()
+    return {name: digest_tensor(tensor) for name, tensor in tensors.items()}, described
