@@ -42,7 +42,9 @@ def input_operators(graph: ModelGraph, plan: Plan, layer: int, reads: str) -> tu
     return (*residual, *heads, *plan.at(f"layers.{layer}.{reads}").operators)
 
 
-def fold_block(graph: ModelGraph, plan: Plan, layer: int, state: State) -> dict[str, Tensor]:
+def fold_block(
+    graph: ModelGraph, plan: Plan, layer: int, state: State, *, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     """Return the tensors of a block with the plan folded in.
 
     Args:
@@ -50,16 +52,17 @@ def fold_block(graph: ModelGraph, plan: Plan, layer: int, state: State) -> dict[
         plan: The operators.
         layer: Block index.
         state: The block's stored tensors, names relative to the block. Not modified.
+        dtype: Of the linears' weights where the plan changes them. They are computed in float64, one at a time.
 
     Returns:
-        The same names; float64 where folding touched them, unchanged otherwise.
+        The same names; what folding did not touch is unchanged, and what is small is float64.
     """
     if plan.empty:
         return dict(state)
     folded = dict(state)
     for linear in graph.readers_of(layer):
         weight, bias = fold_linear(graph, plan, linear, state)
-        folded[f"{linear.spec.module}.weight"] = weight
+        folded[f"{linear.spec.module}.weight"] = weight.to(dtype)
         if bias is not None:
             folded[f"{linear.spec.module}.bias"] = bias
     for reads in graph.input_sites_of(layer):

@@ -138,7 +138,7 @@ class Network:
         Raises:
             ModelError: A parameter of the block is not in it.
         """
-        content = content or self.subject.block(layer)
+        content = content or self.subject.block(layer, self.dtype)
         graph = self.subject.model.graph
         prefix = graph.block_name(layer)
         for name, tensor in content.state.items():

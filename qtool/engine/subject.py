@@ -66,15 +66,20 @@ class Subject:
         """
         return fold_ends(self.model.graph, self.plan, self.stored, dtype=dtype)
 
-    def folded(self, layer: int) -> dict[str, Tensor]:
-        """Return a block's float tensors with the plan folded in, names relative to the block."""
+    def folded(self, layer: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Return a block's float tensors with the plan folded in, names relative to the block.
+
+        Args:
+            layer: Block index.
+            dtype: Of the linears' weights where the plan changes them.
+        """
         graph = self.model.graph
         state = self.model.tensors(f"{graph.block_name(layer)}.")
-        return fold_block(graph, self.plan, layer, state)
+        return fold_block(graph, self.plan, layer, state, dtype=dtype)
 
-    def block(self, layer: int) -> BlockContent:
-        """Return a block as it is executed."""
-        state = self.folded(layer)
+    def block(self, layer: int, dtype: torch.dtype) -> BlockContent:
+        """Return a block as it is executed in a dtype."""
+        state = self.folded(layer, dtype)
         adapters: dict[str, Adapter] = {}
         if self.quantized is not None and self.scheme.weights is not None:
             fmt = self.plugins.format(self.scheme.weights.format)

@@ -210,6 +210,7 @@ class _Work:
         fmt = workspace.plugins.format(weights.format)
         solver = Solver(self.graph, bound, weights, fmt, request.seed, workspace.device)
         self.dtype = compute_dtype(request.dtype, opened.model)
+        self.wide = torch.promote_types(self.dtype, torch.float32)
         gathered = str(statistics.manifest.step.config.get("experts", "")) if statistics else ""
         mode = experts_mode(request.experts or gathered, self.graph, parse_token_weight(self.token_weight))
         activations = request.scheme.activations
@@ -291,7 +292,7 @@ class _Work:
                 for site in sites_to_observe(linears, self.block.experts) if carried else ():
                     known[site] = carried[f"layers.{layer}.{site}"]
                     estimated |= known[site].estimated & set(self.needs)
-                folded = self.opened.subject.folded(layer)
+                folded = self.opened.subject.folded(layer, self.wide)
                 self._write(writer, layer, self.block.solve(linears, folded, known, self._carried_tokens(layer)))
             notes.append(self._notes(writer, layer))
         if estimated:
@@ -338,7 +339,7 @@ class _Work:
         stream = Stream(network, windows, batch=batch, spill=writer.parts)
         notes = []
         for layer in self._layers():
-            state = subject.folded(layer)
+            state = subject.folded(layer, self.wide)
             if not writer.has(f"layer-{layer}"):
                 network.load(layer, BlockContent(state))
                 self._solve_block(stream, layer, state, statistics, gathering, writer)

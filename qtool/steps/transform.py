@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qtool.artifacts.manifest import Input, Manifest, Step, require_kind
@@ -169,7 +170,7 @@ class _FoldedWeights:
         """Return the weight ``[out, in]`` in float32."""
         linear = next(linear for linear in self.subject.model.graph.linears if linear.name == name)
         if linear.layer != self._layer:
-            self._layer, self._state = linear.layer, self.subject.folded(linear.layer)
+            self._layer, self._state = linear.layer, self.subject.folded(linear.layer, torch.float32)
         return self._state[f"{linear.spec.module}.weight"].float()
 
 

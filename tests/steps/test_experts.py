@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.builtin.mitigators.rtn import ClipOptions
+from qtool.engine.block import BlockSolver
 from qtool.engine.carry import CarriedStatistics
+from qtool.engine.network import Network
 from qtool.engine.problem import LayerProblem
 from qtool.errors import NumericalError, UsageError
 from qtool.model.plan import Plan
@@ -94,6 +96,13 @@ def asked_of(desk: Desk, statistics: Artifact, **how: Any) -> MitigateRequest:  
 
 def counts(artifact: Artifact) -> dict[str, list[int]]:
     return {n: artifact.tensor(n).tolist() for n in artifact.names() if n.endswith("experts.tokens")}
+
+
+def multipliers(network: Network, layer: int) -> dict[str, float]:
+    """The calibrated multiplier of each input of a loaded block."""
+    roundings = {name: site.rounding for name, site in network.sites[layer].items()}
+    found = {name: one.global_scale for name, one in roundings.items() if one is not None}
+    return {name: float(scale) for name, scale in found.items() if scale is not None}
 
 
 def codes(artifact: Artifact) -> dict[str, Tensor]:
@@ -247,6 +256,7 @@ class TestSolving:
         assert list(notes) == ["1"]
         assert notes["1"]["shrunk_experts"] == [UNSEEN, STARVED]
         assert notes["1"]["experts_rtn"] == []
+        assert sum(notes["1"]["tokens"]) == 2 * TOKENS
         assert found.manifest.counters["shrunk_experts"] == 2
         assert "experts_rtn" not in found.manifest.counters
         assert found.manifest.step.config["experts"] == "routed"
@@ -325,6 +335,27 @@ class TestSolving:
                 amax = max(own) if expert == 0 else max(every)
                 scale = found.tensor(f"layers.1.experts.{expert}.up_down.input_global_scale")
                 assert float(scale) == pytest.approx(float(amax) / (6 * 448), rel=1e-6)
+
+    def test_a_finished_block_is_propagated_as_it_will_be_executed(
+        self, sparse: Desk, sparse_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here = replace(sparse, model=sparse_folder / "mixtral")
+        scheme = weights(here, "fp4-sym-g4-se4m3", activations="fp4-sym-g4-se4m3")
+        seen: dict[str, float] = {}
+        install = BlockSolver.install
+
+        def watched(block: BlockSolver, network: Network, layer: int, *rest: Any) -> None:  # noqa: ANN401 - passed on
+            install(block, network, layer, *rest)
+            seen.update(multipliers(network, layer))
+
+        monkeypatch.setattr(BlockSolver, "install", watched)
+        asked = asked_of(here, here.calibrate(experts="routed"), scheme=scheme, round_activations=True)
+        found, _ = mitigate(asked, here.workspace)
+        subject = open_subject(str(found.path), here.workspace).subject
+        network = Network(subject, device=torch.device("cpu"), dtype=torch.float32)
+        network.load(0)
+        assert len(seen) == 3 + 4 * 2
+        assert seen == multipliers(network, 0)
 
     def test_interrupted_and_run_again(self, desk: Desk, sparse_folder: Path) -> None:
         desk = replace(desk, model=sparse_folder / "mixtral")

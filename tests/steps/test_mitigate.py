@@ -161,14 +161,14 @@ class TestRoundToNearest:
         subject = open_subject(str(artifact.path), desk.workspace).subject
         for name, weight in decoded(artifact, desk.workspace).items():
             layer, _, module = name.removeprefix("model.layers.").partition(".")
-            assert torch.equal(subject.block(int(layer)).state[f"{module}.weight"], weight)
+            assert torch.equal(subject.block(int(layer), torch.float32).state[f"{module}.weight"], weight)
 
     def test_an_adapter_stands_beside_its_weight(self, desk: Desk) -> None:
         artifact, _ = mitigate(
             MitigateRequest(str(desk.model), "rtn+lorc", weights(desk), {"rank": "4"}), desk.workspace
         )
         subject = open_subject(str(artifact.path), desk.workspace).subject
-        content = subject.block(1)
+        content = subject.block(1, torch.float32)
         assert set(content.adapters) == {linear.module for linear in subject.model.family.linears}
         adapter = content.adapters["mlp.down_proj"]
         assert adapter.down.shape == (4, 40)

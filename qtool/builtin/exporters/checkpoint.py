@@ -96,7 +96,7 @@ def write_checkpoint(
     ends = _stored_ends(subject, dtype)
     shards.add(as_stored(model, cast(ends)))
     for layer in range(graph.dims.num_layers):
-        state = subject.folded(layer)
+        state = subject.folded(layer, torch.float32)
         made: dict[str, Tensor] = {}
         for linear in graph.readers_of(layer):
             stored, module = linear_tensors(linear, state), linear.spec.module
