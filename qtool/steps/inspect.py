@@ -163,7 +163,7 @@ def _describe_plan(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Ta
     for (name, kinds, folded), ids in grouped.items():
         sites = [plan.at(site_id) for site_id in ids]
         stored = sum(artifact.header.slots[one].nbytes for id_ in ids for one in artifact.names(f"sites/{id_}/"))
-        flops = None if graph is None else sum(_online_flops(site, name, graph) for site in sites)
+        flops = None if graph is None else round(sum(_online_flops(site, name, graph) for site in sites))
         condition = max((one.log_condition() for site in sites for one in site.operators), default=0.0)
         layers = len({site_id.split(".")[1] if site_id.startswith("layers.") else "" for site_id in ids})
         row = (name, layers, " ".join(kinds), folded, len(kinds) - folded, flops, stored, condition)
@@ -190,7 +190,7 @@ def _online_flops(site: SitePlan, name: str, graph: ModelGraph) -> float:
     def cost(operator: Operator) -> int:
         return operator.flops() * (width // (operator.dim * operator.heads))
 
-    return sum(cost(operator) for operator in site.online) * visited
+    return float(sum(cost(operator) for operator in site.online) * visited)
 
 
 def _describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,38 +31,34 @@ from qtool.testing.promise import CheckError
 
 def random_operator(kind: str, site: Site, generator: torch.Generator) -> Operator:
     """Return an operator of a kind that fits a site; where a site has heads, each gets parameters of its own."""
-    dim, heads = site.dim, site.heads
-    leading = (heads,) if heads > 1 else ()
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def signs(*shape: int) -> Tensor:
-        return (1 - 2 * torch.randint(0, 2, shape, generator=generator)).to(torch.int8)
-
-    def invertible(*shape: int) -> Tensor:
-        size = shape[-1]
-        return torch.eye(size, dtype=torch.float64).add(noise(*shape, size), alpha=0.5 / size**0.5)
-
-    def orthogonal() -> Tensor:
-        q, _ = torch.linalg.qr(noise(*leading, dim, dim))
-        return torch.Tensor.contiguous(q)
-
+    dim, heads, g = site.dim, site.heads, generator
+    each = (heads, dim) if heads > 1 else (dim,)
     makers: Mapping[str, Callable[[], Operator]] = {
-        "shift": lambda: Shift(noise(*leading, dim), heads),
-        "diag": lambda: Diag(
-            signs(*leading, dim) * (0.5 + torch.rand(*leading, dim, generator=generator).double()), heads
-        ),
-        "signs": lambda: Signs(signs(*leading, dim), heads),
-        "perm": lambda: Perm(torch.randperm(dim, generator=generator)),
-        "hadamard": lambda: Hadamard(dim, signs(dim)),
+        "shift": lambda: Shift(_noise(g, *each), heads),
+        "diag": lambda: Diag(_signs(g, *each) * (0.5 + _noise(g, *each).abs()), heads),
+        "signs": lambda: Signs(_signs(g, *each), heads),
+        "perm": lambda: Perm(torch.randperm(dim, generator=g)),
+        "hadamard": lambda: Hadamard(dim, _signs(g, dim)),
         "head_mix": lambda: HeadMix(4, dim // 4),
-        "orthogonal": lambda: Orthogonal(orthogonal(), heads),
-        "affine": lambda: Affine.from_matrix(invertible(*leading, dim), heads),
-        "kron": lambda: Kron(invertible(4), invertible(dim // 4)),
-        "block": lambda: Block(invertible(dim // 4, 4), dim),
+        "orthogonal": lambda: Orthogonal(torch.linalg.qr(_noise(g, *each, dim))[0].contiguous(), heads),
+        "affine": lambda: Affine.from_matrix(_invertible(g, *each), heads),
+        "kron": lambda: Kron(_invertible(g, 4), _invertible(g, dim // 4)),
+        "block": lambda: Block(_invertible(g, dim // 4, 4), dim),
     }
     return makers[kind]()
+
+
+def _noise(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _signs(generator: torch.Generator, *shape: int) -> Tensor:
+    return (1 - 2 * torch.randint(0, 2, shape, generator=generator)).to(torch.int8)
+
+
+def _invertible(generator: torch.Generator, *shape: int) -> Tensor:
+    size = shape[-1]
+    return torch.eye(size, dtype=torch.float64).add(_noise(generator, *shape, size), alpha=0.5 / size**0.5)
 
 
 def claims(site: Site) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -76,9 +73,10 @@ def everything(graph: ModelGraph, *, residual: bool) -> Plan:
 
     Args:
         graph: The model's sites.
-        residual: Whether the residual is transformed too, for which norms are folded.
+        residual: Whether the residual is transformed too, and norms are folded, which a rotation of it needs.
     """
-    return _plan(graph, [site for site in graph.sites.values() if residual or site.id != RESIDUAL], tuple(OPERATORS))
+    sites = [site for site in graph.sites.values() if residual or site.id != RESIDUAL]
+    return replace(_plan(graph, sites, tuple(OPERATORS)), fold_norms=residual)
 
 
 def apart(graph: ModelGraph) -> Iterator[tuple[str, Plan, Iterator[tuple[str, Plan]]]]:

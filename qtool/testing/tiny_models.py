@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ from qtool.engine.execute import BlockExecutable
 from qtool.engine.subject import Subject
 from qtool.model.family import Family
 from qtool.plugins import Plugins
-from qtool.steps.calibrate import CalibrateRequest, calibrate
+from qtool.steps.calibrate import EVERYTHING, CalibrateRequest, calibrate
 from qtool.steps.workspace import Workspace
 
 SIZES: Mapping[str, object] = {
@@ -113,8 +113,9 @@ def tiny_model_of(
     plugins: Plugins,
     *,
     loader: str = "AutoModelForCausalLM",
+    gather: tuple[str, ...] = EVERYTHING,
 ) -> Iterator[TinyModel]:
-    """Make a random model of a config as ``tiny_model`` does."""
+    """Make a random model of a config as ``tiny_model`` does, with statistics by name."""
     with tempfile.TemporaryDirectory() as root:
         folder, text = Path(root) / "model", Path(root) / "text.txt"
         save_tiny_model(folder, config, loader=loader)
@@ -122,7 +123,9 @@ def tiny_model_of(
         letters = torch.randint(97, 123, (2000,), generator=generator)
         text.write_bytes(bytes(letters.tolist()))
         workspace = Workspace(plugins, Path(root) / "home", Path(root) / "cache")
-        request = CalibrateRequest(str(folder), data=str(text), num_samples=6, seq_len=32, token_weight="uniform")
+        request = CalibrateRequest(
+            str(folder), data=str(text), num_samples=6, seq_len=32, gather=gather, token_weight="uniform"
+        )
         with double_precision():
             statistics, _ = calibrate(request, workspace)
         yield TinyModel(folder, workspace, statistics)
@@ -152,6 +155,7 @@ def double_precision() -> Iterator[None]:
         _DoublePrecision.active = False
 
 
+@no_type_check  # tests that check types at run time would spend most of theirs here: torch's every operation passes
 class _DoublePrecision(TorchFunctionMode):
     """Replaces float32 in what transformers' code asks of a float64 tensor."""
 
@@ -166,7 +170,9 @@ class _DoublePrecision(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401 - whatever the function returns
         del types
         kwargs = kwargs or {}
-        narrows = func is Tensor.float or any(one is torch.float32 for one in (*args, kwargs.get("dtype")))
+        narrows = (
+            func is Tensor.float or kwargs.get("dtype") is torch.float32 or any(one is torch.float32 for one in args)
+        )
         if narrows and isinstance(args[0], Tensor) and args[0].dtype == torch.float64 and _asked_by_transformers():
             if func is Tensor.float:
                 return args[0]

@@ -21,10 +21,12 @@ DATA = Path(sys.modules["qtool"].__path__[0]) / "builtin" / "families"
 
 
 def cases() -> Iterator[Any]:
-    for name, family in FAMILIES.items():
+    """Every config of every family; one a family is tested by default, with an untied and a tied head in turn."""
+    for position, (name, family) in enumerate(FAMILIES.items()):
         for index, config in enumerate(family_configs(family)):
             head = "tied" if config.tie_word_embeddings else "untied"
-            yield pytest.param(family, config, id=f"{name}-{index}-{config.model_type}-{head}")
+            marks = [] if index == position % 2 else [pytest.mark.slow]
+            yield pytest.param(family, config, id=f"{name}-{index}-{config.model_type}-{head}", marks=marks)
 
 
 @pytest.mark.parametrize(("family", "config"), list(cases()))

@@ -1,4 +1,4 @@
-"""A stranger's plugin, installed by pip into a fresh environment, joins qtool without a line changed in qtool."""
+"""Strangers' plugins, installed by pip into a fresh environment, join qtool without a line changed in qtool."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "plugins", "tests", "qtool-artifacts")
 TEMPLATE = ROOT / "plugins" / "qtool-template"
+FAMILY = ROOT / "plugins" / "qtool-seed-oss"
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
@@ -29,16 +30,16 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment with qtool and the template, both really built and installed by pip.
+    """A fresh virtual environment with qtool and two plugins, all really built and installed by pip.
 
     What qtool depends on (gigabytes of torch among it) is not installed again: a `.pth` file lets the environment see
-    the packages that run this test. qtool and the template come first, in the environment's own site-packages, and
+    the packages that run this test. qtool and the plugins come first, in the environment's own site-packages, and
     pip builds each from a copy of its folder, with the build backend from the package index.
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
-    for name, source in (("qtool", ROOT), ("template", TEMPLATE)):
+    for name, source in (("qtool", ROOT), ("template", TEMPLATE), ("family", FAMILY)):
         shutil.copytree(source, folder / name, ignore=IGNORED)
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", folder / name, cwd=folder)
     own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
@@ -62,8 +63,20 @@ def test_qtool_itself_came_from_the_built_wheel(environment: Path, tmp_path: Pat
     assert all(file.startswith(str(environment.parent.parent)) for file in files)
 
 
-def test_the_templates_own_tests_pass(environment: Path) -> None:
-    tests = shutil.copytree(TEMPLATE / "tests", environment.parent.parent / "tests", dirs_exist_ok=True)
+def test_the_family_is_listed_with_its_provider(environment: Path, tmp_path: Path) -> None:
+    text = run(environment.with_name("qtool"), "plugins", "families", "--json", cwd=tmp_path)
+    assert "seed-oss" in text
+    assert "qtool-seed-oss" in text
+
+
+def test_a_family_takes_few_lines_of_data() -> None:
+    lines = (FAMILY / "qtool_seed_oss" / "seed_oss.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 30
+
+
+@pytest.mark.parametrize("plugin", [TEMPLATE, FAMILY], ids=lambda plugin: plugin.name)
+def test_a_plugins_own_tests_pass(environment: Path, plugin: Path) -> None:
+    tests = shutil.copytree(plugin / "tests", environment.parent.parent / f"{plugin.name}-tests", dirs_exist_ok=True)
     output = run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, cwd=tests)
     assert " passed" in output
 
