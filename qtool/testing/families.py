@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.subject import Subject
@@ -86,6 +87,7 @@ def _check(tiny: TinyModel, label: str) -> None:
         difference = _difference(expected, logits)
         _require_exact(difference, f"a block does not compute what transformers computes ({label})")
         _check_operators(subject, logits, label)
+    _check_writers(subject, label)
     rotated = "orthogonal" in graph.site(RESIDUAL).foldable
     request = TransformRequest(str(tiny.statistics.path), "quarot", {} if rotated else {"r1": "false"})
     plan = str(transform(request, tiny.workspace)[0].path)
@@ -111,6 +113,21 @@ def _check_operators(subject: Subject, logits: Tensor, label: str) -> None:
                 for kind, one in kinds:
                     _require_exact(change(one), f"`{kind}` at `{site}` is not exact ({label})")
         raise CheckError(f"every operator is exact by itself, and all together are not ({label})")
+
+
+def _check_writers(subject: Subject, label: str) -> None:
+    """Check that what other modules write into the residual is transformed as it is; text alone does not reach them."""
+    plan = everything(subject.model.graph, residual=True)
+    ends = replace(subject, plan=plan).ends()
+    for writer in subject.model.family.writers:
+        weight, bias = f"{writer}.weight", f"{writer}.bias"
+        stored, has_bias = subject.stored(weight).double(), subject.model.has(bias)
+        inputs = torch.randn(4, stored.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        written = linear(inputs, stored, subject.stored(bias).double() if has_bias else None)
+        for operator in plan.at(RESIDUAL).operators:
+            written = operator.act(written)
+        received = linear(inputs, ends[weight], ends[bias] if has_bias else None)
+        _require_exact(_difference(written, received), f"`{writer}` does not write the transformed residual ({label})")
 
 
 def _check_packing(tiny: TinyModel, quantized: str, label: str) -> None:
