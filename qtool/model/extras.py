@@ -9,7 +9,7 @@ from qtool.model.family import Family
 from qtool.model.naming import Place, split_block
 
 _MTP = ("mtp.", "model.mtp.")
-_HEADS = "a head that predicts further tokens (MTP); nothing that is executed reads it"
+FURTHER_HEADS = "a head that predicts further tokens (MTP); nothing that is executed reads it"
 # What older versions of transformers saved beside the weights.
 _BUFFERS = ("inv_freq", "masked_bias")
 _BUFFER = "a buffer, which loaders compute anew"
@@ -38,7 +38,7 @@ def left_alone(places: Mapping[str, Place], family: Family, num_layers: int) -> 
         if name.rpartition(".")[0] in family.writers:
             return ""
         if name.startswith(_MTP) or split_block(name, family)[0] in further:
-            return _HEADS
+            return FURTHER_HEADS
         if _is_buffer(name, places[name]):
             return _BUFFER
         return next((why for start, why in family.untouched.items() if name.startswith(start)), "")

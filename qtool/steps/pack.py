@@ -14,6 +14,8 @@ from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, Artifact, ArtifactWriter, disk_errors, write_atomically
 from qtool.engine.exporter import Exported, Exporter
 from qtool.errors import ArtifactError, PluginError, UsageError
+from qtool.model.extras import FURTHER_HEADS
+from qtool.model.graph import RESIDUAL
 from qtool.steps.labels import labels_of, parameter_counts
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
@@ -59,6 +61,9 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
             hint=f"qtool mitigate {request.source} --method rtn --scheme W4A16",
         )
     exporter.check(opened.subject)
+    rotated = bool(opened.subject.plan.at(RESIDUAL).operators)
+    if rotated and FURTHER_HEADS in opened.model.left_alone.values():
+        workspace.warn("heads for further tokens (MTP) are copied and read a rotated residual: they will draft badly")
     manifest = _manifest(request, exporter, opened, workspace)
     path = (request.output or workspace.home / f"pack-{request.to}-{manifest.key[:12]}").resolve()
     done = _present(path, manifest.key, force=request.force)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtool.artifacts.identity import digest_file
@@ -24,6 +24,7 @@ from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.subjects import open_subject
+from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 
 Quantize = Callable[[str], str]
@@ -275,3 +276,20 @@ def test_the_manifest_is_valid_json_beside_the_weights(quantize: Quantize, works
     stated = json.loads((checkpoint.path / "qtool.json").read_text())
     assert stated["key"] == checkpoint.manifest.key
     assert stated["details"]["written"]["layout"] == "nvfp4-pack-quantized"
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_heads_for_further_tokens_behind_a_rotation_are_spoken_of(
+    source: Path, workspace: Workspace, tmp_path: Path, rotated: bool
+) -> None:
+    model = shutil.copytree(source, tmp_path / "with-heads")
+    head = {"mtp.fc.weight": torch.randn(32, 64).bfloat16()}
+    save_file(load_file(model / "model.safetensors") | head, model / "model.safetensors", {"format": "pt"})
+    scheme = ModelScheme(weights=parse_tensor_scheme("int4-g16", workspace.plugins.format))
+    settings = {"r1": str(rotated).lower(), "r4": "false"}
+    plan, _ = transform(TransformRequest(str(model), "quarot", settings), workspace)
+    quantized, _ = mitigate(MitigateRequest(str(plan.path), "rtn", scheme), workspace)
+    warned: list[str] = []
+    packed, _ = pack(PackRequest(str(quantized.path), "hf"), replace(workspace, warn=warned.append))
+    assert [text for text in warned if "MTP" in text] == warned[: int(rotated)]
+    assert torch.equal(load_file(packed.path / "model.safetensors")["mtp.fc.weight"], head["mtp.fc.weight"])
