@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 Request = TypeVar("Request")
 
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 ROLES = ("model", "statistics", "plan", "quantized")
 CALM = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 """Environment of libraries that would otherwise write between a step's own messages."""
@@ -165,6 +168,11 @@ def calm_libraries(common: Common) -> None:
     """Set the environment of libraries, which most of them read once, when they are imported: before any step is."""
     calm = ({} if common.debug else CALM) | ({} if Bars(quiet=common.quiet).shown else NO_BARS)
     os.environ.update({name: value for name, value in calm.items() if name not in os.environ})
+    # glibc raises the size from which freed memory goes back to the system, and a process then keeps several times what
+    # it needs of blocks that come and go: 2.2 GiB instead of 0.7 on 135 blocks of 6 MiB (2026-11-22).
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 18)
 
 
 def read_inputs(pairs: Sequence[str]) -> dict[str, Path]:
