@@ -7,6 +7,7 @@ A *model scheme* has one tensor scheme each for weights, activations and the KV 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
     <format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-tight|-full|-half][-even|-floor|-rceil]
+        [-c<fraction of the range>]
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class TensorScheme:
             the largest value by half a step where it is positive. Other formats have ``tight`` only.
         exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
             (OCP MX), ``rceil`` (never saturates).
+        clip: Fraction of each group's range that is kept, from 0.01 to 1; what lies outside saturates. A method that
+            searches the range of weights starts from it.
     """
 
     format: str
@@ -56,6 +59,7 @@ class TensorScheme:
     scale: ScaleFormat = "fp32"
     range_rule: RangeRule = "tight"
     exponent_rule: ExponentRule = "even"
+    clip: float = 1.0
 
     def __str__(self) -> str:
         where = f"g{self.group_size}" if self.strategy == "group" else self.strategy
@@ -64,6 +68,8 @@ class TensorScheme:
             parts.append(self.range_rule)
         if self.scale == "e8m0" and self.exponent_rule != "even":
             parts.append(self.exponent_rule)
+        if self.clip != 1:
+            parts.append(f"c{self.clip!r}")
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:
@@ -218,6 +224,7 @@ class Format(Protocol):
 
 
 _GROUP = re.compile(r"g(\d+)")
+_CLIP = re.compile(r"c(\d*\.?\d+)")
 
 
 def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: Strategy = "channel") -> TensorScheme:
@@ -260,9 +267,11 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, range_rule=part)  # type: ignore[arg-type]
     if part in ("even", "floor", "rceil"):
         return replace(scheme, exponent_rule=part)  # type: ignore[arg-type]
+    if kept := _CLIP.fullmatch(part):
+        return replace(scheme, clip=float(kept[1]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
-        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>]"),),
+        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-c<fraction>]"),),
         hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     )
 

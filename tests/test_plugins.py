@@ -60,7 +60,7 @@ def test_a_strangers_plugin_joins_the_built_ins(install: Install) -> None:
     shuffle = plugins.load("transforms", "shuffle")
     assert shuffle.answer == 42
     assert plugins.load("transforms", "shuffle") is shuffle
-    assert "none" in plugins.offers["transforms"]
+    assert "identity" in plugins.offers["transforms"]
 
 
 def test_a_target_is_imported_when_it_is_used_and_not_before(install: Install) -> None:
@@ -145,7 +145,7 @@ def test_a_broken_plugin_is_listed_with_its_reason_and_the_others_work(
     assert reason in plugins.broken["faulty:aaa"]
     assert "\n" not in plugins.broken["faulty:aaa"]
     assert {"mine", "perplexity"} <= set(plugins.offers["metrics"])
-    assert "none" in plugins.offers["transforms"]
+    assert "identity" in plugins.offers["transforms"]
 
 
 @dataclass

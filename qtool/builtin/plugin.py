@@ -18,9 +18,25 @@ def _entry(name: str, target: str, summary: str) -> Entry:
 def register_transforms() -> Sequence[Entry]:
     """Offer qtool's transforms."""
     return [
-        _entry("none", "transforms.none:NoTransform", "leave the model as it is"),
+        _entry("atom", "transforms.atom:Atom", "reorder channels, outliers in a segment of INT8 (2310.19102)"),
+        _entry("awq", "transforms.awq:AWQ", "scales searched for the least error of weights (2306.00978)"),
+        _entry("block-hadamard", "transforms.block_hadamard:BlockHadamard", "rotations of scale groups (2509.23202)"),
+        _entry("cat", "transforms.cat:CAT", "closed-form affine blocks, geometric mean (2603.04359)"),
+        _entry("duquant", "transforms.duquant:DuQuant", "greedy block rotations and a zig-zag order (2406.01721)"),
+        _entry("identity", "transforms.identity:Identity", "leave the model as it is"),
+        _entry(
+            "outlier-suppression-plus",
+            "transforms.outlier_suppression_plus:OutlierSuppressionPlus",
+            "shifts and searched scales (2304.09145)",
+        ),
+        _entry("qserve", "transforms.qserve:QServe", "rotation, smoothed attention, reordered channels (2405.04532)"),
         _entry("quarot", "transforms.quarot:QuaRot", "randomised Hadamard rotations R1 to R4 (2404.00456)"),
+        _entry("quip", "transforms.quip:QuIP", "random Kronecker rotations of both sides of a weight (2307.13304)"),
+        _entry("quip-sharp", "transforms.quip_sharp:QuIPSharp", "randomised Hadamards on both sides (2402.04396)"),
+        _entry("resq", "transforms.resq:ResQ", "principal subspace in a segment of INT8 (2412.14363)"),
+        _entry("sinq", "transforms.sinq:SINQ", "scales that balance rows and columns of weights (2509.22944)"),
         _entry("smoothquant", "transforms.smoothquant:SmoothQuant", "scales from activations to weights (2211.10438)"),
+        _entry("wush", "transforms.wush:WUSH", "closed-form affine blocks from both second moments (2512.00956)"),
     ]
 
 
@@ -152,5 +168,10 @@ def register_kernels() -> Sequence[Entry]:
             "fast-hadamard",
             "qtool.kernels.fast_hadamard:FastHadamard",
             "Dao's Hadamard transform on CUDA (extra `cuda`)",
-        )
+        ),
+        Entry(
+            "triton-hadamard",
+            "qtool.kernels.triton_hadamard:TritonHadamard",
+            "qtool's Hadamard transform on CUDA in Triton, where Dao's is not installed",
+        ),
     ]

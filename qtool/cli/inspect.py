@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qtool.cli.output import write_json
+from qtool.cli.output import write_json, write_line
 from qtool.cli.session import Session, Sources, command
 from qtool.cli.stdin import read_sources
 from qtool.cli.tables import draw
+from qtool.errors import UsageError
 
 
 @command
@@ -19,11 +22,29 @@ def inspect(
     strict: Annotated[
         bool, typer.Option("--strict", help="A parameter that the model's family does not describe is an error.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw activations of statistics as .png or .svg (extra `plot`).")
+    ] = None,
+    plan: Annotated[str, typer.Option(metavar="PLAN", help="Draw them after this plan as well.")] = "",
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE",
+            help="Such as layers.3.mlp_in (repeatable). [default: where the largest activation is]",
+        ),
+    ] = None,
 ) -> None:
     """Show what models and artifacts are.
 
-    A model's parameters, a plan's operators, the losses of each linear, measured values and their protocol.
+    A model's parameters, a plan's operators and what they cost, the losses of each linear, measured values and their
+    protocol. With --plot, a picture of statistics, before a plan and after it.
     """
+    if plot is not None:
+        _plot(session, read_sources(sources), plot, plan, site or ())
+        return
+    if plan or site:
+        given = "--plan" if plan else "--site"
+        raise UsageError(f"`{given}` belongs to `--plot`", hint="qtool inspect STATISTICS --plot picture.png")
     from qtool.steps.inspect import inspect as step
 
     with session.workspace() as workspace:
@@ -33,3 +54,22 @@ def inspect(
             write_json(description.to_json())
         else:
             draw(description)
+
+
+def _plot(session: Session, sources: Sequence[str], output: Path, plan: str, sites: Sequence[str]) -> None:
+    """Draw one picture and print its path."""
+    if len(sources) != 1:
+        raise UsageError(
+            "a picture is of one artifact",
+            facts=(("expected", 1), ("received", len(sources))),
+            hint=f"qtool inspect {sources[0]} --plot {output}",
+        )
+    from qtool.steps.plot import PlotRequest
+    from qtool.steps.plot import plot as step
+
+    with session.workspace() as workspace:
+        description = step(PlotRequest(sources[0], output, plan, tuple(sites)), workspace)
+    if session.common.json:
+        write_json(description.to_json())
+    else:
+        write_line(str(description.facts["path"]))

@@ -59,7 +59,7 @@ def mitigate(
         str | None,
         typer.Option(
             metavar="RULE",
-            help="uniform, inverse-norm[:P] or clip[:K]. [default: that of the statistics]",
+            help="uniform, inverse-norm[:P] or clip[:K]. [default: inverse-norm; that of the statistics with --propagate none]",
         ),
     ] = None,
     experts: Annotated[

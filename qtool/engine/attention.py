@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
 from qtool.engine.online import Turns
 from qtool.scheme import Format, TensorScheme
@@ -36,7 +37,7 @@ class KVPath(nn.Module):
     def __init__(self, operators: tuple[Turns, ...], scheme: TensorScheme | None, fmt: Format | None) -> None:
         super().__init__()
         self.operators = operators
-        self.rounding = None if scheme is None or fmt is None else Rounding(scheme, fmt)
+        self.rounding = None if scheme is None or fmt is None else Rounding(Grid.of(scheme, fmt))
 
     def forward(
         self,

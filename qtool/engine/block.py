@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qtool.engine.experts import Mode
+from qtool.engine.grid import Grid
 from qtool.engine.network import Network
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Solver
 from qtool.engine.starved import DEFAULT_SHARE, Completed, Routing, complete, expert_notes
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, linear_tensors, read_linear
-from qtool.engine.subject import BlockContent
+from qtool.engine.stored import input_scales, linear_tensors, read_input_scales, read_linear
+from qtool.engine.subject import BlockContent, Subject
 from qtool.model.graph import LinearSite
 from qtool.model.statistics import SiteStatistics
-from qtool.scheme import Format, TensorScheme
+
+InputGrids = Callable[[LinearSite], Grid | None]
+"""What the input of a linear is rounded to."""
 
 
-@dataclass(frozen=True)
-class StaticInputs:
-    """Tensor-level multipliers of activations that are calibrated once: their scheme and its format."""
-
-    scheme: TensorScheme
-    format: Format
-
-
-def static_inputs(scheme: TensorScheme, fmt: Format) -> StaticInputs | None:
-    """Return what is static of activations; None where nothing is."""
-    return None if fmt.global_scale(torch.ones(()), scheme) is None else StaticInputs(scheme, fmt)
+def static_inputs(subject: Subject) -> InputGrids | None:
+    """Return what inputs are rounded to if tensor-level multipliers of any are calibrated; None where nothing is."""
+    by_site = {linear.reads: linear for linear in subject.model.graph.linears}
+    grids = [grid for grid in map(subject.input_grid, by_site.values()) if grid is not None]
+    return subject.input_grid if any(part.has_global_scale for grid in grids for part in grid.parts) else None
 
 
 @dataclass
@@ -56,13 +52,13 @@ class BlockSolver:
 
     Attributes:
         solver: Solves linears.
-        inputs: What is static of activations, if anything.
+        inputs: What activations are rounded to, where anything of that is static.
         experts: Which tokens the statistics of experts are of.
         share: Part of even routing below which an expert is starved.
     """
 
     solver: Solver
-    inputs: StaticInputs | None = None
+    inputs: InputGrids | None = None
     experts: Mode = "all"
     share: float = DEFAULT_SHARE
 
@@ -106,17 +102,17 @@ class BlockSolver:
             return {}
         scales: dict[str, Tensor] = {}
         for linear in {linear.reads: linear for linear in linears}.values():
-            amax = known[linear.spec.reads].need("absmax", site=linear.reads).amax().float()
-            scale = self.inputs.format.global_scale(amax, self.inputs.scheme)
-            if scale is not None:
-                scales[f"{linear.reads}{INPUT_GLOBAL_SCALE}"] = scale
+            grid = self.inputs(linear)
+            if grid is not None:
+                absmax = known[linear.spec.reads].need("absmax", site=linear.reads).float()
+                scales |= input_scales(linear.reads, grid.global_scales(absmax))
         return scales
 
     def put(self, network: Network, linears: Sequence[LinearSite], solved: Mapping[str, QuantizedLinear]) -> None:
         """Put decoded weights and adapters into a loaded block."""
         for linear in linears:
             target, found = network.linear(linear.layer, linear.spec.module), solved[linear.name]
-            target.weight.data = found.weight(self.solver.scheme, self.solver.format).to(target.weight)
+            target.weight.data = found.weight(self.solver.grid_of(linear)).to(target.weight)
             target.adapter = found.adapter
 
     def install(self, network: Network, layer: int, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -128,24 +124,25 @@ class BlockSolver:
             state: The block's float tensors by name inside the block.
             tensors: What ``stored`` made of the block.
         """
-        graph, scheme, fmt = self.solver.graph, self.solver.scheme, self.solver.format
+        graph = self.solver.graph
         network.load(layer, BlockContent(state))
         read: dict[str, str] = {}
         for linear in graph.linears_of(layer):  # one at a time: decoded, they take several times what codes take
-            found = read_linear(linear.name, graph.width(linear.spec.reads), tensors, scheme, fmt)
+            found = read_linear(linear.name, graph.width(linear.spec.reads), tensors, self.solver.grid_of(linear))
             self.put(network, [linear], {linear.name: found})
             read |= {linear.spec.reads: linear.reads, linear.observed: linear.reads}
         for site, module in network.sites[layer].items():
-            name = f"{read.get(site, '')}{INPUT_GLOBAL_SCALE}"
-            if module.rounding is not None and name in tensors:
-                module.rounding = replace(module.rounding, global_scale=tensors[name].to(network.device))
+            if module.rounding is not None and site in read:
+                scales = read_input_scales(read[site], module.rounding.grid, tensors.get, network.device)
+                module.rounding = replace(module.rounding, global_scales=scales)
 
     def stored(self, solved: SolvedBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return a solved block as tensors, and what there is to say of it as plain values."""
         tensors = dict(solved.scales)
         counters: Counter[str] = Counter()
+        sites = {linear.name: linear for linear in self.solver.graph.linears}
         for name, linear in solved.linears.items():
-            tensors |= linear_tensors(name, linear, self.solver.scheme, self.solver.format)
+            tensors |= linear_tensors(name, linear, self.solver.grid_of(sites[name]))
             counters.update(linear.counters)
         experts = expert_notes(solved.seen)
         counters.update({name: len(experts[name]) for name in ("shrunk_experts", "experts_rtn") if name in experts})

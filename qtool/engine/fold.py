@@ -6,7 +6,7 @@ ones. In front of a norm's linears the order is: the norm's weight, the residual
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtool.errors import UsageError
 from qtool.model.family import Norm
-from qtool.model.graph import HEAD_IN, RESIDUAL, LinearSite, ModelGraph
+from qtool.model.graph import HEAD_IN, OUTPUT, RESIDUAL, LinearSite, ModelGraph
 from qtool.model.plan import Plan
 from qtool.numerics.operators import Operator
 
@@ -23,6 +23,8 @@ State = Mapping[str, Tensor]
 ROWS = 1024
 """Rows of an embedding that are folded at once: so many that a product rounds them as it rounds them all."""
 SHIFT = "shift"
+QUERIES_AND_KEYS = ("queries", "keys")
+KEYS = QUERIES_AND_KEYS[1]
 
 
 def input_operators(graph: ModelGraph, plan: Plan, layer: int, reads: str) -> tuple[Operator, ...]:
@@ -69,6 +71,9 @@ def fold_block(
         site, norm = plan.at(f"layers.{layer}.{reads}"), graph.norm_of(reads)
         if norm is not None:
             folded |= _fold_norm(norm, plan, site.operators[: site.folded], state)
+    if graph.family.rotary is not None and graph.family.rotary.norms is not None:
+        for written, norm in zip(QUERIES_AND_KEYS, graph.family.rotary.norms, strict=True):
+            folded |= _fold_norm(norm, plan, _in_front_of_positions(plan, layer, written), state)
     for through in {one.spec.writes_through for one in graph.readers_of(layer) if one.spec.writes_through}:
         folded |= _reorder_norm(through, plan.at(RESIDUAL).operators, state)
     return folded
@@ -85,13 +90,27 @@ def fold_linear(graph: ModelGraph, plan: Plan, linear: LinearSite, state: State)
     for operator in input_operators(graph, plan, layer, reads):
         bias = operator.bias_in(weight, bias)
         weight = operator.weight_in(weight)
-    for site, rows in graph.rows(linear.spec):
-        for operator in _absorbed(plan, layer, site):
-            weight = _at_rows(operator.weight_out, weight, rows)
-            if operator.group == SHIFT and bias is None:
-                bias = torch.zeros_like(weight[:, 0])
-            bias = None if bias is None else _at_rows(operator.bias_out, bias, rows)
+    for operator, rows in _written(graph, plan, linear):
+        weight = _at_rows(operator.weight_out, weight, rows)
+        if operator.group == SHIFT and bias is None:
+            bias = torch.zeros_like(weight[:, 0])
+        bias = None if bias is None else _at_rows(operator.bias_out, bias, rows)
     return weight, bias
+
+
+def _written(graph: ModelGraph, plan: Plan, linear: LinearSite) -> Iterator[tuple[Operator, tuple[slice, ...]]]:
+    """Yield the operators that the output side of a linear absorbs, each with its rows, in order."""
+    for site, rows in graph.rows(linear.spec):
+        yield from ((operator, rows) for operator in _absorbed(graph, plan, linear.layer, site))
+    for site, rows in graph.rows_in_order(linear.spec):
+        absorbed = _absorbed(graph, plan, linear.layer, site)
+        yield from ((operator, rows) for operator in absorbed if operator.is_permutation)
+    yield from ((operator, (slice(None),)) for operator in output_operators(plan, linear))
+
+
+def output_operators(plan: Plan, linear: LinearSite) -> tuple[Operator, ...]:
+    """Return what a linear's rows absorb for its own sake, and what is undone behind it."""
+    return plan.at(f"layers.{linear.layer}.{OUTPUT}.{linear.spec.module}").operators
 
 
 def fold_ends(
@@ -164,12 +183,21 @@ def _by_rows(fold: Callable[[Tensor], Tensor], weight: Float[Tensor, "out in"], 
     return folded
 
 
-def _absorbed(plan: Plan, layer: int, written: str) -> tuple[Operator, ...]:
+def _absorbed(graph: ModelGraph, plan: Plan, layer: int, written: str) -> tuple[Operator, ...]:
     """Return the operators that the output side of a linear absorbs at the site that it writes."""
     if written == RESIDUAL:
         return plan.at(RESIDUAL).operators
+    if written in QUERIES_AND_KEYS:
+        shared = graph.family.rotary is not None and graph.family.rotary.norms is not None
+        return () if shared else _in_front_of_positions(plan, layer, written)
     site = plan.at(f"layers.{layer}.{written}")
     return site.operators[: site.folded]
+
+
+def _in_front_of_positions(plan: Plan, layer: int, written: str) -> tuple[Operator, ...]:
+    """Return what keys meet in front of the rotary positions, or what queries meet: there is only what is diagonal."""
+    operators = plan.at(f"layers.{layer}.qk_pre").operators
+    return operators if written == KEYS else tuple(operator.inverse() for operator in operators)
 
 
 def _at_rows(fold: Callable[[Tensor], Tensor], tensor: Tensor, rows: tuple[slice, ...]) -> Tensor:

@@ -10,25 +10,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qtool.engine.grid import GlobalScales, Grid, GridPart
 from qtool.engine.online import Acts
 from qtool.engine.problem import Adapter
-from qtool.numerics.groups import from_groups, to_groups
-from qtool.scheme import Format, TensorScheme
+from qtool.numerics.groups import from_groups
 
 Observer = Callable[[Float[Tensor, "tokens n"]], None]
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How activations are quantized: dynamic scales, and a calibrated tensor-level multiplier if any.
+    """How activations are quantized: dynamic scales in each part of a grid, and calibrated multipliers if any.
 
     What all tokens share (the scale of the strategy ``tensor``, a multiplier that was not calibrated) is taken over one
     window, so that no window sees which others run beside it. Values of more than two axes are windows along the first.
+
+    Attributes:
+        grid: The parts of the last axis.
+        global_scales: The calibrated tensor-level multiplier of each part; none where nothing was calibrated.
     """
 
-    scheme: TensorScheme
-    format: Format
-    global_scale: Float[Tensor, ""] | None = None
+    grid: Grid
+    global_scales: GlobalScales = ()
 
     def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return the values that the codes of ``x`` stand for, in the dtype of ``x``."""
@@ -39,20 +42,32 @@ class Rounding:
     @property
     def shared(self) -> bool:
         """Whether the tokens of a window share something that is fitted to them."""
-        return self.scheme.strategy == "tensor" or self._fits_multiplier
+        return any(part.scheme.strategy == "tensor" for part in self.grid.parts) or any(self._fits_multiplier)
 
     @cached_property
-    def _fits_multiplier(self) -> bool:
-        """Whether the format wants a tensor-level multiplier and none was calibrated."""
-        return self.global_scale is None and self.format.global_scale(torch.ones(()), self.scheme) is not None
+    def _calibrated(self) -> GlobalScales:
+        """The calibrated multiplier of each part."""
+        return self.global_scales or (None,) * len(self.grid.parts)
+
+    @cached_property
+    def _fits_multiplier(self) -> tuple[bool, ...]:
+        """Whether the format of each part wants a tensor-level multiplier and none was calibrated."""
+        scales = zip(self.grid.parts, self._calibrated, strict=True)
+        return tuple(scale is None and part.has_global_scale for part, scale in scales)
 
     def _rounded(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        groups = to_groups(x, self.scheme.strategy, self.scheme.group_size)
-        scale = self.global_scale
-        if self._fits_multiplier:
-            scale = self.format.global_scale(x.abs().amax().float(), self.scheme)
-        parameters = self.format.fit(groups.float(), self.scheme, global_scale=scale)
-        return from_groups(self.format.round(groups, parameters), x.shape)
+        rounded = []
+        places = self.grid.places(x.shape[-1])
+        for (columns, part), scale, fits in zip(places, self._calibrated, self._fits_multiplier, strict=True):
+            values = x[..., columns]
+            multiplier = part.global_scale(values.abs().amax().float()) if fits else scale
+            rounded.append(_rounded_part(values, part, multiplier))
+        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=-1)
+
+
+def _rounded_part(x: Float[Tensor, "*batch n"], part: GridPart, scale: Tensor | None) -> Float[Tensor, "*batch n"]:
+    groups = part.groups(x)
+    return from_groups(part.format.round(groups, part.fit(groups.float(), global_scale=scale)), x.shape)
 
 
 class SiteInput(nn.Module):
@@ -173,12 +188,15 @@ class ExecutedLinear(nn.Module):
         self.site = site
         site.readers += 1
         self.adapter: Adapter | None = None
+        self.undone: tuple[Acts, ...] = ()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Return ``Ŵ x̂ + b``, and ``up (down x̂)`` with an adapter."""
+        """Return ``Ŵ x̂ + b``, with ``up (down x̂)`` of an adapter, behind what undoes operators on the output."""
         x = self.site(x)
         y = torch.nn.functional.linear(x, self.weight, self.bias)
         if self.adapter is not None:
             down, up = self.adapter.down.to(x), self.adapter.up.to(x)
             y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+        for operator in self.undone:
+            y = operator.act(y)
         return y

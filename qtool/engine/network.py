@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
 from qtool.engine.experts import ExecutedExperts, Mode, executed_experts
+from qtool.engine.fold import output_operators
 from qtool.engine.linear import ExecutedLinear, Observer, SiteInput
 from qtool.engine.online import with_kernels
 from qtool.engine.stubs import Stub, UnpackedError, stubs_for
@@ -161,7 +162,10 @@ class Network:
         if layer in self.experts:
             self.experts[layer].reset()
         for linear in graph.linears_of(layer):
-            self.linear(layer, linear.spec.module).adapter = content.adapters.get(linear.spec.module)
+            target = self.linear(layer, linear.spec.module)
+            target.adapter = content.adapters.get(linear.spec.module)
+            undone = [one.inverse() for one in reversed(output_operators(self.subject.plan, linear))]
+            target.undone = with_kernels(undone, self.subject.plugins, self.device)
         return content
 
     def linear(self, layer: int, module: str) -> ExecutedLinear:

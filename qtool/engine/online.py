@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtool.kernels.kernel import Kernel
 from qtool.numerics.hadamard import hadamard_core, hadamard_factors
-from qtool.numerics.operators import Hadamard, Operator
+from qtool.numerics.operators import Hadamard, HeadMix, Operator
 from qtool.plugins import Plugins
 
 
@@ -38,30 +38,35 @@ class Turns(Acts, Protocol):
 class KernelHadamard:
     """A Hadamard operator whose power-of-two factor runs in a kernel."""
 
-    operator: Hadamard
+    operator: Hadamard | HeadMix
     kernel: Kernel
 
     def act(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return what ``operator.act`` returns."""
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.operator.signs is not None:
-            y = y * self.operator.signs.to(y)
-        power = hadamard_factors(self.operator.n)[1]
-        y = self.kernel.run(y.reshape(*y.shape[:-1], -1, power)).flatten(-2)
-        return hadamard_core(y).to(x.dtype)
+        return self.operator.act_by(self._rotate, x)
 
     def weight_in(self, w: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return what ``operator.weight_in`` returns: a rotation is its own inverse transpose."""
         return self.act(w)
 
+    def _rotate(self, x: Float[Tensor, "*batch n"], *, transpose: bool) -> Float[Tensor, "*batch n"]:
+        """Return ``hadamard_rotate(x)``: the factors ``H_K`` and ``H_P`` commute, and ``H_P`` is symmetric."""
+        core, power = hadamard_factors(x.shape[-1])
+        y = x if core == 1 else x.reshape(*x.shape[:-1], core, power)
+        if power > 1:
+            y = self.kernel.run(y)
+        return hadamard_core(y.reshape(x.shape), transpose=transpose)
+
 
 def with_kernels(operators: Sequence[Operator], plugins: Plugins, device: torch.device) -> tuple[Turns, ...]:
-    """Return the operators, those replaced that a kernel on offer runs on this device."""
-    kernels = [plugins.load("kernels", name) for name in plugins.offers["kernels"]] if device.type != "cpu" else []
+    """Return the operators, those replaced that a kernel on offer runs on this device.
+
+    Of several kernels that support the device the one with the lowest ``preference`` runs, then by name.
+    """
+    names = sorted(plugins.offers["kernels"]) if device.type != "cpu" else []
+    kernels: list[Kernel] = [plugins.load("kernels", name) for name in names]
     usable = [kernel for kernel in kernels if kernel.operation == "sylvester" and kernel.supports(device)]
-    return tuple(KernelHadamard(o, usable[0]) if usable and _plain(o) else o for o in operators)  # type: ignore[arg-type]
-
-
-def _plain(operator: Operator) -> bool:
-    """Say whether an operator is an untransposed Hadamard over its whole axis."""
-    return isinstance(operator, Hadamard) and operator.block_size == operator.n and not operator.transposed
+    best = min(usable, key=lambda kernel: kernel.preference, default=None)
+    if best is None:
+        return tuple(operators)
+    return tuple(KernelHadamard(o, best) if isinstance(o, Hadamard | HeadMix) else o for o in operators)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qtool.errors import UsageError
 from qtool.model.graph import HEAD_IN, RESIDUAL, ModelGraph, Site
-from qtool.model.plan import Plan, Proposal, SitePlan
+from qtool.model.plan import Plan, Proposal, Segment, SitePlan
 from qtool.numerics.operators import Diag, Operator, OperatorGroup, Shift, Signs
 
 ABSORBED_BY: Mapping[OperatorGroup, frozenset[str]] = {
@@ -36,22 +36,25 @@ def extend(plan: Plan, proposal: Proposal, graph: ModelGraph, *, method: str) ->
     Raises:
         UsageError: An operator is not exact at its site; says why and what is.
     """
+    _check_apart(plan, proposal, graph, method)
     sites = dict(plan.sites)
-    for site_id, operators in proposal.items():
-        site = graph.site(site_id)
+    for site_id in dict.fromkeys((*proposal.operators, *proposal.segments)):
+        site, before, operators = graph.site(site_id), plan.at(site_id), proposal.operators.get(site_id, ())
         for operator in operators:
-            _check_size(operator, site, method)
-        joined = (*plan.at(site_id).operators, *operators)
+            _check_operator(operator, site, method)
+        joined = (*before.operators, *operators)
         folded = _folded(joined, site)
         for operator in joined[folded:]:
             if not site.online or operator.group in site.refused:
                 raise _refusal(operator, site, method)
-        sites[site_id] = SitePlan(joined, folded)
+        segments = proposal.segments.get(site_id, before.segments)
+        _check_segments(segments, site, graph, method)
+        sites[site_id] = SitePlan(joined, folded, segments)
     extended = replace(plan, sites=sites)
-    return _rotated(extended, proposal, graph) if proposal.get(RESIDUAL) else extended
+    return _rotated(extended, proposal.operators, graph) if proposal.operators.get(RESIDUAL) else extended
 
 
-def _rotated(plan: Plan, proposal: Proposal, graph: ModelGraph) -> Plan:
+def _rotated(plan: Plan, proposal: Mapping[str, Sequence[Operator]], graph: ModelGraph) -> Plan:
     """Return the plan with norms folded, as a rotation of the residual needs.
 
     Diagonals of the methods to the left that only lived in a norm vanish with its weight. A permutation, with signs or
@@ -69,7 +72,7 @@ def _rotated(plan: Plan, proposal: Proposal, graph: ModelGraph) -> Plan:
             moved.add(name)
         elif rotates:
             kept = site.operators[earlier:]
-            sites[site_id] = SitePlan(kept, _folded(kept, graph.site(site_id)))
+            sites[site_id] = SitePlan(kept, _folded(kept, graph.site(site_id)), site.segments)
             vanished.add(name)
         else:
             reordered = (_reordered(operator, proposal[RESIDUAL]) for operator in site.operators[:earlier])
@@ -102,13 +105,47 @@ def _folded(operators: tuple[Operator, ...], site: Site) -> int:
     return len(operators)
 
 
-def _check_size(operator: Operator, site: Site, method: str) -> None:
+def _check_apart(plan: Plan, proposal: Proposal, graph: ModelGraph, method: str) -> None:
+    """Refuse to mix or to move channels that a method to the left set apart in a segment."""
+    for site_id, site in plan.sites.items():
+        if not site.segments:
+            continue
+        name = graph.site(site_id).name
+        around = [site_id]
+        around += [RESIDUAL] if graph.from_residual(name) else []
+        around += [f"{site_id.removesuffix(name)}vo"] if name == "o_in" else []
+        for place in around:
+            if any(not (one.is_diagonal or one.group == "shift") for one in proposal.operators.get(place, ())):
+                raise UsageError(
+                    f"`{method}` would mix channels that an earlier method set apart at `{site_id}`",
+                    hint=f"put `{method}` in front of the method that sets channels apart",
+                )
+
+
+def _check_segments(segments: tuple[Segment, ...], site: Site, graph: ModelGraph, method: str) -> None:
+    """Refuse segments where no linear reads, and more channels than there are."""
+    if not segments:
+        return
+    width = graph.width(site.name) if graph.consumers(site) and site.name != "vo" else 0
+    apart = sum(segment.channels for segment in segments)
+    if not width or any(segment.channels < 1 for segment in segments) or apart >= width:
+        raise UsageError(
+            f"`{method}` sets apart channels that `{site.id}` does not have",
+            facts=(("channels", width), ("set apart", [segment.channels for segment in segments])),
+        )
+
+
+def _check_operator(operator: Operator, site: Site, method: str) -> None:
     """Refuse an operator that is neither of one vector of the site nor made of blocks of it.
 
     Heads that repeat in front of their consumers (``vo``, where nothing runs online) take operators of one head only:
     what mixes heads, or splits one, would meet other channels in v_proj than in o_proj.
     """
-    of_one = operator.dim == site.dim and operator.heads in (1, site.heads)
+    if isinstance(operator, Diag | Signs):
+        s = operator.s
+        if any(bool((s[..., one] != s[..., other]).any()) for one, other in site.ties):
+            raise _refusal(operator, site, method)
+    of_one = site.dim in (operator.dim, 0) and operator.heads in (1, site.heads)
     of_blocks = site.name != "vo" and operator.dim * operator.heads == site.dim
     if not (of_one or of_blocks):
         raise UsageError(

@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from qtool.engine.grid import GlobalScales, Grid
 from qtool.errors import UsageError
-from qtool.numerics.groups import from_groups, to_groups
-from qtool.scheme import Format, GroupParameters, TensorScheme
+from qtool.scheme import GroupParameters
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,22 @@ class QuantizedLinear:
 
     Attributes:
         codes: One code a weight, in ``[0, 2**bits)``, in storage order; straight from the solver, never re-fitted.
-        parameters: Scales and zero points ``[out, groups]`` as stored, and the tensor-level multiplier.
+        parameters: Of each part of the grid: scales and zero points ``[out, groups]`` as stored, and the tensor-level
+            multiplier.
         adapter: Low-rank correction, if any.
         report: What happened, as numbers: ``loss`` and ``loss_rtn`` (tr(EHEᵀ)/tr(WHWᵀ)), ``dampening_frac``, ….
         counters: What was not as usual, summed over the model: ``dead_columns``, ``raised_dampening``, ….
     """
 
     codes: UInt8[Tensor, "out in"]
-    parameters: GroupParameters
+    parameters: tuple[GroupParameters, ...]
     adapter: Adapter | None = None
     report: Mapping[str, float] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
 
-    def weight(self, scheme: TensorScheme, fmt: Format) -> Float[Tensor, "out in"]:
+    def weight(self, grid: Grid) -> Float[Tensor, "out in"]:
         """Return the decoded weight in float32, without the adapter."""
-        groups = to_groups(self.codes, scheme.strategy, scheme.group_size)
-        return from_groups(fmt.decode(groups, self.parameters), self.codes.shape)
+        return grid.decode(self.codes, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class LayerProblem:
     Attributes:
         name: Full module name, for messages.
         weight: The weight after the transform, float32. Never modified.
-        scheme: How it is to be stored.
-        format: The format of ``scheme``.
+        grid: What it is to be rounded to.
         hessian: Weighted mean of x xᵀ over calibration tokens, float32, or None when it was not gathered.
         entries: Other statistics of the layer's input by name (``absmax``, ``mean_abs``, ``sample``, …).
-        global_scale: Tensor-level multiplier that the layer must use (shared with its siblings), or None.
+        global_scales: Tensor-level multipliers that the parts of the grid must use (shared with the layer's siblings);
+            empty where the layer may choose its own.
         seed: Seeds whatever is random.
         previous: What the method to the left made, or None for the first.
         memory: What methods remember of ``hessian`` and ``entries`` for the other linears that have the same ones, such
@@ -66,11 +66,10 @@ class LayerProblem:
 
     name: str
     weight: Float[Tensor, "out in"]
-    scheme: TensorScheme
-    format: Format
+    grid: Grid
     hessian: Float[Tensor, "in in"] | None = None
     entries: Mapping[str, Tensor] = field(default_factory=dict)
-    global_scale: Float[Tensor, ""] | None = None
+    global_scales: GlobalScales = ()
     seed: int = 0
     previous: QuantizedLinear | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -98,7 +97,8 @@ class Mitigator(Protocol):
     """Turns one linear's weight into codes while compensating the error.
 
     Class attributes: ``version`` (raised whenever output bits change), ``needs`` (statistics of the layer's input
-    that it reads: ``hessian`` and the like) and ``Config`` (a frozen dataclass of its options).
+    that it reads: ``hessian`` and the like) and ``Config`` (a frozen dataclass of its options; those that need more
+    statistics say so in a property ``needs``).
     """
 
     version: int

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear, SiblingMitigator
 from qtool.errors import NumericalError
 from qtool.model.graph import LinearSite, ModelGraph
 from qtool.model.statistics import SiteStatistics
-from qtool.scheme import Format, TensorScheme
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -29,6 +29,11 @@ class Method:
     mitigator: Mitigator
     config: Any
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that the mitigator reads, and those that its options ask for."""
+        return (*self.mitigator.needs, *getattr(self.config, "needs", ()))
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -37,23 +42,21 @@ class Solver:
     Attributes:
         graph: The model's sites and linears.
         methods: Run left to right on every linear.
-        scheme: How weights are stored.
-        format: The format of ``scheme``.
+        grid_of: Says what the weight of a linear is rounded to.
         seed: Seeds whatever is random; every linear gets its own.
         device: Where the mathematics runs.
     """
 
     graph: ModelGraph
     methods: Sequence[Method]
-    scheme: TensorScheme
-    format: Format
+    grid_of: Callable[[LinearSite], Grid]
     seed: int
     device: torch.device
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics that the methods read."""
-        return tuple(dict.fromkeys(name for method in self.methods for name in method.mitigator.needs))
+        return tuple(dict.fromkeys(name for method in self.methods for name in method.needs))
 
     def solve(
         self,
@@ -92,24 +95,23 @@ class Solver:
         memory: dict[Any, Any] = {}
         for fused in _grouped(readers, lambda linear: linear.fused_with).values():
             weights = [state[f"{one.spec.module}.weight"].to(self.device, torch.float32) for one in fused]
-            amax = torch.stack([weight.abs().amax() for weight in weights]).amax()
-            multiplier = self.format.global_scale(amax, self.scheme)
+            grid = self.grid_of(fused[0])
+            multipliers = grid.global_scales(torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
             problems = [
                 LayerProblem(
                     name=linear.name,
                     weight=weight,
-                    scheme=self.scheme,
-                    format=self.format,
+                    grid=grid,
                     hessian=known.get("hessian"),
                     entries=known,
-                    global_scale=multiplier,
+                    global_scales=multipliers,
                     seed=self.seed + self._places[linear.name],
                     memory=memory,
                 )
                 for linear, weight in zip(fused, weights, strict=True)
             ]
             rows = sum(len(problem.weight) for problem in (*stack, *problems))
-            if stack and (rows > MOST_ROWS or multiplier is not None):
+            if stack and (rows > MOST_ROWS or any(one is not None for one in multipliers)):
                 yield stack
                 stack = []
             stack += problems

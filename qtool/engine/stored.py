@@ -1,68 +1,117 @@
 """How quantized linears lie in an artifact: dense codes, scales in their storage format, adapters.
 
 Names are ``<linear>.codes``, ``.scale``, ``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, and
-``<site>.input_global_scale``. Codes are a dense bit stream along the input axis, so the bytes stored are the bytes
-that bits per weight counts.
+``<site>.input_global_scale``; of channels that are set apart ``<linear>.segments.<i>.codes`` and so on. Codes are a
+dense bit stream along the input axis, so the bytes stored are the bytes that bits per weight counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from qtool.engine.grid import GlobalScales, Grid, GridPart
 from qtool.engine.problem import Adapter, QuantizedLinear
 from qtool.numerics.packing import pack_codes, unpack_codes
 from qtool.numerics.scales import decode_scale, encode_scale
-from qtool.scheme import Format, GroupParameters, TensorScheme
+from qtool.scheme import GroupParameters
 
 INPUT_GLOBAL_SCALE = ".input_global_scale"
 
 
-def linear_tensors(name: str, linear: QuantizedLinear, scheme: TensorScheme, fmt: Format) -> dict[str, Tensor]:
+def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, Tensor]:
     """Return a quantized linear as the tensors that are stored."""
-    parameters = linear.parameters
-    tensors = {
-        f"{name}.codes": pack_codes(linear.codes, fmt.bits),
-        f"{name}.scale": encode_scale(parameters.scale, scheme.scale),
-    }
-    if parameters.zero_point is not None:
-        zero_point = parameters.zero_point
-        are_codes = bool(((zero_point >= 0) & (zero_point < 2**fmt.bits) & (zero_point.frac() == 0)).all())
-        packed = pack_codes(zero_point.to(torch.uint8), fmt.bits) if are_codes else zero_point.float()
-        tensors[f"{name}.zero_point"] = packed
-    if parameters.global_scale is not None:
-        tensors[f"{name}.global_scale"] = parameters.global_scale.float()
+    tensors: dict[str, Tensor] = {}
+    places = grid.places(linear.codes.shape[1])
+    for prefix, (columns, part), parameters in zip(_names(name, grid), places, linear.parameters, strict=True):
+        tensors |= _part_tensors(prefix, linear.codes[:, columns], parameters, part)
     if linear.adapter is not None:
         tensors |= {f"{name}.adapter.down": linear.adapter.down, f"{name}.adapter.up": linear.adapter.up}
     return tensors
 
 
-def read_linear(
-    name: str, n_in: int, tensors: Mapping[str, Tensor], scheme: TensorScheme, fmt: Format
-) -> QuantizedLinear:
+def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
     """Read what ``linear_tensors`` made.
 
     Args:
         name: Module name of the linear.
         n_in: Its number of inputs.
         tensors: Its stored tensors by full name.
-        scheme: Scheme of the weights.
-        fmt: Its format.
+        grid: What it was rounded to.
 
     Returns:
         The quantized linear, without its report.
     """
-    scale = decode_scale(tensors[f"{name}.scale"], scheme.scale)
+    codes, parameters = [], []
+    for prefix, (columns, part) in zip(_names(name, grid), grid.places(n_in), strict=True):
+        codes.append(unpack_codes(tensors[f"{prefix}.codes"], part.format.bits, columns.stop - columns.start))
+        parameters.append(_read_parameters(prefix, tensors, part))
+    down, up = tensors.get(f"{name}.adapter.down"), tensors.get(f"{name}.adapter.up")
+    adapter = None if down is None or up is None else Adapter(down, up)
+    return QuantizedLinear(codes[0] if len(codes) == 1 else torch.cat(codes, dim=1), tuple(parameters), adapter)
+
+
+def input_scales(site_id: str, scales: GlobalScales) -> dict[str, Tensor]:
+    """Return the calibrated tensor-level multipliers of a site's activations as they are stored."""
+    names = _prefixes(site_id, len(scales))
+    return {f"{prefix}{INPUT_GLOBAL_SCALE}": one for prefix, one in zip(names, scales, strict=True) if one is not None}
+
+
+def read_input_scales(
+    site_id: str, grid: Grid, find: Callable[[str], Tensor | None], device: torch.device
+) -> GlobalScales:
+    """Read what ``input_scales`` made.
+
+    Args:
+        site_id: The site.
+        grid: What its activations are rounded to.
+        find: Finds a stored tensor by name.
+        device: Where the multipliers are to be.
+
+    Returns:
+        The multiplier of each part; None for one that has no calibrated one.
+    """
+    found = (find(f"{prefix}{INPUT_GLOBAL_SCALE}") for prefix in _names(site_id, grid))
+    return tuple(None if one is None else one.to(device) for one in found)
+
+
+def _names(name: str, grid: Grid) -> Iterator[str]:
+    """Yield how the names of a part's tensors begin."""
+    return _prefixes(name, len(grid.parts))
+
+
+def _prefixes(name: str, parts: int) -> Iterator[str]:
+    yield name
+    yield from (f"{name}.segments.{index}" for index in range(parts - 1))
+
+
+def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: GridPart) -> dict[str, Tensor]:
+    """Return the stored tensors of one part."""
+    bits = part.format.bits
+    tensors = {
+        f"{name}.codes": pack_codes(codes, bits),
+        f"{name}.scale": encode_scale(parameters.scale, part.scheme.scale),
+    }
+    zero_point = parameters.zero_point
+    if zero_point is not None:
+        are_codes = bool(((zero_point >= 0) & (zero_point < 2**bits) & (zero_point.frac() == 0)).all())
+        rows = zero_point.reshape(-1, zero_point.shape[-1])  # that of a whole tensor has one axis
+        tensors[f"{name}.zero_point"] = pack_codes(rows.to(torch.uint8), bits) if are_codes else zero_point.float()
+    if parameters.global_scale is not None:
+        tensors[f"{name}.global_scale"] = parameters.global_scale.float()
+    return tensors
+
+
+def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart) -> GroupParameters:
+    """Read the parameters of one part."""
+    scale = decode_scale(tensors[f"{name}.scale"], part.scheme.scale)
     zero_point = tensors.get(f"{name}.zero_point")
     if zero_point is not None and zero_point.dtype == torch.uint8:
-        zero_point = unpack_codes(zero_point, fmt.bits, scale.shape[-1])
-    parameters = GroupParameters(
+        zero_point = unpack_codes(zero_point, part.format.bits, scale.shape[-1]).reshape(scale.shape)
+    return GroupParameters(
         scale=scale,
         zero_point=None if zero_point is None else zero_point.float(),
         global_scale=tensors.get(f"{name}.global_scale"),
     )
-    down, up = tensors.get(f"{name}.adapter.down"), tensors.get(f"{name}.adapter.up")
-    adapter = None if down is None or up is None else Adapter(down, up)
-    return QuantizedLinear(unpack_codes(tensors[f"{name}.codes"], fmt.bits, n_in), parameters, adapter)

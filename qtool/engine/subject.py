@@ -14,9 +14,10 @@ from torch import Tensor
 
 from qtool.artifacts.store import Artifact
 from qtool.engine.fold import fold_block, fold_ends
+from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
 from qtool.engine.problem import Adapter, QuantizedLinear
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, read_linear
+from qtool.engine.stored import read_input_scales, read_linear
 from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.source import Model
@@ -82,35 +83,56 @@ class Subject:
         state = self.folded(layer, dtype)
         adapters: dict[str, Adapter] = {}
         if self.quantized is not None and self.scheme.weights is not None:
-            fmt = self.plugins.format(self.scheme.weights.format)
             for linear in self.model.graph.linears_of(layer):
                 found = self.linear(linear)
-                state[f"{linear.spec.module}.weight"] = found.weight(self.scheme.weights, fmt)
+                state[f"{linear.spec.module}.weight"] = found.weight(self.weight_grid(linear))
                 if found.adapter is not None:
                     adapters[linear.spec.module] = found.adapter
         return BlockContent(state, adapters)
 
     def linear(self, linear: LinearSite) -> QuantizedLinear:
         """Read one quantized linear."""
-        if self.quantized is None or self.scheme.weights is None:
+        if self.quantized is None:
             raise LookupError(linear.name)
         prefix = f"{linear.name}."
         tensors = {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}
-        scheme = self.scheme.weights
         width = self.model.graph.width(linear.spec.reads)
-        return read_linear(linear.name, width, tensors, scheme, self.plugins.format(scheme.format))
+        return read_linear(linear.name, width, tensors, self.weight_grid(linear))
 
-    def rounding(self, layer: int, site: str, device: torch.device) -> Rounding | None:
-        """Return how the activations of a site are quantized, or None."""
+    def weight_grid(self, linear: LinearSite) -> Grid:
+        """Return what the weight of a linear is rounded to.
+
+        Raises:
+            LookupError: The scheme leaves weights as they are.
+        """
+        if self.scheme.weights is None:
+            raise LookupError(linear.name)
+        return Grid.segmented(self.scheme.weights, self.plan.at(linear.reads).segments, self.plugins.format)
+
+    def input_grid(self, linear: LinearSite) -> Grid | None:
+        """Return what the input of a linear is rounded to, or None."""
+        return self._activation_grid(linear.layer, linear.spec.reads)
+
+    def _activation_grid(self, layer: int, site: str) -> Grid | None:
         scheme = self.scheme.activations
         if scheme is None:
             return None
         if self.scheme.scale_per_head and site == "o_in":
             scheme = replace(scheme, strategy="group", group_size=self.model.graph.dims.head_dim)
-        name = f"layers.{layer}.{site}{INPUT_GLOBAL_SCALE}"
-        stored = self.quantized is not None and name in self.quantized.header.slots
-        scale = self.quantized.tensor(name).to(device) if self.quantized is not None and stored else None
-        return Rounding(scheme, self.plugins.format(scheme.format), scale)
+        return Grid.segmented(scheme, self.plan.at(f"layers.{layer}.{site}").segments, self.plugins.format)
+
+    def rounding(self, layer: int, site: str, device: torch.device) -> Rounding | None:
+        """Return how the activations of a site are quantized, or None."""
+        grid = self._activation_grid(layer, site)
+        if grid is None:
+            return None
+        return Rounding(grid, read_input_scales(f"layers.{layer}.{site}", grid, self._quantized_tensor, device))
+
+    def _quantized_tensor(self, name: str) -> Tensor | None:
+        """Read a tensor of the quantized artifact, None where there is no such."""
+        if self.quantized is None or name not in self.quantized.header.slots:
+            return None
+        return self.quantized.tensor(name)
 
     def kv_path(self, layer: int) -> tuple[tuple[Operator, ...], TensorScheme | None, Format | None]:
         """Return operators, scheme and format of a block's keys and values."""

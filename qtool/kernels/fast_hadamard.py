@@ -11,13 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.numerics.hadamard import hadamard_rotate
+
 PACKAGE = "fast_hadamard_transform"
+
+MAX_ORDER = 32768
+"""The package has no transform above this order, and none in float64."""
 
 
 class FastHadamard:
     """The kernel ``sylvester`` of fast-hadamard-transform; never required."""
 
     operation = "sylvester"
+    preference = 10
 
     def supports(self, device: torch.device) -> bool:
         """Say whether the device is a GPU and the package is there."""
@@ -28,6 +34,8 @@ class FastHadamard:
         return importlib.import_module(PACKAGE)
 
     def run(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return ``x @ H_n / sqrt(n)``, computed in float32."""
+        """Return ``x @ H_n / sqrt(n)``, computed in float32; by the pure function where the package cannot."""
+        if x.shape[-1] > MAX_ORDER or x.dtype == torch.float64 or x.numel() == 0:
+            return hadamard_rotate(x)
         result: Tensor = self._package.hadamard_transform(x.float().contiguous(), scale=x.shape[-1] ** -0.5)
         return result.to(x.dtype)

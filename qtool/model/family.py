@@ -41,10 +41,12 @@ class Part:
     Attributes:
         size: Number of rows, by its name in ``Dimensions.sizes``.
         writes: Site that they feed, as ``Linear.writes``.
+        feeds: Site that they reach through functions of each channel alone, as ``Linear.feeds``.
     """
 
     size: str
     writes: str = ""
+    feeds: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class Linear:
         module: Path inside the block (inside an expert, for those of ``Experts``).
         reads: Site of its input: ``attn_in``, ``o_in``, ``mlp_in``, ``up_down``, ….
         writes: Site that its output feeds without a nonlinearity in between: ``residual``, ``vo`` (value heads),
-            ``up_down`` (the value path of a gated MLP). Empty: nothing can be folded into its output.
+            ``up_down`` (the value path of a gated MLP), ``queries`` and ``keys``. Empty: nothing can be folded into
+            its output.
+        feeds: Site that its output reaches through functions of each channel alone (the gate of an MLP): permutations
+            of the site reorder its rows.
         writes_through: Norm that the output passes before it reaches the residual (sandwich norms).
         parts: Of a fused linear, its outputs in the order of their rows; ``writes`` is empty then.
         per_head: Whether the parts come again for each key/value head, instead of once.
@@ -66,11 +71,26 @@ class Linear:
     module: str
     reads: str
     writes: str = ""
+    feeds: str = ""
     writes_through: str = ""
     parts: tuple[Part, ...] = ()
     per_head: bool = False
     kept: str = ""
     blocks: Blocks = "all"
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How positions turn queries and keys.
+
+    Attributes:
+        pairs: Channels that turn together, of the d that turn: ``halves`` are i and i + d/2, ``neighbours`` 2i and
+            2i + 1.
+        norms: Norms of queries and of keys in front of that, whose weight all heads share; None without them.
+    """
+
+    pairs: Literal["halves", "neighbours"] = "halves"
+    norms: tuple[Norm, Norm] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,7 @@ class Family:
         norms: Norm that produces each input site, by site; None for a site that is the residual itself.
         linears: The linears of a block, in order of execution; linears that read one site form a stage.
         attention: Path of the attention module inside the block.
+        rotary: How positions turn queries and keys, for scales in front of that; None allows none there.
         experts: The routed experts of sparse blocks, if the family has them.
         sparse: Says of a config and a block index whether the block has experts; None: all have, where any has.
         sizes: Names of sizes that differ from ``Dimensions`` or are missing there, to attributes of the config, or to
@@ -139,6 +160,7 @@ class Family:
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
     attention: str = "self_attn"
+    rotary: Rotary | None = None
     covers: Callable[[Any], bool] | None = None
     experts: Experts | None = None
     sparse: Callable[[Any, int], bool] | None = None
@@ -159,8 +181,8 @@ LLAMA_LIKE_NORMS: Mapping[str, Norm] = {
 }
 
 LLAMA_LIKE_ATTENTION: tuple[Linear, ...] = (
-    Linear("self_attn.q_proj", reads="attn_in"),
-    Linear("self_attn.k_proj", reads="attn_in"),
+    Linear("self_attn.q_proj", reads="attn_in", writes="queries"),
+    Linear("self_attn.k_proj", reads="attn_in", writes="keys"),
     Linear("self_attn.v_proj", reads="attn_in", writes="vo"),
     Linear("self_attn.o_proj", reads="o_in", writes="residual"),
 )
@@ -176,7 +198,7 @@ def gated_mlp(module: str, *, site: str = "up_down", blocks: Blocks = "all", thr
         through: Norm between its output and the residual, if there is one.
     """
     return (
-        Linear(f"{module}.gate_proj", reads="mlp_in", blocks=blocks),
+        Linear(f"{module}.gate_proj", reads="mlp_in", feeds=site, blocks=blocks),
         Linear(f"{module}.up_proj", reads="mlp_in", writes=site, blocks=blocks),
         Linear(f"{module}.down_proj", reads=site, writes="residual", writes_through=through, blocks=blocks),
     )
@@ -185,7 +207,7 @@ def gated_mlp(module: str, *, site: str = "up_down", blocks: Blocks = "all", thr
 LLAMA_LIKE_LINEARS: tuple[Linear, ...] = (*LLAMA_LIKE_ATTENTION, *gated_mlp("mlp"))
 
 EXPERT_LINEARS: tuple[Linear, ...] = (
-    Linear("gate_proj", reads="mlp_in"),
+    Linear("gate_proj", reads="mlp_in", feeds="up_down"),
     Linear("up_proj", reads="mlp_in", writes="up_down"),
     Linear("down_proj", reads="up_down", writes="residual"),
 )

@@ -8,13 +8,13 @@ and a config, never by looking at modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import cycle
 
 from qtool.errors import UsageError
-from qtool.model.family import Experts, Family, Linear, Norm, Part
+from qtool.model.family import Experts, Family, Linear, Norm, Part, Rotary
 
 Group = str  # "orthogonal", "diag", "signed_perm", "perm", "shift", "general"
 
@@ -22,6 +22,8 @@ RESIDUAL = "residual"
 HEAD_IN = "head_in"
 EXPERTS = "experts."
 """How the names of sites inside experts begin."""
+OUTPUT = "out"
+"""Kind of the sites that are the output of one linear, ``out.<module>``: folded into its rows, undone behind it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Dimensions:
         experts: Routed experts of a sparse block, 0 without any.
         chosen: Experts that a token is sent to.
         sparse: Whether each block has experts.
+        turned: Channels of a query or key head that positions turn; the others pass.
         sizes: Every size that families speak of, by name: rows of parts, widths of input sites.
     """
 
@@ -50,6 +53,7 @@ class Dimensions:
     experts: int = 0
     chosen: int = 0
     sparse: tuple[bool, ...] = ()
+    turned: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -66,12 +70,14 @@ class Site:
         id: ``residual``, ``layers.3.attn_in``, ``layers.3.experts.5.up_down``, ….
         name: The id without its layer.
         layer: Block index, or None for the whole model's sites.
-        dim: Length of the vector that an operator acts on (one head's, where ``heads`` > 1).
+        dim: Length of the vector that an operator acts on (one head's, where ``heads`` > 1); of a linear's output 0,
+            since the config does not say.
         heads: Number of such vectors side by side: key/value heads.
         foldable: Operator groups that the producers of this site can absorb exactly.
         online: Whether an operator can run in the forward pass here.
         why: Why what is not in ``foldable`` cannot be folded, for refusals.
         refused: Operator groups that are not exact here even online, and why.
+        ties: Pairs of channels that a diagonal must treat alike, since rotary positions turn them together.
     """
 
     id: str
@@ -83,11 +89,12 @@ class Site:
     online: bool
     why: str = ""
     refused: Mapping[Group, str] = field(default_factory=dict, hash=False)
+    ties: tuple[tuple[int, int], ...] = ()
 
     @property
     def kind(self) -> str:
         """The name that sites of this kind share: ``up_down`` for every MLP and every expert."""
-        return self.name.rpartition(".")[2]
+        return OUTPUT if self.name.startswith(f"{OUTPUT}.") else self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -172,21 +179,34 @@ class ModelGraph:
         return f"{self.family.layers}.{layer}"
 
     def site(self, site_id: str) -> Site:
-        """Find a site by id.
+        """Find a site by id; ``layers.3.out.self_attn.q_proj`` is the output of a linear.
 
         Raises:
             UsageError: The model has no such site.
         """
+        if site_id in self._outputs:
+            return self._outputs[site_id]
         if site_id not in self.sites:
             raise UsageError(
                 f"family `{self.family.name}` has no site `{site_id}`",
-                facts=(("sites of a block", ", ".join(dict.fromkeys(s.kind for s in self.sites.values()))),),
+                facts=(
+                    ("sites of a block", ", ".join(dict.fromkeys(s.kind for s in self.sites.values()))),
+                    ("outputs of linears", f"layers.<i>.{OUTPUT}.<module>"),
+                ),
             )
         return self.sites[site_id]
 
     def of_kind(self, kind: str, layer: int | None = None) -> Iterator[Site]:
         """Yield the sites of a kind, of one block or of all: ``up_down`` is that of the MLP and of each expert."""
         return (site for site in (self.sites.values() if layer is None else self._block(layer)) if site.kind == kind)
+
+    @cached_property
+    def _outputs(self) -> dict[str, Site]:
+        """The outputs of the linears that are quantized, by id."""
+        every = frozenset({"orthogonal", "diag", "signed_perm", "perm", "general"})
+        places = ((one.layer, f"{OUTPUT}.{one.spec.module}") for one in self.linears)
+        sites = (Site(f"layers.{layer}.{name}", name, layer, 0, 1, every, online=False) for layer, name in places)
+        return {site.id: site for site in sites}
 
     def consumers(self, site: Site) -> tuple[LinearSite, ...]:
         """Return the linears that read a site (for ``vo``, those that read the heads after attention)."""
@@ -216,20 +236,27 @@ class ModelGraph:
         return self.dims.hidden
 
     def rows(self, linear: Linear) -> Iterator[tuple[str, tuple[slice, ...]]]:
-        """Yield each site that a linear feeds, with the rows that do: one slice, or one a head where parts repeat."""
+        """Yield each site that a linear writes, with the rows that do: one slice, or one a head where parts repeat."""
+        return self._rows(linear, lambda part: part.writes)
+
+    def rows_in_order(self, linear: Linear) -> Iterator[tuple[str, tuple[slice, ...]]]:
+        """Yield each site whose permutations reorder rows of a linear that does not write it, with those rows."""
+        return self._rows(linear, lambda part: part.feeds)
+
+    def _rows(self, linear: Linear, site_of: Callable[[Linear | Part], str]) -> Iterator[tuple[str, tuple[slice, ...]]]:
         if not linear.parts:
-            if linear.writes:
-                yield linear.writes, (slice(None),)
+            if site_of(linear):
+                yield site_of(linear), (slice(None),)
             return
         repeats = self.dims.num_kv_heads if linear.per_head else 1
-        fed: dict[str, list[slice]] = {}
+        found: dict[str, list[slice]] = {}
         start = 0
         for part, _ in zip(cycle(linear.parts), range(repeats * len(linear.parts)), strict=False):
             stop = start + self.dims.sizes[part.size]
-            if part.writes:
-                fed.setdefault(part.writes, []).append(slice(start, stop))
+            if site_of(part):
+                found.setdefault(site_of(part), []).append(slice(start, stop))
             start = stop
-        yield from ((site, tuple(slices)) for site, slices in fed.items())
+        yield from ((site, tuple(slices)) for site, slices in found.items())
 
     @cached_property
     def _stages(self) -> tuple[str, ...]:
@@ -256,8 +283,9 @@ class ModelGraph:
         return Site(RESIDUAL, RESIDUAL, None, self.dims.hidden, 1, foldable, online=False, why=why)
 
     def _block(self, layer: int) -> Iterator[Site]:
-        d, norms = self.dims, self.family.norms
-        written = {site for spec, _ in self._specs(is_sparse=self.is_sparse(layer)) for site, _ in self.rows(spec)}
+        d, norms, specs = self.dims, self.family.norms, self._specs(is_sparse=self.is_sparse(layer))
+        written = {site for spec, _ in specs for site, _ in self.rows(spec)}
+        ordered = {site for spec, _ in specs for site, _ in self.rows_in_order(spec)}
 
         def site(name: str, dim: int, heads: int, foldable: set[Group], *, online: bool, why: str = "") -> Site:
             refused = self._refused(name, layer)
@@ -274,16 +302,27 @@ class ModelGraph:
                 yield site(
                     name, self.width(name), 1, set(), online=True, why="no norm lies in front, only the residual"
                 )
-            elif name in written:
-                why = "only a diagonal passes the product with the gate"
-                yield site(name, self.width(name), 1, {"diag"}, online=True, why=why)
             else:
                 why = "attention lies in front" if name == "o_in" else "the activation function lies in front"
-                yield site(name, self.width(name), 1, set(), online=True, why=why)
+                folds = {group for group, known in (("diag", written), ("perm", ordered)) if name in known}
+                why = "only diagonals and permutations pass the product with the gate" if name in written else why
+                yield site(name, self.width(name), 1, folds, online=True, why=why)
         if "vo" in written:
             every = {"orthogonal", "diag", "signed_perm", "perm", "shift", "general"}
             yield site("vo", d.value_dim, d.num_kv_heads, every, online=False)
+        if self.family.rotary is not None and {"queries", "keys"} <= written:
+            shared = self.family.rotary.norms is not None
+            why = "rotary positions mix its channels in pairs; only a diagonal that treats a pair alike passes them"
+            found = site("qk_pre", d.head_dim, 1 if shared else d.num_kv_heads, {"diag"}, online=False, why=why)
+            yield replace(found, ties=self._ties(self.family.rotary))
         yield site("qk_post", d.head_dim, 1, set(), online=True, why="rotary positions lie in front")
+
+    def _ties(self, rotary: Rotary) -> tuple[tuple[int, int], ...]:
+        """Return the pairs of channels of a query or key that positions turn together."""
+        half = self.dims.turned // 2
+        if rotary.pairs == "halves":
+            return tuple((i, i + half) for i in range(half))
+        return tuple((2 * i, 2 * i + 1) for i in range(half))
 
     def _refused(self, name: str, layer: int) -> Mapping[Group, str]:
         """Return what is not exact at a site of a block, not even online."""
@@ -315,6 +354,7 @@ def _of_expert(spec: Linear, experts: Experts, expert: int) -> Linear:
     def own(site: str) -> str:
         return site if site in ("", RESIDUAL, "mlp_in") else f"{EXPERTS}{expert}.{site}"
 
-    parts = tuple(Part(part.size, own(part.writes)) for part in spec.parts)
+    parts = tuple(Part(part.size, own(part.writes), own(part.feeds)) for part in spec.parts)
     module = f"{experts.module}.{expert}.{spec.module}"
-    return replace(spec, module=module, reads=own(spec.reads), writes=own(spec.writes), parts=parts)
+    reads, writes, feeds = own(spec.reads), own(spec.writes), own(spec.feeds)
+    return replace(spec, module=module, reads=reads, writes=writes, feeds=feeds, parts=parts)

@@ -7,8 +7,8 @@ never weights, so it is small and a model can be transformed block by block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -20,15 +20,46 @@ from qtool.scheme import ModelScheme
 if TYPE_CHECKING:
     from qtool.model.statistics import SiteStatistics
 
-Proposal = Mapping[str, Sequence[Operator]]
+
+@dataclass(frozen=True)
+class Segment:
+    """Channels at the end of a site that are quantized in a format of their own, weights and activations alike.
+
+    Attributes:
+        channels: How many.
+        format: Name of the format, such as ``int8``; the rest of its scheme is that of the other channels.
+    """
+
+    channels: int
+    format: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a transform proposes.
+
+    Attributes:
+        operators: Operators by site id, in the order in which activations meet them.
+        segments: By id of an input site, what its last channels are to be quantized in, behind the operators.
+    """
+
+    operators: Mapping[str, Sequence[Operator]] = field(default_factory=dict)
+    segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The operators of one site, in order; the first ``folded`` are absorbed by the producers."""
+    """What a plan does at one site.
+
+    Attributes:
+        operators: In the order in which activations meet them.
+        folded: How many of them, from the first on, the producers absorb.
+        segments: What the site's last channels are quantized in; those before them as the scheme says.
+    """
 
     operators: tuple[Operator, ...]
     folded: int
+    segments: tuple[Segment, ...] = ()
 
     @property
     def online(self) -> tuple[Operator, ...]:
@@ -58,7 +89,7 @@ class Plan:
     @property
     def empty(self) -> bool:
         """Whether the plan leaves the model as it is."""
-        return not self.fold_norms and not any(site.operators for site in self.sites.values())
+        return not self.fold_norms and not any(site.operators or site.segments for site in self.sites.values())
 
     def unties_head(self, *, tied: bool) -> bool:
         """Whether the transformed model needs a head of its own."""
@@ -74,7 +105,8 @@ class Plan:
                 state, parameters = operator.state()
                 tensors |= {f"sites/{site_id}/{index}.{operator.kind}/{name}": t for name, t in state.items()}
                 rows.append({"kind": operator.kind, "parameters": parameters})
-            described[site_id] = {"operators": rows, "folded": site.folded}
+            segments = [asdict(segment) for segment in site.segments]
+            described[site_id] = {"operators": rows, "folded": site.folded, "segments": segments}
         return tensors, {"sites": described, "fold_norms": self.fold_norms, "notes": list(self.notes)}
 
     @classmethod
@@ -87,7 +119,8 @@ class Plan:
                 prefix = f"sites/{site_id}/{index}.{row['kind']}/"
                 state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
                 operators.append(operator_from_state(row["kind"], state, row["parameters"]))
-            sites[site_id] = SitePlan(tuple(operators), site["folded"])
+            segments = tuple(Segment(**segment) for segment in site["segments"])
+            sites[site_id] = SitePlan(tuple(operators), site["folded"], segments)
         return cls(sites, described["fold_norms"], tuple(described["notes"]))
 
 
@@ -101,6 +134,10 @@ class TransformContext:
         weights: Reads a linear's weight ``[out, in]`` by module name, transformed by the methods to the left.
         scheme: How the model is going to be quantized, as far as is known.
         seed: Seeds whatever is random.
+        trials: Runs the blocks one after the other on some calibration tokens, for methods that measure what a block's
+            output becomes; takes about how many tokens. None where there are no statistics.
+        residual: Statistics of the residual in front of an input site that reads it, by site id: of what the norm makes
+            of it before its weight, behind what the methods to the left did to the residual and to nothing else.
     """
 
     graph: ModelGraph
@@ -108,6 +145,8 @@ class TransformContext:
     weights: WeightReader
     scheme: ModelScheme
     seed: int
+    trials: Callable[[int], Iterator[BlockTrial]] | None = None
+    residual: Mapping[str, SiteStatistics] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -116,6 +155,25 @@ class WeightReader(Protocol):
 
     def __call__(self, name: str) -> Tensor:
         """Return the weight ``[out, in]`` in float32."""
+
+
+@runtime_checkable
+class BlockTrial(Protocol):
+    """One block, as the methods to the left transformed it, with the inputs that full precision gives it."""
+
+    layer: int
+
+    def error(self, operators: Mapping[str, Sequence[Operator]]) -> float:
+        """Try operators at sites of the block, everything else in full precision.
+
+        Args:
+            operators: By site id. The weights of the linears that read these sites are rounded to nearest as the
+                scheme says, behind the operators; so are their inputs where the scheme quantizes activations.
+
+        Returns:
+            Mean squared error of the block's output over all tokens and channels, in units of the output squared.
+        """
+        ...
 
 
 @runtime_checkable

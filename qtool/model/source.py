@@ -224,9 +224,16 @@ def read_dimensions(config: Any, family: Family) -> Dimensions:  # noqa: ANN401 
         tied=bool(config.tie_word_embeddings),
         experts=_size(text, experts.count) if experts else 0,
         chosen=_size(text, experts.chosen) if experts else 0,
+        turned=int(sizes["head_dim"] * _turned_share(text)),
         sparse=tuple(experts is not None and (family.sparse is None or family.sparse(text, i)) for i in blocks),
         sizes=sizes,
     )
+
+
+def _turned_share(config: object) -> float:
+    """Return the part of a head's channels that positions turn."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0))
 
 
 def _size(config: object, expression: str) -> int:

@@ -22,6 +22,8 @@ FitRound: TypeAlias = Callable[[Tensor, float], tuple[GroupParameters, Tensor]]
 # should be worth a kernel's launch.
 _PIECE = 1 << 16
 _ACCELERATOR_PIECE = 1 << 26
+# Where errors are multiplied with a matrix, a piece has to be worth reading that matrix.
+_PRODUCT_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,28 @@ class ClippedFit:
     ratio: Float[Tensor, "*rows"]
 
 
-def clip_grid(count: int) -> tuple[float, ...]:
-    """Return ``count`` ratios evenly from 1.00 to 0.21; 80 of them are the hundredths of GPTQ's released code."""
-    return tuple(1 - 0.79 * i / max(count - 1, 1) for i in range(count))
+def clip_grid(count: int, floor: float = 0.21) -> tuple[float, ...]:
+    """Return ``count`` ratios evenly from 1 to ``floor``; 80 to 0.21 are the hundredths of GPTQ's released code."""
+    return tuple(1 - (1 - floor) * i / max(count - 1, 1) for i in range(count))
+
+
+def quadratic_energy(
+    errors: Float[Tensor, "*rows group"], moments: Float[Tensor, "blocks n n"]
+) -> Float[Tensor, "*rows"]:
+    """Return ``e H eᵀ`` of each group: the energy that its errors alone put out.
+
+    Args:
+        errors: Errors; the last axis shares a scale. It is ``n`` columns of a block, and the axis before it the blocks
+            where there are several; or rows of ``n`` one after the other, whose energies add up. Not modified.
+        moments: Second moments ``H`` of the columns of each block.
+
+    References:
+        Lin et al. 2024, AWQ, arXiv:2306.00978 (the objective of their search for clips).
+    """
+    blocks, n, _ = moments.shape
+    by_block = errors.reshape(-1, blocks, n).transpose(0, 1)
+    energy = ((by_block @ moments) * by_block).sum(-1).T
+    return energy.reshape(*errors.shape[:-1], -1).sum(-1)
 
 
 def search_clip(
@@ -44,8 +65,9 @@ def search_clip(
     ratios: Sequence[float],
     norm: float = 2.4,
     weights: Float[Tensor, "*rows group"] | None = None,
+    moments: Float[Tensor, "blocks n n"] | None = None,
 ) -> ClippedFit:
-    """Choose for each group the clip ratio that minimizes ``sum_i h_i |Q(w_i) - w_i|^p``.
+    """Choose for each group the clip ratio that minimizes ``sum_i h_i |Q(w_i) - w_i|^p``, or ``e H eᵀ``.
 
     1.0 is always a candidate and wins ties, so no group gets worse by its own measure. Errors are taken relative to
     the group's largest magnitude: scaling a group by a power of two scales the result, bit for bit.
@@ -57,6 +79,7 @@ def search_clip(
         ratios: Candidates in (0, 1].
         norm: Exponent ``p``; above 2, large errors count for more.
         weights: ``h``, for example the diagonal of a Hessian, in the shape of ``groups``; None for equal weights.
+        moments: ``H`` as ``quadratic_energy`` takes it; then ``norm`` and ``weights`` have no meaning.
 
     Returns:
         The best parameters of each group, and its ratio.
@@ -65,25 +88,36 @@ def search_clip(
         Frantar et al. 2023, GPTQ, arXiv:2210.17323 (their released grid search, ``p = 2.4``).
     """
     piece = _PIECE if groups.device.type == "cpu" else _ACCELERATOR_PIECE
+    piece = piece if moments is None else _PRODUCT_PIECE
     rows = max(1, piece * len(groups) // max(1, groups.numel()))
+
+    def energy(start: int) -> Callable[[Tensor], Tensor]:
+        own = None if weights is None else weights[start : start + rows]
+
+        def of(errors: Tensor) -> Tensor:
+            if moments is not None:
+                return quadratic_energy(errors, moments)
+            powers = errors.square_() if norm == 2 else errors.abs_().pow_(norm)
+            return (powers if own is None else powers.mul_(own)).sum(-1)
+
+        return of
+
     found = [
-        _search_piece(groups[i : i + rows], fit_round, ratios, norm, None if weights is None else weights[i : i + rows])
-        for i in range(0, len(groups), rows)
+        _search_piece(groups[start : start + rows], fit_round, ratios, energy(start))
+        for start in range(0, len(groups), rows)
     ]
     return found[0] if len(found) == 1 else _join(found)
 
 
 def _search_piece(
-    groups: Tensor, fit_round: FitRound, ratios: Sequence[float], norm: float, weights: Tensor | None
+    groups: Tensor, fit_round: FitRound, ratios: Sequence[float], energy: Callable[[Tensor], Tensor]
 ) -> ClippedFit:
-    """Search the ratios for groups that fit in the cache."""
+    """Search the ratios for groups that fit in the cache; ``energy`` may write to the errors that it is given."""
     amax = groups.abs().amax(-1, keepdim=True)
     unit = amax.masked_fill(amax == 0, 1.0)
 
     def objective(rounded: Tensor) -> Tensor:
-        error = rounded.sub(groups).div_(unit)
-        powers = error.square_() if norm == 2 else error.abs_().pow_(norm)
-        return (powers if weights is None else powers.mul_(weights)).sum(-1)
+        return energy(rounded.sub(groups).div_(unit))
 
     parameters, rounded = fit_round(groups, 1.0)
     best, ratio = objective(rounded), torch.ones_like(amax[..., 0])

@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,20 +34,32 @@ _LEAST_RAISED_DAMPENING = 1e-4
 
 @dataclass(frozen=True)
 class ColumnGrid:
-    """The grid that columns are rounded to.
+    """The grid that neighbouring columns are rounded to.
 
     Attributes:
         group_size: Neighbouring columns that share parameters.
-        fit: ``fit(values [out, group_size], start)`` returns parameters with one entry a row for the columns from
-            ``start`` on.
+        fit: ``fit(values [out, groups, group_size], start)`` returns parameters ``[out, groups]`` for the columns from
+            ``start`` on; it treats each group by itself.
         round: ``round(values [out, columns], parameters)`` returns the nearest values of the grid in the same dtype.
         encode: ``encode(values [..., columns], parameters)`` returns their codes.
+        columns: How many columns; None for all that the other grids of a weight leave.
     """
 
     group_size: int
     fit: Callable[[Tensor, int], GroupParameters]
     round: Callable[[Tensor, GroupParameters], Tensor]
     encode: Callable[[Tensor, GroupParameters], Tensor]
+    columns: int | None = None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Columns ``start`` to ``stop`` of a weight, which share parameters of the grid at ``place``."""
+
+    start: int
+    stop: int
+    place: int
+    grid: ColumnGrid
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class GPTQResult:
 
     Attributes:
         codes: Codes of the weight.
-        parameters: Their scales and zero points ``[out, groups]``.
+        parameters: Their scales and zero points ``[out, groups]``, for each of the grids.
         loss: Per row, ``Σ e² = diag(E (H + λ I) Eᵀ)`` with ``E`` from the weight whose dead columns are 0.
         dampening_frac: λ as a fraction of the mean diagonal entry, as used.
         wide: Whether the factorization took float64.
@@ -79,7 +92,7 @@ class GPTQResult:
     """
 
     codes: UInt8[Tensor, "out in"]
-    parameters: GroupParameters
+    parameters: tuple[GroupParameters, ...]
     loss: Float[Tensor, " out"]
     dampening_frac: float
     wide: bool
@@ -145,7 +158,7 @@ def gptq_round(
     weight: Float[Tensor, "out in"],
     hessian: Float[Tensor, "in in"],
     *,
-    grid: ColumnGrid,
+    grid: Sequence[ColumnGrid],
     dampening_frac: float = 0.01,
     block_size: int = 128,
     parameters: ParameterSource = "fresh",
@@ -160,7 +173,7 @@ def gptq_round(
     Args:
         weight: Full-precision weight ``W``. Not modified.
         hessian: ``X @ X.T / tokens`` over calibration tokens. Not modified.
-        grid: Fits groups of columns and rounds to them.
+        grid: Fits groups of columns and rounds to them: one for all columns, or several side by side.
         dampening_frac: λ, added to the Hessian diagonal, as a fraction of its mean; raised where it must be.
         block_size: Columns per lazy update. Changes speed, never the result (beyond float rounding), except for
             ``stale`` parameters.
@@ -183,13 +196,14 @@ def gptq_round(
         Frantar et al. 2023, GPTQ, arXiv:2210.17323, algorithm 1.
     """
     n_in = weight.shape[1]
-    if hessian.shape != (n_in, n_in) or n_in % grid.group_size:
+    groups = _groups(grid, n_in)
+    if hessian.shape != (n_in, n_in) or not groups:
         raise ShapeError(
             "weight, Hessian and groups do not fit each other",
             facts=(
                 ("weight", tuple(weight.shape)),
                 ("hessian", tuple(hessian.shape)),
-                ("group size", grid.group_size),
+                ("group size", ", ".join(str(part.group_size) for part in grid)),
             ),
         )
     if act_order and parameters != "static":
@@ -200,8 +214,9 @@ def gptq_round(
     alive = weight.detach().masked_fill(dead, 0.0)
     fitted: list[GroupParameters] = []
     if parameters == "static":
-        for start in range(0, n_in, grid.group_size):
-            fitted.append(grid.fit(alive[:, start : start + grid.group_size].contiguous(), start))
+        for place, part in enumerate(grid):
+            own = [group for group in groups if group.place == place]
+            fitted += _fitted(part, alive[:, own[0].start : own[-1].stop].contiguous(), own[0].start)
     columns = alive.T.contiguous()
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     if order is not None:
@@ -209,22 +224,61 @@ def gptq_round(
     if factor is None:
         visited = hessian if order is None else hessian.index_select(0, order).index_select(1, order)
         factor = factorize_inverse(visited, dampening_frac)
-    groups = [col // grid.group_size for col in (range(n_in) if order is None else order.tolist())]
-    loss = _solve(columns, factor.upper, grid, fitted, groups, block_size, stale=parameters == "stale")
+    group_of = [index for index, group in enumerate(groups) for _ in range(group.start, group.stop)]
+    visited_groups = group_of if order is None else [group_of[col] for col in order.tolist()]
+    loss = _solve(columns, factor.upper, groups, fitted, visited_groups, block_size, stale=parameters == "stale")
     if order is not None:
         columns = columns.index_select(0, torch.argsort(order))
-    joined = _join(fitted)
-    values = to_groups(columns.T.contiguous(), "group", grid.group_size)
-    codes = from_groups(grid.encode(values, joined), weight.shape)
+    codes, joined = _encoded(columns.T, grid, groups, fitted)
     return GPTQResult(codes, joined, loss, factor.dampening_frac, factor.wide, dead, factor)
+
+
+def _fitted(part: ColumnGrid, values: Float[Tensor, "out columns"], start: int) -> list[GroupParameters]:
+    """Fit the groups that columns from ``start`` on are made of all at once; return the parameters of each."""
+    joined = part.fit(to_groups(values, "group", part.group_size), start)
+    zero_points = None if joined.zero_point is None else joined.zero_point.T.contiguous()
+    return [
+        GroupParameters(scale, None if zero_points is None else zero_points[index], joined.global_scale)
+        for index, scale in enumerate(joined.scale.T.contiguous())
+    ]
+
+
+def _groups(grid: Sequence[ColumnGrid], n_in: int) -> list[_Group]:
+    """Return the groups of all columns from left to right; none if they do not divide the columns."""
+    rest = n_in - sum(part.columns or 0 for part in grid)
+    groups: list[_Group] = []
+    for place, part in enumerate(grid):
+        first, size = groups[-1].stop if groups else 0, part.group_size
+        last = first + (rest if part.columns is None else part.columns)
+        if last <= first or (last - first) % size:
+            return []
+        groups += [_Group(start, start + size, place, part) for start in range(first, last, size)]
+    return groups if groups and groups[-1].stop == n_in else []
+
+
+def _encoded(
+    values: Float[Tensor, "out in"],
+    grid: Sequence[ColumnGrid],
+    groups: Sequence[_Group],
+    fitted: Sequence[GroupParameters],
+) -> tuple[UInt8[Tensor, "out in"], tuple[GroupParameters, ...]]:
+    """Return the codes of all columns, and the parameters of each grid."""
+    codes, joined = [], []
+    for place, part in enumerate(grid):
+        own = [index for index, group in enumerate(groups) if group.place == place]
+        columns = values[:, groups[own[0]].start : groups[own[-1]].stop].contiguous()
+        joined.append(_join([fitted[index] for index in own]))
+        encoded = part.encode(to_groups(columns, "group", part.group_size), joined[-1])
+        codes.append(from_groups(encoded, columns.shape))
+    return codes[0] if len(codes) == 1 else torch.cat(codes, dim=1), tuple(joined)
 
 
 def _solve(
     columns: Float[Tensor, "in out"],
     upper: Float[Tensor, "in in"],
-    grid: ColumnGrid,
+    groups: Sequence[_Group],
     fitted: list[GroupParameters],
-    groups: Sequence[int],
+    group_of: Sequence[int],
     block_size: int,
     *,
     stale: bool,
@@ -234,9 +288,9 @@ def _solve(
     Args:
         columns: The transposed weight, in visiting order.
         upper: ``U``, in visiting order.
-        grid: Fits groups of columns and rounds to them.
-        fitted: Parameters of all groups in storage order; or none, and the solver appends each as it reaches it.
-        groups: Group of each column.
+        groups: Groups of columns in storage order.
+        fitted: Parameters of all groups; or none, and the solver appends each as it reaches it.
+        group_of: Index of the group of each column, in visiting order.
         block_size: Columns per lazy update.
         stale: Whether groups are fitted without the updates from within the block.
 
@@ -244,32 +298,35 @@ def _solve(
         Loss of each row.
     """
     n_in, n_out = columns.shape
-    to_fit = not fitted
+    starts = [group.start for group in groups]
+    to_fit = {} if fitted else dict(zip(starts, groups, strict=True))
     pivots = upper.diagonal()
     feedback = (upper / pivots.unsqueeze(-1)).triu_(1).contiguous()
+    rounds = [group.grid.round for group in groups]
     loss = columns.new_zeros(n_out)
     residuals = columns.new_empty(min(block_size, n_in), n_out)
     for start in range(0, n_in, block_size):
         stop = min(start + block_size, n_in)
         before = columns[start:stop].clone() if stale else columns[start:stop]
-        for first, last in _panels(start, stop, grid.group_size):
-            if to_fit and first % grid.group_size == 0:
-                beyond = columns[stop : first + grid.group_size]
+        for first, last in _panels(start, stop, starts):
+            if first in to_fit:
+                end = to_fit[first].stop
+                beyond = columns[stop:end]
                 if len(beyond) and first > start and not stale:
-                    pending = feedback[start:first, stop : first + grid.group_size]
+                    pending = feedback[start:first, stop:end]
                     beyond = beyond.addmm(pending.T, residuals[: first - start], alpha=-1)
-                reached = before[first - start : first - start + grid.group_size]
-                fitted.append(grid.fit(torch.cat([reached, beyond]).T.contiguous(), first))
+                reached = before[first - start : end - start]
+                fitted += _fitted(to_fit[first].grid, torch.cat([reached, beyond]).T.contiguous(), first)
             panel, made = columns[first:last], residuals[first - start : last - start]
             # `spread` is 0 up to the column's own entry, so that columns already rounded stay as they are.
             for column, residual, spread, group in zip(
                 panel.unsqueeze(-1).unbind(),
                 made.unbind(),
                 feedback[first:last, first:last].unbind(),
-                groups[first:last],
+                group_of[first:last],
                 strict=True,
             ):
-                torch.sub(column, grid.round(column, fitted[group]), out=residual.unsqueeze(-1))
+                torch.sub(column, rounds[group](column, fitted[group]), out=residual.unsqueeze(-1))
                 panel.addr_(spread, residual, alpha=-1)
             columns[last:stop].addmm_(feedback[first:last, last:stop].T, made, alpha=-1)
         made = residuals[: stop - start]
@@ -278,11 +335,10 @@ def _solve(
     return loss
 
 
-def _panels(start: int, stop: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Cut a block into short runs of columns, none of which goes past the start of a group."""
-    first_group = -(-start // group_size) * group_size
-    cuts = {*range(start, stop, _PANEL), *range(first_group, stop, group_size), stop}
-    return pairwise(sorted(cuts))
+def _panels(start: int, stop: int, starts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut a block into short runs of columns, none of which goes past a column that a group starts at."""
+    inside = starts[bisect_left(starts, start) : bisect_left(starts, stop)]
+    return pairwise(sorted({*range(start, stop, _PANEL), *inside, stop}))
 
 
 def _join(fitted: Sequence[GroupParameters]) -> GroupParameters:

@@ -2,7 +2,9 @@
 
 One convention holds everywhere: ``H_n = kron(H_K, H_P)`` with ``n = K * P``, where ``P`` is a power of two, ``H_P``
 is Sylvester's matrix, and ``H_K`` is Paley's with the smallest ``K`` that exists (1 where ``n`` is a power of two).
-``H_K`` is in general *not* symmetric; vectors are rows and are multiplied from the right.
+Where Paley gives no ``K`` at all, ``H_K`` is Goethals and Seidel's; never elsewhere, not even where its ``K`` would
+be smaller, because entries must not change under stored plans. ``H_K`` is in general *not* symmetric; vectors are
+rows and are multiplied from the right.
 
 Sylvester's factor is applied as products with matrices of order at most 64, which is a butterfly of radix 64. The
 butterfly of radix 2 does fewer operations but reads and writes the whole tensor once for each factor of two; on a
@@ -19,6 +21,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from qtool.errors import ShapeError
+from qtool.numerics.hadamard_tables import is_tabled_order, tabled_matrix
 from qtool.numerics.paley import is_paley_order, paley_matrix
 
 _MAX_RADIX = 64
@@ -27,7 +30,8 @@ _MAX_RADIX = 64
 def hadamard_matrix(order: int) -> Int8[Tensor, "n n"]:
     """Build ``H_n``, whose entries are +1 and -1 and for which ``H_n @ H_n.T = n I``.
 
-    Constructions: Sylvester's doubling of 1 and of Paley's matrices over fields of any odd prime-power size.
+    Constructions: Sylvester's doubling of 1, of Paley's matrices over fields of any odd prime-power size, and of
+    eight matrices of Goethals and Seidel. Together they reach every possible order up to 260, and many above.
 
     Args:
         order: ``n``: 1, 2 or a multiple of 4.
@@ -39,10 +43,10 @@ def hadamard_matrix(order: int) -> Int8[Tensor, "n n"]:
         ShapeError: No construction gives this order. The hint names what is possible.
 
     References:
-        Sylvester 1867; Paley 1933, On orthogonal matrices.
+        Sylvester 1867; Paley 1933, On orthogonal matrices; Goethals and Seidel 1967.
     """
     core, power = hadamard_factors(order)
-    matrix = torch.ones(1, 1, dtype=torch.int8, device="cpu") if core == 1 else paley_matrix(core)
+    matrix = _core_matrix(core)
     pair = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
     for _ in range(power.bit_length() - 1):
         matrix = torch.kron(matrix, pair)
@@ -51,6 +55,8 @@ def hadamard_matrix(order: int) -> Int8[Tensor, "n n"]:
 
 def hadamard_factors(n: int) -> tuple[int, int]:
     """Split ``n = K * P`` so that ``H_n = kron(H_K, H_P)``, with ``P`` a power of two and ``K`` as small as possible.
+
+    The smallest ``K`` of Paley's counts; the others serve where Paley has none.
 
     Raises:
         ShapeError: No such ``K`` can be constructed. The hint names the largest power of two that divides ``n``.
@@ -65,7 +71,7 @@ def hadamard_factors(n: int) -> tuple[int, int]:
     raise ShapeError(
         f"no Hadamard matrix of order `{n}` can be constructed",
         facts=(
-            ("expected", "1, 2 or a multiple of 4 that Sylvester's or Paley's constructions reach"),
+            ("expected", "1, 2 or a multiple of 4 that a known construction reaches"),
             ("received", n),
         ),
         hint=f"rotate in blocks: block_size={block} divides {n}; {nearby}" if n > 0 and block > 1 else nearby,
@@ -121,13 +127,19 @@ def hadamard_rotate(
     return y.to(x.dtype)
 
 
-def hadamard_core(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """Apply only the factor ``H_K / sqrt(K)`` of ``hadamard_rotate``: what is left once its power of two has run."""
+def hadamard_core(x: Float[Tensor, "*batch n"], *, transpose: bool = False) -> Float[Tensor, "*batch n"]:
+    """Apply only the factor ``H_K / sqrt(K)`` of ``hadamard_rotate``: what is left once its power of two has run.
+
+    Args:
+        x: Values; computed in float32 or wider and cast back.
+        transpose: Apply ``H_K.T / sqrt(K)``.
+    """
     core, power = hadamard_factors(x.shape[-1])
     if core == 1:
         return x
     y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return _multiply_axis(y, _orthonormal(core, y.dtype, y.device), power).reshape(x.shape).to(x.dtype)
+    matrix = _orthonormal(core, y.dtype, y.device)
+    return _multiply_axis(y, matrix.mT if transpose else matrix, power).reshape(x.shape).to(x.dtype)
 
 
 def random_signs(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
@@ -138,12 +150,20 @@ def random_signs(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
 
 @lru_cache(maxsize=4096)
 def _factors(n: int) -> tuple[int, int] | None:
-    power = n & -n if n > 0 else 0
-    while power:
-        if n == power or is_paley_order(n // power):
-            return n // power, power
-        power //= 2
+    powers = [1 << bit for bit in reversed(range((n & -n).bit_length()))] if n > 0 else []
+    if powers and n == powers[0]:
+        return 1, n
+    for is_core in (is_paley_order, is_tabled_order):
+        for power in powers:
+            if is_core(n // power):
+                return n // power, power
     return None
+
+
+def _core_matrix(order: int) -> Int8[Tensor, "n n"]:
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.int8, device="cpu")
+    return paley_matrix(order) if is_paley_order(order) else tabled_matrix(order)
 
 
 def _multiply_axis(y: Tensor, matrix: Tensor, inner: int) -> Tensor:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Real
 from torch import Tensor
@@ -14,6 +14,15 @@ from qtool.errors import ShapeError
 from qtool.numerics.hadamard import hadamard_factors, hadamard_rotate
 from qtool.numerics.operator_interface import JsonScalar, Operator, OperatorGroup, over_heads
 from qtool.numerics.operators_pointwise import check_signs
+
+
+@runtime_checkable
+class Rotation(Protocol):
+    """A way to compute ``hadamard_rotate`` without signs, for instance by a kernel."""
+
+    def __call__(self, x: Float[Tensor, "*batch n"], *, transpose: bool) -> Float[Tensor, "*batch n"]:
+        """Return ``x @ H_n / sqrt(n)``, or its inverse."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +65,10 @@ class Hadamard(Operator):
         return self.n
 
     def act(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return self._rotate(x, transpose=self.transposed)
+        return self.act_by(hadamard_rotate, x)
 
     def act_inverse(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return self._rotate(x, transpose=not self.transposed)
+        return self.act_by(hadamard_rotate, x, inverse=True)
 
     def weight_in(self, w: Float[Tensor, "*out n"]) -> Float[Tensor, "*out n"]:
         return self.act(w)
@@ -83,14 +92,17 @@ class Hadamard(Operator):
             "core_order": self.core_order,
         }
 
-    def _rotate(self, x: Tensor, *, transpose: bool) -> Tensor:
-        block = self.block_size or self.n
+    def act_by(
+        self, rotation: Rotation, x: Float[Tensor, "*batch n"], *, inverse: bool = False
+    ) -> Float[Tensor, "*batch n"]:
+        """Return what ``act`` or ``act_inverse`` returns, with every block rotated by ``rotation``."""
+        block, transpose = self.block_size or self.n, self.transposed != inverse
 
         def rotated(v: Tensor) -> Tensor:
             signs = None if self.signs is None else self.signs.to(v)
             if signs is not None and not transpose:
                 v = v * signs
-            y = hadamard_rotate(v.reshape(*v.shape[:-1], self.n // block, block), transpose=transpose).flatten(-2)
+            y = rotation(v.reshape(*v.shape[:-1], self.n // block, block), transpose=transpose).flatten(-2)
             return y * signs if signs is not None and transpose else y
 
         return over_heads(self, x, rotated)
@@ -122,10 +134,10 @@ class HeadMix(Operator):
         return self.num_heads * self.head_dim
 
     def act(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return self._mix(x, transpose=self.transposed)
+        return self.act_by(hadamard_rotate, x)
 
     def act_inverse(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return self._mix(x, transpose=not self.transposed)
+        return self.act_by(hadamard_rotate, x, inverse=True)
 
     def weight_in(self, w: Float[Tensor, "*out n"]) -> Float[Tensor, "*out n"]:
         return self.act(w)
@@ -147,10 +159,15 @@ class HeadMix(Operator):
             "core_order": self.core_order,
         }
 
-    def _mix(self, x: Tensor, *, transpose: bool) -> Tensor:
+    def act_by(
+        self, rotation: Rotation, x: Float[Tensor, "*batch n"], *, inverse: bool = False
+    ) -> Float[Tensor, "*batch n"]:
+        """Return what ``act`` or ``act_inverse`` returns, with the heads mixed by ``rotation``."""
+        transpose = self.transposed != inverse
+
         def mixed(v: Tensor) -> Tensor:
             by_channel = v.reshape(*v.shape[:-1], self.num_heads, self.head_dim).mT
-            return hadamard_rotate(by_channel, transpose=transpose).mT.flatten(-2)
+            return rotation(by_channel, transpose=transpose).mT.flatten(-2)
 
         return over_heads(self, x, mixed)
 

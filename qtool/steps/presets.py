@@ -27,7 +27,7 @@ class MitigateSettings:
         propagate: See ``MitigateRequest``, as for the rest.
         true_sequential: Four passes a block.
         round_activations: Whether propagated activations are quantized.
-        token_weight: Rule for the weight of a token; empty takes that of the statistics.
+        token_weight: Rule for the weight of a token; empty for a default.
         experts: Which tokens experts' statistics are of; empty takes the choice of the statistics.
         expert_share: Part of even routing below which an expert is starved; None for a default.
         seed: Seeds what is random.

@@ -74,7 +74,7 @@ class Matrix:
 
     mitigate: tuple[Choice, ...]
     scheme: tuple[SchemeChoice, ...]
-    transform: tuple[Choice, ...] = (Choice("none"),)
+    transform: tuple[Choice, ...] = (Choice("identity"),)
     seed: tuple[int, ...] = (0,)
 
 
@@ -97,7 +97,7 @@ class CalibrateOptions:
     seq_len: int = 2048
     seed: int | None = None
     gather: tuple[str, ...] = EVERYTHING
-    token_weight: str = "inverse-norm"
+    token_weight: str = "uniform"
     sample_size: int = 2048
     experts: str = ""
 

@@ -12,7 +12,7 @@ from qtool.errors import UsageError
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import CalibrateRequest, calibrate
-from qtool.steps.cells import NONE, CellChoice, cells_of
+from qtool.steps.cells import IDENTITY, CellChoice, cells_of
 from qtool.steps.demand import Demand
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -143,14 +143,13 @@ class _Expansion:
         return self._task(f"calibrate {options.data}{word}", None, request, calibrate)
 
     def _transformed(self, cell: CellChoice, source: Task | None) -> Task | None:
-        """Return the plan of a cell; one plan serves all schemes that treat the KV cache alike."""
-        if cell.transform == NONE:
+        """Return the plan of a cell: one for each scheme, which decides what many methods propose."""
+        if cell.transform == IDENTITY:
             return source
         configure("transforms", cell.transform.method, cell.transform.set, self.plugins)
-        scheme = ModelScheme(kv=self._scheme(cell).kv)
-        request = TransformRequest("", cell.transform.method, cell.transform.set, scheme, cell.seed)
-        word = f" for the KV cache in {scheme.kv}" if scheme.kv else ""
-        return self._task(f"transform {cell.transform}{word}{self._seed_word(cell.seed)}", source, request, transform)
+        request = TransformRequest("", cell.transform.method, cell.transform.set, self._scheme(cell), cell.seed)
+        title = f"transform {cell.transform} {cell.scheme}{self._seed_word(cell.seed)}"
+        return self._task(title, source, request, transform)
 
     def _settings(self, seed: int) -> MitigateSettings:
         options = self.recipe.mitigate

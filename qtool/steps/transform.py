@@ -15,10 +15,13 @@ from qtool.engine.carry import CarriedStatistics
 from qtool.engine.fold import require_biases
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
+from qtool.engine.trials import Trials
 from qtool.errors import ArtifactError, UsageError
+from qtool.model.graph import RESIDUAL
 from qtool.model.plan import Plan, TransformContext
 from qtool.model.statistics import SiteStatistics
 from qtool.scheme import ModelScheme
+from qtool.steps.calibrate import WINDOWS
 from qtool.steps.options import Configured, configure
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
@@ -80,7 +83,7 @@ def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact
     with measured(about, workspace.device):
         plan = opened.subject.plan
         for one in workspace.progress(methods, total=len(methods), label="transform"):
-            plan = _extended(plan, one, request, opened, statistics)
+            plan = _extended(plan, one, request, opened, statistics, workspace.device)
         require_biases(opened.model.graph, plan, opened.model.has)
         for note in plan.notes:
             workspace.warn(note)
@@ -136,21 +139,47 @@ def _check_statistics(statistics: Artifact, opened: Opened) -> None:
 
 
 def context_of(
-    subject: Subject, statistics: Artifact | None, *, scheme: ModelScheme | None = None, seed: int = 0
+    subject: Subject,
+    statistics: Artifact | None,
+    *,
+    scheme: ModelScheme | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> TransformContext:
-    """Return what a method may look at: the model as the subject's plan transforms it, and its carried statistics."""
+    """Return what a method may look at: the model as the subject's plan transforms it, and its carried statistics.
+
+    Args:
+        subject: The model with the plan so far.
+        statistics: What calibrate gathered on the model; without them there is neither that nor are there trials.
+        scheme: How the model is going to be quantized, as far as is known.
+        seed: Seeds what is random.
+        device: Where trials run, in float32; None is the CPU.
+    """
+    scheme = scheme or ModelScheme()
     carried: Mapping[str, SiteStatistics] = {}
+    residual: Mapping[str, SiteStatistics] = {}
+    trials: Trials | None = None
     if statistics is not None:
         carried = CarriedStatistics(statistics, subject.model, subject.plan)
-    return TransformContext(subject.model.graph, carried, _FoldedWeights(subject), scheme or ModelScheme(), seed)
+        alone = Plan({RESIDUAL: subject.plan.at(RESIDUAL)}, fold_norms=True)
+        residual = CarriedStatistics(statistics, subject.model, alone)
+        windows = statistics.tensor(WINDOWS).long()
+        trials = Trials(subject, windows, scheme, device or torch.device("cpu"))
+    weights = _FoldedWeights(subject)
+    return TransformContext(subject.model.graph, carried, weights, scheme, seed, trials, residual)
 
 
 def _extended(
-    plan: Plan, one: Configured, request: TransformRequest, opened: Opened, statistics: Artifact | None
+    plan: Plan,
+    one: Configured,
+    request: TransformRequest,
+    opened: Opened,
+    statistics: Artifact | None,
+    device: torch.device,
 ) -> Plan:
     """Let one method propose operators and add them to the plan."""
     subject = Subject(opened.model, opened.subject.plugins, plan)
-    context = context_of(subject, statistics, scheme=request.scheme, seed=request.seed)
+    context = context_of(subject, statistics, scheme=request.scheme, seed=request.seed, device=device)
     return extend(plan, one.method.plan(context, one.config), opened.model.graph, method=one.name)
 
 

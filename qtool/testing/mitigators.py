@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear
-from qtool.numerics.groups import from_groups, to_groups
+from qtool.numerics.groups import from_groups
 from qtool.numerics.losses import relative_loss
 from qtool.scheme import Format, TensorScheme
 from qtool.testing.promise import CheckError
@@ -24,7 +25,7 @@ def correlated_problem(
     weight = torch.randn(n_out, n_in, generator=generator)
     scale = fmt.global_scale(weight.abs().amax(), scheme)
     entries = {"hessian": x.T @ x / len(x), "absmax": x.abs().amax(0), "mean_abs": x.abs().mean(0), "sample": x}
-    return LayerProblem("layer", weight, scheme, fmt, entries["hessian"], entries, scale)
+    return LayerProblem("layer", weight, Grid.of(scheme, fmt), entries["hessian"], entries, (scale,))
 
 
 def check_mitigator(
@@ -57,7 +58,7 @@ def check_mitigator(
                 raise CheckError(f"{name} modifies the {entry} that it is given")
         if not torch.equal(result.codes, again.codes):
             raise CheckError(f"{name} gives other codes when it is asked again")
-        if not torch.equal(result.parameters.scale, again.parameters.scale):
+        if not all(torch.equal(a.scale, b.scale) for a, b in zip(result.parameters, again.parameters, strict=True)):
             raise CheckError(f"{name} gives other scales when it is asked again")
         if int(result.codes.max()) >= 2**fmt.bits:
             raise CheckError(f"{name} gives codes beyond {fmt.bits} bits")
@@ -71,13 +72,18 @@ def check_mitigator(
 
 
 def _measured_loss(result: QuantizedLinear, problem: LayerProblem) -> float:
-    weight = result.weight(problem.scheme, problem.format)
+    weight = result.weight(problem.grid)
     if result.adapter is not None:
         weight = weight + result.adapter.up.float() @ result.adapter.down.float()
     return float(relative_loss(problem.weight, weight, problem.need_hessian()))
 
 
 def _nearest(problem: LayerProblem) -> Tensor:
-    groups = to_groups(problem.weight, problem.scheme.strategy, problem.scheme.group_size)
-    parameters = problem.format.fit(groups, problem.scheme, global_scale=problem.global_scale)
-    return from_groups(problem.format.round(groups, parameters), problem.weight.shape)
+    rounded = []
+    places = problem.grid.places(problem.weight.shape[1])
+    for (columns, part), scale in zip(places, problem.global_scales, strict=True):
+        values = problem.weight[:, columns]
+        groups = part.groups(values)
+        fitted = part.fit(groups, global_scale=scale)
+        rounded.append(from_groups(part.format.round(groups, fitted), values.shape))
+    return torch.cat(rounded, dim=1)

@@ -35,8 +35,8 @@ def random_operator(kind: str, site: Site, generator: torch.Generator) -> Operat
     each = (heads, dim) if heads > 1 else (dim,)
     makers: Mapping[str, Callable[[], Operator]] = {
         "shift": lambda: Shift(_noise(g, *each), heads),
-        "diag": lambda: Diag(_signs(g, *each) * (0.5 + _noise(g, *each).abs()), heads),
-        "signs": lambda: Signs(_signs(g, *each), heads),
+        "diag": lambda: Diag(_tied(_signs(g, *each) * (0.5 + _noise(g, *each).abs()), site), heads),
+        "signs": lambda: Signs(_tied(_signs(g, *each), site), heads),
         "perm": lambda: Perm(torch.randperm(dim, generator=g)),
         "hadamard": lambda: Hadamard(dim, _signs(g, dim)),
         "head_mix": lambda: HeadMix(4, dim // 4),
@@ -46,6 +46,14 @@ def random_operator(kind: str, site: Site, generator: torch.Generator) -> Operat
         "block": lambda: Block(_invertible(g, dim // 4, 4), dim),
     }
     return makers[kind]()
+
+
+def _tied(factors: Tensor, site: Site) -> Tensor:
+    """Return factors that are alike where the site wants them to be."""
+    factors = factors.clone()
+    for one, other in site.ties:
+        factors[..., other] = factors[..., one]
+    return factors
 
 
 def _noise(generator: torch.Generator, *shape: int) -> Tensor:
@@ -89,11 +97,12 @@ def apart(graph: ModelGraph) -> Iterator[tuple[str, Plan, Iterator[tuple[str, Pl
 def _plan(graph: ModelGraph, sites: list[Site], kinds: tuple[str, ...]) -> Plan:
     """Return a plan with operators of some kinds at some sites, as far as these claim them."""
     generator = torch.Generator().manual_seed(7)
-    proposal: Proposal = {
+    proposal = {
         site.id: [random_operator(one, site, generator) for claimed in claims(site) for one in claimed if one in kinds]
         for site in sites
     }
-    return extend(Plan(), {name: operators for name, operators in proposal.items() if operators}, graph, method="check")
+    proposed = Proposal({name: operators for name, operators in proposal.items() if operators})
+    return extend(Plan(), proposed, graph, method="check")
 
 
 def check_refusals(graph: ModelGraph, label: str) -> None:
@@ -109,7 +118,7 @@ def check_refusals(graph: ModelGraph, label: str) -> None:
         for kind in OPERATORS:
             try:
                 operator = random_operator(kind, site, generator)
-                plan = extend(Plan(), {site.id: [operator]}, graph, method="check")
+                plan = extend(Plan(), Proposal({site.id: [operator]}), graph, method="check")
             except UsageError:
                 if kind in (*folds, *online):
                     raise

@@ -14,10 +14,16 @@ from qtool.errors import UsageError
 from qtool.model.family import Family
 from qtool.model.plan import Plan, Transform
 from qtool.plugins import Plugins
+from qtool.scheme import ModelScheme, TensorScheme
 from qtool.steps.transform import context_of
 from qtool.testing.families import family_configs
 from qtool.testing.promise import EXACT, CheckError
 from qtool.testing.tiny_models import TinyModel, double_precision, exact_logits, tiny_model_of
+
+SCHEME = ModelScheme(
+    weights=TensorScheme("int4"), activations=TensorScheme("int4", symmetric=False, strategy="token"), name="W4A4"
+)
+"""What the methods are told that models are going to be quantized to: INT4 per output row, and per token."""
 
 
 def check_transform(transform: Transform, config: object = None, *, families: Sequence[str] | None = None) -> None:
@@ -53,11 +59,13 @@ def check_transform(transform: Transform, config: object = None, *, families: Se
         raise refused[0]
 
 
-def plan_of(transform: Transform, options: object, tiny: TinyModel) -> tuple[Subject, Plan]:
-    """Return a tiny model's subject, and the plan that a transform makes for it."""
+def plan_of(
+    transform: Transform, options: object, tiny: TinyModel, *, scheme: ModelScheme = SCHEME
+) -> tuple[Subject, Plan]:
+    """Return a tiny model's subject, and the plan that a transform makes for it, told of a scheme."""
     model = tiny.workspace.model(str(tiny.path))
     subject = Subject(model, tiny.workspace.plugins)
-    context = context_of(subject, tiny.statistics)
+    context = context_of(subject, tiny.statistics, scheme=scheme)
     return subject, extend(Plan(), transform.plan(context, options), model.graph, method=type(transform).__name__)
 
 

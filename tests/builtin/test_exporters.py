@@ -34,7 +34,7 @@ from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
-from qtool.model.plan import Plan
+from qtool.model.plan import Plan, Proposal
 from qtool.numerics.hadamard import random_signs
 from qtool.numerics.operators import Diag, Hadamard, Operator, Shift
 from qtool.plugins import Plugins
@@ -276,8 +276,8 @@ def test_the_bytes_are_those_that_the_library_writes(
     assert subject.scheme.weights is not None
     for linear in subject.model.graph.linears[:7]:
         found = subject.linear(linear)
-        parameters = found.parameters
-        decoded = found.weight(subject.scheme.weights, plugins.format(subject.scheme.weights.format))
+        (parameters,) = found.parameters
+        decoded = found.weight(subject.weight_grid(linear))
         given = {"weight": decoded, "weight_scale": parameters.scale}
         if parameters.zero_point is not None:
             given["weight_zero_point"] = (parameters.zero_point - 2 ** (int(weights[3]) - 1)).to(torch.int8)
@@ -477,7 +477,7 @@ def planned(subject: Subject, *proposals: dict[str, list[Operator]]) -> Subject:
     """Return the subject with a plan of operators, one method a proposal."""
     plan = Plan()
     for proposal in proposals:
-        plan = extend(plan, proposal, subject.model.graph, method="test")
+        plan = extend(plan, Proposal(proposal), subject.model.graph, method="test")
     return replace(subject, plan=plan)
 
 
@@ -550,7 +550,7 @@ def test_nvfp4_global_scales_are_stored_as_reciprocals_and_shared(make: Make, pl
     stored = load_file(tmp_path / "out" / "model.safetensors")
     attention = [f"model.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v")]
     for leaf, expected in (
-        ("weight_global_scale", 1 / subject.linear(subject.model.graph.linears[0]).parameters.global_scale),
+        ("weight_global_scale", 1 / subject.linear(subject.model.graph.linears[0]).parameters[0].global_scale),
         ("input_global_scale", 1 / torch.tensor(0.0011)),
     ):
         for name in attention:
@@ -601,7 +601,7 @@ def test_a_shift_online_becomes_a_bias(make: Make) -> None:
         online = operator.act(online)
     scheme = subject.scheme.weights
     assert scheme is not None
-    ours = subject.linear(linear).weight(scheme, subject.plugins.format(scheme.format)).double()
+    ours = subject.linear(linear).weight(subject.weight_grid(linear)).double()
     torch.testing.assert_close(x @ weight.T + moved, online @ ours.T + bias, rtol=0, atol=1e-10)
 
 

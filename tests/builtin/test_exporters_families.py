@@ -26,7 +26,7 @@ from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
-from qtool.model.plan import Plan
+from qtool.model.plan import Plan, Proposal
 from qtool.numerics.hadamard import random_signs
 from qtool.numerics.operators import Hadamard, Operator
 from qtool.plugins import Plugins
@@ -143,7 +143,7 @@ def expert_weights(subject: Subject, module: nn.Module) -> dict[str, tuple[Tenso
         if linear.expert is None:
             continue
         owner = module.get_submodule(f"{graph.block_name(linear.layer)}.{graph.family.experts.module}")
-        ours = subject.linear(linear).weight(scheme, subject.plugins.format(scheme.format))
+        ours = subject.linear(linear).weight(subject.weight_grid(linear))
         leaf = linear.spec.module.rpartition(".")[2]
         fused = owner.gate_up_proj[linear.expert]
         halves = dict.fromkeys(("w1", "gate_proj"), fused[: len(fused) // 2])
@@ -298,7 +298,7 @@ def rotated(subject: Subject, *, online: bool = False) -> Subject:
         proposal[f"layers.{layer}.mlp_in"] = [Hadamard(dims.hidden)]
         for site in subject.model.graph.of_kind("up_down", layer):
             proposal[site.id] = [Hadamard(site.dim)]
-    return replace(subject, plan=extend(Plan(), proposal, subject.model.graph, method="test"))
+    return replace(subject, plan=extend(Plan(), Proposal(proposal), subject.model.graph, method="test"))
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])

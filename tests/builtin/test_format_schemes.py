@@ -41,7 +41,11 @@ def test_the_relative_errors_on_a_gaussian_are_the_published_ones() -> None:
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 def test_presets_parse_as_they_are_written(preset: Preset) -> None:
     scheme = parse_model_scheme(preset.name, FORMATS.__getitem__, {p.name: p for p in PRESETS})
-    for part, text in ((scheme.weights, preset.weights), (scheme.activations, preset.activations), (scheme.kv, None)):
+    for part, text in (
+        (scheme.weights, preset.weights),
+        (scheme.activations, preset.activations),
+        (scheme.kv, preset.kv),
+    ):
         assert part == (None if text is None else read(text)[1])
     assert preset.name == preset.name.upper()
 
@@ -134,3 +138,26 @@ def test_every_format_keeps_the_contract() -> None:
 def test_what_a_scheme_prints_reads_back(text: str) -> None:
     scheme = read(text)[1]
     assert read(str(scheme))[1] == scheme
+
+
+@pytest.mark.parametrize(
+    "text", ["int4-sym-g128-sbf16-c0.9", "int4-asym-token-sfp32-c0.95", "nvfp4-sym-g16-se4m3-c0.5"]
+)
+def test_a_clip_is_written_and_read_back(text: str) -> None:
+    _, scheme = read(text)
+    assert str(scheme) == text
+    assert scheme.clip == float(text.rpartition("-c")[2])
+    assert ModelScheme.from_json(ModelScheme(weights=scheme).to_json()).weights == scheme
+
+
+@pytest.mark.parametrize("text", ["int4-c1.5", "fp8-c0", "mxfp4-c0.001"])
+def test_a_clip_that_is_no_fraction_is_refused(text: str) -> None:
+    with pytest.raises(SchemeError, match=r"the fraction of the range that is kept is from 0.01 to 1"):
+        read(text)
+    assert read(f"{text.partition('-')[0]}-c1")[1].clip == 1
+
+
+def test_a_clip_of_all_is_not_written() -> None:
+    assert "-c" not in str(read("int4-c1.0")[1]).replace("-channel", "")
+    with pytest.raises(SchemeError, match="cannot read `c` in the scheme"):
+        read("int4-c")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
 from qtool.builtin.mitigators.lorc import LoRC, LoRCConfig
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions
 from qtool.builtin.plugin import register_mitigators
+from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem, QuantizedLinear, SiblingMitigator
 from qtool.errors import NumericalError, SchemeError, ShapeError, UsageError
+from qtool.model.plan import Segment
 from qtool.numerics import gptq as solver
 from qtool.numerics.groups import to_groups
 from qtool.scheme import Format, TensorScheme
 from tests.oracles.gptq import gptq_oracle
 from tests.oracles.lowrank import lorc_oracle, output_error
-from tests.oracles.rounding import Grid, int_grid, mxfp4_grid, nvfp4_global_scale, nvfp4_grid
+from tests.oracles.rounding import Grid as OracleGrid
+from tests.oracles.rounding import int_grid, mxfp4_grid, nvfp4_global_scale, nvfp4_grid
 
 FORMATS: dict[str, Format] = {
     fmt.name: fmt for fmt in (Int2(), Int3(), Int4(), Int8(), E2M1(), MXFP4(), NVFP4(), E4M3())
@@ -48,12 +52,21 @@ def problem(text: str, *, seed: int = 0, n_out: int = 12, n_in: int = 64, with_h
     scheme = scheme_of(text)
     hessian = inputs @ inputs.T / inputs.shape[1]
     return LayerProblem(
-        "model.layers.0.mlp.up_proj", weight, scheme, FORMATS[scheme.format], hessian=hessian if with_hessian else None
+        "model.layers.0.mlp.up_proj",
+        weight,
+        Grid.of(scheme, FORMATS[scheme.format]),
+        hessian=hessian if with_hessian else None,
     )
 
 
+def on_grid(of: LayerProblem, **changes: Any) -> Grid:  # noqa: ANN401 - fields of a scheme
+    """Return the grid of a problem with other choices in its scheme."""
+    part = of.grid.parts[0]
+    return Grid.of(replace(part.scheme, **changes), part.format)
+
+
 def decoded(result: QuantizedLinear, of: LayerProblem) -> Tensor:
-    return result.weight(of.scheme, of.format)
+    return result.weight(of.grid)
 
 
 def measured(result: QuantizedLinear, of: LayerProblem) -> float:
@@ -65,12 +78,12 @@ def measured(result: QuantizedLinear, of: LayerProblem) -> float:
     return output_error(of.weight.double() - stands, of.hessian) / output_error(of.weight, of.hessian)
 
 
-def oracle_grid(of: LayerProblem) -> Grid:
-    if of.scheme.format == "nvfp4":
+def oracle_grid(of: LayerProblem) -> OracleGrid:
+    if of.grid.parts[0].scheme.format == "nvfp4":
         return nvfp4_grid(nvfp4_global_scale(of.weight.flatten().tolist()))
-    if of.scheme.format == "mxfp4":
+    if of.grid.parts[0].scheme.format == "mxfp4":
         return mxfp4_grid("even")
-    return int_grid(4, "tight", "bfloat16" if of.scheme.scale == "bf16" else "float32")
+    return int_grid(4, "tight", "bfloat16" if of.grid.parts[0].scheme.scale == "bf16" else "float32")
 
 
 def test_the_plugin_offers_these_classes_with_their_contract() -> None:
@@ -88,7 +101,7 @@ class TestRTN:
     def test_rounds_each_group_by_itself(self, text: str) -> None:
         of = problem(text, n_out=4)
         result, grid = RTN().quantize(of, ClipOptions()), oracle_grid(of)
-        size = of.scheme.group_size or 64
+        size = of.grid.parts[0].scheme.group_size or 64
         for start in range(0, 64, size):
             scale, zero = grid.fit(of.weight[:, start : start + size].double())
             for col in range(start, start + size):
@@ -102,10 +115,10 @@ class TestRTN:
     def test_one_scale_for_a_whole_tensor(self) -> None:
         of = problem("int8-tensor")
         result = RTN().quantize(of, ClipOptions())
-        assert result.parameters.scale.shape == (1,)
+        assert result.parameters[0].scale.shape == (1,)
         # A bfloat16 scale is rounded down by 2^-8 at most, half a step of 127: the largest magnitude clips by a step.
         error = (of.weight - decoded(result, of)).abs().max()
-        assert float(error) <= float(result.parameters.scale) * 1.01
+        assert float(error) <= float(result.parameters[0].scale) * 1.01
 
     @pytest.mark.parametrize("metric", ["mse", "hessian"])
     @pytest.mark.parametrize("text", ["int3", "int3-g32", "int3-tensor", "nvfp4"])
@@ -116,9 +129,11 @@ class TestRTN:
         found = RTN().quantize(of, ClipOptions(clip="search", clip_norm=2.0, clip_metric=metric))  # type: ignore[arg-type]
         seen = of.hessian.diagonal() if metric == "hessian" else torch.ones(64)
         before, after = (
-            to_groups((of.weight - decoded(result, of)).square() * seen, of.scheme.strategy, of.scheme.group_size).sum(
-                -1
-            )
+            to_groups(
+                (of.weight - decoded(result, of)).square() * seen,
+                of.grid.parts[0].scheme.strategy,
+                of.grid.parts[0].scheme.group_size,
+            ).sum(-1)
             for result in (plain, found)
         )
         assert bool((after <= before * (1 + 1e-5)).all())
@@ -136,8 +151,8 @@ class TestRTN:
         options = ClipOptions(clip="search", clip_metric="hessian")
         ignored = RTN().quantize(replace(of, hessian=torch.diag(weights)), options)
         minded = RTN().quantize(replace(of, hessian=torch.eye(64)), options)
-        assert float(ignored.parameters.scale[0, 0]) < float(minded.parameters.scale[0, 0])
-        assert torch.equal(ignored.parameters.scale[:, 1], minded.parameters.scale[:, 1])
+        assert float(ignored.parameters[0].scale[0, 0]) < float(minded.parameters[0].scale[0, 0])
+        assert torch.equal(ignored.parameters[0].scale[:, 1], minded.parameters[0].scale[:, 1])
 
     def test_without_a_hessian_it_reports_the_error_of_the_weight(self) -> None:
         of = problem("int3", with_hessian=False)
@@ -172,7 +187,7 @@ class TestGPTQ:
             of.weight,
             hessian,
             **oracle_grid(of)._asdict(),
-            group_size=of.scheme.group_size or 64,
+            group_size=of.grid.parts[0].scheme.group_size or 64,
             params="static" if order else source,  # type: ignore[arg-type]
             block_size=24,
             act_order=order,
@@ -203,7 +218,7 @@ class TestGPTQ:
         config = GPTQConfig(clip_norm=2.4, clip_grid=80, **options)  # type: ignore[arg-type]
         solved, nearest = GPTQ().quantize(of, config), RTN().quantize(of, ClipOptions(**options))  # type: ignore[arg-type]
         assert torch.equal(solved.codes, nearest.codes)
-        assert torch.equal(solved.parameters.scale, nearest.parameters.scale)
+        assert torch.equal(solved.parameters[0].scale, nearest.parameters[0].scale)
         assert solved.report["clipped_fraction"] == pytest.approx(nearest.report["clipped_fraction"])
         assert (solved.report["clipped_fraction"] > 0) == (config.clip == "search")
 
@@ -241,11 +256,11 @@ class TestGPTQ:
 
     def test_uses_the_global_scale_that_it_is_given(self) -> None:
         of = problem("nvfp4")
-        own = GPTQ().quantize(of, GPTQConfig()).parameters
+        (own,) = GPTQ().quantize(of, GPTQConfig()).parameters
         given = torch.tensor(2.0**-13)
-        shared = replace(of, global_scale=given)
+        shared = replace(of, global_scales=(given,))
         for method, config in ((GPTQ(), GPTQConfig()), (RTN(), ClipOptions())):
-            parameters = method.quantize(shared, config).parameters  # type: ignore[arg-type]
+            (parameters,) = method.quantize(shared, config).parameters  # type: ignore[arg-type]
             assert parameters.global_scale == given
             assert own.global_scale is not None
             assert own.global_scale != given
@@ -284,8 +299,8 @@ class TestGPTQ:
             replace(one, name=str(rows), weight=size * problem(text, seed=rows, n_out=rows).weight)
             for rows, size in ((5, 1.0), (12, 0.5), (3, 2.0))
         ]
-        if one.scheme.format == "nvfp4":
-            siblings = [replace(sibling, global_scale=torch.tensor(2.0**-13)) for sibling in siblings]
+        if one.grid.parts[0].scheme.format == "nvfp4":
+            siblings = [replace(sibling, global_scales=(torch.tensor(2.0**-13),)) for sibling in siblings]
         if bad:
             siblings = [replace(sibling, hessian=torch.zeros(64, 64)) for sibling in siblings]
         method, config = GPTQ(), GPTQConfig()
@@ -293,23 +308,23 @@ class TestGPTQ:
         for sibling, result in zip(siblings, method.quantize_siblings(siblings, config), strict=True):
             alone = method.quantize(sibling, config)
             assert torch.equal(result.codes, alone.codes)
-            assert torch.equal(result.parameters.scale, alone.parameters.scale)
-            assert result.parameters.global_scale == alone.parameters.global_scale
+            assert torch.equal(result.parameters[0].scale, alone.parameters[0].scale)
+            assert result.parameters[0].global_scale == alone.parameters[0].global_scale
             assert result.report == pytest.approx(alone.report, rel=1e-5)
             assert result.counters == alone.counters
             assert result.counters["fallback_rtn"] == int(bad)
 
     def test_a_zero_point_goes_with_its_row(self) -> None:
         one = problem("int4-g16")
-        scheme = replace(one.scheme, symmetric=False)
-        siblings = [replace(one, scheme=scheme, weight=one.weight[rows] + 0.02) for rows in (slice(5), slice(5, 12))]
-        together = GPTQ().quantize(replace(one, scheme=scheme, weight=one.weight + 0.02), GPTQConfig())
+        grid = on_grid(one, symmetric=False)
+        siblings = [replace(one, grid=grid, weight=one.weight[rows] + 0.02) for rows in (slice(5), slice(5, 12))]
+        together = GPTQ().quantize(replace(one, grid=grid, weight=one.weight + 0.02), GPTQConfig())
         parts = GPTQ().quantize_siblings(siblings, GPTQConfig())
         assert torch.equal(torch.cat([decoded(part, one) for part in parts]), decoded(together, one))
         for part, rows in zip(parts, (slice(5), slice(5, 12)), strict=True):
-            assert part.parameters.zero_point is not None
-            assert together.parameters.zero_point is not None
-            assert torch.equal(part.parameters.zero_point, together.parameters.zero_point[rows])
+            assert part.parameters[0].zero_point is not None
+            assert together.parameters[0].zero_point is not None
+            assert torch.equal(part.parameters[0].zero_point, together.parameters[0].zero_point[rows])
 
     def test_every_sibling_is_checked(self) -> None:
         one = problem("int4")
@@ -386,6 +401,127 @@ METHODS: list[Callable[[LayerProblem], QuantizedLinear]] = [
 ]
 
 
+AWQ_SEARCH: dict[str, Any] = {"clip": "search", "clip_metric": "output", "clip_grid": 20, "clip_floor": 0.5}
+
+
+class TestClipByOutput:
+    @pytest.mark.parametrize("text", ["int3-g16", "int3", "int3-tensor", "nvfp4"])
+    def test_each_group_has_the_clip_with_the_least_output_error(self, text: str) -> None:
+        of = problem(text, n_out=4)
+        assert of.hessian is not None
+        part = of.grid.parts[0]
+        found = RTN().quantize(of, ClipOptions(**AWQ_SEARCH))
+        size = part.scheme.group_size or 64
+        energies = []
+        for clip in (None, *(1 - i / 38 for i in range(20))):
+            if clip is None:
+                rounded = decoded(found, of)
+            else:
+                scale = of.grid.global_scales(of.weight.abs().amax(0))[0]
+                groups = part.groups(of.weight)
+                rounded = part.format.round(groups, part.fit(groups, global_scale=scale, clip=clip))
+            error = (rounded.reshape(4, 64) - of.weight).double().reshape(4, -1, size)
+            blocks = torch.stack([of.hessian[i : i + size, i : i + size].double() for i in range(0, 64, size)])
+            by_group = torch.einsum("rgi,gij,rgj->rg", error, blocks, error)
+            energies.append(by_group.sum().reshape(1, 1) if text.endswith("tensor") else by_group)
+        chosen, least = energies[0], torch.stack(energies[1:]).amin(0)
+        torch.testing.assert_close(chosen, least, rtol=1e-4, atol=1e-12)
+        assert bool((least < energies[1]).any())
+
+    def test_gptq_searches_the_same_on_the_weight_before_it_is_solved(self) -> None:
+        of = problem("int3-g16")
+        nearest = RTN().quantize(of, ClipOptions(**AWQ_SEARCH))
+        solved = GPTQ().quantize(of, GPTQConfig(**AWQ_SEARCH))
+        assert torch.equal(solved.parameters[0].scale, nearest.parameters[0].scale)
+        assert not torch.equal(solved.codes, nearest.codes)
+        assert solved.report["loss"] < nearest.report["loss"]
+
+    def test_the_options_say_that_they_need_a_hessian(self) -> None:
+        assert ClipOptions(**AWQ_SEARCH).needs == ("hessian",)
+        assert ClipOptions(clip_metric="output").needs == ()
+        with pytest.raises(UsageError, match="no Hessian was gathered"):
+            RTN().quantize(problem("int3", with_hessian=False), ClipOptions(**AWQ_SEARCH))
+
+    def test_the_range_that_the_scheme_keeps_is_where_the_search_starts(self) -> None:
+        of = problem("int4-g16")
+        kept = replace(of, grid=on_grid(of, clip=0.6))
+        plain, clipped = RTN().quantize(of, ClipOptions()), RTN().quantize(kept, ClipOptions())
+        torch.testing.assert_close(clipped.parameters[0].scale, 0.6 * plain.parameters[0].scale)
+        found = RTN().quantize(kept, ClipOptions(clip="search", clip_norm=2.0))
+        assert bool((found.parameters[0].scale <= clipped.parameters[0].scale).all())
+        assert found.report["loss_rtn"] == clipped.report["loss"]
+        torch.testing.assert_close(
+            GPTQ().quantize(kept, GPTQConfig(clip="none")).parameters[0].scale, clipped.parameters[0].scale
+        )
+
+
+def mixed(text: str, apart: str, *, channels: int = 16, **options: Any) -> LayerProblem:  # noqa: ANN401 - of `problem`
+    """A problem whose last channels are in another format."""
+    of = problem(text, **options)
+    segment = Segment(channels, apart)
+    return replace(of, grid=Grid.segmented(of.grid.parts[0].scheme, [segment], FORMATS.__getitem__))
+
+
+class TestMixedGrids:
+    @pytest.mark.parametrize("act_order", [False, True])
+    @pytest.mark.parametrize(("text", "apart"), [("int3-g16", "int8"), ("int3", "int4"), ("nvfp4", "int8")])
+    def test_gptq_equals_a_solver_of_one_column_at_a_time(self, text: str, apart: str, act_order: bool) -> None:
+        of = mixed(text, apart, n_out=3)
+        assert of.hessian is not None
+        of = replace(of, hessian=of.hessian + 0.1 * torch.eye(64))
+        config = GPTQConfig(clip="none", act_order=act_order)
+        result = GPTQ().quantize(of, config)
+        scales = of.grid.global_scales(of.weight.abs().amax(0))
+        current = of.weight.double().clone()
+        hessian = of.hessian.double() + 0.01 * of.hessian.diagonal().double().mean() * torch.eye(64).double()
+        left = sorted(range(64), key=lambda col: -float(hessian[col, col])) if act_order else list(range(64))
+        values = torch.zeros_like(current)
+        while left:
+            inverse = torch.linalg.inv(hessian[left][:, left])
+            col = left.pop(0)
+            place, part = next((c, p) for c, p in of.grid.places(64) if c.start <= col < c.stop)
+            size = part.scheme.group_size or place.stop - place.start
+            start = place.start + (col - place.start) // size * size
+            scale = scales[of.grid.parts.index(part)]
+            parameters = part.fit(of.weight[:, start : start + size], global_scale=scale)
+            values[:, col] = part.format.round(current[:, col : col + 1].float(), parameters)[:, 0].double()
+            step = (current[:, col] - values[:, col]) / inverse[0, 0]
+            current[:, left] -= torch.outer(step, inverse[0, 1:])
+        torch.testing.assert_close(decoded(result, of).double(), values, rtol=1e-6, atol=1e-8)
+        assert result.report["loss"] < result.report["loss_rtn"]
+        assert result.report["loss"] == pytest.approx(measured(result, of), rel=1e-3)
+
+    @pytest.mark.parametrize("config", [GPTQConfig(), GPTQConfig(parameters="fresh", act_order=False)])
+    @pytest.mark.parametrize("text", ["int4-g16", "nvfp4", "int4-tensor"])
+    def test_siblings_get_what_each_gets_alone(self, text: str, config: GPTQConfig) -> None:
+        one = mixed(text, "int8")
+        siblings = [
+            replace(one, name=str(rows), weight=problem(text, seed=rows, n_out=rows).weight) for rows in (5, 12)
+        ]
+        shared = one.grid.global_scales(torch.full((64,), 0.3))
+        siblings = [replace(sibling, global_scales=shared) for sibling in siblings]
+        for sibling, result in zip(siblings, GPTQ().quantize_siblings(siblings, config), strict=True):
+            alone = GPTQ().quantize(sibling, config)
+            assert torch.equal(result.codes, alone.codes)
+            for ours, theirs in zip(result.parameters, alone.parameters, strict=True):
+                torch.testing.assert_close(ours.scale, theirs.scale)
+            assert result.report == pytest.approx(alone.report, rel=1e-5)
+
+    def test_better_channels_lower_the_error_and_the_correction_starts_from_it(self) -> None:
+        plain, better = problem("int3-g16"), mixed("int3-g16", "int8", channels=32)
+        for method in METHODS:
+            assert method(better).report["loss"] < method(plain).report["loss"]
+        left = GPTQ().quantize(better, GPTQConfig())
+        corrected = LoRC().quantize(better.after(left), LoRCConfig(rank=2))
+        assert corrected.report["loss"] == pytest.approx(measured(corrected, better), rel=1e-3)
+        assert corrected.report["weight_error" if better.hessian is None else "loss"] < left.report["loss"]
+
+    @pytest.mark.parametrize("method", [0, 1, 2])
+    def test_groups_that_do_not_divide_a_part_are_refused(self, method: int) -> None:
+        with pytest.raises(SchemeError, match=r"sets channels apart in the input of `model\.layers\.0\.mlp\.up_proj`"):
+            METHODS[method](mixed("int4-g16", "int8", channels=8))
+
+
 @pytest.mark.parametrize("method", METHODS, ids=["rtn", "gptq", "lorc"])
 class TestEveryMethod:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -410,7 +546,7 @@ class TestEveryMethod:
         with pytest.raises(
             SchemeError, match=r"group size 48 does not divide the input of `model.layers.0.mlp.up_proj`"
         ):
-            method(replace(of, scheme=scheme_of("int4-g48")))
+            method(replace(of, grid=Grid.of(scheme_of("int4-g48"), FORMATS["int4"])))
 
     def test_two_runs_agree_and_the_problem_stays(self, method: Callable[[LayerProblem], QuantizedLinear]) -> None:
         of = problem("int4-g16")
@@ -448,7 +584,7 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
     of = problem("fp4-g16")
     weight, seen = of.weight + 1, torch.zeros(64, 64)
     weight[:, 0], weight[:, 1], seen[0, 0] = 0.0, -1.0, 1.0
-    of = replace(of, weight=weight, hessian=seen, scheme=replace(of.scheme, symmetric=False))
+    of = replace(of, weight=weight, hessian=seen, grid=on_grid(of, symmetric=False))
     with pytest.raises(NumericalError, match=r"the loss of `model.layers.0.mlp.up_proj` is not finite"):
         RTN().quantize(of, ClipOptions())
 
@@ -461,6 +597,8 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         (ClipOptions, {"clip_norm": 0.0}, "`clip_norm` is above 0 and up to 16, not 0.0\nhint: --set clip_norm=2.4"),
         (ClipOptions, {"clip_norm": float("nan")}, "`clip_norm` is above 0 and up to 16, not nan"),
         (ClipOptions, {"clip_grid": 100}, "`clip_grid` is from 1 to 99 ratios, not 100"),
+        (ClipOptions, {"clip_floor": 0.0}, "`clip_floor` is from 0.01 to 1, not 0.0\nhint: --set clip_floor=0.5"),
+        (ClipOptions, {"clip_metric": "output", "clip_norm": 3.0}, "`clip_norm` has no effect on the metric `output`"),
         (GPTQConfig, {"clip": "yes"}, "`clip` has no value `yes`"),
         (GPTQConfig, {"dampening_frac": -0.1}, "`dampening_frac` is from 0 to 10, not -0.1"),
         (GPTQConfig, {"dampening_frac": float("inf")}, "`dampening_frac` is from 0 to 10, not inf"),

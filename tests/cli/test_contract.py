@@ -116,6 +116,13 @@ FAILURES = {
     "gate's form": (2, ("eval", "tiny", "--perplexity", "speeches", "--require", "ppl"), "`ppl`", "--require"),
     "unknown kind": (2, ("plugins", "mitigator"), "`mitigator`", "did you mean `mitigators`?"),
     "window too long": (2, ("calibrate", "tiny", *SMALL, "--seq-len", "4096"), "context", "--seq-len 2048"),
+    "plan without picture": (2, ("inspect", "@statistics", "--plan", "@plan"), "`--plan` belongs", "--plot"),
+    "site without picture": (2, ("inspect", "@statistics", "--site", "x"), "`--site` belongs", "--plot"),
+    "picture of a plan": (2, ("inspect", "@plan", "--plot", "a.png"), "of the kind `plan`", "--plot a.png --plan"),
+    "several in a picture": (2, ("inspect", "@plan", "@plan", "--plot", "a.png"), "is of one artifact", "inspect"),
+    "kind of picture": (2, ("inspect", "@statistics", "--plot", "a.gif"), "`a.gif`", "--plot a.png"),
+    "unknown site": (2, ("inspect", "@statistics", "--plot", "a.png", "--site", "layers.0.mlp"), "`layers.0.mlp`",
+                     "did you mean `layers.0.mlp_in`?"),
     "verify a model": (2, ("verify", "tiny"), "`tiny` is no artifact", "qtool inspect --strict tiny"),
     "no such file": (3, ("verify", "nothing.safetensors"), "`nothing.safetensors`", "check the path"),
     "no such model": (3, ("calibrate", "tinny"), "no such model `tinny`", "hub id"),
@@ -159,6 +166,19 @@ def test_inspect_takes_several_paths_from_arguments_and_standard_input(qtool: Ru
     ended = qtool("inspect", made["plan"], "-", "--json", stdin=f"{made['metrics']}\n{made['statistics']}\n")
     assert ended.code == 0, ended.err
     assert [json.loads(line)["kind"] for line in ended.out.splitlines()] == ["plan", "metrics", "statistics"]
+
+
+def test_a_picture_is_one_path_or_one_object_with_its_numbers(qtool: Run, made: Made, tmp_path: Path) -> None:
+    words = ("inspect", made["statistics"], "--plot", tmp_path / "a.svg", "--plan", made["plan"])
+    site = ("--site", "layers.2.mlp_in")
+    ended = qtool(*words, *site)
+    assert (ended.code, ended.out, ended.err) == (0, f"{tmp_path / 'a.svg'}\n", "")
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    described = json.loads(qtool(*words, *site, "--json").out)
+    assert described["path"] == str(tmp_path / "a.svg")
+    before, after = ([one for one in described["sites"] if one["stage"] == name] for name in ("before", "after quarot"))
+    assert [one["site"] for one in before] == [f"layers.{i}.mlp_in" for i in range(4)]
+    assert all(one["kurtosis"] > 10 > 4 > other["kurtosis"] for one, other in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("stdin", ["", "\n", "  \n"], ids=["nothing", "an empty line", "blanks"])

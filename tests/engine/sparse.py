@@ -28,7 +28,7 @@ def sparse_graph(experts: int = 4, chosen: int = 2) -> ModelGraph:
     )
     sizes = {"hidden": HIDDEN, "o_in": HIDDEN, "up_down": 24, "experts.up_down": INNER}
     return ModelGraph(
-        family, Dimensions(2, HIDDEN, 24, 2, 2, 8, 8, 32, 64, False, experts, chosen, (False, True), sizes)
+        family, Dimensions(2, HIDDEN, 24, 2, 2, 8, 8, 32, 64, False, experts, chosen, (False, True), sizes=sizes)
     )
 
 

@@ -21,7 +21,7 @@ from qtool.engine.gather import Gathering, SiteObserver, observing
 from qtool.engine.linear import SiteInput
 from qtool.engine.planner import extend
 from qtool.errors import NumericalError
-from qtool.model.plan import Plan
+from qtool.model.plan import Plan, Proposal
 from qtool.numerics.moments import PANEL, add_second_moment
 from qtool.numerics.operators import Affine, Diag, Hadamard, Kron, Operator, Orthogonal, Signs
 from qtool.numerics.token_weights import TokenWeight
@@ -308,7 +308,7 @@ class TestCarrying:
         opened = open_subject(str(root / name), workspace)
         plan = Plan()
         for proposal in proposals:
-            plan = extend(plan, proposal, opened.model.graph, method="test")
+            plan = extend(plan, Proposal(proposal), opened.model.graph, method="test")
         with double_precision():
             gathered, _ = calibrate(request(root, name, token_weight=token_weight), workspace)
             plan_path = written_plan(plan, opened, workspace)
@@ -406,7 +406,7 @@ class TestCarrying:
         tensors["model.layers.0.input_layernorm.weight"][3] = 0.0
         save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
         opened = open_subject(str(tmp_path), workspace)
-        flip = extend(Plan(), {"residual": [Signs(torch.ones(24).long())]}, opened.model.graph, method="test")
+        flip = extend(Plan(), Proposal({"residual": [Signs(torch.ones(24).long())]}), opened.model.graph, method="test")
         gathered, _ = calibrate(request(root, source=str(tmp_path)), workspace)
         found = CarriedStatistics(gathered, opened.model, flip)["layers.0.attn_in"].entries
         assert all(torch.isfinite(entry).all() for entry in found.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from qtool.engine import network as network_module
 from qtool.engine.execute import BlockExecutable, LoadedExecutable
+from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding, SiteInput
 from qtool.engine.network import Network
-from qtool.engine.online import KernelHadamard, Turns, with_kernels
+from qtool.engine.online import KernelHadamard, Turns
 from qtool.engine.problem import Adapter
 from qtool.engine.stream import Stream
 from qtool.engine.subject import BlockContent, Subject
@@ -310,12 +310,12 @@ class TestRounding:
     def test_a_calibrated_multiplier_is_used_instead_of_one_from_the_batch(self, opened: Open) -> None:
         fmt = opened("llama").plugins.format("nvfp4")
         x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
-        calibrated = Rounding(fmt.defaults, fmt, torch.tensor(0.01))
+        calibrated = Rounding(Grid.of(fmt.defaults, fmt), (torch.tensor(0.01),))
         assert torch.equal(calibrated(x)[:1], calibrated(x[:1])), "no token sees its neighbours"
         groups = x.unflatten(-1, (-1, 16))
         parameters = fmt.fit(groups, fmt.defaults, global_scale=torch.tensor(0.01))
         assert torch.equal(calibrated(x), fmt.decode(fmt.encode(groups, parameters), parameters).flatten(-2))
-        assert not torch.equal(calibrated(x), Rounding(fmt.defaults, fmt)(x))
+        assert not torch.equal(calibrated(x), Rounding(Grid.of(fmt.defaults, fmt))(x))
 
     @pytest.mark.parametrize("part", ["activations", "kv"])
     @pytest.mark.parametrize("text", ["fp8-tensor", "int8-tensor", "int4-asym-tensor", "fp4-g8-se4m3"])
@@ -333,7 +333,7 @@ class TestRounding:
 
     def test_the_scale_of_a_tensor_is_that_of_one_window(self, opened: Open) -> None:
         fmt = opened("llama").plugins.format("int8")
-        rounding = Rounding(replace(fmt.defaults, strategy="tensor", scale="fp32", range_rule="full"), fmt)
+        rounding = Rounding(Grid.of(replace(fmt.defaults, strategy="tensor", scale="fp32", range_rule="full"), fmt))
         x = torch.tensor([[[127.0, 0.4], [1.0, -2.6]], [[12.7, 0.44], [0.06, 0.04]]])
         expected = torch.tensor([[[127.0, 0.0], [1.0, -3.0]], [[12.7, 0.4], [0.1, 0.0]]])
         torch.testing.assert_close(rounding(x), expected)
@@ -388,6 +388,7 @@ class TestRounding:
 
         class Watched:
             operation = "sylvester"
+            preference = 0
 
             def supports(self, device: torch.device) -> bool:
                 return True
@@ -466,45 +467,6 @@ class TestSiteInput:
         assert site(x).eq(2).all()
         one.load(0)
         assert site(x).eq(1).all()
-
-
-class TestKernels:
-    class Dense:
-        """The operation ``sylvester`` by a dense product, for any device."""
-
-        operation = "sylvester"
-
-        def supports(self, device: torch.device) -> bool:
-            return True
-
-        def run(self, x: Tensor) -> Tensor:
-            n = x.shape[-1]
-            return x @ hadamard_matrix(n).to(x) / n**0.5
-
-    @pytest.mark.parametrize("n", [16, 24, 40])
-    @pytest.mark.parametrize("signed", [False, True])
-    def test_a_kernel_for_the_power_of_two_gives_the_whole_operator(self, n: int, signed: bool) -> None:
-        generator = torch.Generator().manual_seed(n)
-        signs = (1 - 2 * torch.randint(0, 2, (n,), generator=generator)).to(torch.int8) if signed else None
-        operator = Hadamard(n, signs)
-        x = torch.randn(3, 5, n, generator=generator, dtype=torch.float64)
-        received = KernelHadamard(operator, self.Dense()).act(x)
-        torch.testing.assert_close(received, operator.act(x), rtol=1e-12, atol=1e-12)
-
-    def test_the_pure_functions_run_on_the_cpu(self, opened: Open) -> None:
-        operators = (Hadamard(40), Diag(torch.ones(40)))
-        assert with_kernels(operators, opened("llama").plugins, CPU) == operators
-
-    def test_only_whole_untransposed_hadamards_are_replaced(self, opened: Open) -> None:
-        plugins = opened("llama").plugins
-        with ExitStack() as stack:
-            stack.enter_context(pytest.MonkeyPatch.context()).setitem(
-                plugins._instances, ("kernels", "fast-hadamard"), self.Dense()
-            )
-            operators = (Hadamard(40), Hadamard(40, block_size=8), Hadamard(40).inverse(), Diag(torch.ones(40)))
-            found = with_kernels(operators, plugins, torch.device("meta"))
-        assert [isinstance(one, KernelHadamard) for one in found] == [True, False, False, False]
-        assert found[1:] == operators[1:]
 
 
 class TestTinyModels:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import qtool.engine.solve as solving
 import qtool.numerics.gptq as gptq_numerics
+from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.solve import Method, Solver
 from qtool.model.graph import LinearSite, ModelGraph
@@ -55,7 +56,8 @@ def graph() -> ModelGraph:
 
 def solver(graph: ModelGraph, plugins: Plugins, mitigator: Any, config: Any = None, scheme: str = "int4") -> Solver:  # noqa: ANN401 - any method
     parsed: TensorScheme = parse_tensor_scheme(scheme, plugins.format)
-    return Solver(graph, [Method(mitigator, config)], parsed, plugins.format(parsed.format), 7, torch.device("cpu"))
+    grid = Grid.of(parsed, plugins.format(parsed.format))
+    return Solver(graph, [Method(mitigator, config)], lambda _: grid, 7, torch.device("cpu"))
 
 
 def weights(linears: Sequence[LinearSite], graph: ModelGraph) -> dict[str, Tensor]:
@@ -111,9 +113,9 @@ class TestWhatIsShared:
         for group in groups.values():
             amax = max(float(state[f"{one.spec.module}.weight"].abs().max()) for one in group)
             for one in group:
-                assert float(found[one.name].global_scale) == pytest.approx(amax / (6 * 448), rel=1e-6)
+                assert float(found[one.name].global_scales[0]) == pytest.approx(amax / (6 * 448), rel=1e-6)
         for call in recorder.calls:
-            assert len({float(problem.global_scale) for problem in call}) == 1
+            assert len({float(problem.global_scales[0]) for problem in call}) == 1
 
     def test_one_hessian_is_factorized_once(
         self, graph: ModelGraph, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
@@ -151,15 +153,14 @@ class TestWhatIsShared:
                 LayerProblem(
                     one.name,
                     state[f"{one.spec.module}.weight"],
-                    together.scheme,
-                    together.format,
+                    together.grid_of(one),
                     hessian=known[site].entries["hessian"],
-                    global_scale=solved[one.name].parameters.global_scale,
+                    global_scales=(solved[one.name].parameters[0].global_scale,),
                 ),
                 method.Config(),
             )
             assert torch.equal(solved[one.name].codes, alone.codes), one.name
-            torch.testing.assert_close(solved[one.name].parameters.scale, alone.parameters.scale)
+            torch.testing.assert_close(solved[one.name].parameters[0].scale, alone.parameters[0].scale)
 
 
 class TestHowMuchAtOnce:

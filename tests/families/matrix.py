@@ -16,15 +16,15 @@ from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.family import Family
 from qtool.model.graph import RESIDUAL, ModelGraph, Site
-from qtool.model.plan import Plan
+from qtool.model.plan import Plan, Proposal
 from qtool.model.source import open_model, read_dimensions
-from qtool.numerics.operators import Diag, Hadamard, Operator
+from qtool.numerics.operators import Diag, Hadamard, Operator, Perm
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.testing import family_configs, save_tiny_model
 
 PATH = Path(__file__).parents[2] / "recipes" / "families.md"
-HEADER = ("family", "model types", "norm fold", "R1", "R2", "R3", "R4", "scales", "MoE", "export")
+HEADER = ("family", "model types", "norm fold", "R1", "R2", "R3", "R4", "scales", "orders", "MoE", "export")
 INTRODUCTION = """# Families
 
 What qtool's planner and exporters say of every family that comes with it. Written by
@@ -33,7 +33,9 @@ What qtool's planner and exporters say of every family that comes with it. Writt
 - *norm fold*: the weights of norms move into the linears behind them.
 - *R1* rotates the residual, *R2* value heads; both are folded. *R3* rotates queries and keys behind the rotary
   positions, *R4* the inputs of down projections; both run in the forward pass.
-- *scales*: sites where a diagonal is folded into what lies in front.
+- *scales*: sites where a diagonal is folded into what lies in front; at `qk_pre`, in front of the rotary positions,
+  one that treats the channels alike that turn together.
+- *orders*: sites where a permutation of channels is folded.
 - *MoE*: routers and gates stay in full precision and are transformed with what they read.
 - *export*: exporters that hold the family's weights, in 4 bits without operators in the forward pass.
 
@@ -64,7 +66,7 @@ def row(family: Family, plugins: Plugins) -> tuple[str, ...]:
         _said(graph, _of_kind(graph, "vo"), _rotation),
         _said(graph, _of_kind(graph, "qk_post"), _rotation),
         _said(graph, _of_kind(graph, "up_down"), _rotation),
-        ", ".join(dict.fromkeys(site.kind for site in _sites(graph) if _said(graph, [site], _scale) == "folded")),
+        *(_folded(graph, make) for make in (_scale, _order)),
         _experts(family),
         ", ".join(_exporters(family, config, plugins)),
     )
@@ -78,12 +80,21 @@ def _scale(site: Site) -> Operator:
     return Diag(torch.ones(site.dim))
 
 
+def _order(site: Site) -> Operator:
+    return Perm(torch.arange(site.dim))
+
+
+def _folded(graph: ModelGraph, make: Callable[[Site], Operator]) -> str:
+    """Return the kinds of sites where an operator is folded."""
+    return ", ".join(dict.fromkeys(site.kind for site in _sites(graph) if _said(graph, [site], make) == "folded"))
+
+
 def _said(graph: ModelGraph, sites: list[Site], make: Callable[[Site], Operator]) -> str:
     """Return what the planner does with an operator at these sites."""
     if not sites:
         return "no site"
     try:
-        plan = extend(Plan(), {site.id: [make(site)] for site in sites}, graph, method="matrix")
+        plan = extend(Plan(), Proposal({site.id: [make(site)] for site in sites}), graph, method="matrix")
     except UsageError:
         return "refused"
     folded = {plan.at(site.id).folded for site in sites}

@@ -175,3 +175,49 @@ def test_leaves_its_arguments_alone() -> None:
     search_clip(groups, fitter(Int4(), INT4), ratios=RATIOS, weights=weights)
     assert torch.equal(groups, before[0])
     assert torch.equal(weights, before[1])
+
+
+def second_moments(n: int, blocks: int, seed: int = 3) -> Tensor:
+    x = torch.randn(blocks, 2 * n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x += x.roll(1, dims=-1) * 2  # channels that go together
+    return x.mT @ x / (2 * n)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8), (5, 24), (1, 120)], ids=["groups", "rows", "whole"])
+def test_the_energy_of_errors_is_that_of_their_outputs(shape: tuple[int, ...]) -> None:
+    errors = torch.randn(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    n, blocks = (8, 3) if len(shape) == 3 else (24, 1)
+    moments = second_moments(n, blocks)
+    found = clipping.quadratic_energy(errors, moments)
+    assert found.shape == shape[:-1]
+    for place in range(found.numel()):
+        own = errors.reshape(-1, shape[-1])[place].reshape(-1, n)
+        by_hand = sum(float(one @ moments[place % blocks] @ one) for one in own)
+        assert float(found.flatten()[place]) == pytest.approx(by_hand, rel=1e-12)
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 22])
+def test_the_output_decides_where_moments_are_given(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipping, "_PRODUCT_PIECE", piece)
+    groups, moments = heavy_tails(6, 32), second_moments(32, 3).float()
+    ratios = clip_grid(20, 0.5)
+    assert ratios[-1] == 0.5
+    found = search_clip(groups, fitter(Int4(), INT4), ratios=ratios, moments=moments)
+    tried = {ratio: Int4().round(groups, Int4().fit(groups, INT4, clip=ratio)) - groups for ratio in ratios}
+    chosen = Int4().round(groups, found.parameters) - groups
+    for row in range(6):
+        for block in range(3):
+
+            def energy(errors: Tensor, row: int = row, block: int = block) -> float:
+                e = errors[row, block].double()
+                return float(e @ moments[block].double() @ e)
+
+            assert energy(chosen) == pytest.approx(min(energy(errors) for errors in tried.values()), rel=1e-5)
+    by_diagonal = search_clip(
+        groups,
+        fitter(Int4(), INT4),
+        ratios=ratios,
+        norm=2.0,
+        weights=moments.diagonal(dim1=-2, dim2=-1).expand_as(groups),
+    )
+    assert not torch.equal(by_diagonal.ratio, found.ratio)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,14 +62,14 @@ def with_dead_columns(hessian: Tensor) -> Tensor:
     return hessian
 
 
-def column_grid(name: str, group_size: int, *, ratio: float = 1.0) -> ColumnGrid:
+def column_grid(name: str, group_size: int, *, ratio: float = 1.0) -> list[ColumnGrid]:
     fmt, scheme, _ = GRIDS[name]
     global_scale = torch.tensor(GLOBAL_SCALE) if name == "nvfp4" else None
 
     def fit(values: Tensor, start: int) -> GroupParameters:
         return fmt.fit(values * ratio, scheme, global_scale=global_scale)
 
-    return ColumnGrid(group_size, fit, fmt.round, fmt.encode)
+    return [ColumnGrid(group_size, fit, fmt.round, fmt.encode)]
 
 
 def oracle_grid(name: str, *, ratio: float = 1.0) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def oracle_grid(name: str, *, ratio: float = 1.0) -> dict[str, Any]:
 
 def decoded(name: str, result: GPTQResult, group_size: int) -> Tensor:
     groups = to_groups(result.codes, "group", group_size)
-    return from_groups(GRIDS[name][0].decode(groups, result.parameters), result.codes.shape)
+    return from_groups(GRIDS[name][0].decode(groups, result.parameters[0]), result.codes.shape)
 
 
 def assert_same(name: str, ours: GPTQResult, theirs: Solution, group_size: int) -> None:
@@ -86,11 +87,11 @@ def assert_same(name: str, ours: GPTQResult, theirs: Solution, group_size: int) 
     offset = 2 ** (GRIDS[name][0].bits - 1) if name.startswith("int") and zero is None else 0
     assert torch.equal(ours.codes.long(), codes.long() + offset)
     torch.testing.assert_close(decoded(name, ours, group_size).double(), values, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(ours.parameters.step().double(), scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.parameters[0].step().double(), scale, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.loss, loss, rtol=1e-5, atol=1e-7)
-    assert (ours.parameters.zero_point is None) == (zero is None)
-    if ours.parameters.zero_point is not None and zero is not None:
-        assert torch.equal(ours.parameters.zero_point.long(), zero)
+    assert (ours.parameters[0].zero_point is None) == (zero is None)
+    if ours.parameters[0].zero_point is not None and zero is not None:
+        assert torch.equal(ours.parameters[0].zero_point.long(), zero)
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -140,6 +141,68 @@ def test_act_order_equals_the_oracle(name: str, group_size: int, dead: bool) -> 
     assert not torch.equal(ours.codes, natural.codes)
 
 
+def eliminated(
+    weight: Tensor, hessian: Tensor, grids: list[tuple[range, Grid]], *, static: bool, act_order: bool
+) -> Tensor:
+    """Round columns that each have a grid of their own; the rest is re-optimized after each, by the plain inverse."""
+    current, damped = dampen(weight, hessian, 0.01)
+    values, original = torch.zeros_like(current), current.clone()
+    left = sorted(range(len(damped)), key=lambda col: -float(damped[col, col])) if act_order else [*range(len(damped))]
+    fitted: dict[int, tuple[Tensor, Tensor | None]] = {}
+    while left:
+        inverse = torch.linalg.inv(damped[left][:, left])
+        col = left.pop(0)
+        group, grid = next((columns.start, grid) for columns, grid in grids if col in columns)
+        columns = next(columns for columns, _ in grids if col in columns)
+        if group not in fitted:
+            fitted[group] = grid.fit((original if static else current)[:, columns.start : columns.stop].clone())
+        scale, zero = fitted[group]
+        values[:, col] = grid.decode(grid.encode(current[:, col].clone(), scale, zero), scale, zero).double()
+        step = (current[:, col] - values[:, col]) / inverse[0, 0]
+        current[:, left] -= torch.outer(step, inverse[0, 1:])
+    return values
+
+
+@pytest.mark.parametrize(
+    ("source", "act_order", "dead"), [("fresh", False, False), ("static", False, True), ("static", True, True)]
+)
+def test_grids_side_by_side_equal_the_oracle(source: ParameterSource, act_order: bool, dead: bool) -> None:
+    weight, hessian = problem(9, 3, 64)
+    hessian = with_dead_columns(hessian) if dead else hessian
+    low, high = column_grid("int4", 8)[0], column_grid("int2", 24, ratio=0.5)[0]  # the second clips
+    result = gptq_round(
+        weight,
+        hessian,
+        grid=[low, replace(high, columns=24)],
+        block_size=28,  # groups of both grids cross the ends of blocks
+        parameters=source,
+        act_order=act_order,
+    )
+    ranges = [*(range(start, start + 8) for start in range(0, 40, 8)), range(40, 64)]
+    clipping = GRIDS["int2"][2]._replace(**oracle_grid("int2", ratio=0.5))
+    grids = [(columns, GRIDS["int4"][2] if columns.stop <= 40 else clipping) for columns in ranges]
+    expected = eliminated(weight, hessian, grids, static=source == "static", act_order=act_order)
+    first, last = result.parameters
+    decoded = torch.cat(
+        [
+            from_groups(GRIDS["int4"][0].decode(to_groups(result.codes[:, :40], "group", 8), first), (3, 40)),
+            GRIDS["int2"][0].decode(result.codes[:, 40:].unsqueeze(1), last).squeeze(1),
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(decoded.double(), expected, rtol=1e-6, atol=1e-7)
+    assert (first.scale.shape, last.scale.shape) == ((3, 5), (3, 1))
+    assert int(result.codes[:, 40:].max()) < 4 <= int(result.codes[:, :40].max())
+
+
+def test_grids_that_do_not_fill_a_weight_are_refused() -> None:
+    weight, hessian = problem(9, 3, 64)
+    (grid,) = column_grid("int4", 8)
+    for columns in (12, 64, 72):
+        with pytest.raises(ShapeError, match="weight, Hessian and groups do not fit each other"):
+            gptq_round(weight, hessian, grid=[grid, replace(grid, columns=columns)])
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
 def test_equals_ldlq_even_where_values_clip(ratio: float, act_order: bool) -> None:
@@ -170,9 +233,9 @@ def test_stale_parameters_depend_on_the_block_size() -> None:
     weight, hessian = problem(5, 8, 96)
     grid = column_grid("int4", 16)
     scale = {
-        (source, block_size): gptq_round(
-            weight, hessian, grid=grid, block_size=block_size, parameters=source
-        ).parameters.scale
+        (source, block_size): gptq_round(weight, hessian, grid=grid, block_size=block_size, parameters=source)
+        .parameters[0]
+        .scale
         for source in SOURCES
         for block_size in (16, 32, 96)
     }
@@ -196,7 +259,7 @@ def test_a_diagonal_hessian_gives_nearest_rounding(
     result = gptq_round(weight, hessian, grid=grid, block_size=100, parameters=source, act_order=act_order)
     groups = to_groups(weight, "group", group_size)
     starts = range(0, 256, group_size)
-    nearest = [grid.encode(groups[:, i], grid.fit(groups[:, i], start)) for i, start in enumerate(starts)]
+    nearest = [grid[0].encode(groups[:, i], grid[0].fit(groups[:, i], start)) for i, start in enumerate(starts)]
     assert torch.equal(result.codes, torch.cat(nearest, dim=1))
 
 
@@ -241,12 +304,12 @@ def test_the_loss_is_that_of_the_damped_problem(name: str, group_size: int, dead
 def test_the_loss_without_clipping_is_bounded_by_the_pivots() -> None:
     weight, hessian = problem(8, 16, 64)
     fmt, scheme = Int8(), TensorScheme("int8")
-    grid = ColumnGrid(64, lambda values, start: fmt.fit(4 * values, scheme), fmt.round, fmt.encode)
+    grid = [ColumnGrid(64, lambda values, start: fmt.fit(4 * values, scheme), fmt.round, fmt.encode)]
     result = gptq_round(weight, hessian, grid=grid)
     assert int(result.codes.min()) > 0
     assert int(result.codes.max()) < 255
     upper = torch.linalg.cholesky(torch.linalg.inv(dampen(weight, hessian, 0.01)[1]), upper=True)
-    bound = result.parameters.scale[:, 0].double() ** 2 / 4 * (1 / upper.diagonal() ** 2).sum()
+    bound = result.parameters[0].scale[:, 0].double() ** 2 / 4 * (1 / upper.diagonal() ** 2).sum()
     assert bool((result.loss <= bound).all())
     # A twelfth instead of a quarter is the mean of uniform errors: the bound has the right size.
     assert 0.8 < float((result.loss / bound).mean()) * 3 < 1.2
@@ -258,7 +321,7 @@ def test_a_power_of_two_scales_through_bit_for_bit() -> None:
     plain = gptq_round(weight, hessian, grid=grid)
     larger = gptq_round(8 * weight, hessian / 1024, grid=grid)
     assert torch.equal(larger.codes, plain.codes)
-    assert torch.equal(larger.parameters.scale, 8 * plain.parameters.scale)
+    assert torch.equal(larger.parameters[0].scale, 8 * plain.parameters[0].scale)
     assert torch.equal(larger.loss, plain.loss * 64 / 1024)
 
 
@@ -303,9 +366,9 @@ def test_leaves_its_arguments_alone() -> None:
 def test_an_asymmetric_float_grid_keeps_the_loss_identity() -> None:
     weight, hessian = problem(14, 4, 64)
     fmt, scheme = E2M1(), TensorScheme("fp4", symmetric=False)
-    grid = ColumnGrid(16, lambda values, start: fmt.fit(values, scheme), fmt.round, fmt.encode)
+    grid = [ColumnGrid(16, lambda values, start: fmt.fit(values, scheme), fmt.round, fmt.encode)]
     result = gptq_round(weight + 1, hessian, grid=grid)
-    values = from_groups(fmt.decode(to_groups(result.codes, "group", 16), result.parameters), weight.shape)
+    values = from_groups(fmt.decode(to_groups(result.codes, "group", 16), result.parameters[0]), weight.shape)
     original, damped = dampen(weight + 1, hessian, 0.01)
     torch.testing.assert_close(result.loss, ((original - values) @ damped * (original - values)).sum(1))
 
@@ -316,13 +379,13 @@ def test_fit_is_told_where_the_group_starts() -> None:
     for source in SOURCES:
         starts: list[int] = []
 
-        def fit(values: Tensor, start: int, starts: list[int] = starts) -> GroupParameters:
+        def fit(values: Tensor, start: int, starts: list[int] = starts, source: str = source) -> GroupParameters:
             starts.append(start)
-            assert values.shape == (4, 24)
+            assert values.shape == (4, 4 if source == "static" else 1, 24)
             return fmt.fit(values, scheme)
 
-        gptq_round(weight, hessian, grid=ColumnGrid(24, fit, fmt.round, fmt.encode), block_size=40, parameters=source)
-        assert starts == [0, 24, 48, 72]
+        gptq_round(weight, hessian, grid=[ColumnGrid(24, fit, fmt.round, fmt.encode)], block_size=40, parameters=source)
+        assert starts == ([0] if source == "static" else [0, 24, 48, 72])
 
 
 def test_the_factor_is_the_upper_one_of_the_inverse() -> None:

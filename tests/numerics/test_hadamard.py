@@ -13,12 +13,19 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from qtool.errors import ShapeError
-from qtool.numerics.hadamard import hadamard_factors, hadamard_matrix, hadamard_rotate, random_signs
+from qtool.numerics.hadamard import (
+    hadamard_core,
+    hadamard_factors,
+    hadamard_matrix,
+    hadamard_rotate,
+    random_signs,
+)
+from qtool.numerics.hadamard_tables import is_tabled_order, tabled_matrix
 from qtool.numerics.paley import is_paley_order, jacobsthal_matrix, paley_matrix, prime_power
 from tests.oracles.hadamard import is_hadamard, sylvester_oracle
 
-NEED_TABLES = {92, 116, 156, 172, 184, 188, 232, 236, 260}
-ORDERS = [n for n in (1, 2, *range(4, 261, 4)) if n not in NEED_TABLES]
+TABLED = (92, 116, 156, 172, 188, 236, 260, 428)
+ORDERS = (1, 2, *range(4, 261, 4), 428)
 PRIME_POWERS = [9, 25, 27, 49, 81, 121, 125, 169, 243]
 
 
@@ -26,11 +33,16 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def core_matrix(core: int) -> Tensor:
+    if core == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    return (paley_matrix(core) if is_paley_order(core) else tabled_matrix(core)).double()
+
+
 def convention(n: int) -> Tensor:
     """``kron(H_K, H_P) / sqrt(n)``, with Sylvester's part by its definition."""
     core, power = hadamard_factors(n)
-    left = paley_matrix(core).double() if core > 1 else torch.ones(1, 1, dtype=torch.float64)
-    return torch.kron(left, sylvester_oracle(power)) / sqrt(n)
+    return torch.kron(core_matrix(core), sylvester_oracle(power)) / sqrt(n)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -46,13 +58,42 @@ def test_every_order_is_hadamard_and_rotates_like_its_matrix(order: int) -> None
     )
 
 
-@pytest.mark.parametrize("order", sorted(NEED_TABLES))
-def test_orders_that_need_a_table_are_refused_with_what_is_possible(order: int) -> None:
+@pytest.mark.parametrize("order", TABLED)
+def test_tabled_orders_are_hadamard_where_paley_has_none(order: int) -> None:
+    assert is_tabled_order(order)
+    assert is_hadamard(tabled_matrix(order))
+    assert hadamard_factors(order) == (order, 1)
+    assert not any(is_paley_order(order >> bit) for bit in range(3) if order % (1 << bit) == 0)
+    assert torch.equal(hadamard_matrix(order), tabled_matrix(order))
+
+
+def test_the_array_is_goethals_and_seidels() -> None:
+    matrix = tabled_matrix(92).long()
+    a, b, c, d = matrix[:23].split(23, 1)
+    for block in (a, b.flip(1), c.flip(1), d.flip(1)):
+        assert torch.equal(block, torch.stack([block[0].roll(shift) for shift in range(23)]))
+    assert torch.equal(matrix[23:46], torch.cat([-b, a, d.flip(1).T.flip(1), -c.flip(1).T.flip(1)], 1))
+
+
+@pytest.mark.parametrize("order", [4, 8, 96, 264, 268])
+def test_orders_without_rows_are_refused(order: int) -> None:
+    assert not is_tabled_order(order)
+    with pytest.raises(ShapeError, match=f"`{order}`"):
+        tabled_matrix(order)
+
+
+@pytest.mark.parametrize("order", [268, 292, 536])
+def test_orders_that_nothing_reaches_are_refused_with_what_is_possible(order: int) -> None:
     with pytest.raises(ShapeError, match=f"`{order}`") as caught:
         hadamard_matrix(order)
     block = order & -order
     assert f"block_size={block} divides {order}" in caught.value.hint
-    hadamard_matrix(order + 4 if order not in (184, 232) else order + 8)
+    hadamard_matrix(order + 4)
+
+
+@pytest.mark.parametrize(("n", "core"), [(344, 344), (368, 368), (464, 464), (312, 312), (184, 92), (232, 116)])
+def test_a_table_never_takes_the_place_of_paley(n: int, core: int) -> None:
+    assert hadamard_factors(n) == (core, n // core)
 
 
 @pytest.mark.parametrize("order", [-4, 0, 3, 6, 9, 90])
@@ -62,8 +103,8 @@ def test_impossible_orders_are_refused(order: int) -> None:
 
 
 def test_refusal_names_the_nearest_orders() -> None:
-    with pytest.raises(ShapeError, match="the nearest orders are 88 below and 96 above"):
-        hadamard_factors(92)
+    with pytest.raises(ShapeError, match="the nearest orders are 264 below and 272 above"):
+        hadamard_factors(268)
     with pytest.raises(ShapeError, match="the nearest orders are none below and 1 above"):
         hadamard_factors(0)
 
@@ -109,6 +150,14 @@ def test_residues_of_a_prime_field_are_eulers(q: int) -> None:
         (52, "7aad05503190a3c5"),
         (76, "290dc2c593bbcba4"),
         (344, "c85b69f851f28ba2"),
+        (92, "2f34f7f018d88822"),
+        (116, "f64343f84e68d424"),
+        (156, "04dd3c488d1a71b0"),
+        (172, "8bdbc9e6a24cfa9d"),
+        (188, "c139b6bb70881dc9"),
+        (236, "84eba09dde15ad43"),
+        (260, "75d1cfb7ec70743c"),
+        (428, "3d5363c528adac53"),
     ],
 )
 def test_entries_never_change_since_plans_store_only_the_order(order: int, digest: str) -> None:
@@ -139,18 +188,33 @@ def test_prime_powers() -> None:
     [
         (576, 36), (896, 28), (960, 60), (1536, 12), (2880, 180), (4864, 76), (6912, 108), (8960, 140), (9728, 76),
         (11008, 344), (13824, 108), (14336, 28), (18944, 148), (29568, 924), (1024, 1), (128, 1), (2, 1), (1, 1),
+        (768, 12), (1152, 36), (1408, 44), (2304, 36), (2560, 20), (3072, 12), (3584, 28), (5120, 20), (5632, 44),
+        (6144, 12), (7168, 28), (9216, 36), (10240, 20), (12288, 12), (17408, 68), (18432, 36),
+        (25600, 100), (27648, 108), (28672, 28), (10944, 684), (13696, 428), (17920, 140), (21504, 84), (27392, 428),
     ],
 )  # fmt: skip
 def test_sizes_of_models_match_the_convention(n: int, core: int) -> None:
     assert hadamard_factors(n) == (core, n // core)
-    left = paley_matrix(core).double() if core > 1 else torch.ones(1, 1, dtype=torch.float64)
-    power = n // core
+    left, power = core_matrix(core), n // core
     assert is_hadamard(left)
     x = values(2, n)
     sylvester = sylvester_oracle(power) / sqrt(n)
     for transpose, matrix in ((False, left), (True, left.T)):
         expected = (matrix.T @ (x.reshape(2, core, power) @ sylvester)).reshape(2, n)
-        torch.testing.assert_close(hadamard_rotate(x, transpose=transpose), expected, rtol=0, atol=1e-12)
+        rotated = hadamard_rotate(x, transpose=transpose)
+        torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-13, atol=0)
+        torch.testing.assert_close(hadamard_rotate(rotated, transpose=not transpose), x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("n", [8, 24, 140, 184])
+def test_the_core_is_what_is_left_of_a_rotation(n: int, transpose: bool) -> None:
+    core, power = hadamard_factors(n)
+    x = values(2, n)
+    sylvester = (x.reshape(2, core, power) @ sylvester_oracle(power) / sqrt(power)).flatten(1)
+    received = hadamard_core(sylvester, transpose=transpose)
+    torch.testing.assert_close(received, hadamard_rotate(x, transpose=transpose), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(("n", "radices"), [(4096, (64, 64)), (8192, (32, 16, 16)), (16384, (32, 32, 16))])
@@ -162,7 +226,7 @@ def test_large_powers_of_two_are_products_of_small_ones(n: int, radices: tuple[i
     torch.testing.assert_close(hadamard_rotate(x), expected.reshape(2, n) / sqrt(n), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [12, 20, 24, 60, 140, 344])
+@pytest.mark.parametrize("n", [12, 20, 24, 60, 140, 172, 184, 344])
 def test_the_side_of_a_core_that_is_not_symmetric(n: int) -> None:
     matrix = hadamard_matrix(n).double() / sqrt(n)
     assert not torch.equal(matrix, matrix.T)
@@ -190,7 +254,7 @@ def test_signs_of_another_length_are_refused() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(core=st.sampled_from([1, 12, 20, 28, 36, 44, 52]), bits=st.integers(0, 9), seed=st.integers(0, 99))
+@given(core=st.sampled_from([1, 12, 20, 28, 36, 44, 52, 92]), bits=st.integers(0, 9), seed=st.integers(0, 99))
 def test_norms_and_the_inverse_hold_for_any_size(core: int, bits: int, seed: int) -> None:
     x = values(2, core << bits, seed=seed)
     rotated = hadamard_rotate(x)

@@ -19,6 +19,7 @@ from qtool.artifacts.store import Artifact, open_artifact
 from qtool.builtin.mitigators.rtn import ClipOptions
 from qtool.engine.block import BlockSolver
 from qtool.engine.carry import CarriedStatistics
+from qtool.engine.grid import Grid
 from qtool.engine.network import Network
 from qtool.engine.problem import LayerProblem
 from qtool.errors import NumericalError, UsageError
@@ -101,7 +102,7 @@ def counts(artifact: Artifact) -> dict[str, list[int]]:
 def multipliers(network: Network, layer: int) -> dict[str, float]:
     """The calibrated multiplier of each input of a loaded block."""
     roundings = {name: site.rounding for name, site in network.sites[layer].items()}
-    found = {name: one.global_scale for name, one in roundings.items() if one is not None}
+    found = {name: one.global_scales[0] for name, one in roundings.items() if one is not None}
     return {name: float(scale) for name, scale in found.items() if scale is not None}
 
 
@@ -312,7 +313,9 @@ class TestSolving:
         fmt, nearest = found_plugins.format("int4"), found_plugins.load("mitigators", "rtn")
         for module in ("gate_proj", "up_proj", "down_proj"):
             name = f"model.layers.1.mlp.experts.{UNSEEN}.{module}"
-            problem = LayerProblem(name, subject.model.tensor(f"{name}.weight").float(), subject.scheme.weights, fmt)
+            problem = LayerProblem(
+                name, subject.model.tensor(f"{name}.weight").float(), Grid.of(subject.scheme.weights, fmt)
+            )
             linear = next(one for one in subject.model.graph.linears if one.name == name)
             assert torch.equal(subject.linear(linear).codes, nearest.quantize(problem, ClipOptions()).codes), module
 

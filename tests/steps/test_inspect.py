@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.artifacts.store import Artifact, open_artifact
+from qtool.builtin.transforms.identity import Identity
 from qtool.errors import ModelError
+from qtool.model.plan import Proposal, Segment
+from qtool.numerics.operators import Block, Diag, Hadamard, Kron, Orthogonal
 from qtool.plugins import Plugins
 from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.eval import EvalRequest, evaluate
@@ -177,7 +181,7 @@ def test_statistics_name_their_text_and_the_layer_of_the_largest_activation(
 ) -> None:
     found = described(workspace, statistics.path)
     assert (found["data"], found["tokens"], found["stored_windows"]) == ("speeches", 64, 2)
-    assert found["token_weight"] == "inverse-norm:1"
+    assert found["token_weight"] == "uniform"
     sites = by(found["sites"], "site")
     assert list(sites) == ["attn_in", "mlp_in", "o_in", "up_down"]
     for site, row in sites.items():
@@ -188,7 +192,8 @@ def test_statistics_name_their_text_and_the_layer_of_the_largest_activation(
 
 
 def test_a_plan_lists_operators_with_what_the_online_ones_cost(workspace: Workspace, plan: Artifact) -> None:
-    sites = by(described(workspace, plan.path)["sites"], "site")
+    found = described(workspace, plan.path)
+    sites = by(found["sites"], "site")
     operators = read_plan(plan)
     up_down, qk = operators.at("layers.0.up_down"), operators.at("layers.0.qk_post")
     assert sites["up_down"]["online"] == len(up_down.online) > 0
@@ -196,9 +201,108 @@ def test_a_plan_lists_operators_with_what_the_online_ones_cost(workspace: Worksp
     # Four query and two key heads of 32 channels, in each of four layers.
     assert sites["qk_post"]["flops_per_token"] == 4 * 6 * qk.operators[0].flops()
     assert sites["residual"] == {**sites["residual"], "folded": 1, "online": 0, "flops_per_token": 0}
-    condition = max(one.log_condition() for i in range(4) for one in operators.at(f"layers.{i}.up_down").operators)
-    assert sites["up_down"]["log_condition"] == condition
-    assert sum(int(str(row["bytes"])) for row in sites.values()) == sum(s.nbytes for s in plan.header.slots.values())
+    assert sites["residual"]["operators"] == "hadamard[128]"
+    total = sites.pop("total")
+    weights = sum(math.prod(shape) for name, shape in shapes_of(workspace).items() if name.endswith("_proj.weight"))
+    assert total["flops_per_token"] == sites["up_down"]["flops_per_token"] + sites["qk_post"]["flops_per_token"]  # type: ignore[operator]
+    assert total["of_linears"] == pytest.approx(total["flops_per_token"] / (2 * weights))  # type: ignore[operator]
+    assert found["linears_flops_per_token"] == 2 * weights
+    nbytes = [int(str(row["bytes"])) for row in sites.values()]
+    assert sum(nbytes) == sum(slot.nbytes for slot in plan.header.slots.values()) == total["bytes"]
+    assert (found["quarot.r3"], found["smoothquant.alpha"]) == ("on", 0.5)
+
+
+def shapes_of(workspace: Workspace) -> dict[str, tuple[int, ...]]:
+    return {name: place.shape for name, place in workspace.model("tiny").places.items()}
+
+
+class Proposed:
+    """A transform that proposes what a test gives it."""
+
+    version = 1
+    needs: tuple[str, ...] = ()
+    Config = Identity.Config
+
+    def __init__(self, proposal: Proposal) -> None:
+        self.proposal = proposal
+
+    def plan(self, context: object, config: object) -> Proposal:
+        return self.proposal
+
+
+def planned(proposal: Proposal, workspace: Workspace, source: str, folder: Path) -> dict[str, dict[str, object]]:
+    """Return the rows of the plan of a proposal."""
+    plugins = replace(workspace.plugins, _instances={("transforms", "identity"): Proposed(proposal)})
+    own = replace(workspace, plugins=plugins)
+    artifact, _ = transform(TransformRequest(source, "identity", output=folder / "plan.safetensors"), own)
+    return by(described(workspace, artifact.path)["sites"], "site")
+
+
+class TestSites:
+    def test_what_linears_absorb_on_their_output_is_undone_online(self, workspace: Workspace, tmp_path: Path) -> None:
+        proposal = Proposal(
+            {
+                "layers.0.out.self_attn.k_proj": [Hadamard(64), Diag(torch.linspace(1, 2, 64))],
+                "layers.2.out.self_attn.k_proj": [Hadamard(64), Diag(torch.linspace(1, 4, 64))],
+                "layers.1.out.mlp.down_proj": [Block(torch.eye(4)[None] * 2, 128)],
+            }
+        )
+        rows = planned(proposal, workspace, "tiny", tmp_path)
+        inverse = Hadamard(64).inverse().flops() + Diag(torch.ones(64)).inverse().flops()
+        keys = rows["out.self_attn.k_proj"]
+        assert (keys["layers"], keys["folded"], keys["online"]) == (2, 2, 2)
+        assert keys["flops_per_token"] == 2 * inverse
+        assert keys["condition"] == pytest.approx(4)
+        down = rows["out.mlp.down_proj"]
+        assert down["flops_per_token"] == Block(torch.eye(4)[None], 128).inverse().flops()
+
+    def test_what_positions_let_through_costs_nothing(self, workspace: Workspace, tmp_path: Path) -> None:
+        pairs = torch.rand(2, 16).add(1).repeat(1, 2)
+        rows = planned(Proposal({"layers.1.qk_pre": [Diag(pairs, heads=2)]}), workspace, "tiny", tmp_path)
+        assert rows["qk_pre"] | {"folded": 1, "online": 0, "flops_per_token": 0} == rows["qk_pre"]
+        assert rows["qk_pre"]["condition"] == pytest.approx(float(pairs.max() / pairs.min()))
+        assert rows["total"]["flops_per_token"] == 0
+
+    def test_conditions_of_one_site_multiply(self, workspace: Workspace, tmp_path: Path) -> None:
+        first, second = torch.ones(128), torch.ones(128)
+        first[0], second[0] = 10, 5
+        rows = planned(Proposal({"layers.0.attn_in": [Diag(first), Diag(second)]}), workspace, "tiny", tmp_path)
+        assert rows["attn_in"]["condition"] == pytest.approx(50)
+
+    def test_sizes_are_those_of_blocks(self, workspace: Workspace, tmp_path: Path) -> None:
+        """Operators that repeat at a site cost what they cost, as often as they repeat."""
+        operators = {
+            "layers.0.attn_in": [Hadamard(128, block_size=16), Block(torch.eye(32)[None], 128)],
+            "layers.0.mlp_in": [Kron(torch.eye(8), torch.eye(16))],
+            "layers.0.o_in": [Orthogonal(torch.eye(32).repeat(4, 1, 1), heads=4)],
+        }
+        rows = planned(Proposal(operators), workspace, "tiny", tmp_path)
+        assert rows["attn_in"]["operators"] == "hadamard[8x16] block[4x32]"
+        assert rows["mlp_in"]["operators"] == "kron[8*16]"
+        assert rows["o_in"]["operators"] == "orthogonal[4x32]"
+        for site, name in (("layers.0.attn_in", "attn_in"), ("layers.0.mlp_in", "mlp_in"), ("layers.0.o_in", "o_in")):
+            assert rows[name]["flops_per_token"] == sum(one.flops() for one in operators[site])
+
+    def test_segments_have_a_column(self, workspace: Workspace, tmp_path: Path) -> None:
+        segments = {"layers.0.attn_in": (Segment(16, "int8"),), "layers.1.attn_in": (Segment(16, "int8"),)}
+        rows = planned(Proposal(segments=segments), workspace, "tiny", tmp_path)
+        assert (rows["attn_in"]["segments"], rows["attn_in"]["layers"]) == ("16 int8", 2)
+        assert rows["total"]["segments"] is None
+
+    def test_experts_count_by_the_tokens_that_they_get(self, workspace: Workspace, tmp_path: Path) -> None:
+        """The model has 3 experts of 40 channels, of which 2 are chosen."""
+        folder = save_model(tmp_path / "mixtral", "mixtral").folder
+        sites = {f"layers.0.experts.{e}.up_down": [Hadamard(40)] for e in range(3)}
+        outputs = {"layers.1.out.mlp.experts.1.w1": [Hadamard(40)]}
+        rows = planned(Proposal({**sites, **outputs}), workspace, str(folder), tmp_path)
+        assert rows["experts.*.up_down"]["flops_per_token"] == 2 * Hadamard(40).flops()
+        assert (rows["experts.*.up_down"]["layers"], rows["experts.*.up_down"]["online"]) == (1, 1)
+        out = rows["out.mlp.experts.*.w1"]
+        assert out["flops_per_token"] == round(2 / 3 * Hadamard(40).flops())
+        model = workspace.model(str(folder))
+        sizes = {linear: model.places[f"{linear.name}.weight"].shape for linear in model.graph.linears}
+        spent = sum(2 * math.prod(s) * (1 if one.expert is None else 2 / 3) for one, s in sizes.items())
+        assert rows["total"]["of_linears"] == pytest.approx((2 + 2 / 3) * Hadamard(40).flops() / spent)
 
 
 def test_a_quantized_artifact_shows_losses_bits_and_options(workspace: Workspace, quantized: Artifact) -> None:

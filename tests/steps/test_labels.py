@@ -42,7 +42,7 @@ def labels(source: object, tiny: TinyModel) -> dict[str, str]:
 def test_a_model_is_full_precision(tiny: TinyModel) -> None:
     assert labels(tiny.path, tiny) == {
         "model": "little",
-        "transform": "none",
+        "transform": "identity",
         "mitigator": "full precision",
         "scheme": "16 bits",
         "executed": "16 bits",

@@ -46,9 +46,8 @@ def decoded(artifact: Artifact, workspace: Workspace) -> dict[str, Tensor]:
     """What stands for each linear's weight, without adapters."""
     subject = open_subject(str(artifact.path), workspace).subject
     assert subject.scheme.weights is not None
-    fmt = workspace.plugins.format(subject.scheme.weights.format)
     return {
-        linear.name: subject.linear(linear).weight(subject.scheme.weights, fmt)
+        linear.name: subject.linear(linear).weight(subject.weight_grid(linear))
         for linear in subject.model.graph.linears
     }
 
@@ -198,12 +197,10 @@ class TestRoundToNearest:
 class TestPropagation:
     def test_the_first_block_sees_the_same_and_the_second_what_is_quantized(self, desk: Desk) -> None:
         statistics = str(desk.calibrate(token_weight="uniform").path)
+        asked = MitigateRequest(statistics, "gptq", weights(desk, "int3"), token_weight="uniform")
         quantized, none = (
-            decoded(
-                mitigate(MitigateRequest(statistics, "gptq", weights(desk, "int3"), propagate=p), desk.workspace)[0],
-                desk.workspace,
-            )
-            for p in ("quantized", "none")  # type: ignore[attr-defined]
+            decoded(mitigate(replace(asked, propagate=p), desk.workspace)[0], desk.workspace)  # type: ignore[arg-type]
+            for p in ("quantized", "none")
         )
         same = {name for name in quantized if torch.equal(quantized[name], none[name])}
         assert {name for name in same if ".0." in name} == {name for name in quantized if ".0." in name}
@@ -213,7 +210,9 @@ class TestPropagation:
         """Adapters and online operators included: calibrating on the artifact gives the same Hessian."""
         statistics = str(desk.calibrate(token_weight="uniform").path)
         plan, _ = transform(TransformRequest(statistics, "quarot"), desk.workspace)
-        asked = MitigateRequest(str(plan.path), "gptq+lorc", weights(desk, "int2"), {"rank": "3"})
+        asked = MitigateRequest(
+            str(plan.path), "gptq+lorc", weights(desk, "int2"), {"rank": "3"}, token_weight="uniform"
+        )
         artifact, _ = mitigate(asked, desk.workspace)
         behind = desk.calibrate(source=str(artifact.path), token_weight="uniform")
         hessian = behind.tensor("layers.1.attn_in.hessian")
@@ -223,7 +222,7 @@ class TestPropagation:
             linear = next(one for one in subject.model.graph.linears if one.name.endswith(f"1.self_attn.{member}"))
             found = subject.linear(linear)
             assert found.adapter is not None
-            stands = found.weight(subject.scheme.weights, desk.workspace.plugins.format("int2"))
+            stands = found.weight(subject.weight_grid(linear))
             stands = stands + found.adapter.up.float() @ found.adapter.down.float()
             weight = subject.folded(1)[f"{linear.spec.module}.weight"].float()
             error = weight - stands
@@ -305,9 +304,12 @@ class TestPropagation:
     def test_another_token_weight_is_gathered_anew_or_refused(self, desk: Desk) -> None:
         statistics = str(desk.calibrate(token_weight="uniform").path)
         base = MitigateRequest(statistics, "gptq", weights(desk))
-        plain, _ = mitigate(base, desk.workspace)
-        other, _ = mitigate(replace(base, token_weight="inverse-norm"), desk.workspace)
+        plain, _ = mitigate(replace(base, token_weight="uniform"), desk.workspace)
+        other, _ = mitigate(base, desk.workspace)
         assert plain.manifest.step.config["token_weight"] == "uniform"
+        assert other.manifest.step.config["token_weight"] == "inverse-norm:1"
+        carried, _ = mitigate(replace(base, propagate="none"), desk.workspace)
+        assert carried.manifest.step.config["token_weight"] == "uniform"
         name = "model.layers.0.mlp.down_proj.codes"
         assert not torch.equal(plain.tensor(name), other.tensor(name))
         with pytest.raises(UsageError, match="keep the token weight that they were gathered with") as refused:
@@ -354,8 +356,8 @@ class TestSharedScales:
         subject = open_subject(str(artifact.path), library).subject
         rounding = subject.rounding(0, "o_in", torch.device("cpu"))
         assert rounding is not None
-        assert rounding.global_scale is not None
-        assert float(rounding.global_scale) == float(artifact.tensor("layers.0.o_in.input_global_scale"))
+        assert rounding.global_scales[0] is not None
+        assert float(rounding.global_scales[0]) == float(artifact.tensor("layers.0.o_in.input_global_scale"))
 
     def test_dynamic_activations_store_nothing(self, desk: Desk) -> None:
         chosen = scheme(desk.workspace, "W4A4")

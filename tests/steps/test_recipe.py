@@ -24,7 +24,7 @@ model: tiny
 dtype: float32
 calibrate: {data: speeches, num_samples: 4, seq_len: 64, gather: [absmax], token_weight: uniform, sample_size: 8}
 matrix:
-  transform: [none, {method: smoothquant, set: {alpha: 0.25}}]
+  transform: [identity, {method: smoothquant, set: {alpha: 0.25}}]
   mitigate: [rtn, {method: gptq, set: {act_order: false, dampening_frac: 1e-2}}]
   scheme: [W4A4, {name: mine, weights: int4-asym-g32, kv: int8-asym-token}]
   seed: [3, 4]
@@ -50,15 +50,15 @@ def cell(transform: str, mitigate: str, scheme: str, seed: int = 0) -> CellChoic
 def test_defaults_and_the_name_of_the_file(tmp_path: Path) -> None:
     recipe = recipe_of(SMALLEST, tmp_path)
     assert (recipe.name, recipe.calibrate, recipe.full_precision, recipe.dtype) == ("my", None, True, "auto")
-    assert recipe.matrix.transform == (Choice("none"),)
+    assert recipe.matrix.transform == (Choice("identity"),)
     assert recipe.matrix.seed == (0,)
-    assert cells_of(recipe) == [cell("none", "rtn", "W4A4")]
+    assert cells_of(recipe) == [cell("identity", "rtn", "W4A4")]
 
 
 def test_every_key_is_read(tmp_path: Path) -> None:
     recipe = recipe_of(WHOLE, tmp_path)
     assert recipe.calibrate == CalibrateOptions("speeches", 4, 64, None, ("absmax",), "uniform", 8)
-    assert recipe.matrix.transform == (Choice("none"), Choice("smoothquant", {"alpha": "0.25"}))
+    assert recipe.matrix.transform == (Choice("identity"), Choice("smoothquant", {"alpha": "0.25"}))
     assert recipe.matrix.mitigate[1] == Choice("gptq", {"act_order": "false", "dampening_frac": "1e-2"})
     assert recipe.matrix.scheme[1] == SchemeChoice(weights="int4-asym-g32", kv="int8-asym-token", name="mine")
     assert recipe.exclude[1] == Match(scheme=SchemeChoice("mine"), seed=4)
@@ -71,17 +71,17 @@ def test_cells_are_the_matrix_less_what_is_excluded_plus_what_is_included(tmp_pa
     cells = [f"{one.transform} {one.mitigate} {one.scheme} {one.seed}" for one in cells_of(recipe_of(WHOLE, tmp_path))]
     gptq = "gptq(act_order=false,dampening_frac=1e-2)"
     assert cells == [
-        "none rtn W4A4 3",
-        "none rtn W4A4 4",
-        "none rtn mine 3",
-        f"none {gptq} W4A4 3",
-        f"none {gptq} W4A4 4",
-        f"none {gptq} mine 3",
+        "identity rtn W4A4 3",
+        "identity rtn W4A4 4",
+        "identity rtn mine 3",
+        f"identity {gptq} W4A4 3",
+        f"identity {gptq} W4A4 4",
+        f"identity {gptq} mine 3",
         f"smoothquant(alpha=0.25) {gptq} W4A4 3",
         f"smoothquant(alpha=0.25) {gptq} W4A4 4",
         f"smoothquant(alpha=0.25) {gptq} mine 3",
-        "none rtn NVFP4 3",
-        "none rtn NVFP4 4",
+        "identity rtn NVFP4 3",
+        "identity rtn NVFP4 4",
     ]
 
 
@@ -157,19 +157,18 @@ def test_what_is_not_on_offer_is_refused_before_any_work(tmp_path: Path, old: st
 
 
 def test_tasks_are_shared_and_follow_their_inputs(tmp_path: Path) -> None:
-    text = WHOLE.replace("transform: [none, ", "transform: [none, quarot, ").replace(
+    text = WHOLE.replace("transform: [identity, ", "transform: [identity, quarot, ").replace(
         "precision: false", "precision: true"
     )
     tasks = tasks_of(recipe_of(text, tmp_path), Plugins.discover())
     titles = [task.title for task in tasks]
     assert len(set(titles)) == len(titles)
-    assert titles[:3] == ["eval full precision", "calibrate speeches seed 3", "mitigate none rtn W4A4 seed 3"]
+    assert titles[:3] == ["eval full precision", "calibrate speeches seed 3", "mitigate identity rtn W4A4 seed 3"]
     assert [title for title in titles if title.startswith("calibrate")] == [
         f"calibrate speeches seed {n}" for n in (3, 4)
     ]
     plans = [title for title in titles if title.startswith("transform quarot")]
-    assert plans[:2] == ["transform quarot seed 3", "transform quarot seed 4"]
-    assert [plan.startswith("transform quarot for the KV cache in int8-asym-token") for plan in plans[2:]] == [True]
+    assert plans == [f"transform quarot {scheme} seed {n}" for scheme, n in (("W4A4", 3), ("W4A4", 4), ("mine", 3))]
     for index, task in enumerate(tasks):
         assert task.source is None or task.source in tasks[:index]
 
@@ -187,11 +186,21 @@ def test_the_recipes_of_this_repository_can_be_run(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["quickstart", "tiny"])
-def test_the_first_recipes_measure_seven_times_with_one_plan(name: str) -> None:
+def test_the_first_recipes_measure_seven_times_with_a_plan_for_each_scheme(name: str) -> None:
     tasks = tasks_of(read_recipe(RECIPES / f"{name}.yaml"), Plugins.discover())
     assert tasks[0].title == "eval full precision"
     assert sum(task.measures for task in tasks) == 7
-    assert [task.title for task in tasks if task.title.startswith("transform")] == ["transform quarot"]
+    assert [task.title for task in tasks if task.title.startswith("transform")] == [
+        "transform quarot W4A4",
+        "transform quarot NVFP4",
+    ]
+
+
+def test_the_recipe_of_transforms_has_every_transform_of_qtool() -> None:
+    recipe, plugins = read_recipe(RECIPES / "transforms.yaml"), Plugins.discover()
+    offered = {n for n, one in plugins.offers["transforms"].items() if str(one.provider).startswith("qtool ")}
+    assert {one.method for one in recipe.matrix.transform} == {*offered, "smoothquant+quarot"}
+    assert len(cells_of(recipe)) == 16 * 2 * 3
 
 
 def test_the_example_in_the_recipes_readme_can_be_run(tmp_path: Path) -> None:

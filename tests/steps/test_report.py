@@ -48,7 +48,7 @@ def write(folder: Path, labels: dict[str, str], *, shift: float = 0.0, **changes
         details={
             "labels": {
                 "model": "tiny",
-                "transform": "none",
+                "transform": "identity",
                 "scheme": "W4A4",
                 "executed": "fake-quantized: x",
                 **labels,
@@ -97,9 +97,9 @@ def test_a_report_shows_what_all_quantized_sources_share(tmp_path: Path, workspa
     assert text.splitlines()[:5] == [
         "| transform   | mitigator      |   W4A4 perplexity/speeches ↓ |   W4A4 kl/speeches ↓ |   W4A4 bits |",
         "|-------------|----------------|------------------------------|----------------------|-------------|",
-        "| none        | full precision |                         8.44 |                    – |        4.00 |",
-        "| none        | rtn            |                        13.92 |               0.5000 |        4.00 |",
-        "| none        | gptq           |                    **10.84** |           **0.2500** |        4.00 |",
+        "| identity    | full precision |                         8.44 |                    – |        4.00 |",
+        "| identity    | rtn            |                        13.92 |               0.5000 |        4.00 |",
+        "| identity    | gptq           |                    **10.84** |           **0.2500** |        4.00 |",
     ]
     assert text.count("tiny: of Q4_1") == 1
     assert text.endswith("- mine\n")
@@ -145,7 +145,7 @@ def test_what_is_not_known_is_refused(
 
 
 def test_sources_must_be_metrics(tmp_path: Path, workspace: Workspace) -> None:
-    manifest = Manifest("plan", Step("transform", "none", 1, "qtool"), {}, "m", "llama")
+    manifest = Manifest("plan", Step("transform", "identity", 1, "qtool"), {}, "m", "llama")
     writer = ArtifactWriter(tmp_path / "plan.safetensors", manifest)
     writer.begin()
     writer.add("plan", {"x": torch.zeros(1)})

@@ -14,8 +14,10 @@ import pytest
 
 from qtool.artifacts.store import Artifact, ArtifactWriter, open_artifact
 from qtool.errors import NumericalError, UsageError
+from qtool.scheme import ModelScheme
 from qtool.steps import tasks
 from qtool.steps.run import RunRequest, RunResult, run
+from qtool.steps.schemes import read_scheme
 from qtool.steps.workspace import Workspace
 from qtool.testing import TinyModel, tiny_model
 
@@ -25,7 +27,7 @@ model: {model}
 dtype: float32
 calibrate: {{data: {text}, num_samples: 3, seq_len: 16, gather: [absmax], token_weight: uniform}}
 matrix:
-  transform: [none, smoothquant]
+  transform: [identity, smoothquant]
   mitigate: [rtn, gptq]
   scheme: [W4A4]
 mitigate: {{propagate: quantized}}
@@ -93,7 +95,7 @@ def test_shared_steps_run_once_and_a_second_run_reuses_everything(
     recipe: Path, workspace: Workspace, calls: list[str]
 ) -> None:
     said: list[str] = []
-    edit(recipe, "[none, smoothquant]", "[smoothquant]")
+    edit(recipe, "[identity, smoothquant]", "[smoothquant]")
     first = run(RunRequest(recipe), workspace, said.append)
     assert {name: calls.count(name) for name in STEPS} == {"calibrate": 1, "transform": 1, "mitigate": 2, "evaluate": 3}
     assert len(list(workspace.home.glob("*.safetensors"))) == len(first.outcomes) == 7
@@ -118,9 +120,9 @@ def test_the_table_ends_the_run(recipe: Path, workspace: Workspace, finished: Ru
     assert {one.state for one in result.outcomes} == {"reused"}
     rows = [[part.strip() for part in line.split("|")[1:3]] for line in result.text.splitlines()[2:7]]
     assert rows == [
-        ["none", "full precision"],
-        ["none", "rtn"],
-        ["none", "gptq"],
+        ["identity", "full precision"],
+        ["identity", "rtn"],
+        ["identity", "gptq"],
         ["smoothquant", "rtn"],
         ["smoothquant", "gptq"],
     ]
@@ -133,8 +135,23 @@ def test_the_table_ends_the_run(recipe: Path, workspace: Workspace, finished: Ru
     assert result.path.read_text() == result.text
 
 
+def test_a_transform_is_told_the_scheme_of_its_cell(recipe: Path, workspace: Workspace) -> None:
+    edit(recipe, "scheme: [W4A4]", "scheme: [W4A4, {name: mine, weights: int4-g8, kv: int8-asym-token}]")
+    result = run(RunRequest(recipe, only=("transform=smoothquant", "mitigate=rtn")), workspace)
+    plans = [open_artifact(Path(one.path)) for one in result.outcomes if one.title.startswith("transform")]
+    parts = {"weights": "int4-g8", "kv": "int8-asym-token"}
+    schemes = [
+        read_scheme("W4A4", {}, workspace.plugins),
+        replace(read_scheme("", parts, workspace.plugins), name="mine"),
+    ]
+    assert [ModelScheme.from_json(plan.manifest.step.config["scheme"]) for plan in plans] == schemes
+    # A table may hold both: what a transform was told is what its column says anyway.
+    assert "smoothquant" in result.text
+    assert not result.failures
+
+
 def test_another_format_comes_beside_the_markdown(recipe: Path, workspace: Workspace) -> None:
-    result = run(RunRequest(recipe, only=("mitigate=rtn", "transform=none"), to="json"), workspace)
+    result = run(RunRequest(recipe, only=("mitigate=rtn", "transform=identity"), to="json"), workspace)
     assert len(json.loads(result.text)["cells"]) == 2
     assert sorted(file.name for file in (workspace.home / "small").iterdir()) == ["table.json", "table.md"]
 
@@ -144,19 +161,19 @@ def test_a_recipe_without_calibration_serves_methods_that_need_none(recipe: Path
     recipe.write_text("\n".join(lines).replace("smoothquant", "quarot"))
     result = run(RunRequest(recipe), workspace)
     assert [(one.title, one.state) for one in result.outcomes if "gptq" in one.title] == [
-        ("mitigate none gptq W4A4", "failed"),
-        ("eval none gptq W4A4", "skipped"),
+        ("mitigate identity gptq W4A4", "failed"),
+        ("eval identity gptq W4A4", "skipped"),
         ("mitigate quarot gptq W4A4", "failed"),
         ("eval quarot gptq W4A4", "skipped"),
     ]
     assert {one.state for one in result.outcomes if "gptq" not in one.title} == {"done"}
     assert "needs statistics" in str(result.failures[0].error)
-    assert "- failed: mitigate none gptq W4A4: `gptq` needs statistics" in result.text
+    assert "- failed: mitigate identity gptq W4A4: `gptq` needs statistics" in result.text
 
 
 def test_seeds_draw_text_anew_and_become_one_cell(recipe: Path, workspace: Workspace, calls: list[str]) -> None:
     edit(recipe, "scheme: [W4A4]", "scheme: [W4A4]\n  seed: [0, 1]")
-    result = run(RunRequest(recipe, only=("mitigate=gptq", "transform=none"), to="json"), workspace)
+    result = run(RunRequest(recipe, only=("mitigate=gptq", "transform=identity"), to="json"), workspace)
     assert calls.count("calibrate") == 2
     (cell,) = (one for one in json.loads(result.text)["cells"] if one["row"]["mitigator"] == "gptq")
     values = [one["value"] for one in cell["measurements"]]
@@ -169,7 +186,7 @@ def test_seeds_draw_text_anew_and_become_one_cell(recipe: Path, workspace: Works
 
 def test_options_of_a_method_tell_rows_apart(recipe: Path, workspace: Workspace) -> None:
     edit(recipe, "[rtn, gptq]", "[gptq, {method: gptq, set: {dampening_frac: 0.5}}]")
-    result = run(RunRequest(recipe, only=("transform=none",)), workspace)
+    result = run(RunRequest(recipe, only=("transform=identity",)), workspace)
     assert result.text.startswith("| transform   | mitigator      | settings ")
     assert "| gptq.dampening_frac=0.5, dtype=float32 |" in result.text
 
@@ -212,8 +229,8 @@ def test_a_failure_stops_what_depends_on_it_only(
     result = run(RunRequest(recipe, only=("mitigate=rtn",)), workspace, said.append)
     assert [one.state for one in result.outcomes] == ["done", "done", "done", "done", "failed", "skipped", "skipped"]
     assert isinstance(result.failures[0].error, ZeroDivisionError)
-    assert "[5/7] transform smoothquant: failed: ZeroDivisionError: a plugin's mistake" in said
-    assert "- failed: transform smoothquant: ZeroDivisionError" in result.text
+    assert "[5/7] transform smoothquant W4A4: failed: ZeroDivisionError: a plugin's mistake" in said
+    assert "- failed: transform smoothquant W4A4: ZeroDivisionError" in result.text
     with pytest.raises(ZeroDivisionError):
         run(RunRequest(recipe, fail_fast=True), workspace)
 
@@ -227,7 +244,7 @@ def test_a_run_that_measures_nothing_fails_by_its_first_failure(
 
     monkeypatch.setattr(tasks, "evaluate", refused)
     with pytest.raises(NumericalError, match="not finite"):
-        run(RunRequest(recipe, only=("mitigate=rtn", "transform=none")), workspace)
+        run(RunRequest(recipe, only=("mitigate=rtn", "transform=identity")), workspace)
     assert not (workspace.home / "small").exists()
 
 
@@ -237,7 +254,7 @@ def test_a_dry_run_does_nothing_and_knows_what_is_there(recipe: Path, workspace:
     assert {one.state for one in before.outcomes} == {"to do"}
     assert before.path is None
     assert not workspace.home.exists()
-    done = run(RunRequest(recipe, only=("transform=none", "mitigate=rtn")), workspace)
+    done = run(RunRequest(recipe, only=("transform=identity", "mitigate=rtn")), workspace)
     after = run(dry, workspace)
     there = [one for one in after.outcomes if one.state == "there"]
     assert [(one.title, one.id) for one in there] == [(one.title, one.id) for one in done.outcomes]

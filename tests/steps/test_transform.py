@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import ArtifactError, UsageError
+from qtool.model.plan import Proposal
 from qtool.numerics.operators import Shift
 from qtool.scheme import ModelScheme
 from qtool.steps.eval import EvalRequest, evaluate
@@ -77,11 +78,11 @@ def test_a_shift_that_the_model_has_no_place_for_is_refused_and_leaves_nothing(
     norms = {site: replace(norm, kind="layer") for site, norm in families.norms.items()}
     layered = replace(desk.workspace.model(str(desk.model)), family=replace(families, norms=norms))
     monkeypatch.setattr(Workspace, "model", lambda *_: layered)
-    method = desk.workspace.plugins.load("transforms", "none")
+    method = desk.workspace.plugins.load("transforms", "identity")
     shifts = {"layers.1.attn_in": [Shift(torch.ones(24))]}
-    monkeypatch.setattr(method, "plan", lambda *_: shifts, raising=False)
+    monkeypatch.setattr(method, "plan", lambda *_: Proposal(shifts), raising=False)
     with pytest.raises(UsageError, match=r"`model\.layers\.1\.input_layernorm`, which has no bias to hold it"):
-        transform(TransformRequest(str(desk.model), "none"), desk.workspace)
+        transform(TransformRequest(str(desk.model), "identity"), desk.workspace)
     assert list(desk.workspace.home.iterdir()) == []
 
 
@@ -95,7 +96,7 @@ class TestPlans:
     @pytest.mark.parametrize(
         ("method", "settings"),
         [
-            ("none", {}),
+            ("identity", {}),
             ("quarot", {"r1": "no"}),
             ("quarot", {"r3": "on"}),
             ("smoothquant", {}),

@@ -65,4 +65,4 @@ class ChannelBalance:
         for site in context.graph.of_kind(SITE):
             absmax = context.statistics[site.id].need("absmax", site=site.id)
             proposal[site.id] = [Diag(balancing_factors(absmax, config.strength))]
-        return proposal
+        return Proposal(proposal)

@@ -26,7 +26,7 @@ from qtool.engine.problem import QuantizedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
-from qtool.model.graph import LinearSite
+from qtool.model.graph import OUTPUT, LinearSite
 from qtool.model.source import Model
 from qtool.scheme import TensorScheme
 
@@ -50,6 +50,7 @@ class CompressedTensors:
         layout, weights = choose_layout(subject.scheme), _weights(subject)
         checkpoint_dtype(weights, subject.model.dtype)
         _refuse_stacked(subject.model)
+        _refuse_segments(subject)
         _refuse_online(subject)
         _refuse_adapters(subject)
         if subject.scheme.scale_per_head:
@@ -86,7 +87,7 @@ class CompressedTensors:
         Raises:
             ArtifactError: Names the first weight that differs.
         """
-        layout, weights, model = choose_layout(subject.scheme), _weights(subject), subject.model
+        layout, model = choose_layout(subject.scheme), subject.model
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         parsed = CompressedTensorsConfig.from_dict(config.quantization_config)  # type: ignore[no-untyped-call]
         reader = CheckpointReader(directory, model)
@@ -95,7 +96,7 @@ class CompressedTensors:
         for linear in model.graph.linears:
             tensors = reader.module(linear.name)
             decoded = _decode(tensors, scheme, linear.name)
-            ours = _as_consumer(subject, linear, weights, layout, tensors)
+            ours = _as_consumer(subject, linear, layout, tensors)
             if decoded.shape != ours.shape or not torch.equal(decoded, ours.to(decoded.dtype)):
                 raise _difference(linear.name, decoded, ours)
 
@@ -117,8 +118,20 @@ def _refuse_stacked(model: Model) -> None:
         )
 
 
+def _refuse_segments(subject: Subject) -> None:
+    apart = next((site for site, plan in subject.plan.sites.items() if plan.segments), None)
+    if apart is not None:
+        formats = ", ".join(segment.format for segment in subject.plan.at(apart).segments)
+        raise UsageError(
+            "the plan sets channels apart, and compressed-tensors has one format for all inputs of a linear",
+            facts=(("first", f"{apart} ({formats})"),),
+            hint="qtool pack SOURCE --to hf, which writes dense weights",
+        )
+
+
 def _refuse_online(subject: Subject) -> None:
-    online = sorted({site.rpartition(".")[2] for site, plan in subject.plan.sites.items() if plan.online})
+    sites = ((subject.model.graph.site(site_id), plan) for site_id, plan in subject.plan.sites.items())
+    online = sorted({site.kind for site, plan in sites if plan.online or (site.kind == OUTPUT and plan.operators)})
     if online:
         raise UsageError(
             "the plan runs operators in the forward pass, which these checkpoints do not carry yet",
@@ -216,23 +229,22 @@ def _decode(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, name: str
     return decoded
 
 
-def _as_consumer(
-    subject: Subject, linear: LinearSite, weights: TensorScheme, layout: Layout, tensors: Mapping[str, Tensor]
-) -> Tensor:
+def _as_consumer(subject: Subject, linear: LinearSite, layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return our decoded weight in float32.
 
     With a global scale the consumer divides by what we multiply with. The stored divisor must be our multiplier's
     reciprocal; then the step is formed as the consumer forms it, since the two differ in the last bit.
     """
     found: QuantizedLinear = subject.linear(linear)
-    multiplier = found.parameters.global_scale
+    (parameters,) = found.parameters
+    multiplier = parameters.global_scale
     if layout == "nvfp4-pack-quantized" and multiplier is not None:
         divisor = tensors["weight_global_scale"]
         if abs(float(divisor.double() * multiplier.double()) - 1) > _RECIPROCAL_ERROR:
             raise _difference(f"{linear.name} (global scale)", 1 / divisor, multiplier)
-        step = found.parameters.scale / divisor
-        found = replace(found, parameters=replace(found.parameters, scale=step, global_scale=None))
-    return found.weight(weights, subject.plugins.format(weights.format))
+        step = parameters.scale / divisor
+        found = replace(found, parameters=(replace(parameters, scale=step, global_scale=None),))
+    return found.weight(subject.weight_grid(linear))
 
 
 def _difference(name: str, decoded: Tensor, ours: Tensor) -> ArtifactError:

@@ -113,6 +113,8 @@ def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> L
 
 def _check_activations(layout: Layout, activations: TensorScheme) -> None:
     """Refuse activations that cannot be said beside a layout."""
+    if activations.clip != 1:
+        raise _clipped("activations", activations)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
     where = (activations.group_size, activations.scale)
     if layout in _BLOCKS.values():
@@ -130,8 +132,15 @@ def _check_activations(layout: Layout, activations: TensorScheme) -> None:
 
 def _check_cache(kv: TensorScheme | None) -> None:
     """Refuse a quantized cache that is not FP8 with one scale."""
+    if kv is not None and kv.clip != 1:
+        raise _clipped("kv", kv)
     if kv is not None and (kv.format != "fp8" or kv.strategy != "tensor"):
         raise _refusal("a checkpoint's KV cache is FP8 with one scale, or 16 bits", "kv", kv, "fp8-tensor")
+
+
+def _clipped(part: str, scheme: TensorScheme) -> SchemeError:
+    whole = replace(scheme, clip=1.0)
+    return _refusal("consumers keep the whole range of what they quantize as they run", part, scheme, whole)
 
 
 def _refusal(reason: str, part: str, scheme: TensorScheme, nearest: TensorScheme | str) -> SchemeError:

@@ -27,7 +27,7 @@ def stored_tensors(found: QuantizedLinear, scheme: TensorScheme, layout: Layout)
         scheme: Scheme of the weights.
         layout: One that ``choose_layout`` gives for the scheme.
     """
-    parameters = found.parameters
+    (parameters,) = found.parameters
     tensors = {"weight_scale": encode_scale(parameters.scale, scheme.scale)}
     if layout == "int-quantized":
         tensors["weight"] = _signed(found.codes)

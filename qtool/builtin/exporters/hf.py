@@ -15,6 +15,7 @@ from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoi
 from qtool.builtin.exporters.consumers import dequantized_consumers
 from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
 from qtool.engine.exporter import Exported
+from qtool.engine.fold import output_operators
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.graph import LinearSite
@@ -90,10 +91,8 @@ def dense(
         linear: Which linear.
         bias: Its bias, already folded.
     """
-    found, scheme = subject.linear(linear), subject.scheme.weights
-    if scheme is None:
-        raise LookupError(linear.name)
-    weight = found.weight(scheme, subject.plugins.format(scheme.format)).double()
+    found = subject.linear(linear)
+    weight = found.weight(subject.weight_grid(linear)).double()
     if found.adapter is not None:
         weight = weight + found.adapter.up.double() @ found.adapter.down.double()
     return offline(subject, linear, weight, bias)
@@ -112,10 +111,14 @@ def offline(
         weight: Its weight behind all operators.
         bias: Its bias, already folded.
     """
-    if not subject.plan.at(linear.reads).online:
+    online, outputs = subject.plan.at(linear.reads).online, output_operators(subject.plan, linear)
+    if not online and not outputs:
         return weight, bias
     weight, bias = weight.double(), None if bias is None else bias.double()
-    for operator in reversed(subject.plan.at(linear.reads).online):
+    for operator in reversed(outputs):
+        weight = operator.inverse().weight_out(weight)
+        bias = None if bias is None else operator.inverse().bias_out(bias)
+    for operator in reversed(online):
         undone = operator.inverse()
         bias = undone.bias_in(weight, bias)
         weight = undone.weight_in(weight)

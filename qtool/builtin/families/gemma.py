@@ -5,7 +5,7 @@ The scaling is a number, which rotations pass, so everything is as for Llama.
 
 from __future__ import annotations
 
-from qtool.model.family import LLAMA_LIKE_LINEARS, Family, Norm
+from qtool.model.family import LLAMA_LIKE_LINEARS, Family, Norm, Rotary
 
 GEMMA = Family(
     name="gemma",
@@ -16,5 +16,6 @@ GEMMA = Family(
         "mlp_in": Norm("post_attention_layernorm", offset=1.0),
     },
     linears=LLAMA_LIKE_LINEARS,
+    rotary=Rotary(),
     tiny=({}, {"attention_bias": True}),
 )

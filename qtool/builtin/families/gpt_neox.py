@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: layer norms, a plain MLP, and one linear for q, k and v, whose rows come head by head.
 
-Without a gate nothing in the MLP is linear, so no scale folds in front of its second linear; R1 is refused, since the
-norms remove the mean. Attention and MLP run side by side or one after the other, each behind a norm of its own.
+Without a gate nothing in the MLP is linear, so only an order folds in front of its second linear; R1 is refused, since
+the norms remove the mean. Attention and MLP run side by side or one after the other, each behind a norm of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GPT_NEOX = Family(
     linears=(
         Linear("attention.query_key_value", reads="attn_in", parts=HEAD, per_head=True),
         Linear("attention.dense", reads="o_in", writes="residual"),
-        Linear("mlp.dense_h_to_4h", reads="mlp_in"),
+        Linear("mlp.dense_h_to_4h", reads="mlp_in", feeds="up_down"),
         Linear("mlp.dense_4h_to_h", reads="up_down", writes="residual"),
     ),
     backbone="gpt_neox",

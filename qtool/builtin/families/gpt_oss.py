@@ -6,7 +6,7 @@ linear, where operators run online. Each head's sink takes a share of the attent
 
 from __future__ import annotations
 
-from qtool.model.family import LLAMA_LIKE_ATTENTION, LLAMA_LIKE_NORMS, Experts, Family, Linear, Norm
+from qtool.model.family import LLAMA_LIKE_ATTENTION, LLAMA_LIKE_NORMS, Experts, Family, Linear, Norm, Rotary
 
 GPT_OSS = Family(
     name="gpt-oss",
@@ -24,6 +24,7 @@ GPT_OSS = Family(
         ),
         stacked=True,
     ),
+    rotary=Rotary(),
     logits="sink",
     sizes={"experts.up_down": "intermediate_size"},
     note="Scales in front of an expert's down_proj are refused: the activation clamps the up path.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm
+from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm, Rotary
 
 LLAMA = Family(
     name="llama",
@@ -10,5 +10,6 @@ LLAMA = Family(
     final_norm=Norm("model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=LLAMA_LIKE_LINEARS,
+    rotary=Rotary(),
     tiny=({}, {"attention_bias": True, "mlp_bias": True}),
 )

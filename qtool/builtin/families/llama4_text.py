@@ -17,7 +17,7 @@ from qtool.model.family import (
     gated_mlp,
 )
 
-GATE_UP = (Part("intermediate"), Part("intermediate", writes="up_down"))
+GATE_UP = (Part("intermediate", feeds="up_down"), Part("intermediate", writes="up_down"))
 
 LLAMA4_TEXT = Family(
     name="llama4-text",

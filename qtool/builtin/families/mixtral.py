@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtool.model.family import LLAMA_LIKE_ATTENTION, LLAMA_LIKE_NORMS, Experts, Family, Linear, Norm
+from qtool.model.family import LLAMA_LIKE_ATTENTION, LLAMA_LIKE_NORMS, Experts, Family, Linear, Norm, Rotary
 
 MIXTRAL = Family(
     name="mixtral",
@@ -10,12 +10,13 @@ MIXTRAL = Family(
     final_norm=Norm("model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=(*LLAMA_LIKE_ATTENTION, Linear("mlp.gate", reads="mlp_in", kept="the router")),
+    rotary=Rotary(),
     experts=Experts(
         "mlp.experts",
         count="num_local_experts",
         chosen="num_experts_per_tok",
         linears=(
-            Linear("w1", reads="mlp_in"),
+            Linear("w1", reads="mlp_in", feeds="up_down"),
             Linear("w3", reads="mlp_in", writes="up_down"),
             Linear("w2", reads="up_down", writes="residual"),
         ),

@@ -6,21 +6,22 @@ its position, behind which R3 acts on the whole head.
 
 from __future__ import annotations
 
-from qtool.model.family import LLAMA_LIKE_NORMS, Family, Linear, Norm, Part
+from qtool.model.family import LLAMA_LIKE_NORMS, Family, Linear, Norm, Part, Rotary
 
+QUERY_KEY_VALUE = (Part("queries", "queries"), Part("keys", "keys"), Part("values", "vo"))
+GATE_UP = (Part("intermediate", feeds="up_down"), Part("intermediate", "up_down"))
 PHI3 = Family(
     name="phi3",
     model_types=("phi3",),
     final_norm=Norm("model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=(
-        Linear(
-            "self_attn.qkv_proj", reads="attn_in", parts=(Part("queries"), Part("keys"), Part("values", writes="vo"))
-        ),
+        Linear("self_attn.qkv_proj", reads="attn_in", parts=QUERY_KEY_VALUE),
         Linear("self_attn.o_proj", reads="o_in", writes="residual"),
-        Linear("mlp.gate_up_proj", reads="mlp_in", parts=(Part("intermediate"), Part("intermediate", "up_down"))),
+        Linear("mlp.gate_up_proj", reads="mlp_in", parts=GATE_UP),
         Linear("mlp.down_proj", reads="up_down", writes="residual"),
     ),
+    rotary=Rotary(),
     tiny=(
         {"pad_token_id": 0, "head_dim": 8},
         {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm
+from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm, Rotary
 
 QWEN2 = Family(
     name="qwen2",
@@ -10,4 +10,5 @@ QWEN2 = Family(
     final_norm=Norm("model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=LLAMA_LIKE_LINEARS,
+    rotary=Rotary(),
 )

@@ -15,6 +15,7 @@ from qtool.model.family import (
     Family,
     Linear,
     Norm,
+    Rotary,
     gated_mlp,
 )
 
@@ -39,6 +40,7 @@ QWEN2_MOE = Family(
         *gated_mlp("mlp.shared_expert", site="shared.up_down", blocks="sparse"),
         Linear("mlp.shared_expert_gate", reads="mlp_in", kept="the gate of the shared expert", blocks="sparse"),
     ),
+    rotary=Rotary(),
     experts=ROUTED,
     sparse=sparse,
     sizes={"experts.up_down": "moe_intermediate_size", "shared.up_down": "shared_expert_intermediate_size"},

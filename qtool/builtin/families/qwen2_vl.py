@@ -5,7 +5,7 @@ The last linear of the vision tower's merger writes the residual, so rotations o
 
 from __future__ import annotations
 
-from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm
+from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm, Rotary
 
 TEXT = {
     **{"hidden_size": 48, "num_attention_heads": 6, "head_dim": None},
@@ -22,6 +22,7 @@ QWEN2_VL = Family(
     final_norm=Norm("model.language_model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=LLAMA_LIKE_LINEARS,
+    rotary=Rotary(),
     backbone="model.language_model",
     layers="model.language_model.layers",
     embedding="model.language_model.embed_tokens",

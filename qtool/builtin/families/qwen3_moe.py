@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qtool.builtin.families.qwen2_moe import ROUTED, ROUTER, sparse
-from qtool.model.family import LLAMA_LIKE_ATTENTION, LLAMA_LIKE_NORMS, Family, Norm, gated_mlp
+from qtool.builtin.families.qwen3 import QUERY_KEY_NORMS
+from qtool.model.family import LLAMA_LIKE_ATTENTION, LLAMA_LIKE_NORMS, Family, Norm, Rotary, gated_mlp
 
 QWEN3_MOE = Family(
     name="qwen3-moe",
@@ -11,6 +12,7 @@ QWEN3_MOE = Family(
     final_norm=Norm("model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=(*LLAMA_LIKE_ATTENTION, *gated_mlp("mlp", blocks="dense"), ROUTER),
+    rotary=Rotary(norms=QUERY_KEY_NORMS),
     experts=ROUTED,
     sparse=sparse,
     sizes={"experts.up_down": "moe_intermediate_size"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm
+from qtool.model.family import LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Family, Norm, Rotary
 
 SMOLLM3 = Family(
     name="smollm3",
@@ -10,5 +10,6 @@ SMOLLM3 = Family(
     final_norm=Norm("model.norm"),
     norms=LLAMA_LIKE_NORMS,
     linears=LLAMA_LIKE_LINEARS,
+    rotary=Rotary(),
     tiny=({"pad_token_id": 0, "no_rope_layers": [1, 0]},),
 )

@@ -31,7 +31,7 @@ STABLELM_PARALLEL = replace(
     norms={"attn_in": Norm("input_layernorm", kind="layer")},
     linears=(
         *LLAMA_LIKE_ATTENTION,
-        Linear("mlp.gate_proj", reads="attn_in"),
+        Linear("mlp.gate_proj", reads="attn_in", feeds="up_down"),
         Linear("mlp.up_proj", reads="attn_in", writes="up_down"),
         Linear("mlp.down_proj", reads="up_down", writes="residual"),
     ),

@@ -8,6 +8,9 @@ from dataclasses import replace
 from qtool.errors import SchemeError
 from qtool.scheme import TensorScheme
 
+LEAST_CLIP = 0.01
+"""The least fraction of a range that can be kept: less has never helped, and is mostly a percentage by mistake."""
+
 _FLOAT_SCALES = ("fp32", "fp16", "bf16")
 
 
@@ -60,4 +63,7 @@ def nearest_scheme(
     if nearest.range_rule != "tight" and not (range_rules and nearest.symmetric):
         reasons.append(f"`{nearest.range_rule}` is a rule for symmetric integers")
         nearest = replace(nearest, range_rule="tight")
+    if not LEAST_CLIP <= nearest.clip <= 1:
+        reasons.append(f"the fraction of the range that is kept is from {LEAST_CLIP} to 1, not {nearest.clip:g}")
+        nearest = replace(nearest, clip=1.0)
     return nearest, reasons

@@ -1,4 +1,8 @@
-"""Names of model schemes as the ecosystem spells them, except ``W4A4``, which is that of arXiv:2507.17417."""
+"""Names of model schemes as the ecosystem spells them, except ``W4A4``, which is that of arXiv:2507.17417.
+
+Those named after a method are what its authors publish their figures with, clip ratios and the rule for scales
+included. A cache's scale per token is one per head and token, which for heads of 128 is a group of 128.
+"""
 
 from __future__ import annotations
 
@@ -37,4 +41,25 @@ PRESETS: tuple[Preset, ...] = (
     Preset("MXFP4A16", "mxfp4", None, None, "MXFP4 weights"),
     Preset("FP8", "fp8-tensor", "fp8-tensor", None, "FP8 weights and inputs, one scale a tensor"),
     Preset("FP8_DYNAMIC", "fp8-channel", "fp8-token", None, "FP8 weights per output row, FP8 inputs per token"),
+    Preset(
+        "QUAROT-W4A4KV4",
+        "int4-sym-channel-full",
+        "int4-sym-token-sfp32-full-c0.9",
+        "int4-asym-token-c0.95",
+        "QuaRot's: inputs clipped to 0.9 and the cache to 0.95 of their ranges; add `--set clip=search`",
+    ),
+    Preset(
+        "ATOM-W4A4KV4",
+        "int4-sym-g128-full-c0.85",
+        "int4-sym-g128-sfp32-full-c0.9",
+        "int4-asym-token",
+        "Atom's: groups of 128, weights clipped to 0.85 and inputs to 0.9 of their ranges",
+    ),
+    Preset(
+        "DUQUANT-W4A4KV4",
+        "int4-asym-channel-c0.8",
+        "int4-asym-token-sfp32-c0.9",
+        "int4-asym-token",
+        "DuQuant's: weights clipped to 0.8 and inputs to 0.9 of their ranges; queries stay in 16 bits",
+    ),
 )

@@ -26,8 +26,9 @@ from qtool.builtin.mitigators.rtn import (
     refuse_previous,
     refuse_unknown,
     round_nearest,
-    tensor_multiplier,
+    tensor_multipliers,
 )
+from qtool.engine.grid import GridPart
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, ShapeError, UsageError
 from qtool.numerics.gptq import ColumnGrid, GPTQResult, gptq_round
@@ -55,7 +56,7 @@ class GPTQConfig(ClipOptions):
     clip: Literal["none", "search"] = "search"
     clip_norm: float = 2.0
     clip_grid: int = 20
-    clip_metric: Literal["mse", "hessian"] = "hessian"
+    clip_metric: Literal["mse", "hessian", "output"] = "hessian"
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
@@ -95,7 +96,7 @@ class GPTQ:
 
     def quantize_siblings(self, problems: Sequence[LayerProblem], config: GPTQConfig) -> list[QuantizedLinear]:
         """Solve the layers of one site as one: they share the factor, and rows do not see each other."""
-        if len(problems) > 1 and problems[0].scheme.strategy == "tensor":  # each has its own scale
+        if len(problems) > 1 and any(_is_whole(part) for part in problems[0].grid.parts):  # each has its own scale
             return [self.quantize(problem, config) for problem in problems]
         for problem in problems:
             refuse_previous(problem, "gptq")
@@ -126,21 +127,28 @@ def _apart(problems: Sequence[LayerProblem], solved: GPTQResult, ratios: Sequenc
     results, stop = [], 0
     for problem in problems:
         start, stop = stop, stop + len(problem.weight)
-        zero_point = solved.parameters.zero_point
-        parameters = GroupParameters(
-            solved.parameters.scale[start:stop].clone(),
-            None if zero_point is None else zero_point[start:stop].clone(),
-            solved.parameters.global_scale,
+        parameters = tuple(
+            _as_stored(_rows(own, start, stop), part)
+            for own, part in zip(solved.parameters, problem.grid.parts, strict=True)
         )
         report = {"dampening_frac": solved.dampening_frac, **clip_report([ratio[start:stop] for ratio in ratios])}
         codes = solved.codes[start:stop].clone()
-        results.append(QuantizedLinear(codes, _as_stored(parameters, problem), report=report))
+        results.append(QuantizedLinear(codes, parameters, report=report))
     return results
+
+
+def _rows(parameters: GroupParameters, start: int, stop: int) -> GroupParameters:
+    zero_point = parameters.zero_point
+    return GroupParameters(
+        parameters.scale[start:stop].clone(),
+        None if zero_point is None else zero_point[start:stop].clone(),
+        parameters.global_scale,
+    )
 
 
 def _losses(problem: LayerProblem, result: QuantizedLinear) -> dict[str, float]:
     """Measure a result beside rounding to nearest without clipping."""
-    decoded, plain = (one.weight(problem.scheme, problem.format) for one in (result, round_nearest(problem)))
+    decoded, plain = (one.weight(problem.grid) for one in (result, round_nearest(problem)))
     return loss_report(problem, decoded, plain)
 
 
@@ -164,13 +172,22 @@ def _solve(
     problem: LayerProblem, hessian: Float[Tensor, "in in"], config: GPTQConfig, ratios: list[Tensor]
 ) -> GPTQResult:
     """Run the solver on the problem's grid; collects the clip ratios of the groups."""
-    group_size = len(hessian) // problem.scheme.groups_of(len(hessian), layer=problem.name)
-    fit = _fitter(problem, hessian, config, ratios)
+    places = problem.grid.places(len(hessian))
+    grid = [
+        ColumnGrid(
+            group_size=part.scheme.group_size or columns.stop - columns.start,
+            fit=_fitter(part, multiplier, hessian, config, ratios),
+            round=part.format.round,
+            encode=part.format.encode,
+            columns=part.channels,
+        )
+        for (columns, part), multiplier in zip(places, tensor_multipliers(problem), strict=True)
+    ]
     key = ("gptq", config.dampening_frac, config.act_order)
     solved = gptq_round(
         problem.weight,
         hessian,
-        grid=ColumnGrid(group_size, fit, problem.format.round, problem.format.encode),
+        grid=grid,
         dampening_frac=config.dampening_frac,
         block_size=config.block_size,
         parameters=config.parameters,
@@ -182,36 +199,43 @@ def _solve(
 
 
 def _fitter(
-    problem: LayerProblem, hessian: Float[Tensor, "in in"], config: GPTQConfig, ratios: list[Tensor]
+    part: GridPart,
+    multiplier: Tensor | None,
+    hessian: Float[Tensor, "in in"],
+    config: GPTQConfig,
+    ratios: list[Tensor],
 ) -> Callable[[Tensor, int], GroupParameters]:
-    """Return what fits a group of columns: one scale a row, also where all rows share it."""
-    multiplier = tensor_multiplier(problem)
-    diagonal = hessian.diagonal() if config.clip_metric == "hessian" else None
-    whole = problem.scheme.strategy == "tensor"
+    """Return what fits groups of columns: one scale a row and group, also where all rows share it."""
+    whole = _is_whole(part)
 
     def fit(values: Tensor, start: int) -> GroupParameters:
-        importance = None if diagonal is None else diagonal[start : start + values.shape[1]].expand_as(values)
-        if whole:
-            importance = None if importance is None else importance.reshape(1, -1)
+        columns = slice(start, start + values[0].numel())
         groups = values.reshape(1, -1) if whole else values
-        fitted = fit_groups(problem, groups, config, global_scale=multiplier, importance=importance)
+        fitted = fit_groups(part, groups, config, global_scale=multiplier, hessian=hessian[columns, columns])
         ratios.append(fitted.ratio)
         return _a_row_each(fitted.parameters, len(values)) if whole else fitted.parameters
 
     return fit
 
 
+def _is_whole(part: GridPart) -> bool:
+    """Say whether all rows of a layer share one scale."""
+    return part.scheme.strategy == "tensor"
+
+
 def _a_row_each(parameters: GroupParameters, rows: int) -> GroupParameters:
-    """Repeat a tensor's parameters for each row."""
+    """Repeat a tensor's parameters for each row of its only group."""
     zero_point = parameters.zero_point
     return GroupParameters(
-        parameters.scale.expand(rows), None if zero_point is None else zero_point.expand(rows), parameters.global_scale
+        parameters.scale.expand(rows, 1),
+        None if zero_point is None else zero_point.expand(rows, 1),
+        parameters.global_scale,
     )
 
 
-def _as_stored(parameters: GroupParameters, problem: LayerProblem) -> GroupParameters:
+def _as_stored(parameters: GroupParameters, part: GridPart) -> GroupParameters:
     """Undo ``_a_row_each``; other parameters are already as the codes' groups need them."""
-    if problem.scheme.strategy != "tensor":
+    if not _is_whole(part):
         return parameters
     zero_point = parameters.zero_point
     return GroupParameters(

@@ -67,7 +67,7 @@ class LoRC:
         start = problem.previous or round_nearest(problem)
         if start.adapter is not None:
             raise UsageError(f"`{problem.name}` already has a low-rank correction", hint="--method gptq+lorc")
-        decoded = start.weight(problem.scheme, problem.format)
+        decoded = start.weight(problem.grid)
         up, down = (
             factor.to(_DTYPES[config.dtype])
             for factor in truncated_svd(problem.weight - decoded, config.rank, seed=problem.seed)

@@ -1,7 +1,8 @@
 """Round to nearest: each weight by itself, on a range that may be clipped.
 
 The clip search is that of GPTQ's and QuaRot's released code: of 80 fractions of the range, the one with the least
-``Σ |error|^2.4``.
+``Σ |error|^2.4``. AWQ's (Lin et al. 2024, arXiv:2306.00978), which looks at the layer's output, is
+``clip_metric=output clip_grid=20 clip_floor=0.5``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.engine.grid import GlobalScales, GridPart
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, ShapeError, UsageError
 from qtool.numerics.clipping import ClippedFit, clip_grid, search_clip
-from qtool.numerics.groups import to_groups
 from qtool.numerics.losses import loss_ratio, output_energy
+from qtool.numerics.second_moments import diagonal_blocks
 from qtool.scheme import GroupParameters
 
 
@@ -27,16 +29,24 @@ class ClipOptions:
     """How the range of each group is chosen.
 
     Attributes:
-        clip: ``none`` keeps the whole range, ``search`` the fraction with the least error.
-        clip_norm: Exponent of the errors in the search.
-        clip_grid: Number of fractions to try, evenly from 1.00 to 0.21.
-        clip_metric: ``mse`` counts all columns alike, ``hessian`` by the diagonal of the Hessian.
+        clip: ``none`` keeps the range that the scheme keeps, ``search`` the fraction of it with the least error.
+        clip_norm: Exponent of the errors in the search, except by the metric ``output``, which is of squares.
+        clip_grid: Number of fractions to try, evenly from 1 to ``clip_floor``.
+        clip_metric: ``mse`` counts all columns alike, ``hessian`` by the diagonal of the Hessian, ``output`` the errors
+            of a group together, by their part of the Hessian: what they alone change in the layer's output.
+        clip_floor: The least fraction to try.
     """
 
     clip: Literal["none", "search"] = "none"
     clip_norm: float = 2.4
     clip_grid: int = 80
-    clip_metric: Literal["mse", "hessian"] = "mse"
+    clip_metric: Literal["mse", "hessian", "output"] = "mse"
+    clip_floor: float = 0.21
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that the options ask for."""
+        return ("hessian",) if self.clip == "search" and self.clip_metric != "mse" else ()
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
@@ -45,11 +55,15 @@ class ClipOptions:
             UsageError: A value is out of range, or an option would have no effect.
         """
         refuse_unknown("clip", self.clip, ("none", "search"))
-        refuse_unknown("clip_metric", self.clip_metric, ("mse", "hessian"))
+        refuse_unknown("clip_metric", self.clip_metric, ("mse", "hessian", "output"))
         if not 0 < self.clip_norm <= 16:
             raise UsageError(f"`clip_norm` is above 0 and up to 16, not {self.clip_norm}", hint="--set clip_norm=2.4")
         if not 1 <= self.clip_grid <= 99:
             raise UsageError(f"`clip_grid` is from 1 to 99 ratios, not {self.clip_grid}", hint="--set clip_grid=80")
+        if not 0.01 <= self.clip_floor <= 1:
+            raise UsageError(f"`clip_floor` is from 0.01 to 1, not {self.clip_floor}", hint="--set clip_floor=0.5")
+        if self.clip_metric == "output" and self.clip_norm not in (2.0, type(self).clip_norm):
+            raise UsageError("`clip_norm` has no effect on the metric `output`", hint="leave `clip_norm` out")
 
 
 def refuse_unknown(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -75,7 +89,7 @@ def check_problem(problem: LayerProblem) -> None:
         SchemeError: The group size does not divide the input axis.
     """
     n_in = problem.weight.shape[1]
-    problem.scheme.groups_of(n_in, layer=problem.name)
+    problem.grid.check(n_in, layer=problem.name)
     for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -101,43 +115,48 @@ def refuse_previous(problem: LayerProblem, method: str) -> None:
         raise UsageError(f"`{method}` starts from the weight, so it has to come first", hint=f"--method {method}+…")
 
 
-def tensor_multiplier(problem: LayerProblem) -> Float[Tensor, ""] | None:
-    """Return the multiplier that the layer was given, or the one that its format makes of its weight."""
-    if problem.global_scale is not None:
-        return problem.global_scale
-    return problem.format.global_scale(problem.weight.abs().amax(), problem.scheme)
+def tensor_multipliers(problem: LayerProblem) -> GlobalScales:
+    """Return the multipliers that the layer was given, or those that the formats of its parts make of its weight."""
+    return problem.global_scales or problem.grid.global_scales(problem.weight.abs().amax(0))
 
 
 def fit_groups(
-    problem: LayerProblem,
+    part: GridPart,
     groups: Float[Tensor, "*rows group"],
     options: ClipOptions,
     *,
     global_scale: Float[Tensor, ""] | None,
-    importance: Float[Tensor, "*rows group"] | None,
+    hessian: Float[Tensor, "columns columns"] | None,
 ) -> ClippedFit:
     """Fit groups of weights as the clip options say.
 
     Args:
-        problem: Names the format and the scheme.
+        part: What the groups are of.
         groups: Values; the last axis shares a scale.
         options: How to clip.
         global_scale: Tensor-level multiplier.
-        importance: Weights of the values in the search, or None.
+        hessian: Second moments of the columns that the groups are made of; None where the options do not look at them.
 
     Returns:
         Parameters and clip ratios.
     """
-
-    def fit_round(part: Tensor, clip: float) -> tuple[GroupParameters, Tensor]:
-        parameters = problem.format.fit(part, problem.scheme, global_scale=global_scale, clip=clip)
-        return parameters, problem.format.round(part, parameters)
-
     if options.clip == "none":
-        whole = problem.format.fit(groups, problem.scheme, global_scale=global_scale)
+        whole = part.fit(groups, global_scale=global_scale)
         return ClippedFit(whole, torch.ones_like(whole.scale))
-    ratios = clip_grid(options.clip_grid)
-    return search_clip(groups, fit_round, ratios=ratios, norm=options.clip_norm, weights=importance)
+
+    def fit_round(values: Tensor, clip: float) -> tuple[GroupParameters, Tensor]:
+        parameters = part.fit(values, global_scale=global_scale, clip=clip)
+        return parameters, part.format.round(values, parameters)
+
+    weights = moments = None
+    if hessian is not None and options.clip_metric == "hessian":
+        n_in = len(hessian)
+        rows = hessian.diagonal().to(groups.dtype).expand(groups.numel() // n_in, n_in)
+        weights = rows.reshape(groups.shape)
+    elif hessian is not None and options.clip_metric == "output":
+        moments = diagonal_blocks(hessian.to(groups.dtype), part.scheme.group_size or len(hessian))
+    ratios = clip_grid(options.clip_grid, options.clip_floor)
+    return search_clip(groups, fit_round, ratios=ratios, norm=options.clip_norm, weights=weights, moments=moments)
 
 
 def round_nearest(problem: LayerProblem, options: ClipOptions | None = None) -> QuantizedLinear:
@@ -145,22 +164,24 @@ def round_nearest(problem: LayerProblem, options: ClipOptions | None = None) -> 
 
     Args:
         problem: A checked problem.
-        options: How to clip; None keeps the whole range.
+        options: How to clip; None keeps the range that the scheme keeps.
 
     Returns:
         The codes; the report says which part of the groups was clipped.
     """
     options = options or ClipOptions()
-    strategy, group_size = problem.scheme.strategy, problem.scheme.group_size
-    groups = to_groups(problem.weight, strategy, group_size)
-    importance = None
-    if options.clip_metric == "hessian":
-        diagonal = problem.need_hessian().diagonal().to(problem.weight.dtype)
-        importance = to_groups(diagonal.expand_as(problem.weight), strategy, group_size)
-    multiplier = tensor_multiplier(problem)
-    fitted = fit_groups(problem, groups, options, global_scale=multiplier, importance=importance)
-    codes = problem.format.encode(groups, fitted.parameters).reshape(problem.weight.shape)
-    return QuantizedLinear(codes, fitted.parameters, report=clip_report([fitted.ratio]))
+    hessian = problem.need_hessian() if options.needs else None
+    codes, found = [], []
+    places = problem.grid.places(problem.weight.shape[1])
+    for (columns, part), multiplier in zip(places, tensor_multipliers(problem), strict=True):
+        values = problem.weight[:, columns]
+        groups = part.groups(values)
+        own = None if hessian is None else hessian[columns, columns]
+        found.append(fit_groups(part, groups, options, global_scale=multiplier, hessian=own))
+        codes.append(part.format.encode(groups, found[-1].parameters).reshape(values.shape))
+    joined = codes[0] if len(codes) == 1 else torch.cat(codes, dim=1)
+    parameters = tuple(one.parameters for one in found)
+    return QuantizedLinear(joined, parameters, report=clip_report([one.ratio for one in found]))
 
 
 def clip_report(ratios: list[Tensor]) -> dict[str, float]:
@@ -177,7 +198,7 @@ def loss_report(
     Args:
         problem: Gives the weight, and the Hessian if there is one.
         approximated: What stands for the weight, low-rank correction included.
-        nearest: The weight rounded to nearest without clipping, or None to leave that out.
+        nearest: The weight rounded to nearest on the range that the scheme keeps, or None to leave that out.
 
     Returns:
         ``loss`` and ``loss_rtn``, ``tr(EHEᵀ) / tr(WHWᵀ)``; without a Hessian ``weight_error`` and
@@ -223,7 +244,7 @@ class RTN:
         nearest = plain = round_nearest(problem)
         if config.clip == "search":
             nearest = round_nearest(problem, config)
-        decoded = nearest.weight(problem.scheme, problem.format)
-        unclipped = decoded if nearest is plain else plain.weight(problem.scheme, problem.format)
+        decoded = nearest.weight(problem.grid)
+        unclipped = decoded if nearest is plain else plain.weight(problem.grid)
         report = {**loss_report(problem, decoded, unclipped), **nearest.report}
         return QuantizedLinear(nearest.codes, nearest.parameters, report=report)

@@ -71,4 +71,4 @@ class SmoothQuant:
                 maxima = [context.weights(linear.name).abs().amax(0) for linear in graph.consumers(site)]
                 scale = smoothing_scale(absmax, torch.stack(maxima).amax(0), config.alpha)
                 proposal[site.id] = [Diag(1 / scale)]
-        return proposal
+        return Proposal(proposal)

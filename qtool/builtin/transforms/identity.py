@@ -8,18 +8,18 @@ from qtool.model.plan import Proposal, TransformContext
 
 
 @dataclass(frozen=True)
-class NoTransformConfig:
+class IdentityConfig:
     """There is nothing to choose."""
 
 
-class NoTransform:
+class Identity:
     """Proposes nothing."""
 
     version = 1
     needs: tuple[str, ...] = ()
-    Config = NoTransformConfig
+    Config = IdentityConfig
 
-    def plan(self, context: TransformContext, config: NoTransformConfig) -> Proposal:
+    def plan(self, context: TransformContext, config: IdentityConfig) -> Proposal:
         """Return no operators."""
         del context, config
-        return {}
+        return Proposal()

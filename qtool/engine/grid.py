@@ -1,0 +1,154 @@
+"""What the last axis of a tensor is rounded to: neighbouring parts, each with a scheme of its own.
+
+Nearly every grid has one part. A plan may set the last channels of an input site apart (``qtool.model.plan.Segment``):
+then the site's activations and the weights of all that reads it have a part for each segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+
+from qtool.errors import SchemeError
+from qtool.model.plan import Segment
+from qtool.numerics.groups import from_groups, to_groups
+from qtool.scheme import Format, GroupParameters, TensorScheme
+
+GlobalScales = tuple[Tensor | None, ...]
+"""Tensor-level multipliers, one a part; None where the part's format has none."""
+
+
+@dataclass(frozen=True)
+class GridPart:
+    """Neighbouring columns with one scheme.
+
+    Attributes:
+        scheme: How they are quantized.
+        format: The format of ``scheme``.
+        channels: How many columns; None for all that the other parts leave.
+    """
+
+    scheme: TensorScheme
+    format: Format
+    channels: int | None = None
+
+    def groups(self, x: Shaped[Tensor, "*batch n"]) -> Shaped[Tensor, "*rows group"]:
+        """Arrange values of the part so that the last axis shares a scale."""
+        return to_groups(x, self.scheme.strategy, self.scheme.group_size)
+
+    def global_scale(self, amax: Float[Tensor, ""]) -> Float[Tensor, ""] | None:
+        """Return the multiplier for values of largest magnitude ``amax``, or None without one."""
+        return self.format.global_scale(amax, self.scheme)
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether the format wants a tensor-level multiplier."""
+        return self.global_scale(torch.ones(())) is not None
+
+    def fit(
+        self, groups: Float[Tensor, "*rows group"], *, global_scale: Tensor | None, clip: float = 1.0
+    ) -> GroupParameters:
+        """Fit groups to a fraction of the range that the scheme keeps."""
+        return self.format.fit(groups, self.scheme, global_scale=global_scale, clip=clip * self.scheme.clip)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The parts of an axis, in the order of its columns.
+
+    Attributes:
+        parts: At least one; one of them takes the columns that the others leave.
+    """
+
+    parts: tuple[GridPart, ...]
+
+    @classmethod
+    def of(cls, scheme: TensorScheme, fmt: Format) -> Grid:
+        """Return the grid of one scheme for all columns."""
+        return cls((GridPart(scheme, fmt),))
+
+    @classmethod
+    def segmented(cls, scheme: TensorScheme, segments: Sequence[Segment], lookup: Callable[[str], Format]) -> Grid:
+        """Return the grid of a scheme whose last columns are in formats of their own.
+
+        Args:
+            scheme: Of the columns in front, and of the others what their formats can carry.
+            segments: How many columns at the end have which format.
+            lookup: Finds a format by name.
+        """
+        apart = [(segment.channels, lookup(segment.format)) for segment in segments]
+        parts = [GridPart(scheme_in(scheme, fmt), fmt, channels) for channels, fmt in apart]
+        return cls((GridPart(scheme, lookup(scheme.format)), *parts))
+
+    @property
+    def only(self) -> GridPart | None:
+        """The part of a grid that has no other."""
+        return self.parts[0] if len(self.parts) == 1 else None
+
+    def places(self, n: int) -> Iterator[tuple[slice, GridPart]]:
+        """Yield the columns of each part of an axis of length ``n``."""
+        rest = n - sum(part.channels or 0 for part in self.parts)
+        start = 0
+        for part in self.parts:
+            stop = start + (rest if part.channels is None else part.channels)
+            yield slice(start, stop), part
+            start = stop
+
+    def check(self, n: int, *, layer: str) -> None:
+        """Refuse an axis whose parts the groups do not divide.
+
+        Args:
+            n: Length of the axis.
+            layer: Name of the layer, for the message.
+
+        Raises:
+            SchemeError: A group does not divide its part.
+        """
+        if self.only is not None:
+            self.only.scheme.groups_of(n, layer=layer)
+            return
+        places = list(self.places(n))
+        for columns, part in places:
+            size = part.scheme.group_size or 1
+            if columns.start >= columns.stop or (columns.stop - columns.start) % size:
+                widths = " + ".join(str(place.stop - place.start) for place, _ in places)
+                raise SchemeError(
+                    f"the plan sets channels apart in the input of `{layer}`, which groups of {size} do not divide",
+                    facts=(("input size", f"{n} = {widths}"), ("scheme", part.scheme)),
+                    hint="plan with the scheme that is going to be used: qtool transform STATISTICS --scheme SCHEME",
+                )
+
+    def global_scales(self, amax: Float[Tensor, " n"]) -> GlobalScales:
+        """Return the multiplier of each part from the largest magnitude of each column."""
+        return tuple(part.global_scale(amax[columns].amax()) for columns, part in self.places(len(amax)))
+
+    def decode(self, codes: UInt8[Tensor, "out in"], parameters: Sequence[GroupParameters]) -> Float[Tensor, "out in"]:
+        """Return the float32 values that codes stand for, of parameters for each part."""
+        decoded = []
+        for (columns, part), own in zip(self.places(codes.shape[-1]), parameters, strict=True):
+            values = codes[:, columns]
+            decoded.append(from_groups(part.format.decode(part.groups(values), own), values.shape))
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded, dim=-1)
+
+
+def scheme_in(scheme: TensorScheme, fmt: Format) -> TensorScheme:
+    """Return a scheme in another format: its symmetry, groups, scales and clip as far as that format carries them.
+
+    What the format cannot carry is as in its defaults; of several ways the one that gives up least, scales first.
+    """
+    own = replace(fmt.defaults, format=fmt.name, clip=scheme.clip)
+    for with_groups, with_symmetry, with_scale in product((True, False), repeat=3):
+        tried = replace(own, strategy=scheme.strategy, group_size=scheme.group_size) if with_groups else own
+        tried = replace(tried, symmetric=scheme.symmetric) if with_symmetry else tried
+        tried = replace(tried, scale=scheme.scale) if with_scale else tried
+        try:
+            fmt.check(tried)
+        except SchemeError:
+            continue
+        return tried
+    return own
