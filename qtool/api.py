@@ -32,6 +32,7 @@ from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.inspect import inspect
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
+from qtool.steps.plot import PlotRequest, plot
 from qtool.steps.report import ReportRequest, report
 from qtool.steps.run import RunRequest, RunResult, run
 from qtool.steps.schemes import read_scheme
@@ -55,6 +56,7 @@ __all__ = [
     "ModelScheme",
     "NumericalError",
     "PackRequest",
+    "PlotRequest",
     "PluginError",
     "Plugins",
     "QtoolError",
@@ -78,6 +80,7 @@ __all__ = [
     "open_artifact",
     "open_workspace",
     "pack",
+    "plot",
     "read_scheme",
     "report",
     "run",

@@ -27,7 +27,8 @@ def calibrate(
         str, typer.Option(metavar="NAMES", help="Statistics, joined by commas; `none` only fixes the text.")
     ] = "hessian,absmax,min,max,mean,mean_abs,sample",
     token_weight: Annotated[
-        str, typer.Option(metavar="RULE", help="Weight of a token in the Hessian: uniform, inverse-norm[:P] or clip[:K].")
+        str,
+        typer.Option(metavar="RULE", help="Weight of a token in Hessians: uniform, inverse-norm[:P] or clip[:K]."),
     ] = "uniform",
     sample_size: Annotated[int, typer.Option(min=1, help="Token rows that a sample keeps.")] = 2048,
     experts: Annotated[

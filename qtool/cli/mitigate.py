@@ -59,7 +59,7 @@ def mitigate(
         str | None,
         typer.Option(
             metavar="RULE",
-            help="uniform, inverse-norm[:P] or clip[:K]. [default: inverse-norm; that of the statistics with --propagate none]",
+            help="uniform, inverse-norm[:P] or clip[:K]. [default: inverse-norm; with --propagate none as calibrated]",
         ),
     ] = None,
     experts: Annotated[

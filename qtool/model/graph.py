@@ -147,6 +147,14 @@ class ModelGraph:
         """Every linear that is quantized, in order of execution."""
         return tuple(linear for i in range(self.dims.num_layers) for linear in self.linears_of(i))
 
+    def linear(self, name: str) -> LinearSite:
+        """Find a linear that is quantized by its full module name."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, LinearSite]:
+        return {linear.name: linear for linear in self.linears}
+
     def linears_of(self, layer: int) -> tuple[LinearSite, ...]:
         """Return the linears of one block that are quantized."""
         return tuple(linear for linear in self.readers_of(layer) if not linear.spec.kept)

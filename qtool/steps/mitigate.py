@@ -53,8 +53,8 @@ class MitigateRequest:
             ``none``: carried statistics, no forward pass.
         true_sequential: Four passes a block, so that each linear sees the quantized ones before it in its block.
         round_activations: Whether the activations that are propagated are quantized as the scheme says.
-        token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm`` where Hessians are gathered
-            on the way, and that of the statistics where those are carried.
+        token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm`` where Hessians are
+            gathered on the way, and that of the statistics where those are carried.
         experts: Which tokens an expert's statistics are of: ``all``, or those ``routed`` to it; empty takes the choice
             of the statistics.
         expert_share: With ``routed``, the part of the tokens of even routing below which an expert's statistics are

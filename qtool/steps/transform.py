@@ -197,7 +197,7 @@ class _FoldedWeights:
 
     def __call__(self, name: str) -> Tensor:
         """Return the weight ``[out, in]`` in float32."""
-        linear = next(linear for linear in self.subject.model.graph.linears if linear.name == name)
+        linear = self.subject.model.graph.linear(name)
         if linear.layer != self._layer:
             self._layer, self._state = linear.layer, self.subject.folded(linear.layer, torch.float32)
         return self._state[f"{linear.spec.module}.weight"].float()

@@ -39,6 +39,8 @@ SIZES: Mapping[str, object] = {
 }
 """Grouped queries, a head size that is not hidden / heads, and orders of Hadamard matrices that are no power of two."""
 TEXT = "text_config"
+DECODED = 4
+"""Tokens that are fed one by one where a cache is tried."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,20 @@ def exact_logits(subject: Subject, *, seed: int = 2, tokens: int = 24) -> Float[
     """Return a subject's logits in float64 on random tokens; use inside ``double_precision``."""
     runs = BlockExecutable(subject, device=torch.device("cpu"), dtype=torch.float64)
     return torch.cat([logits for _, logits in runs.forward_windows(random_windows(seed=seed, tokens=tokens))])
+
+
+def decoded_logits(subject: Subject, *, seed: int = 2, tokens: int = 24) -> Float[Tensor, "windows tokens vocab"]:
+    """Return what ``exact_logits`` does, but with a cache: the last tokens are fed one by one behind the others."""
+    module = BlockExecutable(subject, device=torch.device("cpu"), dtype=torch.float64).whole()
+    windows = random_windows(seed=seed, tokens=tokens)
+    found: list[Tensor] = []
+    cache: Any = None
+    for step in (windows[:, :-DECODED], *torch.split(windows[:, -DECODED:], 1, dim=1)):
+        with torch.no_grad():
+            result = module(step, past_key_values=cache, use_cache=True)
+        found.append(result.logits)
+        cache = result.past_key_values
+    return torch.cat(found, dim=1)
 
 
 def random_windows(*, seed: int = 2, tokens: int = 24) -> Tensor:

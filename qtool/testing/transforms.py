@@ -18,7 +18,7 @@ from qtool.scheme import ModelScheme, TensorScheme
 from qtool.steps.transform import context_of
 from qtool.testing.families import family_configs
 from qtool.testing.promise import EXACT, CheckError
-from qtool.testing.tiny_models import TinyModel, double_precision, exact_logits, tiny_model_of
+from qtool.testing.tiny_models import TinyModel, decoded_logits, double_precision, exact_logits, tiny_model_of
 
 SCHEME = ModelScheme(
     weights=TensorScheme("int4"), activations=TensorScheme("int4", symmetric=False, strategy="token"), name="W4A4"
@@ -29,8 +29,9 @@ SCHEME = ModelScheme(
 def check_transform(transform: Transform, config: object = None, *, families: Sequence[str] | None = None) -> None:
     """Check that a transform leaves the function of every family's model unchanged, to 1e-9 in float64.
 
-    Each family stands for itself with its usual variant, with an untied and with a tied head. A family on which qtool
-    refuses the method as inexact is passed over; one at least must be left.
+    So must what it decodes token by token, with a cache of keys and values. Each family stands for itself with its
+    usual variant, with an untied and with a tied head. A family on which qtool refuses the method as inexact is passed
+    over; one at least must be left.
 
     Args:
         transform: The method.
@@ -77,12 +78,14 @@ def _check_invariance(transform: Transform, options: object, tiny: TinyModel, la
     with double_precision():
         before = exact_logits(subject)
         after = exact_logits(replace(subject, plan=plan))
-    difference = float((after - before).abs().max() / before.abs().max())
-    if not difference < EXACT:
-        raise CheckError(
-            f"{type(transform).__name__} changes the model ({label}): relative difference {difference:.2e}, "
-            f"allowed {EXACT:.0e}"
-        )
+        decoded = decoded_logits(replace(subject, plan=plan))
+    for found, what in ((after, "the model"), (decoded, "what the model decodes with a cache")):
+        difference = float((found - before).abs().max() / before.abs().max())
+        if not difference < EXACT:
+            raise CheckError(
+                f"{type(transform).__name__} changes {what} ({label}): relative difference {difference:.2e}, "
+                f"allowed {EXACT:.0e}"
+            )
 
 
 def _digest(plan: Plan) -> tuple[dict[str, str], dict[str, Any]]:

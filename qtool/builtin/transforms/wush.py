@@ -9,6 +9,9 @@ For each block of ``b`` channels, with ``M_W = WᵀW / out`` over the stacked ro
 Weights and activations then have the same second moment ``H S Hᵀ``, and with the Hadamard matrix ``H / √b`` every
 channel of a block has the same energy. Among all ``T`` it has the least product of the two sides' energies, which is
 what rounding with a scale a block loses. ``T_actᵀ`` runs online.
+
+The moments are those of the statistics, and must know of tokens with massive activations: with token weights other than
+``uniform`` they do not, and these tokens' outliers are mixed into every channel (measured in ``recipes/README.md``).
 """
 
 from __future__ import annotations
