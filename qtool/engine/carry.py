@@ -8,15 +8,20 @@ import torch
 
 from qtool.artifacts.store import Artifact
 from qtool.engine.fold import input_operators
+from qtool.errors import ArtifactError
 from qtool.model.graph import EXPERTS
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.operators import Diag, Operator, Shift
 
+VO, HESSIAN, UNIFORM = "vo", "hessian", "uniform"
+
 
 class CarriedStatistics(Mapping[str, SiteStatistics]):
     """Statistics of each input site, read when asked for and carried through a plan.
+
+    ``layers.3.vo`` gives those of ``o_in`` in front of that site's own operators: all heads side by side.
 
     Args:
         artifact: What calibrate gathered on the original model.
@@ -29,10 +34,24 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         self.tokens: int = artifact.manifest.details["tokens"]
 
     def __getitem__(self, site_id: str) -> SiteStatistics:
-        """Read and carry the statistics of one site, or of an expert's share of one; empty where none were gathered."""
-        layer, reads = self._place(site_id)
-        gathered = SiteStatistics(self.tokens, {k: v.float() for k, v in self.artifact.tensors(f"{site_id}.").items()})
-        return gathered.carried(self._operators(layer, reads))
+        """Read and carry the statistics of one site, or of an expert's share of one; empty where none were gathered.
+
+        Raises:
+            ArtifactError: A Hessian whose tokens have weights would have to be carried through a shift.
+        """
+        layer, _, name = site_id.rpartition(".")
+        gathered_at = f"{layer}.o_in" if name == VO else site_id
+        place = self._place(gathered_at)
+        operators = self.plan.at(site_id).operators if name == VO else self._operators(*place)
+        entries = {entry: tensor.float() for entry, tensor in self.artifact.tensors(f"{gathered_at}.").items()}
+        weight = self.artifact.manifest.step.config["token_weight"]
+        if HESSIAN in entries and weight != UNIFORM and any(one.group == "shift" for one in operators):
+            raise ArtifactError(
+                "the mean that a shift needs counts all tokens alike, and these Hessians do not",
+                facts=(("gathered with", weight), ("site", site_id)),
+                hint=f"qtool calibrate MODEL --token-weight {UNIFORM}",
+            )
+        return SiteStatistics(self.tokens, entries).carried(operators)
 
     def __iter__(self) -> Iterator[str]:
         """Yield the ids of the input sites."""

@@ -121,8 +121,7 @@ class SiteObserver:
             entries[name] = entry = self.accumulators.pop(name).result().cpu()
             if not torch.isfinite(entry).all():
                 raise NumericalError(
-                    f"the activations at `{self.site}` hold NaN or Inf",
-                    facts=(("statistic", name),),
+                    f"`{name}` of the activations at `{self.site}` holds NaN or Inf",
                     hint="run the model in float32: --dtype float32",
                 )
         return SiteStatistics(self.tokens, entries)

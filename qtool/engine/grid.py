@@ -137,15 +137,17 @@ class Grid:
 
 
 def scheme_in(scheme: TensorScheme, fmt: Format) -> TensorScheme:
-    """Return a scheme in another format: its symmetry, groups, scales and clip as far as that format carries them.
+    """Return a scheme in another format: its symmetry, groups, scales and range rule as far as that can carry them.
 
-    What the format cannot carry is as in its defaults; of several ways the one that gives up least, scales first.
+    What the format cannot carry is as in its defaults; of several ways the one that gives up least, the rule first. The
+    whole range is kept: channels are set apart since their largest values matter, so the clip is for the others.
     """
-    own = replace(fmt.defaults, format=fmt.name, clip=scheme.clip)
-    for with_groups, with_symmetry, with_scale in product((True, False), repeat=3):
+    own = replace(fmt.defaults, format=fmt.name)
+    for with_groups, with_symmetry, with_scale, with_rule in product((True, False), repeat=4):
         tried = replace(own, strategy=scheme.strategy, group_size=scheme.group_size) if with_groups else own
         tried = replace(tried, symmetric=scheme.symmetric) if with_symmetry else tried
         tried = replace(tried, scale=scheme.scale) if with_scale else tried
+        tried = replace(tried, range_rule=scheme.range_rule) if with_rule else tried
         try:
             fmt.check(tried)
         except SchemeError:

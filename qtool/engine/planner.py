@@ -110,16 +110,27 @@ def _check_apart(plan: Plan, proposal: Proposal, graph: ModelGraph, method: str)
     for site_id, site in plan.sites.items():
         if not site.segments:
             continue
-        name = graph.site(site_id).name
-        around = [site_id]
-        around += [RESIDUAL] if graph.from_residual(name) else []
-        around += [f"{site_id.removesuffix(name)}vo"] if name == "o_in" else []
-        for place in around:
+        for place in (site_id, *_in_front(site_id, graph)):
             if any(not (one.is_diagonal or one.group == "shift") for one in proposal.operators.get(place, ())):
                 raise UsageError(
                     f"`{method}` would mix channels that an earlier method set apart at `{site_id}`",
                     hint=f"put `{method}` in front of the method that sets channels apart",
                 )
+    for site_id in proposal.segments:
+        turned = any(proposal.operators.get(place) for place in _in_front(site_id, graph))
+        if turned and any(not one.is_diagonal for one in plan.at(site_id).online):
+            raise UsageError(
+                f"an earlier method would mix the channels that `{method}` sets apart at `{site_id}`",
+                facts=(("it runs", ", ".join(one.kind for one in plan.at(site_id).online)),),
+                hint=f"put `{method}` alone, or in front with a method that leaves its channels apart",
+            )
+
+
+def _in_front(site_id: str, graph: ModelGraph) -> list[str]:
+    """Return the sites whose operators lie in front of an input site: the residual, or value heads."""
+    name = graph.site(site_id).name
+    heads = [f"{site_id.removesuffix(name)}vo"] if name == "o_in" else []
+    return [RESIDUAL, *heads] if graph.from_residual(name) else heads
 
 
 def _check_segments(segments: tuple[Segment, ...], site: Site, graph: ModelGraph, method: str) -> None:

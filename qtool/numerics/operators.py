@@ -91,7 +91,10 @@ def carry_hessian(
     for operator in operators:
         if operator.group == "shift":
             if mean is None:
-                raise UsageError("a Hessian can be carried through a shift only with the mean of the activations")
+                raise UsageError(
+                    "a Hessian can be carried through a shift only with the mean of the activations",
+                    hint="qtool calibrate MODEL --gather hessian,mean,min,max",
+                )
             z = -operator.act(torch.zeros_like(mean))
             hessian = hessian - torch.outer(mean, z) - torch.outer(z, mean) + torch.outer(z, z)
         else:

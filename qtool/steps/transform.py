@@ -85,6 +85,8 @@ def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact
         for one in workspace.progress(methods, total=len(methods), label="transform"):
             plan = _extended(plan, one, request, opened, statistics, workspace.device)
         require_biases(opened.model.graph, plan, opened.model.has)
+        for name in {segment.format for site in plan.sites.values() for segment in site.segments}:
+            workspace.plugins.format(name)
         for note in plan.notes:
             workspace.warn(note)
         tensors, described = plan.to_state()

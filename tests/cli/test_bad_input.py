@@ -291,7 +291,8 @@ CASES: Mapping[str, Case] = {
     ),
     # NaN or Inf in activations
     "Inf in activations, calibrate": Case(
-        f"calibrate %huge-model {' '.join(TEXT)}", 5, "the activations at `layers.1.attn_in` hold NaN or Inf",
+        f"calibrate %huge-model {' '.join(TEXT)}", 5,
+        "`hessian` of the activations at `layers.0.up_down` holds NaN or Inf",
         "run the model in float32: --dtype float32",
     ),
     "Inf in activations, mitigate": Case(

@@ -20,10 +20,10 @@ from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import Gathering, SiteObserver, observing
 from qtool.engine.linear import SiteInput
 from qtool.engine.planner import extend
-from qtool.errors import NumericalError
+from qtool.errors import ArtifactError, NumericalError
 from qtool.model.plan import Plan, Proposal
 from qtool.numerics.moments import PANEL, add_second_moment
-from qtool.numerics.operators import Affine, Diag, Hadamard, Kron, Operator, Orthogonal, Signs
+from qtool.numerics.operators import Affine, Diag, Hadamard, Kron, Operator, Orthogonal, Shift, Signs
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
 from qtool.steps.calibrate import EVERYTHING, CalibrateRequest, calibrate
@@ -237,9 +237,11 @@ class TestNotFinite:
         observer(x)
         if (entry == "max" and bad == -math.inf) or (entry == "min" and bad == math.inf):
             return
-        with pytest.raises(NumericalError, match=r"the activations at `layers\.7\.mlp_in` hold NaN or Inf") as refused:
+        with pytest.raises(
+            NumericalError, match=r"of the activations at `layers\.7\.mlp_in` holds NaN or Inf"
+        ) as refused:
             observer.result()
-        assert ("statistic", entry) in refused.value.facts
+        assert refused.value.message.startswith(f"`{entry}` of")
         assert "--dtype float32" in refused.value.hint
 
     def test_in_a_whole_pass(self, root: Path, workspace: Workspace, tmp_path: Path) -> None:
@@ -412,10 +414,33 @@ class TestCarrying:
         assert all(torch.isfinite(entry).all() for entry in found.values())
         assert float(found["absmax"][3]) == 0.0
 
+    def test_value_heads_are_seen_in_front_of_what_runs_at_the_output_projection(
+        self, root: Path, workspace: Workspace
+    ) -> None:
+        gathered, _ = calibrate(request(root), workspace)
+        model = open_subject(str(root / "llama"), workspace).model
+        width = model.graph.width("o_in")
+        mixed = extend(Plan(), Proposal({"layers.0.o_in": [Hadamard(width)]}), model.graph, method="test")
+        plain, carried = (CarriedStatistics(gathered, model, plan) for plan in (Plan(), mixed))
+        for entry, expected in plain["layers.0.o_in"].entries.items():
+            assert torch.equal(carried["layers.0.vo"].entries[entry], expected)
+        assert not torch.equal(carried["layers.0.o_in"].entries["mean"], plain["layers.0.o_in"].entries["mean"])
+
+    def test_a_hessian_with_token_weights_is_not_carried_through_a_shift(
+        self, root: Path, workspace: Workspace
+    ) -> None:
+        gathered, _ = calibrate(request(root, token_weight="inverse-norm"), workspace)
+        model = open_subject(str(root / "llama"), workspace).model
+        shifted = extend(Plan(), Proposal({"layers.0.attn_in": [Shift(torch.ones(24))]}), model.graph, method="test")
+        with pytest.raises(ArtifactError, match="the mean that a shift needs counts all tokens alike") as refused:
+            CarriedStatistics(gathered, model, shifted)["layers.0.attn_in"]
+        assert refused.value.hint == "qtool calibrate MODEL --token-weight uniform"
+
     def test_sites_that_nothing_was_gathered_at(self, root: Path, workspace: Workspace) -> None:
         gathered, _ = calibrate(request(root), workspace)
         carried = CarriedStatistics(gathered, open_subject(str(root / "llama"), workspace).model, Plan())
-        assert "layers.0.vo" not in carried
+        assert torch.equal(carried["layers.0.vo"].entries["mean"], carried["layers.0.o_in"].entries["mean"])
+        assert "layers.0.qk_post" not in carried
         assert "residual" not in carried
         assert "layers.9.attn_in" not in carried
         assert set(carried) == {f"layers.{i}.{s}" for i in range(2) for s in ("attn_in", "o_in", "mlp_in", "up_down")}

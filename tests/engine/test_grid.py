@@ -39,8 +39,8 @@ def nearest(weight: Tensor, grid: Grid) -> QuantizedLinear:
 @pytest.mark.parametrize(
     ("text", "name", "expected"),
     [
-        ("int4-asym-g128-sfp16-c0.9", "int8", "int8-asym-g128-sfp16-c0.9"),
-        ("int4-sym-channel-full", "int8", "int8-sym-channel-sbf16"),  # the rule for ranges is a format's own
+        ("int4-asym-g128-sfp16-c0.9", "int8", "int8-asym-g128-sfp16"),  # what is set apart is not clipped
+        ("int4-sym-channel-full", "int8", "int8-sym-channel-sbf16-full"),
         ("nvfp4", "int8", "int8-sym-g16-sbf16"),  # integers have no E4M3 scales
         ("mxfp4", "int8", "int8-sym-g32-se8m0"),
         ("int4-asym-g128", "fp8", "fp8-sym-g128-sbf16"),  # FP8 has no zero points

@@ -216,6 +216,20 @@ class TestSegments:
         both = extend(before, Proposal(segments={apart: self.SEGMENTS}), graph, method="test")
         assert both.at(apart).segments == self.SEGMENTS
 
+    @pytest.mark.parametrize(("apart", "basis"), [("layers.0.attn_in", RESIDUAL), ("layers.1.o_in", "layers.1.vo")])
+    def test_a_basis_in_front_of_what_mixes_its_channels_sets_nothing_apart(
+        self, subjects: dict[str, Subject], apart: str, basis: str
+    ) -> None:
+        graph = subjects["llama"].model.graph
+        dim = graph.site(basis).dim
+        q = torch.linalg.qr(noise(torch.Generator().manual_seed(1), dim, dim)).Q.contiguous()
+        proposal = Proposal({basis: [Orthogonal(q)]}, {apart: self.SEGMENTS})
+        mixed = planned(graph, {apart: [Hadamard(graph.site(apart).dim)]})
+        with pytest.raises(UsageError, match=f"would mix the channels that `test` sets apart at `{apart}`"):
+            extend(mixed, proposal, graph, method="test")
+        scaled = planned(graph, {apart: [Diag(torch.full((graph.site(apart).dim,), 2.0))]})
+        assert extend(scaled, proposal, graph, method="test").at(apart).segments == self.SEGMENTS
+
     @pytest.mark.parametrize(("site", "channels"), [(GATED, 40), (GATED, 0), ("layers.0.vo", 4), (RESIDUAL, 8)])
     def test_channels_that_are_not_there(self, subjects: dict[str, Subject], site: str, channels: int) -> None:
         with pytest.raises(UsageError, match=f"sets apart channels that `{site}` does not have"):

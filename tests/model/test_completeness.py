@@ -54,7 +54,7 @@ def cut(tensor: Tensor, axis: int) -> Tensor:
     [
         ("llama", UP, 0, "40 x 24", "39 x 24"),
         ("llama", UP, 1, "40 x 24", "40 x 23"),
-        ("llama", "model.layers.0.self_attn.q_proj.weight", 1, "32 x 24", "24 x 23"),
+        ("llama", "model.layers.0.self_attn.q_proj.weight", 1, "24 x 24", "24 x 23"),
         ("llama", "model.layers.0.self_attn.v_proj.weight", 0, "12 x 24", "11 x 24"),
         ("llama", "model.norm.weight", 0, "24", "23"),
         ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.weight", 0, "72 x 24", "71 x 24"),

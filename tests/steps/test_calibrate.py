@@ -42,7 +42,7 @@ class TestKeys:
             {"seed": 1},
             {"gather": ("hessian",)},
             {"gather": EVERYTHING[:-1]},
-            {"token_weight": "uniform"},
+            {"token_weight": "inverse-norm"},
             {"token_weight": "inverse-norm:0.5"},
             {"sample_size": 9},
             {"dtype": "float32"},
@@ -220,7 +220,9 @@ class TestNotFinite:
             tensors["model.layers.0.mlp.up_proj.weight"] *= 1e200
 
         model = desk.copied(tmp_path / "loud", overflow)
-        with pytest.raises(NumericalError, match=r"the activations at `layers\.0\.up_down` hold NaN or Inf") as refused:
+        with pytest.raises(
+            NumericalError, match=r"of the activations at `layers\.0\.up_down` holds NaN or Inf"
+        ) as refused:
             desk.calibrate(source=str(model))
         assert refused.value.hint == "run the model in float32: --dtype float32"
         assert not list(desk.workspace.home.glob("*.safetensors"))

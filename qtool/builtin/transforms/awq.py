@@ -132,8 +132,7 @@ def mean_magnitude(context: TransformContext, site: Site) -> Float[Tensor, "*hea
         if site.name.startswith(EXPERTS) and not statistics.entries:
             return None
         return statistics.need("mean_abs", site=site.id)
-    place = f"layers.{site.layer}.o_in"
-    mean = by_value_head(context.statistics[place].need("mean_abs", site=place), site).mean(1)
+    mean = by_value_head(context.statistics[site.id].need("mean_abs", site=site.id), site).mean(1)
     return mean if site.heads > 1 else mean[0]
 
 

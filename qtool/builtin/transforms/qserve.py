@@ -99,11 +99,14 @@ class QServe:
                     scale = key_scale(keys, site.ties, config.attention_alpha)
                     found[site.id] = [Diag(1 / scale, heads=site.heads)]
             for site in graph.of_kind("vo", layer) if config.smooth_outputs else ():
-                scale = _output_scale(_heads(_absmax(context, f"layers.{layer}.o_in"), site), context, site, config)
+                scale = _output_scale(_heads(_absmax(context, site.id), site), context, site, config)
                 found[site.id] = [Diag(1 / scale, heads=site.heads)]
             for site in graph.of_kind("up_down", layer):
                 if operators := _in_front_of_down(context, site, config, reorder=reorder):
                     found[site.id] = operators
+        _refuse_unmet("smooth_attention", config.smooth_attention, any(".qk_pre" in place for place in found))
+        moved = any(isinstance(one, Perm) for operators in found.values() for one in operators)
+        _refuse_unmet("reorder", config.reorder, moved)
         return Proposal(found)
 
 
@@ -125,6 +128,16 @@ def key_scale(
         lengths[..., one] = lengths[..., other] = squares[..., one] + squares[..., other]
     reach = lengths.amax(0).sqrt()
     return torch.where(reach > 0, reach.clamp_min(SMALLEST) ** alpha, torch.ones_like(reach))
+
+
+def _refuse_unmet(option: str, switch: Switch, done: bool) -> None:
+    """Refuse what was asked for and has no place in this model.
+
+    Raises:
+        UsageError: There is no site that takes it.
+    """
+    if switch == "on" and not done:
+        raise UsageError(f"no site of this model takes `{option}`", hint=f"--set {option}=auto")
 
 
 def _is_on(switch: Switch, *, auto: bool) -> bool:

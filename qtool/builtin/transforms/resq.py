@@ -108,10 +108,11 @@ def _heads(context: TransformContext, config: ResQConfig, layer: int, generator:
     """Return the bases of a block's value heads, and what brings their strong channels together."""
     dims, site = context.graph.dims, context.graph.site(f"layers.{layer}.o_in")
     size, heads = dims.value_dim, dims.num_heads
-    hessian = context.statistics[site.id].need("hessian", site=site.id).double()
+    heads_of = f"layers.{layer}.vo"
+    hessian = context.statistics[heads_of].need("hessian", site=heads_of).double()
     moments = value_moments(hessian, size, dims.group)
     apart = segment_channels(round(config.share * site.dim), site.dim, scale_groups(context, site))
-    high = max(1, round(apart / heads)) if apart else 0
+    high = max(1, apart // heads) if apart else 0
     rotation = Orthogonal(split_basis(moments, high, generator), heads=len(moments))
     strong = torch.arange(site.dim) % size >= size - high
     gather = Perm(torch.argsort(strong.to(torch.uint8), stable=True))

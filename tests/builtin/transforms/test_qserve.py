@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -116,7 +117,11 @@ class TestSmoothAttention:
 
     def test_keys_behind_a_norm_stay(self) -> None:
         with tiny_model("qwen3") as normed:
-            assert not [site for site in planned(normed, smooth_attention="on").sites if site.endswith("qk_pre")]
+            cached = replace(W4, kv=TensorScheme("int4", strategy="token"))
+            assert not [one for one in planned(normed, cached, smooth_attention="auto").sites if one.endswith("qk_pre")]
+            with pytest.raises(UsageError, match="no site of this model takes `smooth_attention`") as refused:
+                planned(normed, smooth_attention="on")
+            assert refused.value.hint == "--set smooth_attention=auto"
 
 
 class TestOutputs:
@@ -146,8 +151,7 @@ class TestOutputs:
     def test_an_expert_without_statistics_is_left_alone(self) -> None:
         with tiny_model("mixtral") as sparse:
             context = context_of(sparse.subject, sparse.statistics, scheme=W4)
-            known = {site: context.statistics[site] for site in context.statistics}
-            known["layers.0.experts.1.up_down"] = SiteStatistics(0, {})
+            known = ChainMap({"layers.0.experts.1.up_down": SiteStatistics(0, {})}, context.statistics)  # type: ignore[arg-type]
             found = QServe().plan(replace(context, statistics=known), EVERYTHING).operators
             assert len([site for site in found if site.endswith("up_down")]) == 7
             assert "layers.0.experts.1.up_down" not in found
@@ -183,10 +187,9 @@ class TestRefusals:
         with pytest.raises(UsageError, match="between 0 and 1"):
             QServeConfig(**{name: value})
 
-    @pytest.mark.parametrize(("site", "entry"), [("attn_in", "sample"), ("o_in", "absmax"), ("up_down", "absmax")])
+    @pytest.mark.parametrize(("site", "entry"), [("attn_in", "sample"), ("vo", "absmax"), ("up_down", "absmax")])
     def test_statistics_that_are_missing(self, context: TransformContext, site: str, entry: str) -> None:
-        known = {one: context.statistics[one] for one in context.statistics}
-        known[f"layers.1.{site}"] = SiteStatistics(1, {})
+        known = ChainMap({f"layers.1.{site}": SiteStatistics(1, {})}, context.statistics)  # type: ignore[arg-type]
         with pytest.raises(ArtifactError, match=f"lack `{entry}` at `layers.1.{site}`"):
             QServe().plan(replace(context, statistics=known), EVERYTHING)
 
@@ -196,9 +199,11 @@ class TestInvariance:
         check_transform(QServe(), EVERYTHING, families=("qwen2", "qwen2-moe", "phi3"))
 
     def test_without_the_rotation(self) -> None:
-        check_transform(QServe(), replace(EVERYTHING, r1=False), families=("gemma2", "gpt-neox"))
+        check_transform(
+            QServe(), replace(EVERYTHING, r1=False, smooth_attention="off"), families=("gemma2", "gpt-neox")
+        )
 
     @pytest.mark.slow
     def test_every_family(self) -> None:
         check_transform(QServe(), EVERYTHING)
-        check_transform(QServe(), replace(EVERYTHING, r1=False))
+        check_transform(QServe(), replace(EVERYTHING, r1=False, smooth_attention="auto", reorder="auto"))
