@@ -39,6 +39,8 @@ def inspect(
     A model's parameters, a plan's operators and what they cost, the losses of each linear, measured values and their
     protocol. With --plot, a picture of statistics, before a plan and after it.
     """
+    if plot is not None and strict:
+        raise UsageError("`--strict` belongs to models, and `--plot` to statistics", hint="leave one of them out")
     if plot is not None:
         _plot(session, read_sources(sources), plot, plan, site or ())
         return

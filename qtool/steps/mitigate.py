@@ -110,6 +110,8 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
         require_kind(opened.artifact.manifest, "plan", "statistics", path=request.source)
     check_scheme(request.scheme, opened.subject)
     statistics = statistics_of(opened, workspace)
+    if opened.artifact is not None and opened.artifact.manifest.kind == "plan":
+        _warn_of_another_scheme(opened.artifact, request.scheme, workspace)
     work = _Work(request, workspace, opened, methods, statistics)
     manifest = work.manifest()
     path = workspace.output(manifest, request.output)
@@ -127,6 +129,14 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
         workspace.warn(f"not as usual: {counted}")
     details = {**manifest.details, "layers": found.reports, **({"experts": found.experts} if found.experts else {})}
     return writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about)), False
+
+
+def _warn_of_another_scheme(plan: Artifact, scheme: ModelScheme, workspace: Workspace) -> None:
+    """Say so if a plan was made for a scheme and another one is used: many methods fit their operators to it."""
+    planned = ModelScheme.from_json(plan.manifest.step.config["scheme"])
+    parts = (planned.weights, planned.activations, planned.kv)
+    if any(parts) and parts != (scheme.weights, scheme.activations, scheme.kv):
+        workspace.warn(f"the plan was made for {planned}, not for {scheme}")
 
 
 def _checked_share(request: MitigateRequest, experts: str) -> float:

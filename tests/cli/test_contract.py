@@ -118,6 +118,7 @@ FAILURES = {
     "window too long": (2, ("calibrate", "tiny", *SMALL, "--seq-len", "4096"), "context", "--seq-len 2048"),
     "plan without picture": (2, ("inspect", "@statistics", "--plan", "@plan"), "`--plan` belongs", "--plot"),
     "site without picture": (2, ("inspect", "@statistics", "--site", "x"), "`--site` belongs", "--plot"),
+    "strict picture": (2, ("inspect", "@statistics", "--strict", "--plot", "a.png"), "`--strict` belongs", "leave one"),
     "picture of a plan": (2, ("inspect", "@plan", "--plot", "a.png"), "of the kind `plan`", "--plot a.png --plan"),
     "several in a picture": (2, ("inspect", "@plan", "@plan", "--plot", "a.png"), "is of one artifact", "inspect"),
     "kind of picture": (2, ("inspect", "@statistics", "--plot", "a.gif"), "`a.gif`", "--plot a.png"),

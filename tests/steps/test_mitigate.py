@@ -371,6 +371,16 @@ class TestSharedScales:
         mitigate(asked, replace(library, warn=told.append))
         assert told == ["absmax behind rotations: estimated from the sample"]
 
+    @pytest.mark.parametrize(("planned", "told_of"), [("W4A4", False), ("", False), ("NVFP4", True)])
+    def test_a_plan_for_another_scheme_is_told_of(
+        self, library: Workspace, speeches: Artifact, planned: str, *, told_of: bool
+    ) -> None:
+        made_for = scheme(library, planned) if planned else ModelScheme()
+        plan, _ = transform(TransformRequest(str(speeches.path), "block-hadamard", scheme=made_for), library)
+        told: list[str] = []
+        mitigate(MitigateRequest(str(plan.path), "rtn", scheme(library, "W4A4")), replace(library, warn=told.append))
+        assert [line.startswith("the plan was made for weights nvfp4") for line in told] == ([True] if told_of else [])
+
 
 class TestOrderings:
     """On the shipped model: more bits, finer groups and better solvers do not get worse."""
