@@ -6,6 +6,8 @@ energy of the best subspace, not the subspace itself; that is why small matrices
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +18,8 @@ from qtool.errors import ShapeError
 _EXACT_UP_TO = 1024
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
+# Of the mean second moment: enough to order what the inputs never show, too little to change what they do.
+_FLOOR = 1e-10
 
 
 def truncated_svd(
@@ -42,10 +46,7 @@ def truncated_svd(
         Yao et al. 2023, ZeroQuant-V2, arXiv:2303.08302, section 5 (the split of the singular values).
         Halko et al. 2011, Finding structure with randomness, arXiv:0909.4061, algorithm 4.4.
     """
-    smaller = min(error.shape)
-    if not 1 <= rank <= smaller:
-        raise ShapeError(f"a matrix of shape {tuple(error.shape)} has no part of rank {rank}", hint=f"rank={smaller}")
-    if smaller > _EXACT_UP_TO and 4 * rank < smaller:
+    if _is_large(error, rank):
         basis = _range_basis(error, rank + _OVERSAMPLING, seed)
         inner, sigma, vh = torch.linalg.svd(basis.T @ error, full_matrices=False)
         u = basis @ inner
@@ -55,11 +56,98 @@ def truncated_svd(
     return u[:, :rank] * root, root.unsqueeze(-1) * vh[:rank]
 
 
-def _range_basis(matrix: Float[Tensor, "out in"], size: int, seed: int) -> Float[Tensor, "out size"]:
-    """Return an orthonormal basis that holds most of the energy of ``matrix``; each step is made orthonormal anew."""
+def weighted_truncation(
+    error: Float[Tensor, "out in"],
+    moments: Float[Tensor, "in in"] | Float[Tensor, " in"],
+    rank: int,
+    *,
+    seed: int = 0,
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """Factor the rank-r ``C`` that minimizes ``tr((E - C) M (E - C)ᵀ)``.
+
+    With any ``S Sᵀ = M`` that is ``(E S)_r S⁻¹``, the truncated SVD under a whitening. Its left singular vectors
+    ``U_r`` are all one needs: ``C = U_r U_rᵀ E``, and they are eigenvectors of ``E M Eᵀ``. So neither a root nor an
+    inverse of ``M`` is taken: it may be singular, and inputs that are never seen get no inflated correction but their
+    part of ``E`` in the same outputs. What is left is ``Σ σ_i(E S)²`` over ``i > r``.
+
+    Exact, unless the smaller side is over 1024 and over four times the rank: then by subspace iteration as
+    ``truncated_svd``. Computed in float64. ``1e-10`` of the mean second moment is added to the diagonal, which
+    settles directions without any; moments of 0 throughout stand for the identity.
+
+    Args:
+        error: Matrix ``E`` to approximate. Not modified.
+        moments: ``M``, symmetric and positive semidefinite, or its diagonal if it is diagonal. Only its relative
+            size matters. Not modified.
+        rank: Rank of the correction, 1 to the smaller side.
+        seed: Of the random start. The same on every device.
+
+    Returns:
+        ``up`` and ``down``, whose product is ``C``; the two vectors of each component have the same length, so that
+        both suit a 16-bit format. In the dtype of ``error``. With ``M`` the identity, ``truncated_svd`` up to signs.
+
+    Raises:
+        ShapeError: The rank is not between 1 and the smaller side.
+
+    References:
+        Zhang et al. 2024, LQER, arXiv:2402.02446 (a diagonal ``S``).
+        Zhang et al. 2024, QERA, arXiv:2410.06040, theorems 1 (``S = M^½``) and 2 (a diagonal ``M``).
+    """
+    wide, weigh = error.double(), _weigher(moments.double())
+    if _is_large(error, rank):
+        basis = _range_basis(wide, rank + _OVERSAMPLING, seed, weigh)
+    else:
+        # All outputs, or where there are more of them than inputs those that the error can reach.
+        tall = error.shape[0] > error.shape[1]
+        basis = torch.linalg.qr(wide).Q if tall else torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    reduced = basis.T @ wide
+    gram = reduced @ weigh(reduced.T)
+    leading = torch.linalg.eigh((gram + gram.T) / 2)[1][:, -rank:].flip(-1)
+    up, down = basis @ leading, leading.T @ reduced
+    root = torch.linalg.vector_norm(down, dim=-1).sqrt()
+    down = down / torch.where(root > 0, root, 1.0).unsqueeze(-1)
+    return (up * root).to(error.dtype), down.to(error.dtype)
+
+
+def _is_large(matrix: Float[Tensor, "out in"], rank: int) -> bool:
+    """Say whether the exact decomposition is not worth its time.
+
+    Raises:
+        ShapeError: The matrix has no part of that rank.
+    """
+    smaller = min(matrix.shape)
+    if not 1 <= rank <= smaller:
+        raise ShapeError(f"a matrix of shape {tuple(matrix.shape)} has no part of rank {rank}", hint=f"rank={smaller}")
+    return smaller > _EXACT_UP_TO and 4 * rank < smaller
+
+
+def _weigher(
+    moments: Float[Tensor, "in in"] | Float[Tensor, " in"],
+) -> Callable[[Float[Tensor, "in size"]], Float[Tensor, "in size"]]:
+    """Return what multiplies columns by second moments with a floor."""
+    mean = float((moments.diagonal() if moments.ndim == 2 else moments).mean())
+    floor = _FLOOR * mean if mean > 0 else 1.0
+
+    def weigh(columns: Tensor) -> Tensor:
+        product = moments @ columns if moments.ndim == 2 else moments.unsqueeze(-1) * columns
+        return product + floor * columns
+
+    return weigh
+
+
+def _range_basis(
+    matrix: Float[Tensor, "out in"],
+    size: int,
+    seed: int,
+    weigh: Callable[[Float[Tensor, "in size"]], Float[Tensor, "in size"]] | None = None,
+) -> Float[Tensor, "out size"]:
+    """Return an orthonormal basis that holds most of the energy of ``matrix``; each step is made orthonormal anew.
+
+    With ``weigh``, multiplication by ``M``, most of that of ``matrix M matrixᵀ``.
+    """
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.shape[1], size, generator=generator, dtype=torch.float32)
-    basis: Tensor = torch.linalg.qr(matrix @ start.to(matrix)).Q
+    start = torch.randn(matrix.shape[1], size, generator=generator, dtype=torch.float32).to(matrix)
+    basis: Tensor = torch.linalg.qr(matrix @ (start if weigh is None else weigh(start))).Q
     for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+        inner: Tensor = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ (inner if weigh is None else weigh(inner))).Q
     return basis

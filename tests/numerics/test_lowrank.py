@@ -7,9 +7,9 @@ from torch import Tensor
 from qtool.errors import ShapeError
 from qtool.numerics import lowrank
 from qtool.numerics.losses import loss_ratio, output_energy, relative_loss
-from qtool.numerics.lowrank import truncated_svd
+from qtool.numerics.lowrank import truncated_svd, weighted_truncation
 from qtool.numerics.moments import PANEL
-from tests.oracles.lowrank import lorc_oracle, output_error
+from tests.oracles.lowrank import lorc_oracle, matrix_root, output_error, weighted_oracle
 
 
 def noise(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -74,6 +74,132 @@ class TestRandomized:
         assert torch.equal(first, again)
         assert not torch.allclose(first, other)
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def moments(n: int, samples: int, seed: int = 1) -> Tensor:
+    """The second moments of inputs that differ in size, of rank ``samples`` at most."""
+    inputs = noise(n, samples, seed) * torch.linspace(0.1, 3.0, n, dtype=torch.float64).unsqueeze(-1)
+    return inputs @ inputs.T / samples
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+class TestWeighted:
+    @pytest.mark.parametrize("rank", [1, 5, 24])
+    def test_is_the_best_correction_under_the_moments(self, shape: tuple[int, int], rank: int) -> None:
+        error, seen = noise(*shape), moments(shape[1], 100)
+        up, down = weighted_truncation(error, seen, rank)
+        expected, least = weighted_oracle(error, matrix_root(seen), rank)
+        torch.testing.assert_close(up @ down, expected, rtol=0, atol=1e-8)
+        assert output_error(error - up @ down, seen) == pytest.approx(least, rel=1e-8, abs=1e-18)
+
+    def test_nothing_of_its_rank_does_better(self, shape: tuple[int, int]) -> None:
+        error, seen = noise(*shape), moments(shape[1], 100)
+        up, down = weighted_truncation(error, seen, 3)
+        least = output_error(error - up @ down, seen)
+        for seed, size in enumerate((1e-4, 1e-3, 1e-2, 0.1)):
+            moved_up, moved_down = up + size * noise(*up.shape, seed), down + size * noise(*down.shape, seed + 9)
+            assert output_error(error - moved_up @ down, seen) > least
+            assert output_error(error - up @ moved_down, seen) > least
+
+    @pytest.mark.parametrize("rank", [2, 24])
+    def test_the_diagonal_stands_for_a_diagonal_matrix(self, shape: tuple[int, int], rank: int) -> None:
+        error, seen = noise(*shape), moments(shape[1], 100).diagonal()
+        up, down = weighted_truncation(error, seen, rank)
+        expected, _ = weighted_oracle(error, torch.diag(seen.sqrt()), rank)
+        torch.testing.assert_close(up @ down, expected, rtol=0, atol=1e-8)
+        dense_up, dense_down = weighted_truncation(error, torch.diag(seen), rank)
+        torch.testing.assert_close(dense_up @ dense_down, up @ down, rtol=0, atol=1e-8)
+
+    @pytest.mark.parametrize("size", [1.0, 0.0])
+    def test_of_white_inputs_and_of_none_it_is_the_truncated_svd(self, shape: tuple[int, int], size: float) -> None:
+        error = noise(*shape)
+        up, down = weighted_truncation(error, size * torch.eye(shape[1]), 6)
+        plain_up, plain_down = truncated_svd(error, 6)
+        torch.testing.assert_close(up @ down, plain_up @ plain_down, rtol=0, atol=1e-9)
+        torch.testing.assert_close(up.abs(), plain_up.abs(), rtol=0, atol=1e-8)
+        torch.testing.assert_close(down.abs(), plain_down.abs(), rtol=0, atol=1e-8)
+
+    @pytest.mark.parametrize("size", [2.0**-60, 2.0**40])
+    def test_the_unit_of_the_inputs_does_not_matter(self, shape: tuple[int, int], size: float) -> None:
+        error, seen = noise(*shape), moments(shape[1], 100)
+        up, down = weighted_truncation(error, seen, 4)
+        other_up, other_down = weighted_truncation(error, size * seen, 4)
+        torch.testing.assert_close(up @ down, other_up @ other_down, rtol=0, atol=1e-9)
+
+    @pytest.mark.parametrize("rank", [3, 12, 24])
+    def test_fewer_samples_than_inputs_do_no_harm(self, shape: tuple[int, int], rank: int) -> None:
+        error, seen = noise(*shape), moments(shape[1], 7)
+        seen[[0, 5]] = seen[:, [0, 5]] = 0.0
+        up, down = weighted_truncation(error, seen, rank)
+        _, least = weighted_oracle(error, matrix_root(seen), rank)
+        left = output_error(error - up @ down, seen)
+        assert left == pytest.approx(least, rel=1e-6, abs=1e-9 * output_error(error, seen))
+        # A projection: no column of the error grows, also none that is never seen.
+        assert bool(((up @ down).norm(dim=0) <= error.norm(dim=0) * (1 + 1e-9)).all())
+        if rank > 7:
+            assert left < 1e-9 * output_error(error, seen)
+            # What the inputs leave open, the weight decides.
+            plain, seen_only = error - up @ down, weighted_truncation(error, seen, 7)
+            assert float(plain.square().sum()) < float((error - seen_only[0] @ seen_only[1]).square().sum())
+
+    def test_full_rank_leaves_nothing(self, shape: tuple[int, int]) -> None:
+        error = noise(*shape)
+        up, down = weighted_truncation(error, moments(shape[1], 100), 24)
+        torch.testing.assert_close(up @ down, error, rtol=0, atol=1e-12)
+
+    def test_the_two_vectors_of_a_component_are_alike_in_length(self, shape: tuple[int, int]) -> None:
+        up, down = weighted_truncation(noise(*shape), moments(shape[1], 100), 6)
+        torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-9, atol=0)
+        torch.testing.assert_close(up.T @ up, torch.diag((up.T @ up).diagonal()), rtol=0, atol=1e-10)
+
+    def test_it_stays_in_float32_and_leaves_what_it_is_given(self, shape: tuple[int, int]) -> None:
+        error, seen = noise(*shape).float(), moments(shape[1], 100).float()
+        kept = error.clone(), seen.clone()
+        up, down = weighted_truncation(error, seen, 5)
+        assert up.dtype == down.dtype == torch.float32
+        assert torch.equal(error, kept[0])
+        assert torch.equal(seen, kept[1])
+        _, least = weighted_oracle(error, matrix_root(seen), 5)
+        assert output_error(error - up @ down, seen) == pytest.approx(least, rel=1e-5)
+
+    def test_an_error_of_zeros_needs_no_correction(self, shape: tuple[int, int]) -> None:
+        up, down = weighted_truncation(torch.zeros(shape), moments(shape[1], 100).float(), 5)
+        assert not up.any()
+        assert not down.any()
+
+    @pytest.mark.parametrize("rank", [0, 25])
+    def test_a_rank_that_the_error_does_not_have_is_refused(self, shape: tuple[int, int], rank: int) -> None:
+        with pytest.raises(ShapeError, match=f"no part of rank {rank}\nhint: rank=24"):
+            weighted_truncation(noise(*shape), torch.eye(shape[1]), rank)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+class TestWeightedRandomized:
+    @pytest.fixture(autouse=True)
+    def small_matrices_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lowrank, "_EXACT_UP_TO", 32)
+
+    def test_leaves_little_more_than_the_best(self, shape: tuple[int, int]) -> None:
+        error, seen = noise(*shape), moments(shape[1], 400)
+        up, down = weighted_truncation(error, seen, 10)
+        _, least = weighted_oracle(error, matrix_root(seen), 10)
+        left = output_error(error - up @ down, seen)
+        assert least < left < 1.01 * least
+        plain = truncated_svd(error, 10)
+        assert left < 0.9 * output_error(error - plain[0] @ plain[1], seen)
+
+    def test_finds_what_few_directions_of_the_inputs_see(self, shape: tuple[int, int]) -> None:
+        inputs = torch.linalg.qr(noise(shape[1], shape[1], 4)).Q
+        seen = inputs @ torch.diag(10.0 ** -torch.linspace(0, 40, shape[1], dtype=torch.float64)) @ inputs.T
+        up, down = weighted_truncation(noise(*shape), seen, 8)
+        _, least = weighted_oracle(noise(*shape), matrix_root(seen), 8)
+        assert output_error(noise(*shape) - up @ down, seen) == pytest.approx(least, rel=1e-6)
+
+    def test_the_seed_decides(self, shape: tuple[int, int]) -> None:
+        error, seen = noise(*shape), moments(shape[1], 400)
+        first, again, other = (weighted_truncation(error, seen, 10, seed=seed)[0] for seed in (3, 3, 4))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
 
 
 def test_relative_loss_is_the_ratio_of_output_energies() -> None:

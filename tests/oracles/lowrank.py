@@ -5,7 +5,9 @@ SVD of ``E S`` times the inverse of ``S``, and what is left is the sum of sigma_
 
 References:
     Eckart and Young 1936. Yao et al. 2023, ZeroQuant-V2 (LoRC), arXiv:2303.08302: ``S = I``.
-    Zhang et al. 2024, QERA, arXiv:2410.06040, theorem 1: ``S`` is the square root of the autocorrelation.
+    Zhang et al. 2024, LQER, arXiv:2402.02446 (L2QER): ``S`` is the diagonal of normalized mean magnitudes.
+    Zhang et al. 2024, QERA, arXiv:2410.06040, theorem 1: ``S`` is the square root of the autocorrelation; theorem 2:
+    that of its diagonal.
 """
 
 from __future__ import annotations
@@ -63,3 +65,25 @@ def qera_oracle(
 ) -> tuple[Float[Tensor, "out in"], float]:
     """Return the best rank-r correction under ``tr(E H E.T)``, and that loss."""
     return weighted_oracle(weight.double() - quantized.double(), matrix_root(hessian), rank)
+
+
+def l2qer_oracle(
+    weight: Float[Tensor, "out in"],
+    quantized: Float[Tensor, "out in"],
+    mean_abs: Float[Tensor, " in"],
+    rank: int,
+) -> tuple[Float[Tensor, "out in"], float]:
+    """Return the best rank-r correction under normalized mean magnitudes of the inputs, and what is left in them."""
+    scales = mean_abs.double() / (mean_abs.double().min() * mean_abs.double().max()).sqrt()
+    return weighted_oracle(weight.double() - quantized.double(), torch.diag(scales), rank)
+
+
+def qera_approx_oracle(
+    weight: Float[Tensor, "out in"],
+    quantized: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    rank: int,
+) -> tuple[Float[Tensor, "out in"], float]:
+    """Return the best rank-r correction under the diagonal of ``H``, and what is left under it."""
+    scales = hessian.double().diagonal().sqrt()
+    return weighted_oracle(weight.double() - quantized.double(), torch.diag(scales), rank)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from qtool.builtin.formats.integer import Int4
+from qtool.errors import ShapeError
+from qtool.numerics.coordinate_descent import coordinate_descent
+from qtool.numerics.frozen_grid import FrozenColumns, column_rounders, round_rows
+from qtool.numerics.gptq import gptq_round
+from qtool.scheme import GroupParameters
+from tests.numerics.frozen_cases import CASES, SIZE, decoded, frozen, levels, problem, row_losses, to_be_fitted
+from tests.oracles.coordinate_descent import coordinate_descent_oracle
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_columns_and_rows_round_to_the_nearest_value_of_their_own_grid(case: str) -> None:
+    weight, _ = problem(4)
+    grid = frozen(case, weight)
+    far = 3 * weight
+    rows, rounders = round_rows(grid, far, 0), column_rounders(grid)
+    for col, allowed in enumerate(levels(case, grid)):
+        nearest = (far[:, col, None] - allowed).abs().amin(1)
+        torch.testing.assert_close((far[:, col] - rows[:, col]).abs(), nearest, rtol=0, atol=1e-6)
+        assert torch.equal(rounders[col](far[:, col]), rows[:, col])
+    assert torch.equal(round_rows(grid, far[1:2], 1), rows[1:2])
+
+
+@pytest.mark.parametrize("start", ["nearest", "gptq"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_trying_every_value(case: str, start: str) -> None:
+    weight, hessian = problem(1, 2)
+    grid = frozen(case, weight)
+    if start == "gptq":
+        solved = gptq_round(weight, hessian, grid=to_be_fitted(case), parameters="static")
+        values = decoded(case, solved.codes, solved.parameters)
+    else:
+        values = round_rows(grid, weight, 0)
+    order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(0)).tolist()
+    expected = coordinate_descent_oracle(weight, hessian, values, levels=levels(case, grid), order=order, sweeps=2)
+    for sweeps, after in enumerate(expected, start=1):
+        found = coordinate_descent(weight, hessian, values, grid=grid, sweeps=sweeps, order=order, block_size=9)
+        torch.testing.assert_close(found.values, after, rtol=1e-6, atol=1e-7)
+    if start == "nearest":
+        assert found.changes[0] > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_no_sweep_raises_the_loss_of_a_row_and_the_last_changes_nothing(case: str, dtype: torch.dtype) -> None:
+    weight, hessian = problem(2, 8)
+    weight = weight.to(dtype)
+    grid = frozen(case, weight)
+    start = round_rows(grid, weight, 0)
+    reached = [start, *(coordinate_descent(weight, hessian, start, grid=grid, sweeps=k).values for k in (1, 2, 3, 50))]
+    losses = [row_losses(weight - values, hessian) for values in reached]
+    for before, after in itertools.pairwise(losses):
+        assert bool((after <= before).all())
+    assert float(losses[1].sum()) < 0.9 * float(losses[0].sum())
+    assert float(losses[2].sum()) < float(losses[1].sum())
+    end = coordinate_descent(weight, hessian, start, grid=grid, sweeps=50)
+    assert end.changes[-1] == 0
+    assert len(end.changes) < 50
+    again = coordinate_descent(weight, hessian, end.values, grid=grid, sweeps=5)
+    assert again.changes == (0,)
+    assert torch.equal(again.values, end.values)
+
+
+def test_what_it_counts_are_the_entries_that_a_sweep_changes() -> None:
+    weight, hessian = problem(3, 8)
+    grid = frozen("nvfp4", weight)
+    start = round_rows(grid, weight, 0)
+    one, two = (coordinate_descent(weight, hessian, start, grid=grid, sweeps=k) for k in (1, 2))
+    assert two.changes == (*one.changes, int((two.values != one.values).sum()))
+    assert one.changes == (int((one.values != start).sum()),)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_block_size_and_other_rows_do_not_matter(case: str) -> None:
+    weight, hessian = problem(5, 8)
+    grid = frozen(case, weight)
+    start = round_rows(grid, weight, 0)
+    order = torch.argsort(hessian.diagonal(), descending=True).tolist()
+    found = [
+        coordinate_descent(weight, hessian, start, grid=grid, sweeps=3, order=order, block_size=size).values
+        for size in (1, 5, SIZE, 128)
+    ]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    alone = frozen(case, weight[2:3])
+    of_one = coordinate_descent(weight[2:3], hessian, start[2:3], grid=alone, sweeps=3, order=order)
+    assert torch.equal(of_one.values, found[0][2:3])
+    natural = coordinate_descent(weight, hessian, start, grid=grid, sweeps=3).values
+    from_left = coordinate_descent(weight, hessian, start, grid=grid, sweeps=3, order=range(SIZE)).values
+    assert torch.equal(natural, from_left)
+    assert not torch.equal(natural, found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_a_diagonal_hessian_leaves_nearest_rounding_as_it_is(case: str, dtype: torch.dtype) -> None:
+    weight, hessian = problem(6, 64)
+    weight = weight.to(dtype)
+    grid = frozen(case, weight)
+    start = round_rows(grid, weight, 0)
+    found = coordinate_descent(weight, torch.diag(hessian.diagonal()), start, grid=grid, sweeps=2)
+    assert found.changes == (0,)
+    assert torch.equal(found.values, start)
+
+
+def test_weights_between_two_values_stay_on_the_side_on_which_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    below = torch.randint(-8, 7, (64, SIZE), generator=generator)
+    scale = 0.05 + torch.rand(64, 1, generator=generator)
+    fmt, weight = Int4(), (below + 0.5) * scale
+    start = (below + torch.randint(0, 2, (64, SIZE), generator=generator)) * scale
+    grid = [FrozenColumns(SIZE, SIZE, GroupParameters(scale), fmt.round)]
+    hessian = torch.diag(0.1 + torch.rand(SIZE, generator=generator))
+    assert not torch.equal(round_rows(grid, weight, 0), start)
+    found = coordinate_descent(weight, hessian, start, grid=grid, sweeps=2)
+    assert found.changes == (0,)
+    moved = coordinate_descent(weight + 1e-3 * scale, hessian, start, grid=grid, sweeps=2)
+    assert torch.equal(moved.values, (below + 1) * scale)
+
+
+def test_columns_without_input_stay_and_nothing_given_changes() -> None:
+    weight, hessian = problem(7, 4)
+    hessian[[3, 20]] = 0
+    hessian[:, [3, 20]] = 0
+    hessian[7, 7] = -1e-3
+    grid = frozen("int4", weight)
+    start = round_rows(grid, 0.5 * weight, 0)
+    before = weight.clone(), hessian.clone(), start.clone()
+    found = coordinate_descent(weight, hessian, start, grid=grid, sweeps=4)
+    assert torch.equal(found.values[:, [3, 7, 20]], start[:, [3, 7, 20]])
+    assert found.changes[0] > 0
+    assert bool(torch.isfinite(found.values).all())
+    assert all(torch.equal(one, other) for one, other in zip(before, (weight, hessian, start), strict=True))
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    weight, hessian = problem(8)
+    grid = frozen("int4", weight)
+    with pytest.raises((ShapeError, TypeCheckError), match=r"do not fit each other|hessian"):
+        coordinate_descent(weight, hessian[1:, 1:], weight, grid=grid, sweeps=1)
+    with pytest.raises(ShapeError, match=r"columns of the grid  64"):
+        coordinate_descent(weight, hessian, weight, grid=[*grid, *grid], sweeps=1)
