@@ -35,7 +35,7 @@ test: lint
 	$(PYTEST) -m 'not slow and not gpu and not network' -n 2
 
 test-slow: $(VENV)/.installed-dev
-	$(PYTEST) -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu' -n 2
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
