@@ -30,6 +30,7 @@ from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
 from qtool.steps.options import Configured, configure
+from qtool.steps.schemes import warn_of_another_scheme
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace, measured
@@ -111,7 +112,7 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     check_scheme(request.scheme, opened.subject)
     statistics = statistics_of(opened, workspace)
     if opened.artifact is not None and opened.artifact.manifest.kind == "plan":
-        _warn_of_another_scheme(opened.artifact, request.scheme, workspace)
+        warn_of_another_scheme(opened.artifact, request.scheme, workspace)
     work = _Work(request, workspace, opened, methods, statistics)
     manifest = work.manifest()
     path = workspace.output(manifest, request.output)
@@ -129,14 +130,6 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
         workspace.warn(f"not as usual: {counted}")
     details = {**manifest.details, "layers": found.reports, **({"experts": found.experts} if found.experts else {})}
     return writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about)), False
-
-
-def _warn_of_another_scheme(plan: Artifact, scheme: ModelScheme, workspace: Workspace) -> None:
-    """Say so if a plan was made for a scheme and another one is used: many methods fit their operators to it."""
-    planned = ModelScheme.from_json(plan.manifest.step.config["scheme"])
-    parts = (planned.weights, planned.activations, planned.kv)
-    if any(parts) and parts != (scheme.weights, scheme.activations, scheme.kv):
-        workspace.warn(f"the plan was made for {planned}, not for {scheme}")
 
 
 def _checked_share(request: MitigateRequest, experts: str) -> float:

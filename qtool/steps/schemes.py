@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from qtool.artifacts.store import Artifact
 from qtool.plugins import Plugins
 from qtool.scheme import VECTORS, ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.steps.workspace import Workspace
 
 NONE = "none"
 
@@ -34,3 +36,11 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
 
 def _read_part(name: str, text: str, plugins: Plugins) -> TensorScheme | None:
     return None if text == NONE else parse_tensor_scheme(text, plugins.format, vector=VECTORS[name])
+
+
+def warn_of_another_scheme(plan: Artifact, scheme: ModelScheme, workspace: Workspace) -> None:
+    """Say so if a plan was made for a scheme and another one is used: many methods fit their operators to it."""
+    planned = ModelScheme.from_json(plan.manifest.step.config["scheme"])
+    parts = (planned.weights, planned.activations, planned.kv)
+    if any(parts) and parts != (scheme.weights, scheme.activations, scheme.kv):
+        workspace.warn(f"the plan was made for {planned}, not for {scheme}")

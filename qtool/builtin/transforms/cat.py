@@ -15,10 +15,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.builtin.transforms.block_hadamard import blocked_sites
-from qtool.builtin.transforms.wush import AffineBlockConfig, finished, site_moments
+from qtool.builtin.transforms.wush import AffineBlockConfig, affine_blocks
 from qtool.model.plan import Proposal, TransformContext
-from qtool.numerics.operators import Block, Operator
 from qtool.numerics.second_moments import geometric_mean, matrix_power
 
 
@@ -37,13 +35,7 @@ class CAT:
             NumericalError: A second moment is not positive definite even with the dampening.
             UsageError: The model has no sites of a kind that was asked for.
         """
-        operators: dict[str, list[Operator]] = {}
-        for site, block in blocked_sites(context, config):
-            moments = site_moments(context, site, block, config.dampening)
-            if moments is not None:
-                matrices = finished(cat_matrices(moments.weights, moments.inputs), config, context.scheme)
-                operators[site.id] = [Block(matrices, site.dim)]
-        return Proposal(operators)
+        return affine_blocks(context, config, cat_matrices)
 
 
 def cat_matrices(

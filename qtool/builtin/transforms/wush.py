@@ -16,6 +16,7 @@ The moments are those of the statistics, and must know of tokens with massive ac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
@@ -99,13 +100,26 @@ class WUSH:
             NumericalError: A second moment is not positive definite even with the dampening.
             UsageError: The model has no sites of a kind that was asked for.
         """
-        operators: dict[str, list[Operator]] = {}
-        for site, block in blocked_sites(context, config):
-            moments = site_moments(context, site, block, config.dampening)
-            if moments is not None:
-                matrices = finished(wush_matrices(moments.weights, moments.inputs), config, context.scheme)
-                operators[site.id] = [Block(matrices, site.dim)]
-        return Proposal(operators)
+        return affine_blocks(context, config, wush_matrices)
+
+
+def affine_blocks(
+    context: TransformContext, config: AffineBlockConfig, matrices_of: Callable[[Tensor, Tensor], Tensor]
+) -> Proposal:
+    """Return blocks made from both second moments at every input site.
+
+    Args:
+        context: Gives statistics, weights and the scheme.
+        config: Where, how large, how dampened.
+        matrices_of: Makes matrices ``[blocks, b, b]`` of the dampened moments of weights and of inputs.
+    """
+    operators: dict[str, list[Operator]] = {}
+    for site, block in blocked_sites(context, config):
+        moments = site_moments(context, site, block, config.dampening)
+        if moments is not None:
+            matrices = finished(matrices_of(moments.weights, moments.inputs), config, context.scheme)
+            operators[site.id] = [Block(matrices, site.dim)]
+    return Proposal(operators)
 
 
 def wush_matrices(
