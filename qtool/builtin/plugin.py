@@ -114,6 +114,7 @@ def register_statistics() -> Sequence[Entry]:
         _entry("mean", f"{channel}:Mean", "mean of each channel"),
         _entry("mean_abs", f"{channel}:MeanAbs", "mean magnitude of each channel"),
         _entry("sample", "statistics.sample:Sample", "whole token rows drawn with a seed"),
+        _entry("saliency", "statistics.saliency:Saliency", "squared gradients at the outputs of linears (2505.07004)"),
     ]
 
 

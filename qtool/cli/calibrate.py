@@ -28,7 +28,10 @@ def calibrate(
     ] = "hessian,absmax,min,max,mean,mean_abs,sample",
     token_weight: Annotated[
         str,
-        typer.Option(metavar="RULE", help="Weight of a token in Hessians: uniform, inverse-norm[:P] or clip[:K]."),
+        typer.Option(
+            metavar="RULE",
+            help="Weight of a token in Hessians: uniform, inverse-norm[:P], clip[:K], gradient; RULE,SITE=RULE.",
+        ),
     ] = "uniform",
     sample_size: Annotated[int, typer.Option(min=1, help="Token rows that a sample keeps.")] = 2048,
     experts: Annotated[

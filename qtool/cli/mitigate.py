@@ -58,8 +58,8 @@ def mitigate(
     token_weight: Annotated[
         str | None,
         typer.Option(
-            metavar="RULE",
-            help="uniform, inverse-norm[:P] or clip[:K]. [default: inverse-norm; with --propagate none as calibrated]",
+            metavar="RULE[,SITE=RULE]",
+            help="uniform, inverse-norm[:P], clip[:K] or gradient. [default: inverse-norm, or as statistics carry it]",
         ),
     ] = None,
     experts: Annotated[

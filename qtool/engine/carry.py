@@ -14,6 +14,7 @@ from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.operators import Diag, Operator, Shift
+from qtool.numerics.token_weights import parse_token_weight
 
 VO, HESSIAN, UNIFORM = "vo", "hessian", "uniform"
 
@@ -44,8 +45,8 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         place = self._place(gathered_at)
         operators = self.plan.at(site_id).operators if name == VO else self._operators(*place)
         entries = {entry: tensor.float() for entry, tensor in self.artifact.tensors(f"{gathered_at}.").items()}
-        weight = self.artifact.manifest.step.config["token_weight"]
-        if HESSIAN in entries and weight != UNIFORM and any(one.group == "shift" for one in operators):
+        weight = parse_token_weight(self.artifact.manifest.step.config["token_weight"]).at(place[1])
+        if HESSIAN in entries and weight.rule != UNIFORM and any(one.group == "shift" for one in operators):
             raise ArtifactError(
                 "the mean that a shift needs counts all tokens alike, and these Hessians do not",
                 facts=(("gathered with", weight), ("site", site_id)),

@@ -90,7 +90,7 @@ def fold_linear(graph: ModelGraph, plan: Plan, linear: LinearSite, state: State)
     for operator in input_operators(graph, plan, layer, reads):
         bias = operator.bias_in(weight, bias)
         weight = operator.weight_in(weight)
-    for operator, rows in _written(graph, plan, linear):
+    for operator, rows in written_operators(graph, plan, linear):
         weight = _at_rows(operator.weight_out, weight, rows)
         if operator.group == SHIFT and bias is None:
             bias = torch.zeros_like(weight[:, 0])
@@ -98,7 +98,9 @@ def fold_linear(graph: ModelGraph, plan: Plan, linear: LinearSite, state: State)
     return weight, bias
 
 
-def _written(graph: ModelGraph, plan: Plan, linear: LinearSite) -> Iterator[tuple[Operator, tuple[slice, ...]]]:
+def written_operators(
+    graph: ModelGraph, plan: Plan, linear: LinearSite
+) -> Iterator[tuple[Operator, tuple[slice, ...]]]:
     """Yield the operators that the output side of a linear absorbs, each with its rows, in order."""
     for site, rows in graph.rows(linear.spec):
         yield from ((operator, rows) for operator in _absorbed(graph, plan, linear.layer, site))

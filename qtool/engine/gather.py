@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtool.engine.experts import Mode
 from qtool.engine.linear import SiteInput
+from qtool.engine.saliency import Saliencies
 from qtool.errors import NumericalError
 from qtool.model.graph import LinearSite
 from qtool.model.statistics import SiteStatistics
@@ -29,6 +30,8 @@ class Gathering:
         seed: Seeds what is drawn at random.
         sample_size: Token rows that a sample keeps.
         window: Tokens to a window; accumulators are shown whole windows. 0 where that does not matter.
+        saliencies: What errors cost at the outputs of linears, where that was gathered before.
+        saliency: What they cost at the outputs of those that read the site, where tokens are weighed by it.
     """
 
     tokens: int
@@ -36,6 +39,25 @@ class Gathering:
     seed: int = 0
     sample_size: int = 2048
     window: int = 0
+    saliencies: Saliencies | None = None
+    saliency: Float[Tensor, " tokens"] | None = None
+
+    def at(self, layer: int, site: str) -> Gathering:
+        """Return what the accumulators of one site are told."""
+        weight = self.token_weight.at(site)
+        if weight.rule != "gradient" or self.saliencies is None:
+            return replace(self, token_weight=weight)
+        return replace(self, token_weight=weight, saliency=self.saliencies.at(layer, site))
+
+    def scales(self, x: Float[Tensor, "tokens n"], first: int) -> Float[Tensor, " tokens"] | None:
+        """Return the factor that multiplies each token before its outer product, or None for 1.
+
+        Args:
+            x: Tokens, whole windows one after the other.
+            first: How many tokens of the site came before them.
+        """
+        saliency = None if self.saliency is None else self.saliency[first : first + len(x)]
+        return self.token_weight.scales(x, window=self.window, saliency=saliency)
 
 
 @runtime_checkable
@@ -57,6 +79,19 @@ class Statistic(Protocol):
 
     def start(self, n: int, gathering: Gathering, device: torch.device) -> Accumulator:
         """Return an accumulator for a site whose input has ``n`` channels."""
+
+
+@runtime_checkable
+class GradientStatistic(Protocol):
+    """A statistic of the loss's gradient at the outputs of a linear that calibrate can gather, by a backward pass."""
+
+    version: int
+
+    def start_gradient(self, n: int, gathering: Gathering, device: torch.device) -> Accumulator:
+        """Return an accumulator for a linear with ``n`` outputs, which is shown their gradients, tokens in order."""
+
+
+AnyStatistic = Statistic | GradientStatistic
 
 
 @runtime_checkable
@@ -145,7 +180,9 @@ def observing(
     Yields:
         The observers by site name.
     """
-    observers = {name: SiteObserver(f"layers.{layer}.{name}", wanted[name], gathering) for name in wanted}
+    observers = {
+        name: SiteObserver(f"layers.{layer}.{name}", wanted[name], gathering.at(layer, name)) for name in wanted
+    }
     try:
         for name, observer in observers.items():
             sites[name].observer = observer

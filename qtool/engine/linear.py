@@ -16,6 +16,7 @@ from qtool.engine.problem import Adapter
 from qtool.numerics.groups import from_groups
 
 Observer = Callable[[Float[Tensor, "tokens n"]], None]
+OutputObserver = Callable[[Float[Tensor, "*batch out"]], None]
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ class ExecutedLinear(nn.Module):
         site.readers += 1
         self.adapter: Adapter | None = None
         self.undone: tuple[Acts, ...] = ()
+        self.output_observer: OutputObserver | None = None
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return ``Ŵ x̂ + b``, with ``up (down x̂)`` of an adapter, behind what undoes operators on the output."""
@@ -197,6 +199,8 @@ class ExecutedLinear(nn.Module):
         if self.adapter is not None:
             down, up = self.adapter.down.to(x), self.adapter.up.to(x)
             y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+        if self.output_observer is not None:
+            self.output_observer(y)
         for operator in self.undone:
             y = operator.act(y)
         return y

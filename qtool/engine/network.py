@@ -199,10 +199,10 @@ class Network:
         stubs, _ = self._with_stubs(lambda: self.backbone(input_ids=ids.to(self.device), use_cache=False))
         return stubs[0].hidden, [stub.arguments for stub in stubs]
 
-    @torch.no_grad()
     def run(self, layer: int, hidden: Float[Tensor, "batch tokens hidden"], arguments: Mapping[str, Any]) -> Tensor:
-        """Run one loaded block."""
-        result = self.blocks[layer](hidden, **arguments)
+        """Run one loaded block; with gradients where ``hidden`` requires them."""
+        with torch.set_grad_enabled(hidden.requires_grad):
+            result = self.blocks[layer](hidden, **arguments)
         self._tuples = isinstance(result, tuple)
         output: Tensor = result[0] if self._tuples else result
         return output
@@ -231,11 +231,14 @@ class Network:
             for site, observer in observers.items():
                 site.observer = observer
 
-    @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens vocab"]:
-        """Run what follows the blocks: the model's own forward pass with stubs, of which the last gives ``hidden``."""
+        """Run what follows the blocks: the model's own forward pass with stubs, of which the last gives ``hidden``.
+
+        With gradients where ``hidden`` requires them.
+        """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        _, result = self._with_stubs(lambda: self.module(input_ids=ids, use_cache=False), hidden)
+        with torch.set_grad_enabled(hidden.requires_grad):
+            _, result = self._with_stubs(lambda: self.module(input_ids=ids, use_cache=False), hidden)
         logits: Tensor = result.logits
         return logits
 

@@ -47,7 +47,7 @@ class Stream:
 
     def __init__(self, network: Network, windows: Int[Tensor, "windows tokens"], *, batch: int, spill: Path) -> None:
         self.network, self.windows, self.batch = network, windows, batch
-        self.states: Tensor = self._allocate(spill)
+        self.states: Tensor = self.allocate(spill)
         self.arguments: Inputs = network.embed(windows[:1])[1]
         for rows in self.batches():
             self.states[rows] = network.embed(windows[rows])[0].to(self.states.device)
@@ -105,11 +105,12 @@ class Stream:
         """Return the keyword arguments of a block."""
         return self.arguments[layer]
 
-    def _allocate(self, spill: Path) -> Float[Tensor, "windows tokens hidden"]:
+    def allocate(self, spill: Path, *, host: bool = False) -> Float[Tensor, "windows tokens hidden"]:
+        """Return room for states of all windows: on the device (unless ``host``), in memory, or in a file."""
         shape = (*self.windows.shape, self.network.subject.model.graph.dims.hidden)
         dtype, device = self.network.dtype, self.network.device
         size = torch.Size(shape).numel() * dtype.itemsize
-        if device.type == "cuda" and size < MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+        if not host and device.type == "cuda" and size < MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
             return torch.empty(shape, dtype=dtype, device=device)
         if size < MEMORY_SHARE * free_memory():
             return torch.empty(shape, dtype=dtype)

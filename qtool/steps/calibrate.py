@@ -1,7 +1,11 @@
-"""calibrate: one pass over text, block by block, gathering statistics of every site's input."""
+"""calibrate: one pass over text, block by block, gathering statistics of every site's input.
+
+What is gathered of gradients comes from a pass of its own, forth and back, before.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,8 +16,10 @@ from torch import Tensor
 from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.experts import Mode
-from qtool.engine.gather import Gathering, Statistic
+from qtool.engine.gather import AnyStatistic, Gathering, GradientStatistic, Statistic
+from qtool.engine.gradients import BackwardPass
 from qtool.engine.network import Network
+from qtool.engine.saliency import Saliencies
 from qtool.engine.stream import Gathered, Stream, default_batch
 from qtool.errors import UsageError
 from qtool.model.graph import ModelGraph
@@ -21,6 +27,7 @@ from qtool.model.text import token_digest
 from qtool.numerics.token_weights import TokenWeight, parse_token_weight
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.text import calibration_text, text_name
+from qtool.steps.token_weights import GRADIENT, check_gradients, token_weight_of
 from qtool.steps.workspace import Workspace, measured
 
 WINDOWS = "windows"
@@ -75,9 +82,10 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
         DataError: The text cannot be read or is too short.
         NumericalError: Weights or activations are not finite.
     """
-    statistics: dict[str, Statistic] = {name: workspace.plugins.load("statistics", name) for name in request.gather}
-    weight = parse_token_weight(request.token_weight)
+    loaded: dict[str, AnyStatistic] = {name: workspace.plugins.load("statistics", name) for name in request.gather}
+    parse_token_weight(request.token_weight)
     opened = open_subject(request.source, workspace)
+    weight = token_weight_of(request.token_weight, opened.model.graph)
     if opened.artifact is not None:
         require_kind(opened.artifact.manifest, "plan", "quantized", "statistics", path=request.source)
     experts = experts_mode(request.experts, opened.model.graph, weight)
@@ -89,9 +97,12 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
         seq_len=request.seq_len,
         seed=request.seed,
     )
+    gradients = {name: one for name, one in loaded.items() if isinstance(one, GradientStatistic)}
+    statistics: dict[str, Statistic] = {n: one for n, one in loaded.items() if not isinstance(one, GradientStatistic)}
+    check_gradients(gradients, opened, weight, request.seq_len)
     dtype = compute_dtype(request.dtype, opened.model)
     gathering = Gathering(windows.numel(), weight, request.seed, request.sample_size, windows.shape[1])
-    manifest = _manifest(request, opened, statistics, _text_details(request, windows, source), dtype, experts)
+    manifest = _manifest(request, opened, loaded, _text_details(request, windows, source), dtype, experts)
     path = workspace.output(manifest, request.output)
     if (done := ArtifactWriter.finished(path, manifest.key)) is not None:
         return done, True
@@ -99,12 +110,19 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
     with measured(about, workspace.device):
         writer = ArtifactWriter(path, manifest)
         with writer.working():
-            layers = range(opened.model.graph.dims.num_layers) if statistics else ()
-            if missing := [layer for layer in layers if not writer.has(f"layer-{layer}")]:
+            layers = range(opened.model.graph.dims.num_layers)
+            back = [layer for layer in layers if gradients and not writer.has(f"gradients-{layer}")]
+            missing = [layer for layer in layers if statistics and not writer.has(f"layer-{layer}")]
+            if back or missing:
                 network = Network(opened.subject, device=workspace.device, dtype=dtype, observed=experts or "all")
                 batch = request.batch or default_batch(workspace.device, request.seq_len)
+            if back:
+                way = BackwardPass(network, windows, batch=batch, spill=writer.parts, first=back[0])
+                _gather_gradients(way, back, gradients, gathering, writer, workspace)
+                del way
+            if missing:
                 stream = Stream(network, windows, batch=batch, spill=writer.parts)
-                _gather(stream, missing, statistics, gathering, writer, workspace)
+                _gather(stream, missing, statistics, _weighed(gathering, opened.model.graph, writer), writer, workspace)
             writer.add(WINDOWS, {WINDOWS: windows.to(torch.int32)})
     return writer.finish(replace(manifest, about=about)), False
 
@@ -130,12 +148,41 @@ def experts_mode(given: str, graph: ModelGraph, weight: TokenWeight) -> Mode | L
         if given:
             raise UsageError(f"models of the family `{graph.family.name}` like this one have no experts to choose for")
         return ""
-    if given == "routed" and weight.rule == "clip":
+    if given == "routed" and "clip" in weight.rules:
         raise UsageError(
             "`clip` measures a token by its window, and a router sends no whole windows",
             hint="--token-weight inverse-norm, or --experts all",
         )
     return "routed" if given == "routed" else "all"
+
+
+def _gather_gradients(
+    way: BackwardPass,
+    missing: list[int],
+    statistics: Mapping[str, GradientStatistic],
+    gathering: Gathering,
+    writer: ArtifactWriter,
+    workspace: Workspace,
+) -> None:
+    """Go forth through all blocks, and back as far as blocks are missing, and keep what was found there as parts."""
+    layers = range(way.network.subject.model.graph.dims.num_layers)
+    way.forward(workspace.progress(layers, total=len(layers), label="forward"))
+    behind = range(len(layers) - 1, missing[0] - 1, -1)
+    for layer in workspace.progress(behind, total=len(behind), label="backward"):
+        found = way.gather(layer, statistics, gathering)
+        if layer in missing:
+            writer.add(f"gradients-{layer}", found)
+
+
+def _weighed(gathering: Gathering, graph: ModelGraph, writer: ArtifactWriter) -> Gathering:
+    """Return what accumulators are told, with the saliency of the parts where tokens are weighed by it."""
+    if GRADIENT not in gathering.token_weight.rules:
+        return gathering
+
+    def read(name: str) -> Tensor:
+        return writer.part(f"gradients-{name.split('.')[1]}")[0][name]
+
+    return replace(gathering, saliencies=Saliencies(graph, read))
 
 
 def _gather(
@@ -185,7 +232,7 @@ def _text_details(request: CalibrateRequest, windows: Tensor, source: str) -> di
 def _manifest(
     request: CalibrateRequest,
     opened: Opened,
-    statistics: dict[str, Statistic],
+    statistics: Mapping[str, AnyStatistic],
     text: dict[str, Any],
     dtype: torch.dtype,
     experts: str,

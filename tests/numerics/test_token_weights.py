@@ -77,3 +77,51 @@ def test_what_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="cannot read the token weight") as refused:
         parse_token_weight(text)
     assert "uniform, inverse-norm, clip" in str(refused.value)
+
+
+class TestSites:
+    def test_a_site_has_its_own_rule(self) -> None:
+        weight = parse_token_weight("inverse-norm, up_down=uniform,attn_in=clip")
+        assert weight.at("up_down") == TokenWeight()
+        assert weight.at("experts.3.up_down") == TokenWeight()
+        assert weight.at("attn_in") == TokenWeight("clip", 3.0)
+        assert weight.at("o_in") == TokenWeight("inverse-norm")
+        assert weight.rules == {"inverse-norm", "uniform", "clip"}
+
+    @pytest.mark.parametrize(
+        ("text", "printed"),
+        [
+            ("inverse-norm,up_down=uniform", "inverse-norm:1,up_down=uniform"),
+            ("gradient,up_down=clip:2,attn_in=uniform", "gradient,attn_in=uniform,up_down=clip:2"),
+            ("inverse-norm:1,attn_in=inverse-norm,o_in=gradient", "inverse-norm:1,o_in=gradient"),
+            ("uniform,up_down=uniform", "uniform"),
+        ],
+    )
+    def test_the_same_rule_has_one_name(self, text: str, printed: str) -> None:
+        read = parse_token_weight(text)
+        assert str(read) == printed
+        assert parse_token_weight(printed) == read
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "up_down=uniform",
+            "uniform,clip",
+            "uniform,=clip",
+            "uniform,o_in=clip,o_in=clip",
+            "uniform,o_in=norm",
+            "clip,",
+        ],
+    )
+    def test_what_means_nothing_is_refused(self, text: str) -> None:
+        with pytest.raises(UsageError, match="cannot read the token weight"):
+            parse_token_weight(text)
+
+
+def test_the_weight_of_a_token_is_its_saliency() -> None:
+    x, saliency = torch.ones(3, 2), torch.tensor([4.0, 0.0, 9.0])
+    scales = parse_token_weight("gradient").scales(x, saliency=saliency)
+    assert scales is not None
+    assert scales.tolist() == [2.0, 0.0, 3.0]
+    with pytest.raises(UsageError, match="needs the saliency"):
+        parse_token_weight("gradient").scales(x)

@@ -16,11 +16,12 @@ class HessianAccumulator:
     def __init__(self, n: int, gathering: Gathering, device: torch.device) -> None:
         self.sum = torch.zeros(n, n, device=device)
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
-        self.gathering = gathering
+        self.gathering, self.seen = gathering, 0
 
     def update(self, x: Float[Tensor, "tokens n"]) -> None:
         """Add some tokens."""
-        scales = self.gathering.token_weight.scales(x, window=self.gathering.window)
+        scales = self.gathering.scales(x, self.seen)
+        self.seen += x.shape[0]
         if scales is None:
             self.weight += x.shape[0]
         else:
