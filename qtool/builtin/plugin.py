@@ -46,6 +46,9 @@ def register_mitigators() -> Sequence[Entry]:
     return [
         _entry("rtn", "mitigators.rtn:RTN", "round to nearest, with an optional clip search"),
         _entry("gptq", "mitigators.gptq:GPTQ", "error feedback through the inverse Hessian (2210.17323)"),
+        _entry(
+            "guidedquant", "mitigators.guidedquant:GuidedQuant", "GPTQ on Hessians weighed by gradients (2505.07004)"
+        ),
         _entry("ldlq", "mitigators.ldlq:LDLQ", "GPTQ as QuIP has it, with greedy passes behind (2307.13304)"),
         _entry("obq", "mitigators.obq:OBQ", "the greedy order that GPTQ gave up; small layers (2208.11580)"),
         _entry("cd", "mitigators.cd:CD", "coordinate descent on the codes of another method (2309.01885)"),
