@@ -13,6 +13,7 @@ from qtool.engine.experts import Mode
 from qtool.engine.grid import Grid
 from qtool.engine.network import Network
 from qtool.engine.problem import QuantizedLinear
+from qtool.engine.saliency import SALIENCY
 from qtool.engine.solve import Solver
 from qtool.engine.starved import DEFAULT_SHARE, Completed, Routing, complete, expert_notes
 from qtool.engine.stored import input_scales, linear_tensors, read_input_scales, read_linear
@@ -89,7 +90,7 @@ class BlockSolver:
             known = complete(statistics, linears, routing)
         if known.statistics:
             for linear in linears:
-                for need in self.needs:
+                for need in (one for one in self.needs if one != SALIENCY):  # what becomes of it is each linear's own
                     site = linear.observed if linear.observed in known.statistics else linear.spec.reads
                     known.statistics[site].need(need, site=f"layers.{linear.layer}.{site}")
         solved = self.solver.solve(linears, state, known.statistics)

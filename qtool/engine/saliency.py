@@ -53,7 +53,7 @@ class Saliencies:
                 raise ArtifactError(
                     f"the plan changes the outputs of `{linear.name}`, and saliency is not carried through that",
                     facts=(("operator", operator.kind),),
-                    hint="qtool calibrate PLAN --gather hessian,saliency, then give its path",
+                    hint="qtool calibrate PLAN --gather hessian,saliency, then --input statistics=ITS_PATH",
                 )
         mixed = any(not one.is_diagonal for one in operators)
         return saliency.mean(-1, keepdim=True).expand_as(saliency) if mixed else saliency

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine.grid import Grid
+from qtool.engine.guided import own_entries
 from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear, SiblingMitigator
 from qtool.errors import NumericalError
 from qtool.model.graph import LinearSite, ModelGraph
@@ -103,7 +104,7 @@ class Solver:
                     weight=weight,
                     grid=grid,
                     hessian=known.get("hessian"),
-                    entries=known,
+                    entries=own_entries(linear, known),
                     global_scales=multipliers,
                     seed=self.seed + self._places[linear.name],
                     memory=memory,

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from qtool.artifacts.store import disk_errors
-from qtool.engine.gather import Gathering, Statistic, observing, sites_to_observe
+from qtool.engine.gather import AnyStatistic, Gathering, observing, sites_to_observe
+from qtool.engine.guided import statistics_at
 from qtool.engine.network import Inputs, Network
 from qtool.model.graph import LinearSite
 from qtool.model.statistics import SiteStatistics
@@ -76,7 +77,7 @@ class Stream:
         self,
         layer: int,
         linears: Sequence[LinearSite],
-        statistics: Mapping[str, Statistic],
+        statistics: Mapping[str, AnyStatistic],
         gathering: Gathering,
         *,
         keep: bool,
@@ -94,7 +95,7 @@ class Stream:
         if experts is not None:
             experts.reset()
         sites = sites_to_observe(linears, "all" if experts is None else experts.observed)
-        wanted = dict.fromkeys(sites, statistics)
+        wanted = {site: statistics_at(layer, site, linears, statistics, gathering) for site in sites}
         with observing(self.network.sites[layer], layer, wanted, gathering) as observers:
             self.run(layer, keep=keep)
             found = {name: observer.result() for name, observer in observers.items()}

@@ -16,7 +16,7 @@ from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.block import BlockSolver, SolvedBlock, static_inputs
 from qtool.engine.carry import CarriedStatistics
-from qtool.engine.gather import Gathering, Statistic, sites_to_observe
+from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
 from qtool.engine.solve import Method, Solver
 from qtool.engine.starved import DEFAULT_SHARE
@@ -30,8 +30,10 @@ from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
 from qtool.steps.options import Configured, configure
+from qtool.steps.saliency import saliencies_of
 from qtool.steps.schemes import warn_of_another_scheme
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
+from qtool.steps.token_weights import token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace, measured
 
@@ -216,10 +218,12 @@ class _Work:
         self.dtype = compute_dtype(request.dtype, opened.model)
         self.wide = torch.promote_types(self.dtype, torch.float32)
         gathered = str(statistics.manifest.step.config.get("experts", "")) if statistics else ""
-        mode = experts_mode(request.experts or gathered, self.graph, parse_token_weight(self.token_weight))
+        weight = token_weight_of(self.token_weight, self.graph)
+        mode = experts_mode(request.experts or gathered, self.graph, weight)
         self.block = BlockSolver(solver, static_inputs(subject), mode or "all", _checked_share(request, mode))
         self.needs = self.block.needs
         self.experts = mode if self.needs else ""
+        self.saliencies = saliencies_of(statistics, opened, self.needs, weight, request.propagate)
         if self.needs and statistics is None:
             raise UsageError(
                 f"`{request.method}` needs statistics, and `{request.source}` has none behind it",
@@ -335,8 +339,9 @@ class _Work:
             self.request.seed,
             self.statistics.manifest.step.config["sample_size"],
             windows.shape[1],
+            self.saliencies,
         )
-        statistics: dict[str, Statistic] = {n: self.workspace.plugins.load("statistics", n) for n in self.needs}
+        statistics: dict[str, AnyStatistic] = {n: self.workspace.plugins.load("statistics", n) for n in self.needs}
         batch = self.request.batch or default_batch(self.workspace.device, windows.shape[1])
         stream = Stream(network, windows, batch=batch, spill=writer.parts)
         notes = []
@@ -357,7 +362,7 @@ class _Work:
         stream: Stream,
         layer: int,
         state: dict[str, Tensor],
-        statistics: Mapping[str, Statistic],
+        statistics: Mapping[str, AnyStatistic],
         gathering: Gathering,
         writer: ArtifactWriter,
     ) -> None:
@@ -378,7 +383,7 @@ class _Work:
         stream: Stream,
         stage: Sequence[LinearSite],
         state: dict[str, Tensor],
-        statistics: Mapping[str, Statistic],
+        statistics: Mapping[str, AnyStatistic],
         gathering: Gathering,
     ) -> SolvedBlock:
         """Gather and solve linears of one block; the statistics are gone when this returns."""
