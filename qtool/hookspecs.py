@@ -71,7 +71,10 @@ def register_metrics() -> Sequence[Entry]:  # type: ignore[empty-body]
 
 @hookspec
 def register_statistics() -> Sequence[Entry]:  # type: ignore[empty-body]
-    """Offer statistics of a site's input, gathered by calibrate (see ``qtool.engine.gather.Statistic``)."""
+    """Offer statistics of a site's input, gathered by calibrate (see ``qtool.engine.gather.Statistic``).
+
+    ``GradientStatistic`` beside it is of the loss's gradients at the outputs of a linear.
+    """
 
 
 @hookspec

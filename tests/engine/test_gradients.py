@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qtool.engine.fold import written_operators
 from qtool.engine.gradients import BackwardPass
 from qtool.engine.network import Network
 from qtool.engine.saliency import Saliencies, saliency_name
@@ -102,6 +103,30 @@ def test_neither_the_batch_nor_where_the_way_back_ends_nor_the_disk_matters(
     assert len(short) * 2 == len(whole)
     for name, gradient in short.items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["quarot", "quip-sharp"])
+def test_behind_a_plan_gradients_are_turned_as_outputs_are(
+    method: str, plugins: Plugins, workspace: Workspace, tmp_path: Path
+) -> None:
+    """For z T a loss has the gradient g T^-T."""
+    path = saved(tmp_path, "llama", plugins)
+    subject = open_subject(str(path), workspace).subject
+    plan, _ = transform(TransformRequest(str(path), method), workspace)
+    behind = open_subject(str(plan.path), workspace).subject
+    with double_precision():
+        plain = gradients(subject, windows(), batch=2, spill=tmp_path)
+        turned = gradients(behind, windows(), batch=2, spill=tmp_path)
+    changed = set[str]()
+    for linear in subject.model.graph.linears:
+        expected = plain[linear.name]
+        for operator, rows in written_operators(subject.model.graph, behind.plan, linear):
+            columns = torch.cat([torch.arange(len(expected.T))[one] for one in rows])
+            expected = expected.clone()
+            expected[:, columns] = operator.weight_in(expected[:, columns])
+            changed.add(linear.spec.module)
+        torch.testing.assert_close(turned[linear.name], expected, rtol=1e-8, atol=1e-9)
+    assert changed >= ({"self_attn.o_proj", "mlp.down_proj"} if method == "quarot" else {"self_attn.q_proj"})
 
 
 def test_running_without_gradients_leaves_no_graph(plugins: Plugins, workspace: Workspace, tmp_path: Path) -> None:

@@ -41,7 +41,3 @@ class Saliency:
         """Return an accumulator for a linear."""
         del n, gathering, device
         return SaliencyAccumulator(GROUPS)
-
-    def nbytes(self, n: int, gathering: Gathering) -> int:
-        """Return the bytes of the rows in bfloat16 of a linear with ``n`` outputs."""
-        return 2 * min(n, GROUPS) * gathering.tokens
