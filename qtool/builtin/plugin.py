@@ -114,6 +114,9 @@ def register_statistics() -> Sequence[Entry]:
         _entry("mean", f"{channel}:Mean", "mean of each channel"),
         _entry("mean_abs", f"{channel}:MeanAbs", "mean magnitude of each channel"),
         _entry("sample", "statistics.sample:Sample", "whole token rows drawn with a seed"),
+        _entry("cross", "statistics.cross:Cross", "moment with the input in full precision; gathered by mitigate"),
+        _entry("full_hessian", "statistics.cross:FullHessian", "moment in full precision; gathered by mitigate"),
+        _entry("held_out", "statistics.cross:HeldOut", "part of the last tenth of the windows; gathered by mitigate"),
     ]
 
 

@@ -14,6 +14,7 @@ from qtool.engine.grid import GlobalScales, Grid, GridPart
 from qtool.engine.online import Acts
 from qtool.engine.problem import Adapter
 from qtool.numerics.groups import from_groups
+from qtool.numerics.straight_through import straight_through
 
 Observer = Callable[[Float[Tensor, "tokens n"]], None]
 
@@ -34,10 +35,11 @@ class Rounding:
     global_scales: GlobalScales = ()
 
     def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return the values that the codes of ``x`` stand for, in the dtype of ``x``."""
+        """Return the values that the codes of ``x`` stand for, in its dtype; gradients pass straight through."""
+        values = x.detach()
         if x.ndim > 2 and self.shared:
-            return torch.stack([self._rounded(window) for window in x])
-        return self._rounded(x)
+            return straight_through(x, torch.stack([self._rounded(window) for window in values]))
+        return straight_through(x, self._rounded(values))
 
     @property
     def shared(self) -> bool:

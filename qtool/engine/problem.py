@@ -59,7 +59,9 @@ class LayerProblem:
         global_scales: Tensor-level multipliers that the parts of the grid must use (shared with the layer's siblings);
             empty where the layer may choose its own.
         seed: Seeds whatever is random.
+        expert: Whether the linear belongs to a routed expert.
         previous: What the method to the left made, or None for the first.
+        report: What methods that changed the problem have to say of it, as numbers.
         memory: What methods remember of ``hessian`` and ``entries`` for the other linears that have the same ones, such
             as a factor, under keys of their own.
     """
@@ -71,7 +73,9 @@ class LayerProblem:
     entries: Mapping[str, Tensor] = field(default_factory=dict)
     global_scales: GlobalScales = ()
     seed: int = 0
+    expert: bool = False
     previous: QuantizedLinear | None = None
+    report: Mapping[str, float] = field(default_factory=dict)
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def need_hessian(self) -> Float[Tensor, "in in"]:
@@ -110,6 +114,26 @@ class Mitigator(Protocol):
 
         Raises:
             NumericalError: The problem cannot be solved even after escalation.
+        """
+
+
+@runtime_checkable
+class Retargeter(Protocol):
+    """Changes what the methods to its right aim at, and rounds nothing itself.
+
+    Class attributes as those of ``Mitigator``.
+    """
+
+    version: int
+    needs: tuple[str, ...]
+    Config: type
+
+    def retarget(self, problem: LayerProblem, config: Any) -> LayerProblem:  # noqa: ANN401 - each method has its Config
+        """Return the problem with another weight, and what there is to say of it in ``report``.
+
+        Raises:
+            NumericalError: The problem cannot be solved.
+            UsageError: A method that rounds came first.
         """
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from qtool.engine.block_problem import Compensation
 from qtool.engine.grid import GlobalScales, Grid, GridPart
 from qtool.engine.problem import Adapter, QuantizedLinear
 from qtool.numerics.packing import pack_codes, unpack_codes
@@ -19,6 +20,7 @@ from qtool.numerics.scales import decode_scale, encode_scale
 from qtool.scheme import GroupParameters
 
 INPUT_GLOBAL_SCALE = ".input_global_scale"
+_COMPENSATION = ("bias", "scale", "down", "up")
 
 
 def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, Tensor]:
@@ -51,6 +53,24 @@ def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid)
     down, up = tensors.get(f"{name}.adapter.down"), tensors.get(f"{name}.adapter.up")
     adapter = None if down is None or up is None else Adapter(down, up)
     return QuantizedLinear(codes[0] if len(codes) == 1 else torch.cat(codes, dim=1), tuple(parameters), adapter)
+
+
+def compensation_tensors(block: str, compensation: Compensation) -> dict[str, Tensor]:
+    """Return what is added to the output of a block as it is stored.
+
+    Args:
+        block: Name of the block.
+        compensation: What is added.
+    """
+    found = {name: getattr(compensation, name) for name in _COMPENSATION}
+    return {f"{block}.compensation.{name}": tensor for name, tensor in found.items() if tensor is not None}
+
+
+def read_compensation(block: str, tensors: Mapping[str, Tensor]) -> Compensation | None:
+    """Read what ``compensation_tensors`` made; None where nothing is added."""
+    found = {name: tensors.get(f"{block}.compensation.{name}") for name in _COMPENSATION}
+    bias = found.pop("bias")
+    return None if bias is None else Compensation(bias, **found)
 
 
 def input_scales(site_id: str, scales: GlobalScales) -> dict[str, Tensor]:
