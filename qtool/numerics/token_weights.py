@@ -52,6 +52,10 @@ class TokenWeight:
         return torch.where(norms > bounds, bounds / norms, 1.0)
 
 
+UNIFORM = TokenWeight()
+"""All tokens count alike."""
+
+
 def parse_token_weight(text: str) -> TokenWeight:
     """Read ``uniform``, ``inverse-norm``, ``inverse-norm:0.5``, ``clip`` or ``clip:3``.
 
