@@ -312,13 +312,13 @@ def _solve(
                 torch.sub(column, rounds[index](column, fitted[index]), out=residual.unsqueeze(-1))
                 panel.addr_(spread, residual, alpha=-1)
                 if extra is not None:
-                    panel.addr_(extra[place, first:last], updates.fed(slice(place, place + 1))[0])
+                    panel.addr_(extra[place, first:last], updates.fed(slice(place, place + 1))[0].clone())
             updates.add(columns[last:stop], slice(first, last), slice(last, stop), made)
         made = residuals[: stop - start]
         updates.add(columns[stop:], slice(start, stop), slice(stop, n_in), made)
         loss += (made / pivots[start:stop].unsqueeze(-1)).square_().sum(0)
         updates.note(slice(start, stop), made)
-    return loss if updates.errors is None else _loss(factor.upper, updates.errors)
+    return loss if updates.errors is None else factor.loss(updates.errors)
 
 
 @dataclass(frozen=True)
@@ -365,11 +365,6 @@ class _Updates:
         """Note the errors of columns whose residuals are known."""
         if self.errors is not None:
             self.errors[source] += made - self.columns[source]
-
-
-def _loss(upper: Float[Tensor, "in in"], errors: Float[Tensor, "in out"]) -> Float[Tensor, " out"]:
-    """Return ``diag(E (H + λ I) Eᵀ) = diag(E U⁻¹ U⁻ᵀ Eᵀ)`` of transposed errors."""
-    return torch.linalg.solve_triangular(upper.T, errors, upper=False).square().sum(0)
 
 
 def _panels(start: int, stop: int, starts: Sequence[int]) -> Iterator[tuple[int, int]]:

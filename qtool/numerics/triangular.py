@@ -58,6 +58,15 @@ class InverseFactor:
         """Return ``U_jk / U_jj`` above the diagonal and 0 elsewhere."""
         return (self.upper / self.upper.diagonal().unsqueeze(-1)).triu_(1).contiguous()
 
+    def loss(self, errors: Float[Tensor, "in out"]) -> Float[Tensor, " out"]:
+        """Return ``diag(E (H + λ I) Eᵀ) = diag(E U⁻¹ U⁻ᵀ Eᵀ)`` of transposed errors in the order of the visits."""
+        spread: Tensor = torch.linalg.solve_triangular(self.upper.T, errors, upper=False)
+        return spread.square_().sum(0)
+
+    def visited(self, matrix: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+        """Put the rows and columns of a matrix into the order of the visits."""
+        return matrix if self.order is None else matrix.index_select(0, self.order).index_select(1, self.order)
+
 
 def inverse_cholesky(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | None:
     """Return the upper Cholesky factor ``U`` of the inverse, ``Uᵀ U = H⁻¹``.
