@@ -43,7 +43,7 @@ def problem(text: str, apart: str = "", *, dead: bool = False, wide: bool = True
     other = x @ mixed + 0.1 * torch.randn(x.shape, generator=generator).double()
     if dead:
         x = x.clone()
-        x[:, [3, 20]] = 0
+        x[:, [0, 20]] = 0
     hessian, cross = x.T @ x / len(x), other.T @ x / len(x)
     unit = 2.0 ** -int(torch.frexp(hessian.diagonal()[hessian.diagonal() > 0].mean()).exponent)
     dtype = torch.float64 if wide else torch.float32
