@@ -46,6 +46,10 @@ def register_mitigators() -> Sequence[Entry]:
     return [
         _entry("rtn", "mitigators.rtn:RTN", "round to nearest, with an optional clip search"),
         _entry("gptq", "mitigators.gptq:GPTQ", "error feedback through the inverse Hessian (2210.17323)"),
+        _entry("gptaq", "mitigators.gptaq:GPTAQ", "GPTQ towards the full-precision stream's outputs (2504.02692)"),
+        _entry("foem", "mitigators.foem:FOEM", "GPTQ with a first-order term, which undoes drift (2507.11017)"),
+        _entry("qronos", "mitigators.qronos:Qronos", "GPTQ on a weight solved for the quantized stream (2505.11695)"),
+        _entry("beam", "mitigators.beam:Beam", "GPTQ's system searched with several candidates a row (2602.05902)"),
         _entry("ldlq", "mitigators.ldlq:LDLQ", "GPTQ as QuIP has it, with greedy passes behind (2307.13304)"),
         _entry("obq", "mitigators.obq:OBQ", "the greedy order that GPTQ gave up; small layers (2208.11580)"),
         _entry("autoround", "mitigators.autoround:AutoRound", "rounding and ranges learned from blocks (2309.05516)"),
