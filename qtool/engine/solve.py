@@ -106,6 +106,7 @@ class Solver:
                     entries=known,
                     global_scales=multipliers,
                     seed=self.seed + self._places[linear.name],
+                    expert=linear.expert is not None,
                     memory=memory,
                 )
                 for linear, weight in zip(fused, weights, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from qtool.errors import ShapeError
@@ -106,6 +106,25 @@ def weighted_truncation(
     root = torch.linalg.vector_norm(down, dim=-1).sqrt()
     down = down / torch.where(root > 0, root, 1.0).unsqueeze(-1)
     return (up * root).to(error.dtype), down.to(error.dtype)
+
+
+def quantize_components(
+    factor: Float[Tensor, "rank n"],
+) -> tuple[Int8[Tensor, "rank n"], Float[Tensor, " rank"]]:
+    """Round each row to codes from -127 to 127 and one FP16 scale: ``codes * scale``.
+
+    Rows are the components of a correction, which differ in size by their singular values, while the entries of one are
+    alike. The scale is rounded before the codes are chosen; one beyond the range of FP16 is infinite.
+
+    Args:
+        factor: Rows to round. Not modified.
+
+    Returns:
+        Codes and scales; both 0 for a row of zeros.
+    """
+    scale = (factor.abs().amax(-1) / 127).half()
+    step = torch.where(scale > 0, scale, 1.0).to(factor.dtype).unsqueeze(-1)
+    return (factor / step).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def _is_large(matrix: Float[Tensor, "out in"], rank: int) -> bool:
