@@ -103,8 +103,8 @@ def _read_adapter(name: str, tensors: Mapping[str, Tensor]) -> Adapter | None:
     for reads, place in _ADAPTERS.items():
         prefix = f"{name}{place}"
         if f"{prefix}.down" in tensors:
-            scales = (tensors.get(f"{prefix}.{factor}_scale") for factor in ("down", "up"))
-            return Adapter(tensors[f"{prefix}.down"], tensors[f"{prefix}.up"], *scales, reads=reads)
+            down_scale, up_scale = (tensors.get(f"{prefix}.{factor}_scale") for factor in ("down", "up"))
+            return Adapter(tensors[f"{prefix}.down"], tensors[f"{prefix}.up"], down_scale, up_scale, reads)
     return None
 
 

@@ -4,9 +4,10 @@ The correction is the truncated SVD of the weight's error, blind to the inputs. 
 made; first in line, it starts from rounding to nearest.
 
 LQER (Zhang et al. 2024, arXiv:2402.02446) without its scales is the same correction, which is why it has no file: that
-paper gives all singular values to one factor, and stores both in 8-bit MXINT. With its scales it is ``l2qer``. LREC, the
-low-rank error calibration of FP4 weights that a survey lists (JCC 2024), has no file either: its paper could not be
-read, and what is said of it is this correction, or ``qera``, behind weights in an FP4 format.
+paper gives all singular values to one factor, and stores both in 8-bit MXINT. With its scales it is ``l2qer``.
+
+LREC, low-rank error calibration of FP4 weights (JCC 2024), has no file either. Its paper could not be read; what is
+told of it is this correction, or ``qera``, behind a scheme with FP4 weights.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.builtin.mitigators.rtn import RTN, ClipOptions, check_problem, loss_report, refuse_unknown, round_nearest
+from qtool.builtin.mitigators.rtn import RTN, ClipOptions, check_problem, loss_report, refuse_unknown
 from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear, Reads
 from qtool.errors import NumericalError, UsageError
 from qtool.numerics.lowrank import quantize_components, truncated_svd
@@ -97,7 +98,7 @@ def add_correction(
     if is_left_out(problem, config):
         return problem.previous or RTN().quantize(problem, ClipOptions())
     check_correction(problem, config)
-    start = problem.previous or round_nearest(problem)
+    start = problem.previous or RTN().quantize(problem, ClipOptions())
     if start.adapter is not None:
         raise UsageError(f"`{problem.name}` already has a low-rank correction", hint="--method gptq+lorc")
     decoded = start.weight(problem.grid)
@@ -149,10 +150,7 @@ def stored_adapter(problem: LayerProblem, config: LoRCConfig, factors: Factors) 
 def with_adapter(problem: LayerProblem, start: QuantizedLinear, adapter: Adapter) -> QuantizedLinear:
     """Put a correction beside codes, and report what they lose with it and without it."""
     decoded = start.weight(problem.grid)
-    measured = loss_report(problem, decoded + adapter.product(), decoded)
-    key = "weight_error" if problem.hessian is None else "loss"
-    before = measured[f"{key}_rtn"]
-    nearest = {f"{key}_rtn": before} if problem.previous is None else {}
-    losses = {key: measured[key], f"{key}_before": before, **nearest}
-    report = {**start.report, **losses, "rank": float(adapter.down.shape[0])}
+    corrected = loss_report(problem, decoded + adapter.product(), None)
+    bare = {f"{key}_before": loss for key, loss in loss_report(problem, decoded, None).items()}
+    report = {**start.report, **corrected, **bare, "rank": float(len(adapter.down))}
     return replace(start, adapter=adapter, report=report)
