@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -38,7 +37,7 @@ class TwoStreams:
         cross: Float[Tensor, "in in"],
         full: Float[Tensor, "in in"],
         dampening_frac: float,
-    ) -> Self:
+    ) -> TwoStreams:
         """Prepare both predictions.
 
         Args:
