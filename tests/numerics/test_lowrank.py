@@ -297,6 +297,11 @@ class TestLeadingEigenvectors:
         assert not torch.equal(found, exact)
         torch.testing.assert_close((found.T @ exact).abs(), torch.eye(8).double(), rtol=0, atol=1e-6)
 
+    def test_any_directions_are_projected_out_on_both_sides(self) -> None:
+        seen, basis = moments(40, 100), torch.linalg.qr(noise(40, 5, 8)).Q
+        apart = torch.eye(40).double() - basis @ basis.T
+        torch.testing.assert_close(projected_out(seen, basis), apart @ seen @ apart, rtol=0, atol=1e-9)
+
     def test_dead_inputs_stay_dead_and_others_keep_a_floor(self) -> None:
         seen = moments(40, 100)
         seen[[0, 5]] = seen[:, [0, 5]] = 0.0

@@ -196,7 +196,7 @@ class TestRoundToNearest:
     @pytest.mark.parametrize(("dtype", "bits"), [("bf16", 16), ("int8", 8)])
     def test_bits_of_adapters_are_those_of_the_file(self, desk: Desk, dtype: str, bits: int) -> None:
         settings = {"lorc.rank": "4", "lorc.dtype": dtype, "lorc.reads": "full"}
-        scheme = weights(desk, "int4", activations="int4-token")
+        scheme = read_scheme("", {"weights": "int4", "activations": "int4-token"}, desk.workspace.plugins)
         with_one, without = (
             mitigate(MitigateRequest(str(desk.model), method, scheme, own), desk.workspace)[0]
             for method, own in (("rtn+lorc", settings), ("rtn", {}))
