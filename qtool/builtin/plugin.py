@@ -58,6 +58,10 @@ def register_mitigators() -> Sequence[Entry]:
         _entry("l2qer", "mitigators.l2qer:L2QER", "rank-k correction under mean magnitudes (2402.02446)"),
         _entry("qera", "mitigators.qera:QERA", "rank-k correction with the least output error (2410.06040)"),
         _entry("qera-approx", "mitigators.qera_approx:QERAApprox", "QERA under the Hessian's diagonal (2410.06040)"),
+        _entry("svdquant", "mitigators.svdquant:SVDQuant", "low-rank branch for the large part of W (2411.05007)"),
+        _entry("caldera", "mitigators.caldera:Caldera", "GPTQ and a low-rank correction in turn (2405.18886)"),
+        _entry("lrc", "mitigators.lrc:LRC", "the same, with a branch on the input before rounding (2412.07902)"),
+        _entry("intrinsic", "mitigators.intrinsic:Intrinsic", "GPTQ under what a correction leaves over (2606.01412)"),
     ]
 
 

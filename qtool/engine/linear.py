@@ -98,10 +98,14 @@ class SiteInput(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return what quantized linears multiply with their weights."""
+        return self.both(x)[0]
+
+    def both(self, x: Float[Tensor, "*batch n"]) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
+        """Return the values rounded, and as they are before that, to one reader."""
         seen = self._at(x)
         if seen.rounded is None:
             seen.rounded = self._rounded(seen.operated)
-        return self._read(seen, seen.rounded, x)
+        return self._read(seen, seen.rounded, x), _shaped(seen.operated, x)
 
     def operated(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return the values behind the operators, not rounded: what routers and gates read."""
@@ -138,7 +142,7 @@ class SiteInput(nn.Module):
         seen.left -= 1
         # Writes do not count in inference mode.
         self._seen = seen if seen.left > 0 and not x.is_inference() else None
-        return result if result.shape[:-1] == x.shape[:-1] else result.reshape(*x.shape[:-1], result.shape[-1])
+        return _shaped(result, x)
 
     def _rounded(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         if self.rounding is None:
@@ -146,6 +150,11 @@ class SiteInput(nn.Module):
         if x.ndim == 2 and len(self.windows) > 1 and self.rounding.shared:
             return torch.cat([self.rounding(window) for window in torch.split(x, self.windows) if len(window)])
         return self.rounding(x)
+
+
+def _shaped(result: Tensor, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+    """Return a result with the leading axes of the view that was asked with."""
+    return result if result.shape[:-1] == x.shape[:-1] else result.reshape(*x.shape[:-1], result.shape[-1])
 
 
 class _Seen:
@@ -193,12 +202,13 @@ class ExecutedLinear(nn.Module):
         self.undone: tuple[Acts, ...] = ()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Return ``Ŵ x̂ + b``, with ``up (down x̂)`` of an adapter, behind what undoes operators on the output."""
-        x = self.site(x)
-        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        """Return ``Ŵ x̂ + b``, with an adapter's ``up (down x̂)`` or ``up (down x)``, operators on the output undone."""
+        rounded, full = self.site.both(x)
+        y = torch.nn.functional.linear(rounded, self.weight, self.bias)
         if self.adapter is not None:
-            down, up = self.adapter.down.to(x), self.adapter.up.to(x)
-            y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+            read = full if self.adapter.reads == "full" else rounded
+            down, up = (factor.to(read) for factor in self.adapter.factors(read.dtype))
+            y = y + torch.nn.functional.linear(torch.nn.functional.linear(read, down), up)
         for operator in self.undone:
             y = operator.act(y)
         return y

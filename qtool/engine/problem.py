@@ -4,22 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Float, UInt8
+import torch
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from qtool.engine.grid import GlobalScales, Grid
 from qtool.errors import UsageError
 from qtool.scheme import GroupParameters
 
+Reads: TypeAlias = Literal["quantized", "full"]
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank correction beside a quantized weight: ``y = Ŵ x̂ + up (down x̂)``; both as they are stored."""
+    """A low-rank correction beside a quantized weight: ``y = Ŵ x̂ + up (down x̂)``, as it is stored.
 
-    down: Float[Tensor, "rank in"]
-    up: Float[Tensor, "out rank"]
+    Attributes:
+        down: The factor that reads; codes if it has scales.
+        up: The factor that writes; codes if it has scales.
+        down_scale: What the codes of each component of ``down`` are multiplied by.
+        up_scale: The same of ``up``.
+        reads: What it multiplies: the layer's input as the weight does, or as it is before activations are rounded.
+    """
+
+    down: Float[Tensor, "rank in"] | Int8[Tensor, "rank in"]
+    up: Float[Tensor, "out rank"] | Int8[Tensor, "out rank"]
+    down_scale: Float[Tensor, " rank"] | None = None
+    up_scale: Float[Tensor, " rank"] | None = None
+    reads: Reads = "quantized"
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+        """Return ``down`` and ``up`` as values."""
+        down, up = self.down, self.up
+        if self.down_scale is not None:
+            down = down.float() * self.down_scale.float().unsqueeze(-1)
+        if self.up_scale is not None:
+            up = up.float() * self.up_scale.float()
+        return down.to(dtype), up.to(dtype)
+
+    def product(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """Return what it adds to the weight."""
+        down, up = self.factors(dtype)
+        return up @ down
 
 
 @dataclass(frozen=True)

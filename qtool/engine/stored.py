@@ -1,8 +1,10 @@
 """How quantized linears lie in an artifact: dense codes, scales in their storage format, adapters.
 
 Names are ``<linear>.codes``, ``.scale``, ``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, and
-``<site>.input_global_scale``; of channels that are set apart ``<linear>.segments.<i>.codes`` and so on. Codes are a
-dense bit stream along the input axis, so the bytes stored are the bytes that bits per weight counts.
+``<site>.input_global_scale``; of channels that are set apart ``<linear>.segments.<i>.codes`` and so on. An adapter's
+factors of 8 bits have ``.adapter.down_scale`` and ``.adapter.up_scale``; that of one which reads what is not rounded
+are ``.adapter.full.down`` and so on. Codes are a dense bit stream along the input axis, so the bytes stored are the
+bytes that bits per weight counts.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from torch import Tensor
 
 from qtool.engine.block_problem import Compensation
 from qtool.engine.grid import GlobalScales, Grid, GridPart
-from qtool.engine.problem import Adapter, QuantizedLinear
+from qtool.engine.problem import Adapter, QuantizedLinear, Reads
 from qtool.numerics.packing import pack_codes, unpack_codes
 from qtool.numerics.scales import decode_scale, encode_scale
 from qtool.scheme import GroupParameters
 
 INPUT_GLOBAL_SCALE = ".input_global_scale"
 _COMPENSATION = ("bias", "scale", "down", "up")
+
+_ADAPTERS: Mapping[Reads, str] = {"quantized": ".adapter", "full": ".adapter.full"}
 
 
 def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, Tensor]:
@@ -30,7 +34,7 @@ def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, 
     for prefix, (columns, part), parameters in zip(_names(name, grid), places, linear.parameters, strict=True):
         tensors |= _part_tensors(prefix, linear.codes[:, columns], parameters, part)
     if linear.adapter is not None:
-        tensors |= {f"{name}.adapter.down": linear.adapter.down, f"{name}.adapter.up": linear.adapter.up}
+        tensors |= _adapter_tensors(name, linear.adapter)
     return tensors
 
 
@@ -50,9 +54,8 @@ def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid)
     for prefix, (columns, part) in zip(_names(name, grid), grid.places(n_in), strict=True):
         codes.append(unpack_codes(tensors[f"{prefix}.codes"], part.format.bits, columns.stop - columns.start))
         parameters.append(_read_parameters(prefix, tensors, part))
-    down, up = tensors.get(f"{name}.adapter.down"), tensors.get(f"{name}.adapter.up")
-    adapter = None if down is None or up is None else Adapter(down, up)
-    return QuantizedLinear(codes[0] if len(codes) == 1 else torch.cat(codes, dim=1), tuple(parameters), adapter)
+    joined = codes[0] if len(codes) == 1 else torch.cat(codes, dim=1)
+    return QuantizedLinear(joined, tuple(parameters), _read_adapter(name, tensors))
 
 
 def compensation_tensors(block: str, compensation: Compensation) -> dict[str, Tensor]:
@@ -105,6 +108,24 @@ def _names(name: str, grid: Grid) -> Iterator[str]:
 def _prefixes(name: str, parts: int) -> Iterator[str]:
     yield name
     yield from (f"{name}.segments.{index}" for index in range(parts - 1))
+
+
+def _adapter_tensors(name: str, adapter: Adapter) -> dict[str, Tensor]:
+    """Return the stored tensors of an adapter."""
+    prefix = f"{name}{_ADAPTERS[adapter.reads]}"
+    scales = {"down_scale": adapter.down_scale, "up_scale": adapter.up_scale}
+    tensors = {"down": adapter.down, "up": adapter.up, **scales}
+    return {f"{prefix}.{part}": tensor for part, tensor in tensors.items() if tensor is not None}
+
+
+def _read_adapter(name: str, tensors: Mapping[str, Tensor]) -> Adapter | None:
+    """Read the adapter of a linear, if it has one."""
+    for reads, place in _ADAPTERS.items():
+        prefix = f"{name}{place}"
+        if f"{prefix}.down" in tensors:
+            down_scale, up_scale = (tensors.get(f"{prefix}.{factor}_scale") for factor in ("down", "up"))
+            return Adapter(tensors[f"{prefix}.down"], tensors[f"{prefix}.up"], down_scale, up_scale, reads)
+    return None
 
 
 def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: GridPart) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def check_mitigator(
 def _measured_loss(result: QuantizedLinear, problem: LayerProblem) -> float:
     weight = result.weight(problem.grid)
     if result.adapter is not None:
-        weight = weight + result.adapter.up.float() @ result.adapter.down.float()
+        weight = weight + result.adapter.product()
     return float(relative_loss(problem.weight, weight, problem.need_hessian()))
 
 

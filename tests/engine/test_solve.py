@@ -103,6 +103,9 @@ class TestWhoseStatistics:
         solve(solver(graph, plugins, recorder), linears, weights(linears, graph), {})
         seeds = {name: problem.seed for name, problem in recorder.problems().items()}
         assert seeds == {one.name: 7 + graph.linears.index(one) for one in linears}
+        experts = {name for name, problem in recorder.problems().items() if problem.expert}
+        assert experts == {one.name for one in linears if one.expert is not None}
+        assert 0 < len(experts) < len(linears)
 
 
 class TestWhatIsShared:

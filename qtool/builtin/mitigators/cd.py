@@ -78,7 +78,7 @@ class CD:
 def descend(problem: LayerProblem, start: QuantizedLinear, config: CDConfig) -> QuantizedLinear:
     """Improve the codes of a checked problem; the report has in addition what the passes did."""
     decoded, target = start.weight(problem.grid), problem.weight
-    corrected = 0.0 if start.adapter is None else start.adapter.up.float() @ start.adapter.down.float()
+    corrected = 0.0 if start.adapter is None else start.adapter.product()
     hessian = damped(problem.need_hessian(), config.dampening_frac)
     order = torch.argsort(problem.need_hessian().diagonal(), descending=True, stable=True)
     found = coordinate_descent(
