@@ -48,6 +48,7 @@ def register_mitigators() -> Sequence[Entry]:
         _entry("gptq", "mitigators.gptq:GPTQ", "error feedback through the inverse Hessian (2210.17323)"),
         _entry("ldlq", "mitigators.ldlq:LDLQ", "GPTQ as QuIP has it, with greedy passes behind (2307.13304)"),
         _entry("obq", "mitigators.obq:OBQ", "the greedy order that GPTQ gave up; small layers (2208.11580)"),
+        _entry("spqr", "mitigators.spqr:SpQR", "GPTQ with outliers in 16 bits and scales of two levels (2306.03078)"),
         _entry("cd", "mitigators.cd:CD", "coordinate descent on the codes of another method (2309.01885)"),
         _entry("lorc", "mitigators.lorc:LoRC", "rank-k SVD of the weight error, as LQER (2303.08302, 2402.02446)"),
         _entry("l2qer", "mitigators.l2qer:L2QER", "rank-k correction under mean magnitudes (2402.02446)"),

@@ -107,7 +107,7 @@ class GPTQ:
         ratios: list[Tensor] = []
         solved: GPTQResult | None = None
         try:
-            solved = _solve(stacked, _normalized(hessian), config, ratios)
+            solved = _solve(stacked, normalized(hessian), config, ratios)
         except ShapeError:
             raise
         except NumericalError:
@@ -152,7 +152,7 @@ def _losses(problem: LayerProblem, result: QuantizedLinear) -> dict[str, float]:
     return loss_report(problem, decoded, plain)
 
 
-def _normalized(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+def normalized(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     """Scale by a power of two so that live inputs have a second moment of about 1.
 
     The solver gives dead inputs a second moment of 1, which is to be of the size of the others, whatever the unit.
