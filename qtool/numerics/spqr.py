@@ -31,8 +31,8 @@ class RangeColumns:
         columns: How many.
         group_size: Neighbours that share parameters.
         num_bits: Bits of a code.
-        store: ``store(low [out, groups], step [out, groups])`` returns the parameters of groups whose least value is
-            ``low`` as they are going to be stored; ``step`` is 0 for groups of zeros.
+        store: ``store(scale [out, groups], zero_point [out, groups])`` returns parameters as they are going to be
+            stored; the scale is 0 for groups of zeros.
     """
 
     columns: int
@@ -43,7 +43,7 @@ class RangeColumns:
     def fit(self, groups: Float[Tensor, "out groups size"]) -> GroupParameters:
         """Return the stored parameters of groups, ``[out, groups]``."""
         low, high = groups.amin(-1).float(), groups.amax(-1).float()
-        return self.store(low, _step(low, high, self.num_bits))
+        return self.store(*_range(low, high, self.num_bits))
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def leave_one_out_gain(
     """
 
     def losses(low: Tensor, high: Tensor) -> Tensor:
-        step = _step(low.float(), high.float(), num_bits)
-        step = step.masked_fill(step == 0, 1.0)
-        return ((group - round_integers(group, step, -low.float() / step, num_bits)) / pivots).square()
+        scale, zero_point = _range(low.float(), high.float(), num_bits)
+        rounded = round_integers(group, scale.masked_fill(scale == 0, 1.0), zero_point, num_bits)
+        return ((group - rounded) / pivots).square()
 
     least, largest = group.argmin(-1, keepdim=True), group.argmax(-1, keepdim=True)
     every = losses(group.amin(-1), group.amax(-1))
@@ -171,7 +171,9 @@ class _Loop:
             pivots = self.pivots[first : first + part.group_size]
             inside = leave_one_out_gain(group, pivots, part.num_bits) <= self.threshold
             mean = (group * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
-            group = torch.where(inside, group, mean)
+            others = torch.where(inside, group, mean)
+            # Where no two are left that differ, there is no range to fit.
+            group = torch.where(others.amax(-1, keepdim=True) > others.amin(-1, keepdim=True), others, group)
         return part.fit(group.unsqueeze(1))
 
     def round(self, part: RangeColumns, first: int, fitted: GroupParameters) -> UInt8[Tensor, "out size"]:
@@ -190,12 +192,16 @@ class _Loop:
             self.columns[col + 1 : stop].addr_(self.feedback[col, col + 1 : stop], self.residuals[col], alpha=-1)
         self.columns[stop:].addmm_(self.feedback[first:stop, stop:].T, self.residuals[first:stop], alpha=-1)
         group = self.columns[first:stop].masked_fill(self.outliers[first:stop], 0.0).T.contiguous()
-        return encode_integers(group.unsqueeze(1), *on_grid).squeeze(1)
+        codes: Tensor = encode_integers(group.unsqueeze(1), *on_grid)
+        return codes.squeeze(1)
 
 
-def _step(low: Float[Tensor, "*rows"], high: Float[Tensor, "*rows"], num_bits: int) -> Float[Tensor, "*rows"]:
-    """Return ``(high - low) / (2^b - 1)``; of groups of one value a step by which that has a code."""
-    return torch.where(high > low, high - low, low.abs()) / (2**num_bits - 1)
+def _range(
+    low: Float[Tensor, "*rows"], high: Float[Tensor, "*rows"], num_bits: int
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """Return ``scale = (high - low) / (2^b - 1)`` and ``-low / scale``; a group of one value gets a code for that."""
+    scale = torch.where(high > low, high - low, low.abs()) / (2**num_bits - 1)
+    return scale, -low / scale.masked_fill(scale == 0, 1.0)
 
 
 def _joined(fitted: Sequence[GroupParameters]) -> GroupParameters:
