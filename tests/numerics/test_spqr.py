@@ -118,10 +118,23 @@ def test_the_threshold_is_relative_to_columns_replaced_by_their_mean() -> None:
     assert outlier_threshold(weight[:1], upper, 0.3) == math.inf
 
 
+def test_codes_below_outliers_stand_for_0_as_near_as_may_be() -> None:
+    weight, _, upper = problem(5)
+    found = spqr_round(weight, upper, grid=[RangeColumns(32, 16, 3, plain)], tau=0.05)
+    (own,) = found.parameters
+    assert own.zero_point is not None
+    nearest = own.zero_point.round().clamp(0, 7).repeat_interleave(16, dim=1)
+    assert torch.equal(found.codes[found.outliers].float(), nearest[found.outliers])
+
+
 def test_groups_of_one_value_have_it_exactly() -> None:
     weight = torch.tensor([[0.5] * 4, [-3.0] * 4, [0.0] * 4])
     found = spqr_round(weight, torch.eye(4), grid=[RangeColumns(4, 4, 3, plain)])
     assert torch.equal(found.values, weight)
+    for value in (0.5, -3.0, 0.0):
+        same = torch.full((16, 4), value)
+        two_levels = spqr_round(same, torch.eye(4), grid=[RangeColumns(4, 4, 3, bilevel)])
+        torch.testing.assert_close(two_levels.values, same, rtol=2e-3, atol=1e-6)
 
 
 def test_what_float16_cannot_hold_is_no_outlier() -> None:
