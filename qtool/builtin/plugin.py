@@ -52,6 +52,7 @@ def register_mitigators() -> Sequence[Entry]:
         _entry("beam", "mitigators.beam:Beam", "GPTQ's system searched with several candidates a row (2602.05902)"),
         _entry("ldlq", "mitigators.ldlq:LDLQ", "GPTQ as QuIP has it, with greedy passes behind (2307.13304)"),
         _entry("obq", "mitigators.obq:OBQ", "the greedy order that GPTQ gave up; small layers (2208.11580)"),
+        _entry("spqr", "mitigators.spqr:SpQR", "GPTQ with outliers in 16 bits and scales of two levels (2306.03078)"),
         _entry("autoround", "mitigators.autoround:AutoRound", "rounding and ranges learned from blocks (2309.05516)"),
         _entry("cd", "mitigators.cd:CD", "coordinate descent on the codes of another method (2309.01885)"),
         _entry("lorc", "mitigators.lorc:LoRC", "rank-k SVD of the weight error, as LQER (2303.08302, 2402.02446)"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qtool.engine.grid import GlobalScales, Grid, GridPart
@@ -23,8 +23,9 @@ Observer = Callable[[Float[Tensor, "tokens n"]], None]
 class Rounding:
     """How activations are quantized: dynamic scales in each part of a grid, and calibrated multipliers if any.
 
-    What all tokens share (the scale of the strategy ``tensor``, a multiplier that was not calibrated) is taken over one
-    window, so that no window sees which others run beside it. Values of more than two axes are windows along the first.
+    What all tokens share (the scale of the strategy ``tensor``, a multiplier that was not calibrated, which columns are
+    outliers) is taken over one window, so that no window sees which others run beside it. Values of more than two axes
+    are windows along the first.
 
     Attributes:
         grid: The parts of the last axis.
@@ -44,7 +45,9 @@ class Rounding:
     @property
     def shared(self) -> bool:
         """Whether the tokens of a window share something that is fitted to them."""
-        return any(part.scheme.strategy == "tensor" for part in self.grid.parts) or any(self._fits_multiplier)
+        schemes = [part.scheme for part in self.grid.parts]
+        apart = any(scheme.outlier_threshold is not None for scheme in schemes)
+        return apart or any(scheme.strategy == "tensor" for scheme in schemes) or any(self._fits_multiplier)
 
     @cached_property
     def _calibrated(self) -> GlobalScales:
@@ -62,9 +65,17 @@ class Rounding:
         places = self.grid.places(x.shape[-1])
         for (columns, part), scale, fits in zip(places, self._calibrated, self._fits_multiplier, strict=True):
             values = x[..., columns]
-            multiplier = part.global_scale(values.abs().amax().float()) if fits else scale
-            rounded.append(_rounded_part(values, part, multiplier))
+            outliers = _outlier_columns(values, part.scheme.outlier_threshold)
+            inner = values if outliers is None else values.masked_fill(outliers, 0.0)
+            multiplier = part.global_scale(inner.abs().amax().float()) if fits else scale
+            inner = _rounded_part(inner, part, multiplier)
+            rounded.append(inner if outliers is None else torch.where(outliers, values, inner))
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=-1)
+
+
+def _outlier_columns(x: Float[Tensor, "*batch n"], threshold: float | None) -> Bool[Tensor, " n"] | None:
+    """Say which columns hold a value of a magnitude that is not quantized; None where all magnitudes are."""
+    return None if threshold is None else (x.abs() >= threshold).flatten(0, -2).any(0)
 
 
 def _rounded_part(x: Float[Tensor, "*batch n"], part: GridPart, scale: Tensor | None) -> Float[Tensor, "*batch n"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qtool.engine.grid import GlobalScales, Grid
 from qtool.errors import UsageError
+from qtool.numerics.outliers import Outliers
 from qtool.scheme import GroupParameters
 
 Reads: TypeAlias = Literal["quantized", "full"]
@@ -61,6 +62,7 @@ class QuantizedLinear:
         adapter: Low-rank correction, if any.
         report: What happened, as numbers: ``loss`` and ``loss_rtn`` (tr(EHEᵀ)/tr(WHWᵀ)), ``dampening_frac``, ….
         counters: What was not as usual, summed over the model: ``dead_columns``, ``raised_dampening``, ….
+        outliers: Weights in 16 bits that stand in place of what their codes decode to, if any.
     """
 
     codes: UInt8[Tensor, "out in"]
@@ -68,10 +70,12 @@ class QuantizedLinear:
     adapter: Adapter | None = None
     report: Mapping[str, float] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    outliers: Outliers | None = None
 
     def weight(self, grid: Grid) -> Float[Tensor, "out in"]:
-        """Return the decoded weight in float32, without the adapter."""
-        return grid.decode(self.codes, self.parameters)
+        """Return the decoded weight in float32, outliers in it, without the adapter."""
+        decoded = grid.decode(self.codes, self.parameters)
+        return decoded if self.outliers is None else self.outliers.put(decoded)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from qtool.numerics.levels import level_codes
 from qtool.scheme import Format, GroupParameters
 
 
@@ -44,13 +45,12 @@ def levels_of(fmt: Format, *, zero_points: bool, device: torch.device) -> Levels
         zero_points: Whether codes are counted from a zero point, which is 0 here.
         device: Where the result is to be.
     """
-    codes = torch.arange(2**fmt.bits, device=device).to(torch.uint8)
+    every, standing = torch.arange(2**fmt.bits, device=device).to(torch.uint8), level_codes(fmt).to(device)
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
-    decoded = fmt.decode(codes.unsqueeze(0), GroupParameters(one, zero if zero_points else None)).squeeze(0)
-    values = torch.unique(decoded[torch.isfinite(decoded)])
+    parameters = GroupParameters(one, zero if zero_points else None)
+    decoded, values = (fmt.decode(codes.unsqueeze(0), parameters).squeeze(0) for codes in (every, standing))
     places = torch.searchsorted(values, decoded.nan_to_num()).clamp(max=len(values) - 1)
-    standing = torch.tensor([int((decoded == value).nonzero()[0]) for value in values], device=device)
-    return Levels(values, codes[standing], places)
+    return Levels(values, standing, places)
 
 
 def cells(x: Float[Tensor, "*shape"], levels: Float[Tensor, " k"]) -> Int[Tensor, "*shape"]:

@@ -456,6 +456,7 @@ REFUSED = [
     ("int4-sym-g32-sfp16", "", "", "compute in float16", "--weights int4-sym-g32-sbf16"),
     ("int8-sym-channel-se8m0", "int8-sym-token", "", "no such scales", "--weights int8-sym-channel-sbf16"),
     ("int4-sym-g32", "fp8-token", "", "integer activations", "--activations int8-sym-token"),
+    ("int8-sym-channel", "int8-sym-token-o6", "", "quantize all columns", "--activations int8-sym-token-sbf16"),
     ("fp8-channel", "int8-sym-token", "", "FP8 activations", "--activations fp8-token"),
     ("mxfp4", "mxfp4-floor", "", "MXFP4 activations", "--activations mxfp4"),
     ("mxfp4", "int8-sym-token", "", "MXFP4 activations", "--activations mxfp4"),

@@ -141,7 +141,7 @@ def solve_siblings(
     ratios: list[Tensor] = []
     solved: GPTQResult | None = None
     try:
-        solved = _solve(_normalized(stacked), config, ratios, steer)
+        solved = _solve(normalized(stacked), config, ratios, steer)
     except ShapeError:
         raise
     except NumericalError:
@@ -186,7 +186,7 @@ def _losses(problem: LayerProblem, result: QuantizedLinear) -> dict[str, float]:
     return loss_report(problem, decoded, plain)
 
 
-def _normalized(problem: LayerProblem) -> LayerProblem:
+def normalized(problem: LayerProblem) -> LayerProblem:
     """Scale both moments by a power of two so that live inputs have a second moment of about 1.
 
     The solver gives dead inputs a second moment of 1, which is to be of the size of the others, whatever the unit.
