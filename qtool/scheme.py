@@ -7,7 +7,7 @@ A *model scheme* has one tensor scheme each for weights, activations and the KV 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
     <format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-tight|-full|-half][-even|-floor|-rceil]
-        [-c<fraction of the range>]
+        [-c<fraction of the range>][-o<magnitude of outliers>]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_chec
 from qtool.errors import SchemeError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Integer
+    from jaxtyping import Float, Integer, UInt8
     from torch import Tensor
 
 Strategy = Literal["tensor", "channel", "token", "group"]
@@ -50,6 +50,8 @@ class TensorScheme:
             (OCP MX), ``rceil`` (never saturates).
         clip: Fraction of each group's range that is kept, from 0.01 to 1; what lies outside saturates. A method that
             searches the range of weights starts from it.
+        outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
+            stay in 16 bits, and the others are quantized as if those were 0; None quantizes all.
     """
 
     format: str
@@ -60,6 +62,7 @@ class TensorScheme:
     range_rule: RangeRule = "tight"
     exponent_rule: ExponentRule = "even"
     clip: float = 1.0
+    outlier_threshold: float | None = None
 
     def __str__(self) -> str:
         where = f"g{self.group_size}" if self.strategy == "group" else self.strategy
@@ -70,6 +73,8 @@ class TensorScheme:
             parts.append(self.exponent_rule)
         if self.clip != 1:
             parts.append(f"c{self.clip!r}")
+        if self.outlier_threshold is not None:
+            parts.append(f"o{self.outlier_threshold!r}".removesuffix(".0"))
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:
@@ -124,13 +129,20 @@ class ModelScheme:
         return ", ".join([*parts, "a scale per head at o_proj"] if self.scale_per_head else parts)
 
     def check(self) -> None:
-        """Refuse a strategy that means nothing where it stands.
+        """Refuse a part of a scheme that means nothing where it stands.
 
         Raises:
-            SchemeError: Weights with a scale a token, or activations or a cache with a scale an output row.
+            SchemeError: Weights with a scale a token, or activations or a cache with a scale an output row; or outliers
+                of anything but activations.
         """
         for name, vector in VECTORS.items():
             part: TensorScheme | None = getattr(self, name)
+            if part is not None and part.outlier_threshold is not None and name != "activations":
+                raise SchemeError(
+                    f"{name} have no outlier columns: those are of activations",
+                    facts=(("scheme", part),),
+                    hint=f"nearest that works: --{name} {replace(part, outlier_threshold=None)}",
+                )
             if part is not None and part.strategy in ("channel", "token") and part.strategy != vector:
                 nearest = replace(part, strategy=vector)
                 raise SchemeError(
@@ -151,16 +163,39 @@ class ModelScheme:
 
 
 @dataclass(frozen=True)
+class SecondLevel:
+    """Scales or zero points of neighbouring rows as codes: ``low + step * code``.
+
+    Attributes:
+        codes: One a value, in ``[0, 2**bits)``.
+        low: The least value of each block of rows, as stored, in float32.
+        step: The value of one code, likewise.
+        bits: Bits of a code.
+        block: Rows that share ``low`` and ``step``; the last block may have fewer.
+    """
+
+    codes: UInt8[Tensor, "rows groups"]
+    low: Float[Tensor, "blocks groups"]
+    step: Float[Tensor, "blocks groups"]
+    bits: int
+    block: int
+
+
+@dataclass(frozen=True)
 class GroupParameters:
     """What decodes a group's codes besides the codes: all values already as stored, held in float32.
 
     ``scale`` and ``zero_point`` have one entry a group (the groups' shape without its last axis); ``zero_point`` is
     in units of codes; ``global_scale`` is a scalar that multiplies every scale (second level of E4M3 scales).
+    Scales and zero points that are codes themselves come with ``scale_codes`` and ``zero_point_codes``, which are then
+    what is stored.
     """
 
     scale: Float[Tensor, "*rows"]
     zero_point: Float[Tensor, "*rows"] | None = None
     global_scale: Float[Tensor, ""] | None = None
+    scale_codes: SecondLevel | None = None
+    zero_point_codes: SecondLevel | None = None
 
     def step(self) -> Float[Tensor, "*rows"]:
         """Return the value of one code step: ``scale`` times ``global_scale``."""
@@ -225,6 +260,7 @@ class Format(Protocol):
 
 _GROUP = re.compile(r"g(\d+)")
 _CLIP = re.compile(r"c(\d*\.?\d+)")
+_OUTLIERS = re.compile(r"o(\d*\.?\d+)")
 
 
 def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: Strategy = "channel") -> TensorScheme:
@@ -269,6 +305,8 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, exponent_rule=part)  # type: ignore[arg-type]
     if kept := _CLIP.fullmatch(part):
         return replace(scheme, clip=float(kept[1]))
+    if outliers := _OUTLIERS.fullmatch(part):
+        return replace(scheme, outlier_threshold=float(outliers[1]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
         facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-c<fraction>]"),),

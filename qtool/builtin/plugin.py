@@ -49,13 +49,23 @@ def register_mitigators() -> Sequence[Entry]:
         _entry(
             "guidedquant", "mitigators.guidedquant:GuidedQuant", "GPTQ on Hessians weighed by gradients (2505.07004)"
         ),
+        _entry("gptaq", "mitigators.gptaq:GPTAQ", "GPTQ towards the full-precision stream's outputs (2504.02692)"),
+        _entry("foem", "mitigators.foem:FOEM", "GPTQ with a first-order term, which undoes drift (2507.11017)"),
+        _entry("qronos", "mitigators.qronos:Qronos", "GPTQ on a weight solved for the quantized stream (2505.11695)"),
+        _entry("beam", "mitigators.beam:Beam", "GPTQ's system searched with several candidates a row (2602.05902)"),
         _entry("ldlq", "mitigators.ldlq:LDLQ", "GPTQ as QuIP has it, with greedy passes behind (2307.13304)"),
         _entry("obq", "mitigators.obq:OBQ", "the greedy order that GPTQ gave up; small layers (2208.11580)"),
+        _entry("spqr", "mitigators.spqr:SpQR", "GPTQ with outliers in 16 bits and scales of two levels (2306.03078)"),
+        _entry("autoround", "mitigators.autoround:AutoRound", "rounding and ranges learned from blocks (2309.05516)"),
         _entry("cd", "mitigators.cd:CD", "coordinate descent on the codes of another method (2309.01885)"),
         _entry("lorc", "mitigators.lorc:LoRC", "rank-k SVD of the weight error, as LQER (2303.08302, 2402.02446)"),
         _entry("l2qer", "mitigators.l2qer:L2QER", "rank-k correction under mean magnitudes (2402.02446)"),
         _entry("qera", "mitigators.qera:QERA", "rank-k correction with the least output error (2410.06040)"),
         _entry("qera-approx", "mitigators.qera_approx:QERAApprox", "QERA under the Hessian's diagonal (2410.06040)"),
+        _entry("svdquant", "mitigators.svdquant:SVDQuant", "low-rank branch for the large part of W (2411.05007)"),
+        _entry("caldera", "mitigators.caldera:Caldera", "GPTQ and a low-rank correction in turn (2405.18886)"),
+        _entry("lrc", "mitigators.lrc:LRC", "the same, with a branch on the input before rounding (2412.07902)"),
+        _entry("intrinsic", "mitigators.intrinsic:Intrinsic", "GPTQ under what a correction leaves over (2606.01412)"),
     ]
 
 
@@ -118,6 +128,9 @@ def register_statistics() -> Sequence[Entry]:
         _entry("mean_abs", f"{channel}:MeanAbs", "mean magnitude of each channel"),
         _entry("sample", "statistics.sample:Sample", "whole token rows drawn with a seed"),
         _entry("saliency", "statistics.saliency:Saliency", "squared gradients at the outputs of linears (2505.07004)"),
+        _entry("cross", "statistics.cross:Cross", "moment with the input in full precision; gathered by mitigate"),
+        _entry("full_hessian", "statistics.cross:FullHessian", "moment in full precision; gathered by mitigate"),
+        _entry("held_out", "statistics.cross:HeldOut", "part of the last tenth of the windows; gathered by mitigate"),
     ]
 
 

@@ -25,6 +25,11 @@ NAME = "qtool"
 CHILD = "kv_path"
 
 
+def cache_rounding(scheme: TensorScheme | None, fmt: Format | None) -> Rounding | None:
+    """Return how keys and values are rounded, or None."""
+    return None if scheme is None or fmt is None else Rounding(Grid.of(scheme, fmt))
+
+
 class KVPath(nn.Module):
     """What happens between the rotary positions and the attention itself.
 
@@ -37,7 +42,7 @@ class KVPath(nn.Module):
     def __init__(self, operators: tuple[Turns, ...], scheme: TensorScheme | None, fmt: Format | None) -> None:
         super().__init__()
         self.operators = operators
-        self.rounding = None if scheme is None or fmt is None else Rounding(Grid.of(scheme, fmt))
+        self.rounding = cache_rounding(scheme, fmt)
 
     def forward(
         self,

@@ -5,24 +5,37 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
 
+from qtool.engine.block_problem import BlockResult, Compensation
 from qtool.engine.experts import Mode
 from qtool.engine.grid import Grid
 from qtool.engine.network import Network
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.saliency import SALIENCY
-from qtool.engine.solve import Solver
+from qtool.engine.solve import Method, Solution, Solver
 from qtool.engine.starved import DEFAULT_SHARE, Completed, Routing, complete, expert_notes
-from qtool.engine.stored import input_scales, linear_tensors, read_input_scales, read_linear
+from qtool.engine.stored import (
+    compensation_tensors,
+    input_scales,
+    linear_tensors,
+    read_compensation,
+    read_input_scales,
+    read_linear,
+)
 from qtool.engine.subject import BlockContent, Subject
 from qtool.model.graph import LinearSite
 from qtool.model.statistics import SiteStatistics
 
 InputGrids = Callable[[LinearSite], Grid | None]
 """What the input of a linear is rounded to."""
+
+Refine = Callable[[Method, Mapping[str, LayerProblem]], BlockResult]
+"""Runs a block-wise method on the problems of a block's linears by full name."""
 
 
 def static_inputs(subject: Subject) -> InputGrids | None:
@@ -37,14 +50,20 @@ class SolvedBlock:
     """A block, or as much of it as has been solved.
 
     Attributes:
-        linears: Quantized linears by full name.
+        solution: Quantized linears, and what their weights stand for.
         scales: Tensor-level multipliers of activations, by the name that they are stored under.
         seen: What the experts of each stage went by, without the statistics themselves.
+        statistics: What is known of the sites, while methods are left that want to know.
+        compensation: What is added to the block's output, if anything.
+        report: What block-wise methods have to say.
     """
 
-    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    solution: Solution = field(default_factory=Solution)
     scales: dict[str, Tensor] = field(default_factory=dict)
     seen: list[Completed] = field(default_factory=list)
+    statistics: dict[str, SiteStatistics] = field(default_factory=dict)
+    compensation: Compensation | None = None
+    report: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,19 +88,31 @@ class BlockSolver:
         static = () if self.inputs is None else ("absmax",)
         return tuple(dict.fromkeys((*self.solver.needs, *static)))
 
+    @cached_property
+    def leading(self) -> tuple[Method, ...]:
+        """The methods that run before any that sees the whole block."""
+        return tuple(takewhile(lambda method: not method.of_block, self.solver.methods))
+
+    @cached_property
+    def following(self) -> tuple[Method, ...]:
+        """The first method that sees the whole block, and all behind it."""
+        return tuple(self.solver.methods[len(self.leading) :])
+
     def solve(
         self,
         linears: Sequence[LinearSite],
         state: Mapping[str, Tensor],
         statistics: Mapping[str, SiteStatistics],
+        block: SolvedBlock,
         tokens: Tensor | None = None,
-    ) -> SolvedBlock:
-        """Solve linears of one block, all or those of a stage.
+    ) -> None:
+        """Solve linears of one block, all or those of a stage, by the leading methods.
 
         Args:
             linears: Which.
             state: The block's float tensors by name inside the block.
             statistics: What is known of the sites that they read, by site name; none where no method needs any.
+            block: What has been solved of the block; modified.
             tokens: How many tokens each expert was sent.
         """
         routing = None if tokens is None else Routing(tokens, self.share)
@@ -93,9 +124,33 @@ class BlockSolver:
                 for need in (one for one in self.needs if one != SALIENCY):  # what becomes of it is each linear's own
                     site = linear.observed if linear.observed in known.statistics else linear.spec.reads
                     known.statistics[site].need(need, site=f"layers.{linear.layer}.{site}")
-        solved = self.solver.solve(linears, state, known.statistics)
-        scales = self._static_scales(linears, known.statistics)
-        return SolvedBlock(solved, scales, [replace(known, statistics={})])
+        self.solver.solve(self.leading, linears, state, known.statistics, block.solution)
+        block.scales |= self._static_scales(linears, known.statistics)
+        block.seen.append(replace(known, statistics={}))
+        if self.following:
+            block.statistics |= known.statistics
+
+    def finish(
+        self, linears: Sequence[LinearSite], state: Mapping[str, Tensor], block: SolvedBlock, refine: Refine
+    ) -> None:
+        """Run the methods that follow on a block whose linears are all solved.
+
+        Args:
+            linears: All of the block.
+            state: The block's float tensors by name inside the block.
+            block: What has been solved of the block; modified.
+            refine: Runs a block-wise method on the problems of the linears.
+        """
+        for method in self.following:
+            if not method.of_block:
+                self.solver.solve([method], linears, state, block.statistics, block.solution)
+                continue
+            stacks = self.solver.problems(linears, state, block.statistics, block.solution)
+            result = refine(method, {one.name: one for stack in stacks for one in stack})
+            block.solution.linears |= result.linears
+            block.compensation = result.compensation or block.compensation
+            block.report |= result.report
+        block.statistics = {}
 
     def _static_scales(self, linears: Sequence[LinearSite], known: Mapping[str, SiteStatistics]) -> dict[str, Tensor]:
         """Return the calibrated tensor-level multipliers; of a site that all experts read there is one for all."""
@@ -126,7 +181,8 @@ class BlockSolver:
             tensors: What ``stored`` made of the block.
         """
         graph = self.solver.graph
-        network.load(layer, BlockContent(state))
+        compensation = read_compensation(graph.block_name(layer), tensors)
+        network.load(layer, BlockContent(state, compensation=compensation))
         read: dict[str, str] = {}
         for linear in graph.linears_of(layer):  # one at a time: decoded, they take several times what codes take
             found = read_linear(linear.name, graph.width(linear.spec.reads), tensors, self.solver.grid_of(linear))
@@ -141,12 +197,19 @@ class BlockSolver:
         """Return a solved block as tensors, and what there is to say of it as plain values."""
         tensors = dict(solved.scales)
         counters: Counter[str] = Counter()
-        sites = {linear.name: linear for linear in self.solver.graph.linears}
-        for name, linear in solved.linears.items():
+        graph = self.solver.graph
+        sites = {linear.name: linear for linear in graph.linears}
+        for name, linear in solved.solution.linears.items():
             tensors |= linear_tensors(name, linear, self.solver.grid_of(sites[name]))
             counters.update(linear.counters)
+        if solved.compensation is not None:
+            layer = sites[next(iter(solved.solution.linears))].layer
+            tensors |= compensation_tensors(graph.block_name(layer), solved.compensation)
         experts = expert_notes(solved.seen)
         counters.update({name: len(experts[name]) for name in ("shrunk_experts", "experts_rtn") if name in experts})
-        reports = {name: dict(linear.report) for name, linear in solved.linears.items()}
-        notes = {"reports": reports, "counters": {k: v for k, v in counters.items() if v}}
+        aimed = solved.solution.reports
+        reports = {name: {**linear.report, **aimed.get(name, {})} for name, linear in solved.solution.linears.items()}
+        notes: dict[str, Any] = {"reports": reports, "counters": {k: v for k, v in counters.items() if v}}
+        if solved.report:
+            notes["block"] = solved.report
         return tensors, {**notes, **({"experts": experts} if experts else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -91,7 +92,29 @@ class GradientStatistic(Protocol):
         """Return an accumulator for a linear with ``n`` outputs, which is shown their gradients, tokens in order."""
 
 
-AnyStatistic = Statistic | GradientStatistic
+@runtime_checkable
+class PairedAccumulator(Protocol):
+    """A statistic that compares what a site reads with what it would read in full precision."""
+
+    def update_pair(self, x: Float[Tensor, "tokens n"], exact: Float[Tensor, "tokens n"]) -> None:
+        """Take in the site's input for some tokens, and what it is in full precision, both in float32."""
+
+    def result(self) -> Tensor:
+        """Return the statistic of all tokens seen."""
+
+
+@runtime_checkable
+class PairedStatistic(Protocol):
+    """A statistic that only ``mitigate`` can gather, where quantized activations run beside those in full precision."""
+
+    version: int
+
+    def start_pair(self, n: int, gathering: Gathering, device: torch.device) -> PairedAccumulator:
+        """Return an accumulator for a site whose input has ``n`` channels."""
+
+
+SiteStatistic = Statistic | PairedStatistic
+AnyStatistic = SiteStatistic | GradientStatistic
 
 
 @runtime_checkable
@@ -126,9 +149,10 @@ class SiteObserver:
         gathering: What the accumulators are told.
     """
 
-    def __init__(self, site: str, statistics: Mapping[str, Statistic], gathering: Gathering) -> None:
+    def __init__(self, site: str, statistics: Mapping[str, SiteStatistic], gathering: Gathering) -> None:
         self.site, self.statistics, self.gathering = site, statistics, gathering
-        self.accumulators: dict[str, Accumulator] = {}
+        self.accumulators: dict[str, Accumulator | PairedAccumulator] = {}
+        self.exact: deque[Tensor] = deque()
         self.tokens = 0
 
     def __call__(self, x: Float[Tensor, "tokens n"]) -> None:
@@ -138,12 +162,21 @@ class SiteObserver:
         x = x.float()
         if not self.accumulators:
             self.accumulators = {
-                name: statistic.start(x.shape[-1], self.gathering, x.device)
+                name: _started(statistic, x.shape[-1], self.gathering, x.device)
                 for name, statistic in self.statistics.items()
             }
+        exact = self.exact.popleft().float() if self.exact else None
         for accumulator in self.accumulators.values():
-            accumulator.update(x)
+            if not isinstance(accumulator, PairedAccumulator):
+                accumulator.update(x)
+            elif exact is not None:
+                accumulator.update_pair(x, exact)
         self.tokens += x.shape[0]
+
+    def remember(self, exact: Float[Tensor, "tokens n"]) -> None:
+        """Take in what the next tokens are in full precision."""
+        if len(exact):
+            self.exact.append(exact)
 
     def result(self) -> SiteStatistics:
         """Return what was gathered, on the host, and let go of it: of an expert without tokens, nothing.
@@ -162,11 +195,19 @@ class SiteObserver:
         return SiteStatistics(self.tokens, entries)
 
 
+def _started(
+    statistic: SiteStatistic, n: int, gathering: Gathering, device: torch.device
+) -> Accumulator | PairedAccumulator:
+    if isinstance(statistic, PairedStatistic):
+        return statistic.start_pair(n, gathering, device)
+    return statistic.start(n, gathering, device)
+
+
 @contextmanager
 def observing(
     sites: Mapping[str, SiteInput],
     layer: int,
-    wanted: Mapping[str, Mapping[str, Statistic]],
+    wanted: Mapping[str, Mapping[str, SiteStatistic]],
     gathering: Gathering,
 ) -> Iterator[dict[str, SiteObserver]]:
     """Attach observers to sites of a block for as long as the context lasts.

@@ -142,7 +142,7 @@ def scheme_in(scheme: TensorScheme, fmt: Format) -> TensorScheme:
     What the format cannot carry is as in its defaults; of several ways the one that gives up least, the rule first. The
     whole range is kept: channels are set apart since their largest values matter, so the clip is for the others.
     """
-    own = replace(fmt.defaults, format=fmt.name)
+    own = replace(fmt.defaults, format=fmt.name, outlier_threshold=scheme.outlier_threshold)
     for with_groups, with_symmetry, with_scale, with_rule in product((True, False), repeat=4):
         tried = replace(own, strategy=scheme.strategy, group_size=scheme.group_size) if with_groups else own
         tried = replace(tried, symmetric=scheme.symmetric) if with_symmetry else tried

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.engine.gather import AnyStatistic, Gathering, GradientStatistic, Statistic
+from qtool.engine.gather import AnyStatistic, Gathering, GradientStatistic, SiteStatistic
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
 from qtool.numerics.moments import add_second_moment
@@ -63,7 +63,7 @@ class GuidedAccumulator:
 
 def statistics_at(
     layer: int, site: str, linears: Iterable[LinearSite], statistics: Mapping[str, AnyStatistic], gathering: Gathering
-) -> dict[str, Statistic]:
+) -> dict[str, SiteStatistic]:
     """Return what to gather at a site: in place of what was gathered of gradients, what it is needed for.
 
     Args:
@@ -76,7 +76,7 @@ def statistics_at(
     Raises:
         UsageError: No saliency is known.
     """
-    found: dict[str, Statistic] = {
+    found: dict[str, SiteStatistic] = {
         name: one for name, one in statistics.items() if not isinstance(one, GradientStatistic)
     }
     if len(found) == len(statistics):

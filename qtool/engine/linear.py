@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qtool.engine.grid import GlobalScales, Grid, GridPart
 from qtool.engine.online import Acts
 from qtool.engine.problem import Adapter
 from qtool.numerics.groups import from_groups
+from qtool.numerics.straight_through import straight_through
 
 Observer = Callable[[Float[Tensor, "tokens n"]], None]
 OutputObserver = Callable[[Float[Tensor, "*batch out"]], None]
@@ -23,8 +24,9 @@ OutputObserver = Callable[[Float[Tensor, "*batch out"]], None]
 class Rounding:
     """How activations are quantized: dynamic scales in each part of a grid, and calibrated multipliers if any.
 
-    What all tokens share (the scale of the strategy ``tensor``, a multiplier that was not calibrated) is taken over one
-    window, so that no window sees which others run beside it. Values of more than two axes are windows along the first.
+    What all tokens share (the scale of the strategy ``tensor``, a multiplier that was not calibrated, which columns are
+    outliers) is taken over one window, so that no window sees which others run beside it. Values of more than two axes
+    are windows along the first.
 
     Attributes:
         grid: The parts of the last axis.
@@ -35,15 +37,18 @@ class Rounding:
     global_scales: GlobalScales = ()
 
     def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return the values that the codes of ``x`` stand for, in the dtype of ``x``."""
+        """Return the values that the codes of ``x`` stand for, in its dtype; gradients pass straight through."""
+        values = x.detach()
         if x.ndim > 2 and self.shared:
-            return torch.stack([self._rounded(window) for window in x])
-        return self._rounded(x)
+            return straight_through(x, torch.stack([self._rounded(window) for window in values]))
+        return straight_through(x, self._rounded(values))
 
     @property
     def shared(self) -> bool:
         """Whether the tokens of a window share something that is fitted to them."""
-        return any(part.scheme.strategy == "tensor" for part in self.grid.parts) or any(self._fits_multiplier)
+        schemes = [part.scheme for part in self.grid.parts]
+        apart = any(scheme.outlier_threshold is not None for scheme in schemes)
+        return apart or any(scheme.strategy == "tensor" for scheme in schemes) or any(self._fits_multiplier)
 
     @cached_property
     def _calibrated(self) -> GlobalScales:
@@ -61,9 +66,17 @@ class Rounding:
         places = self.grid.places(x.shape[-1])
         for (columns, part), scale, fits in zip(places, self._calibrated, self._fits_multiplier, strict=True):
             values = x[..., columns]
-            multiplier = part.global_scale(values.abs().amax().float()) if fits else scale
-            rounded.append(_rounded_part(values, part, multiplier))
+            outliers = _outlier_columns(values, part.scheme.outlier_threshold)
+            inner = values if outliers is None else values.masked_fill(outliers, 0.0)
+            multiplier = part.global_scale(inner.abs().amax().float()) if fits else scale
+            inner = _rounded_part(inner, part, multiplier)
+            rounded.append(inner if outliers is None else torch.where(outliers, values, inner))
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=-1)
+
+
+def _outlier_columns(x: Float[Tensor, "*batch n"], threshold: float | None) -> Bool[Tensor, " n"] | None:
+    """Say which columns hold a value of a magnitude that is not quantized; None where all magnitudes are."""
+    return None if threshold is None else (x.abs() >= threshold).flatten(0, -2).any(0)
 
 
 def _rounded_part(x: Float[Tensor, "*batch n"], part: GridPart, scale: Tensor | None) -> Float[Tensor, "*batch n"]:
@@ -97,10 +110,14 @@ class SiteInput(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return what quantized linears multiply with their weights."""
+        return self.both(x)[0]
+
+    def both(self, x: Float[Tensor, "*batch n"]) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
+        """Return the values rounded, and as they are before that, to one reader."""
         seen = self._at(x)
         if seen.rounded is None:
             seen.rounded = self._rounded(seen.operated)
-        return self._read(seen, seen.rounded, x)
+        return self._read(seen, seen.rounded, x), _shaped(seen.operated, x)
 
     def operated(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return the values behind the operators, not rounded: what routers and gates read."""
@@ -137,7 +154,7 @@ class SiteInput(nn.Module):
         seen.left -= 1
         # Writes do not count in inference mode.
         self._seen = seen if seen.left > 0 and not x.is_inference() else None
-        return result if result.shape[:-1] == x.shape[:-1] else result.reshape(*x.shape[:-1], result.shape[-1])
+        return _shaped(result, x)
 
     def _rounded(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         if self.rounding is None:
@@ -145,6 +162,11 @@ class SiteInput(nn.Module):
         if x.ndim == 2 and len(self.windows) > 1 and self.rounding.shared:
             return torch.cat([self.rounding(window) for window in torch.split(x, self.windows) if len(window)])
         return self.rounding(x)
+
+
+def _shaped(result: Tensor, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+    """Return a result with the leading axes of the view that was asked with."""
+    return result if result.shape[:-1] == x.shape[:-1] else result.reshape(*x.shape[:-1], result.shape[-1])
 
 
 class _Seen:
@@ -193,12 +215,13 @@ class ExecutedLinear(nn.Module):
         self.output_observer: OutputObserver | None = None
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Return ``Ŵ x̂ + b``, with ``up (down x̂)`` of an adapter, behind what undoes operators on the output."""
-        x = self.site(x)
-        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        """Return ``Ŵ x̂ + b``, with an adapter's ``up (down x̂)`` or ``up (down x)``, operators on the output undone."""
+        rounded, full = self.site.both(x)
+        y = torch.nn.functional.linear(rounded, self.weight, self.bias)
         if self.adapter is not None:
-            down, up = self.adapter.down.to(x), self.adapter.up.to(x)
-            y = y + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+            read = full if self.adapter.reads == "full" else rounded
+            down, up = (factor.to(read) for factor in self.adapter.factors(read.dtype))
+            y = y + torch.nn.functional.linear(torch.nn.functional.linear(read, down), up)
         if self.output_observer is not None:
             self.output_observer(y)
         for operator in self.undone:

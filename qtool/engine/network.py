@@ -9,7 +9,9 @@ place of its blocks. Peak memory is embedding, head and one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
+from qtool.engine.block_problem import Compensation
 from qtool.engine.experts import ExecutedExperts, Mode, executed_experts
 from qtool.engine.fold import output_operators
-from qtool.engine.linear import ExecutedLinear, Observer, SiteInput
+from qtool.engine.linear import ExecutedLinear, Observer, Rounding, SiteInput
 from qtool.engine.online import with_kernels
 from qtool.engine.stubs import Stub, UnpackedError, stubs_for
 from qtool.engine.subject import BlockContent, Subject
@@ -66,6 +69,7 @@ class Network:
         self.blocks: nn.ModuleList = self.module.get_submodule(family.layers)
         self._tuples = False  # whether blocks return tuples
         self.experts: dict[int, ExecutedExperts] = {}
+        self.compensations: dict[int, Compensation | None] = {}
         self.sites: list[dict[str, SiteInput]] = [self._equip(layer, observed) for layer in range(len(self.blocks))]
         for owner in self.module.modules():
             for key, buffer in owner.named_buffers(recurse=False):
@@ -92,7 +96,23 @@ class Network:
         path = KVPath(with_kernels(operators, self.subject.plugins, self.device), scheme, fmt)
         block.get_submodule(graph.family.attention).add_module(CHILD, path)
         _release(block)
+        block.register_forward_hook(partial(self._compensated, layer), with_kwargs=True)
         return sites
+
+    def _compensated(
+        self,
+        layer: int,
+        _: nn.Module,
+        given: tuple[Any, ...],
+        named: dict[str, Any],
+        result: Tensor | tuple[Any, ...],
+    ) -> Tensor | tuple[Any, ...]:
+        """Add to the output of a block what a mitigator found to be missing."""
+        compensation = self.compensations.get(layer)
+        if compensation is None:
+            return result
+        missing = compensation.of(given[0] if given else named["hidden_states"])
+        return (result[0] + missing, *result[1:]) if isinstance(result, tuple) else result + missing
 
     def _load_ends(self) -> None:
         """Load what lies around the blocks: as the plan leaves it, or as it is stored."""
@@ -159,6 +179,7 @@ class Network:
                 site.operators = with_kernels(plan.online, self.subject.plugins, self.device)
             rounded_as = name if name in shared else name.rpartition(".")[2]
             site.rounding = self.subject.rounding(layer, rounded_as, self.device)
+        self.compensations[layer] = content.compensation
         if layer in self.experts:
             self.experts[layer].reset()
         for linear in graph.linears_of(layer):
@@ -175,12 +196,51 @@ class Network:
             raise TypeError(module)
         return found
 
+    @contextmanager
+    def unrounded(self, layer: int) -> Iterator[None]:
+        """Let a loaded block round no activations, keys or values for as long as the context lasts."""
+        with self.rounded_by(layer, lambda name: None, None):
+            yield
+
+    @contextmanager
+    def rounded_by(
+        self, layer: int, rounding_of: Callable[[str], Rounding | None], of_cache: Rounding | None
+    ) -> Iterator[None]:
+        """Let a loaded block round as it is told for as long as the context lasts.
+
+        Args:
+            layer: Block index.
+            rounding_of: What rounds the activations of a site, by name.
+            of_cache: What rounds keys and values.
+        """
+        sites, path = self.sites[layer], self._kv_path(layer)
+        before, cache = {name: site.rounding for name, site in sites.items()}, path.rounding
+        try:
+            for name, site in sites.items():
+                site.forget()
+                site.rounding = rounding_of(name)
+            path.rounding = of_cache
+            yield
+        finally:
+            path.rounding = cache
+            for name, site in sites.items():
+                site.forget()
+                site.rounding = before[name]
+
+    def _kv_path(self, layer: int) -> KVPath:
+        """Return what a block's attention does to keys and values."""
+        found = self.blocks[layer].get_submodule(f"{self.subject.model.graph.family.attention}.{CHILD}")
+        if not isinstance(found, KVPath):
+            raise TypeError(CHILD)
+        return found
+
     def drop(self, layer: int) -> None:
         """Forget a block's weights, adapters and what its sites remember."""
         for site in self.sites[layer].values():
             site.forget()
         for linear in self.subject.model.graph.linears_of(layer):
             self.linear(layer, linear.spec.module).adapter = None
+        self.compensations[layer] = None
         _release(self.blocks[layer])
 
     def load_all(self) -> nn.Module:
@@ -205,6 +265,19 @@ class Network:
             result = self.blocks[layer](hidden, **arguments)
         self._tuples = isinstance(result, tuple)
         output: Tensor = result[0] if self._tuples else result
+        return output
+
+    def differentiable(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "batch tokens hidden"],
+        arguments: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Run one loaded block with other weights, by module name inside the block, and keep what gradients need."""
+        given = {f"{module}.weight": weight.to(self.dtype) for module, weight in weights.items()}
+        result = torch.func.functional_call(self.blocks[layer], given, (hidden,), dict(arguments))
+        output: Tensor = result[0] if isinstance(result, tuple) else result
         return output
 
     def show(self, layer: int, hidden: Float[Tensor, "batch tokens hidden"], arguments: Mapping[str, Any]) -> None:

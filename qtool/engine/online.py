@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -54,8 +54,21 @@ class KernelHadamard:
         core, power = hadamard_factors(x.shape[-1])
         y = x if core == 1 else x.reshape(*x.shape[:-1], core, power)
         if power > 1:
-            y = self.kernel.run(y)
+            y = _Rotated.apply(y, self.kernel)  # type: ignore[no-untyped-call]
         return hadamard_core(y.reshape(x.shape), transpose=transpose)
+
+
+class _Rotated(torch.autograd.Function):
+    """A kernel's product with a Sylvester matrix: symmetric, so gradients go through the same kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Kernel) -> Tensor:  # noqa: ANN401 - torch's own
+        ctx.kernel = kernel
+        return kernel.run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - torch's own
+        return ctx.kernel.run(gradients[0].contiguous()), None
 
 
 def with_kernels(operators: Sequence[Operator], plugins: Plugins, device: torch.device) -> tuple[Turns, ...]:

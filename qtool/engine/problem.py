@@ -4,22 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Float, UInt8
+import torch
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from qtool.engine.grid import GlobalScales, Grid
 from qtool.errors import UsageError
+from qtool.numerics.outliers import Outliers
 from qtool.scheme import GroupParameters
+
+Reads: TypeAlias = Literal["quantized", "full"]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank correction beside a quantized weight: ``y = Ŵ x̂ + up (down x̂)``; both as they are stored."""
+    """A low-rank correction beside a quantized weight: ``y = Ŵ x̂ + up (down x̂)``, as it is stored.
 
-    down: Float[Tensor, "rank in"]
-    up: Float[Tensor, "out rank"]
+    Attributes:
+        down: The factor that reads; codes if it has scales.
+        up: The factor that writes; codes if it has scales.
+        down_scale: What the codes of each component of ``down`` are multiplied by.
+        up_scale: The same of ``up``.
+        reads: What it multiplies: the layer's input as the weight does, or as it is before activations are rounded.
+    """
+
+    down: Float[Tensor, "rank in"] | Int8[Tensor, "rank in"]
+    up: Float[Tensor, "out rank"] | Int8[Tensor, "out rank"]
+    down_scale: Float[Tensor, " rank"] | None = None
+    up_scale: Float[Tensor, " rank"] | None = None
+    reads: Reads = "quantized"
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+        """Return ``down`` and ``up`` as values."""
+        down, up = self.down, self.up
+        if self.down_scale is not None:
+            down = down.float() * self.down_scale.float().unsqueeze(-1)
+        if self.up_scale is not None:
+            up = up.float() * self.up_scale.float()
+        return down.to(dtype), up.to(dtype)
+
+    def product(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """Return what it adds to the weight."""
+        down, up = self.factors(dtype)
+        return up @ down
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,7 @@ class QuantizedLinear:
         adapter: Low-rank correction, if any.
         report: What happened, as numbers: ``loss`` and ``loss_rtn`` (tr(EHEᵀ)/tr(WHWᵀ)), ``dampening_frac``, ….
         counters: What was not as usual, summed over the model: ``dead_columns``, ``raised_dampening``, ….
+        outliers: Weights in 16 bits that stand in place of what their codes decode to, if any.
     """
 
     codes: UInt8[Tensor, "out in"]
@@ -40,10 +70,12 @@ class QuantizedLinear:
     adapter: Adapter | None = None
     report: Mapping[str, float] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    outliers: Outliers | None = None
 
     def weight(self, grid: Grid) -> Float[Tensor, "out in"]:
-        """Return the decoded weight in float32, without the adapter."""
-        return grid.decode(self.codes, self.parameters)
+        """Return the decoded weight in float32, outliers in it, without the adapter."""
+        decoded = grid.decode(self.codes, self.parameters)
+        return decoded if self.outliers is None else self.outliers.put(decoded)
 
 
 @dataclass(frozen=True)
@@ -59,7 +91,9 @@ class LayerProblem:
         global_scales: Tensor-level multipliers that the parts of the grid must use (shared with the layer's siblings);
             empty where the layer may choose its own.
         seed: Seeds whatever is random.
+        expert: Whether the linear belongs to a routed expert.
         previous: What the method to the left made, or None for the first.
+        report: What methods that changed the problem have to say of it, as numbers.
         memory: What methods remember of ``hessian`` and ``entries`` for the other linears that have the same ones, such
             as a factor, under keys of their own.
     """
@@ -71,7 +105,9 @@ class LayerProblem:
     entries: Mapping[str, Tensor] = field(default_factory=dict)
     global_scales: GlobalScales = ()
     seed: int = 0
+    expert: bool = False
     previous: QuantizedLinear | None = None
+    report: Mapping[str, float] = field(default_factory=dict)
     memory: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def need_hessian(self) -> Float[Tensor, "in in"]:
@@ -110,6 +146,26 @@ class Mitigator(Protocol):
 
         Raises:
             NumericalError: The problem cannot be solved even after escalation.
+        """
+
+
+@runtime_checkable
+class Retargeter(Protocol):
+    """Changes what the methods to its right aim at, and rounds nothing itself.
+
+    Class attributes as those of ``Mitigator``.
+    """
+
+    version: int
+    needs: tuple[str, ...]
+    Config: type
+
+    def retarget(self, problem: LayerProblem, config: Any) -> LayerProblem:  # noqa: ANN401 - each method has its Config
+        """Return the problem with another weight, and what there is to say of it in ``report``.
+
+        Raises:
+            NumericalError: The problem cannot be solved.
+            UsageError: A method that rounds came first.
         """
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from qtool.engine.block_problem import BlockMitigator
 from qtool.engine.grid import Grid
 from qtool.engine.guided import own_entries
-from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear, SiblingMitigator
+from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear, Retargeter, SiblingMitigator
 from qtool.errors import NumericalError
 from qtool.model.graph import LinearSite, ModelGraph
 from qtool.model.statistics import SiteStatistics
@@ -25,15 +26,35 @@ MOST_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class Method:
-    """A mitigator with its options."""
+    """A mitigator with its options: of a layer, of a block, or one that says what the others aim at."""
 
-    mitigator: Mitigator
+    mitigator: Mitigator | Retargeter | BlockMitigator
     config: Any
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics that the mitigator reads, and those that its options ask for."""
         return (*self.mitigator.needs, *getattr(self.config, "needs", ()))
+
+    @property
+    def of_block(self) -> bool:
+        """Whether it sees a whole block at once."""
+        return isinstance(self.mitigator, BlockMitigator)
+
+
+@dataclass
+class Solution:
+    """What has been made of linears so far.
+
+    Attributes:
+        linears: Quantized linears by full name.
+        aims: What their weights are to stand for, where a method aims at something else than the weight itself.
+        reports: What such methods have to say, by full name.
+    """
+
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    aims: dict[str, Tensor] = field(default_factory=dict)
+    reports: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,32 +82,53 @@ class Solver:
 
     def solve(
         self,
+        methods: Sequence[Method],
         linears: Sequence[LinearSite],
         state: Mapping[str, Tensor],
         statistics: Mapping[str, SiteStatistics],
-    ) -> dict[str, QuantizedLinear]:
-        """Quantize linears of one block.
+        solution: Solution,
+    ) -> None:
+        """Quantize linears of one block, or go on with what other methods made of them.
 
         Args:
+            methods: Some of the solver's own, each for one linear at a time.
             linears: Which; all that read one site must come together, since they are solved together.
             state: The block's float tensors by name inside the block.
             statistics: What is known of the sites that they read, by site name. An expert goes by what it saw itself,
                 and where that is not there by the site that all experts read.
-
-        Returns:
-            The quantized linears by full name.
+            solution: What has been made of them before; what is made now takes its place.
         """
-        solved: dict[str, QuantizedLinear] = {}
+        for siblings in self.problems(linears, state, statistics, solution):
+            for before, problem in zip(siblings, self._composed(methods, siblings), strict=True):
+                if problem.weight is not before.weight:
+                    solution.aims[problem.name], solution.reports[problem.name] = problem.weight, problem.report
+                if problem.previous is not None:
+                    solution.linears[problem.name] = problem.previous
+
+    def problems(
+        self,
+        linears: Sequence[LinearSite],
+        state: Mapping[str, Tensor],
+        statistics: Mapping[str, SiteStatistics],
+        solution: Solution,
+    ) -> Iterator[list[LayerProblem]]:
+        """Yield the problems of linears; those in one list are solved together. Arguments as in ``solve``.
+
+        Raises:
+            NumericalError: A weight is not finite.
+        """
         in_stages = sorted(linears, key=lambda linear: linear.stage)
         for site, readers in _grouped(in_stages, lambda linear: _known_as(linear, statistics)).items():
             entries = statistics[site].entries if site in statistics else {}
             known = {name: entry.to(self.device) for name, entry in entries.items()}
-            for siblings in self._stacks(readers, state, known):
-                solved |= zip((one.name for one in siblings), self._composed(siblings), strict=True)
-        return solved
+            yield from self._stacks(readers, state, known, solution)
 
     def _stacks(
-        self, readers: Sequence[LinearSite], state: Mapping[str, Tensor], known: Mapping[str, Tensor]
+        self,
+        readers: Sequence[LinearSite],
+        state: Mapping[str, Tensor],
+        known: Mapping[str, Tensor],
+        solution: Solution,
     ) -> Iterator[list[LayerProblem]]:
         """Yield the problems of linears that share statistics, as many at once as memory allows.
 
@@ -101,15 +143,23 @@ class Solver:
             problems = [
                 LayerProblem(
                     name=linear.name,
-                    weight=weight,
+                    weight=_finite(weight, linear.name),
                     grid=grid,
                     hessian=known.get("hessian"),
                     entries=own_entries(linear, known),
                     global_scales=multipliers,
                     seed=self.seed + self._places[linear.name],
+                    expert=linear.expert is not None,
+                    previous=solution.linears.get(linear.name),
                     memory=memory,
                 )
                 for linear, weight in zip(fused, weights, strict=True)
+            ]
+            problems = [
+                replace(one, weight=solution.aims[one.name], report=solution.reports[one.name])
+                if one.name in solution.aims
+                else one
+                for one in problems
             ]
             rows = sum(len(problem.weight) for problem in (*stack, *problems))
             if stack and (rows > MOST_ROWS or any(one is not None for one in multipliers)):
@@ -123,20 +173,27 @@ class Solver:
         """Place of each linear in the order of execution, by name."""
         return {linear.name: place for place, linear in enumerate(self.graph.linears)}
 
-    def _composed(self, problems: Sequence[LayerProblem]) -> list[QuantizedLinear]:
-        """Run the methods left to right on the linears of a site."""
-        results: list[QuantizedLinear] = []
-        for problem in problems:
-            if not torch.isfinite(problem.weight).all():
-                raise NumericalError(f"the weight of `{problem.name}` holds NaN or Inf")
-        for method in self.methods:
-            if results:
-                problems = [problem.after(result) for problem, result in zip(problems, results, strict=True)]
-            if isinstance(method.mitigator, SiblingMitigator):
-                results = method.mitigator.quantize_siblings(problems, method.config)
+    def _composed(self, methods: Sequence[Method], problems: Sequence[LayerProblem]) -> Sequence[LayerProblem]:
+        """Run methods left to right on the linears of a site; each sees what the one before it left."""
+        for method in methods:
+            mitigator, config = method.mitigator, method.config
+            if isinstance(mitigator, Retargeter):
+                problems = [mitigator.retarget(problem, config) for problem in problems]
+                continue
+            if isinstance(mitigator, SiblingMitigator):
+                results = mitigator.quantize_siblings(problems, config)
+            elif isinstance(mitigator, Mitigator):
+                results = [mitigator.quantize(problem, config) for problem in problems]
             else:
-                results = [method.mitigator.quantize(problem, method.config) for problem in problems]
-        return results
+                raise TypeError(mitigator)
+            problems = [problem.after(result) for problem, result in zip(problems, results, strict=True)]
+        return problems
+
+
+def _finite(weight: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(weight).all():
+        raise NumericalError(f"the weight of `{name}` holds NaN or Inf")
+    return weight
 
 
 def _known_as(linear: LinearSite, statistics: Mapping[str, SiteStatistics]) -> str:

@@ -1,8 +1,12 @@
-"""How quantized linears lie in an artifact: dense codes, scales in their storage format, adapters.
+"""How quantized linears lie in an artifact: dense codes, scales in their storage format, outliers, adapters.
 
-Names are ``<linear>.codes``, ``.scale``, ``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, and
-``<site>.input_global_scale``; of channels that are set apart ``<linear>.segments.<i>.codes`` and so on. Codes are a
-dense bit stream along the input axis, so the bytes stored are the bytes that bits per weight counts.
+Names are ``<linear>.codes``, ``.scale``, ``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``,
+``.outliers.row_ptr``, ``.outliers.col``, ``.outliers.values``, and ``<site>.input_global_scale``; of channels that are
+set apart ``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and
+``.adapter.up_scale``; that of one which reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are
+codes themselves are ``.scale.codes``, ``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a
+block), and zero points likewise. Codes are a dense bit stream along the input axis, those of scales along the rows, so
+the bytes stored are the bytes that bits per weight counts.
 """
 
 from __future__ import annotations
@@ -12,13 +16,21 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from qtool.engine.block_problem import Compensation
 from qtool.engine.grid import GlobalScales, Grid, GridPart
-from qtool.engine.problem import Adapter, QuantizedLinear
+from qtool.engine.problem import Adapter, QuantizedLinear, Reads
+from qtool.numerics.outliers import Outliers
 from qtool.numerics.packing import pack_codes, unpack_codes
 from qtool.numerics.scales import decode_scale, encode_scale
-from qtool.scheme import GroupParameters
+from qtool.numerics.second_level import decode_second_level
+from qtool.scheme import GroupParameters, SecondLevel
 
 INPUT_GLOBAL_SCALE = ".input_global_scale"
+_COMPENSATION = ("bias", "scale", "down", "up")
+
+_ADAPTERS: Mapping[Reads, str] = {"quantized": ".adapter", "full": ".adapter.full"}
+OUTLIERS = ".outliers"
+_MOST_SHORT_COLUMNS = 1 << 16
 
 
 def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, Tensor]:
@@ -28,7 +40,9 @@ def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, 
     for prefix, (columns, part), parameters in zip(_names(name, grid), places, linear.parameters, strict=True):
         tensors |= _part_tensors(prefix, linear.codes[:, columns], parameters, part)
     if linear.adapter is not None:
-        tensors |= {f"{name}.adapter.down": linear.adapter.down, f"{name}.adapter.up": linear.adapter.up}
+        tensors |= _adapter_tensors(name, linear.adapter)
+    if linear.outliers is not None:
+        tensors |= _outlier_tensors(f"{name}{OUTLIERS}", linear.outliers, linear.codes.shape[1])
     return tensors
 
 
@@ -47,10 +61,31 @@ def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid)
     codes, parameters = [], []
     for prefix, (columns, part) in zip(_names(name, grid), grid.places(n_in), strict=True):
         codes.append(unpack_codes(tensors[f"{prefix}.codes"], part.format.bits, columns.stop - columns.start))
-        parameters.append(_read_parameters(prefix, tensors, part))
-    down, up = tensors.get(f"{name}.adapter.down"), tensors.get(f"{name}.adapter.up")
-    adapter = None if down is None or up is None else Adapter(down, up)
-    return QuantizedLinear(codes[0] if len(codes) == 1 else torch.cat(codes, dim=1), tuple(parameters), adapter)
+        parameters.append(_read_parameters(prefix, tensors, part, len(codes[-1])))
+    return QuantizedLinear(
+        codes[0] if len(codes) == 1 else torch.cat(codes, dim=1),
+        tuple(parameters),
+        _read_adapter(name, tensors),
+        outliers=_read_outliers(f"{name}{OUTLIERS}", tensors),
+    )
+
+
+def compensation_tensors(block: str, compensation: Compensation) -> dict[str, Tensor]:
+    """Return what is added to the output of a block as it is stored.
+
+    Args:
+        block: Name of the block.
+        compensation: What is added.
+    """
+    found = {name: getattr(compensation, name) for name in _COMPENSATION}
+    return {f"{block}.compensation.{name}": tensor for name, tensor in found.items() if tensor is not None}
+
+
+def read_compensation(block: str, tensors: Mapping[str, Tensor]) -> Compensation | None:
+    """Read what ``compensation_tensors`` made; None where nothing is added."""
+    found = {name: tensors.get(f"{block}.compensation.{name}") for name in _COMPENSATION}
+    bias = found.pop("bias")
+    return None if bias is None else Compensation(bias, **found)
 
 
 def input_scales(site_id: str, scales: GlobalScales) -> dict[str, Tensor]:
@@ -87,15 +122,36 @@ def _prefixes(name: str, parts: int) -> Iterator[str]:
     yield from (f"{name}.segments.{index}" for index in range(parts - 1))
 
 
+def _adapter_tensors(name: str, adapter: Adapter) -> dict[str, Tensor]:
+    """Return the stored tensors of an adapter."""
+    prefix = f"{name}{_ADAPTERS[adapter.reads]}"
+    scales = {"down_scale": adapter.down_scale, "up_scale": adapter.up_scale}
+    tensors = {"down": adapter.down, "up": adapter.up, **scales}
+    return {f"{prefix}.{part}": tensor for part, tensor in tensors.items() if tensor is not None}
+
+
+def _read_adapter(name: str, tensors: Mapping[str, Tensor]) -> Adapter | None:
+    """Read the adapter of a linear, if it has one."""
+    for reads, place in _ADAPTERS.items():
+        prefix = f"{name}{place}"
+        if f"{prefix}.down" in tensors:
+            down_scale, up_scale = (tensors.get(f"{prefix}.{factor}_scale") for factor in ("down", "up"))
+            return Adapter(tensors[f"{prefix}.down"], tensors[f"{prefix}.up"], down_scale, up_scale, reads)
+    return None
+
+
 def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: GridPart) -> dict[str, Tensor]:
     """Return the stored tensors of one part."""
     bits = part.format.bits
-    tensors = {
-        f"{name}.codes": pack_codes(codes, bits),
-        f"{name}.scale": encode_scale(parameters.scale, part.scheme.scale),
-    }
+    tensors = {f"{name}.codes": pack_codes(codes, bits)}
+    if parameters.scale_codes is not None:
+        tensors |= _second_level_tensors(f"{name}.scale", parameters.scale_codes)
+    else:
+        tensors[f"{name}.scale"] = encode_scale(parameters.scale, part.scheme.scale)
     zero_point = parameters.zero_point
-    if zero_point is not None:
+    if parameters.zero_point_codes is not None:
+        tensors |= _second_level_tensors(f"{name}.zero_point", parameters.zero_point_codes)
+    elif zero_point is not None:
         are_codes = bool(((zero_point >= 0) & (zero_point < 2**bits) & (zero_point.frac() == 0)).all())
         rows = zero_point.reshape(-1, zero_point.shape[-1])  # that of a whole tensor has one axis
         tensors[f"{name}.zero_point"] = pack_codes(rows.to(torch.uint8), bits) if are_codes else zero_point.float()
@@ -104,14 +160,57 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     return tensors
 
 
-def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart) -> GroupParameters:
+def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, rows: int) -> GroupParameters:
     """Read the parameters of one part."""
-    scale = decode_scale(tensors[f"{name}.scale"], part.scheme.scale)
+    scale_codes = _read_second_level(f"{name}.scale", tensors, rows)
+    zero_point_codes = _read_second_level(f"{name}.zero_point", tensors, rows)
+    if scale_codes is None:
+        scale = decode_scale(tensors[f"{name}.scale"], part.scheme.scale)
+    else:
+        scale = decode_second_level(scale_codes)
     zero_point = tensors.get(f"{name}.zero_point")
-    if zero_point is not None and zero_point.dtype == torch.uint8:
+    if zero_point_codes is not None:
+        zero_point = decode_second_level(zero_point_codes)
+    elif zero_point is not None and zero_point.dtype == torch.uint8:
         zero_point = unpack_codes(zero_point, part.format.bits, scale.shape[-1]).reshape(scale.shape)
     return GroupParameters(
         scale=scale,
         zero_point=None if zero_point is None else zero_point.float(),
         global_scale=tensors.get(f"{name}.global_scale"),
+        scale_codes=scale_codes,
+        zero_point_codes=zero_point_codes,
     )
+
+
+def _second_level_tensors(name: str, found: SecondLevel) -> dict[str, Tensor]:
+    return {
+        f"{name}.codes": pack_codes(found.codes.T.contiguous(), found.bits),
+        f"{name}.low": found.low.half(),
+        f"{name}.step": found.step.half(),
+        f"{name}.form": torch.tensor([found.bits, found.block], dtype=torch.uint8),
+    }
+
+
+def _read_second_level(name: str, tensors: Mapping[str, Tensor], rows: int) -> SecondLevel | None:
+    packed = tensors.get(f"{name}.codes")
+    if packed is None:
+        return None
+    bits, block = (int(one) for one in tensors[f"{name}.form"])
+    codes = unpack_codes(packed, bits, rows).T.contiguous()
+    return SecondLevel(codes, tensors[f"{name}.low"].float(), tensors[f"{name}.step"].float(), bits, block)
+
+
+def _outlier_tensors(name: str, outliers: Outliers, n_in: int) -> dict[str, Tensor]:
+    short = n_in <= _MOST_SHORT_COLUMNS
+    return {
+        f"{name}.row_ptr": outliers.row_ptr,
+        f"{name}.col": outliers.col.to(torch.uint16) if short else outliers.col,
+        f"{name}.values": outliers.values,
+    }
+
+
+def _read_outliers(name: str, tensors: Mapping[str, Tensor]) -> Outliers | None:
+    row_ptr = tensors.get(f"{name}.row_ptr")
+    if row_ptr is None:
+        return None
+    return Outliers(row_ptr, tensors[f"{name}.col"].to(torch.int32), tensors[f"{name}.values"])

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from qtool.artifacts.store import disk_errors
-from qtool.engine.gather import AnyStatistic, Gathering, observing, sites_to_observe
+from qtool.engine.gather import AnyStatistic, Gathering, PairedStatistic, SiteObserver, observing, sites_to_observe
 from qtool.engine.guided import statistics_at
 from qtool.engine.network import Inputs, Network
 from qtool.model.graph import LinearSite
@@ -80,7 +80,8 @@ class Stream:
         statistics: Mapping[str, AnyStatistic],
         gathering: Gathering,
         *,
-        keep: bool,
+        keep: bool = False,
+        exact: Stream | None = None,
     ) -> Gathered:
         """Run a loaded block over all windows and gather statistics of what its linears read.
 
@@ -90,6 +91,7 @@ class Stream:
             statistics: What to gather at each.
             gathering: What the accumulators are told.
             keep: See ``run``.
+            exact: The same windows in full precision, for statistics that compare with it; ``keep`` is False then.
         """
         experts = self.network.experts.get(layer)
         if experts is not None:
@@ -97,10 +99,25 @@ class Stream:
         sites = sites_to_observe(linears, "all" if experts is None else experts.observed)
         wanted = {site: statistics_at(layer, site, linears, statistics, gathering) for site in sites}
         with observing(self.network.sites[layer], layer, wanted, gathering) as observers:
-            self.run(layer, keep=keep)
+            if exact is not None and any(isinstance(one, PairedStatistic) for one in statistics.values()):
+                self._run_pairs(layer, exact, observers)
+            else:
+                self.run(layer, keep=keep)
             found = {name: observer.result() for name, observer in observers.items()}
         reached = experts is not None and bool(experts.routed.any())
         return Gathered(found, experts.routed.clone() if experts is not None and reached else None)
+
+    def _run_pairs(self, layer: int, exact: Stream, observers: Mapping[str, SiteObserver]) -> None:
+        """Show observers each batch in full precision first, then as it is."""
+        network, arguments, sites = self.network, self.arguments_of(layer), self.network.sites[layer]
+        for rows in self.batches():
+            with network.unrounded(layer):
+                for name, observer in observers.items():
+                    sites[name].observer = observer.remember
+                network.show(layer, exact.states[rows].to(network.device), arguments)
+            for name, observer in observers.items():
+                sites[name].observer = observer
+            network.show(layer, self.states[rows].to(network.device), arguments)
 
     def arguments_of(self, layer: int) -> dict[str, Any]:
         """Return the keyword arguments of a block."""

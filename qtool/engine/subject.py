@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from qtool.artifacts.store import Artifact
+from qtool.engine.block_problem import Compensation
 from qtool.engine.fold import fold_block, fold_ends
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
 from qtool.engine.problem import Adapter, QuantizedLinear
-from qtool.engine.stored import read_input_scales, read_linear
+from qtool.engine.stored import read_compensation, read_input_scales, read_linear
 from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.source import Model
@@ -28,10 +29,11 @@ from qtool.scheme import Format, ModelScheme, TensorScheme
 
 @dataclass(frozen=True)
 class BlockContent:
-    """A block ready to run: tensors by name inside the block, and adapters by linear."""
+    """A block ready to run: tensors by name inside the block, adapters by linear, and what is added to its output."""
 
     state: Mapping[str, Tensor]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    compensation: Compensation | None = None
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,18 @@ class Subject:
         """Return a block as it is executed in a dtype."""
         state = self.folded(layer, dtype)
         adapters: dict[str, Adapter] = {}
+        compensation = None
         if self.quantized is not None and self.scheme.weights is not None:
+            block = self.model.graph.block_name(layer)
+            prefix = f"{block}.compensation."
+            stored = {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}
+            compensation = read_compensation(block, stored)
             for linear in self.model.graph.linears_of(layer):
                 found = self.linear(linear)
                 state[f"{linear.spec.module}.weight"] = found.weight(self.weight_grid(linear))
                 if found.adapter is not None:
                     adapters[linear.spec.module] = found.adapter
-        return BlockContent(state, adapters)
+        return BlockContent(state, adapters, compensation)
 
     def linear(self, linear: LinearSite) -> QuantizedLinear:
         """Read one quantized linear."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qtool.errors import ShapeError
@@ -48,6 +48,7 @@ def coordinate_descent(
     sweeps: int,
     order: Sequence[int] | None = None,
     block_size: int = 128,
+    kept: Bool[Tensor, "out in"] | None = None,
 ) -> DescentResult:
     """Lower ``tr(E H Eᵀ)`` with ``E = W - Q``, one column of ``Q`` at a time.
 
@@ -63,6 +64,7 @@ def coordinate_descent(
         sweeps: How often to go through all columns, at most; a sweep that changes nothing is the last.
         order: Columns in the order of the visits; None goes from left to right.
         block_size: Columns per product. Changes speed, never the result (beyond float rounding).
+        kept: Entries that stay as they are, which need not be of the grid; None for none.
 
     Returns:
         The values, and what happened.
@@ -89,10 +91,11 @@ def coordinate_descent(
     visits = [col for col in (range(n_in) if order is None else order) if live[col]]
     values = start.to(weight.dtype).T.contiguous()
     errors = weight.detach().T - values
+    free = torch.ones_like(values, dtype=torch.bool) if kept is None else ~kept.T
     changes: list[int] = []
     while len(changes) < sweeps and (not changes or changes[-1]):
         blocks = [visits[first : first + block_size] for first in range(0, len(visits), block_size)]
-        changed = [_descend(values, errors, hessian, block, [rounders[col] for col in block]) for block in blocks]
+        changed = [_descend(values, errors, hessian, free, block, [rounders[col] for col in block]) for block in blocks]
         changes.append(sum(int(count) for count in changed))
     return DescentResult(values.T.contiguous(), tuple(changes))
 
@@ -101,6 +104,7 @@ def _descend(
     values: Float[Tensor, "in out"],
     errors: Float[Tensor, "in out"],
     hessian: Float[Tensor, "in in"],
+    free: Bool[Tensor, "in out"],
     block: Sequence[int],
     rounders: Sequence[RoundColumn],
 ) -> Int[Tensor, ""]:
@@ -115,6 +119,7 @@ def _descend(
         best = column + slopes[place] / pivots[place]
         nearest = rounder(best)
         better = (nearest - best).abs_() < (column - best).abs_().mul_(nearer)
+        better &= free[block[place]]
         change = torch.where(better, nearest - column, 0.0)
         column.copy_(torch.where(better, nearest, column))
         slopes[place + 1 :].addr_(within[place + 1 :, place], change, alpha=-1)

@@ -7,29 +7,30 @@ for the rest of the lazy block, one for the columns after the block.
 References:
     Frantar et al. 2023, GPTQ, arXiv:2210.17323, algorithm 1.
     Chee et al. 2023, QuIP, arXiv:2307.13304, theorem 6: the same codes as LDLQ.
+    Gafni et al. 2025, arXiv:2505.14638: the order of whole groups.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, pairwise
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from qtool.errors import NumericalError, ShapeError, UsageError
+from qtool.errors import ShapeError, UsageError
 from qtool.numerics.groups import from_groups, to_groups
+from qtool.numerics.triangular import InverseFactor, factorize_inverse
 from qtool.scheme import GroupParameters
 
 ParameterSource: TypeAlias = Literal["fresh", "static", "stale"]
+ColumnOrder: TypeAlias = Literal["natural", "activation", "groups"]
 
 _PANEL = 32
-_HIGHEST_DAMPENING = 0.1
-_LEAST_RAISED_DAMPENING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,13 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class InverseFactor:
-    """``U``, upper triangular with ``Uᵀ U = (H + λ I)⁻¹``, and what it took to get it.
-
-    Attributes:
-        upper: The factor.
-        dampening_frac: λ as a fraction of the mean diagonal entry: what was asked, or more.
-        wide: Whether it took float64, where that was not the dtype of the Hessian.
-    """
-
-    upper: Float[Tensor, "in in"]
-    dampening_frac: float
-    wide: bool
-
-
-@dataclass(frozen=True)
 class GPTQResult:
     """What the solver chose.
 
     Attributes:
         codes: Codes of the weight.
         parameters: Their scales and zero points ``[out, groups]``, for each of the grids.
-        loss: Per row, ``Σ e² = diag(E (H + λ I) Eᵀ)`` with ``E`` from the weight whose dead columns are 0.
+        loss: Per row, ``diag(E (H + λ I) Eᵀ)`` with ``E`` from the weight whose dead columns are 0.
         dampening_frac: λ as a fraction of the mean diagonal entry, as used.
         wide: Whether the factorization took float64.
         dead: Columns whose input is always 0.
@@ -100,58 +86,48 @@ class GPTQResult:
     factor: InverseFactor
 
 
-def inverse_cholesky(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | None:
-    """Return the upper Cholesky factor ``U`` of the inverse, ``Uᵀ U = H⁻¹``.
-
-    By way of the inverse: ``J chol(J H J)⁻¹ J``, with ``J`` the reversal of the axis, is the same matrix for one
-    factorization less, but two to four times less accurate in float32 where a few directions dominate ``H``.
-
-    Args:
-        hessian: Symmetric matrix; only its lower triangle is read. Not modified.
-
-    Returns:
-        The factor, with positive diagonal; None if ``H``, or its inverse as computed, is not positive definite.
-    """
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if int(failed):
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    # What is not finite in a column makes its pivot so too.
-    return None if int(failed) or not bool(torch.isfinite(upper.diagonal()).all()) else upper
-
-
-def factorize_inverse(hessian: Float[Tensor, "in in"], dampening_frac: float) -> InverseFactor:
-    """Factorize the damped inverse, with more damping and then in float64 where that fails.
-
-    Tries λ at ``dampening_frac``, then ten times as much at a time up to 0.1, first in the dtype of the Hessian, then
-    all of them again in float64.
+def factorize_visits(
+    hessian: Float[Tensor, "in in"], grid: Sequence[ColumnGrid], *, dampening_frac: float, order: ColumnOrder
+) -> InverseFactor:
+    """Choose the order of the columns, and factorize the damped inverse in it.
 
     Args:
-        hessian: Symmetric, no zeros on the diagonal. Not modified.
-        dampening_frac: λ as a fraction of the mean diagonal entry.
+        hessian: ``X @ X.T / tokens`` over calibration tokens. A diagonal entry of 0 counts as 1. Not modified.
+        grid: Says where groups are.
+        dampening_frac: λ, added to the diagonal, as a fraction of its mean; raised where it must be.
+        order: ``natural``: from left to right. ``activation``: by descending Hessian diagonal. ``groups``: group after
+            group, by the descending mean of their diagonals, and so inside each group by the diagonal.
 
     Returns:
-        The factor, in the dtype of the Hessian.
+        The factor, with its order.
 
     Raises:
-        NumericalError: No attempt found a positive definite matrix.
+        ShapeError: Groups do not divide the columns.
+        NumericalError: The Hessian cannot be factorized even after escalation.
+
+    References:
+        Gafni et al. 2025, arXiv:2505.14638: ``groups``.
     """
-    fracs = [dampening_frac]
-    while fracs[-1] < _HIGHEST_DAMPENING:
-        fracs.append(min(max(10 * fracs[-1], _LEAST_RAISED_DAMPENING), _HIGHEST_DAMPENING))
-    for dtype in dict.fromkeys((hessian.dtype, torch.float64)):
-        mean = hessian.diagonal().to(dtype).mean()
-        for frac in fracs:
-            damped = hessian.to(dtype, copy=True)
-            damped.diagonal().add_(frac * mean)
-            upper = inverse_cholesky(damped)
-            if upper is not None:
-                return InverseFactor(upper.to(hessian.dtype), frac, wide=dtype != hessian.dtype)
-    raise NumericalError(
-        "the damped Hessian is not positive definite",
-        facts=(("dampening", f"{fracs[0]:g} to {fracs[-1]:g} of the mean diagonal"), ("size", len(hessian))),
-        hint="calibrate on more samples",
-    )
+    groups = _groups(grid, len(hessian))
+    if not groups:
+        sizes = ", ".join(str(part.group_size) for part in grid)
+        raise ShapeError("groups do not divide the columns", facts=(("columns", len(hessian)), ("group size", sizes)))
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal.masked_fill_(diagonal == 0, 1.0)
+    if order == "natural":
+        return factorize_inverse(hessian, dampening_frac)
+    visits = _descending(diagonal)
+    if order == "groups":
+        means = torch.stack([diagonal[group.start : group.stop].mean() for group in groups])
+        ranked = [groups[index] for index in _descending(means).tolist()]
+        visits = torch.cat([group.start + _descending(diagonal[group.start : group.stop]) for group in ranked])
+    hessian = hessian.index_select(0, visits).index_select(1, visits)
+    return replace(factorize_inverse(hessian, dampening_frac), order=visits)
+
+
+def _descending(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    return torch.argsort(values, descending=True, stable=True)
 
 
 def gptq_round(
@@ -162,7 +138,7 @@ def gptq_round(
     dampening_frac: float = 0.01,
     block_size: int = 128,
     parameters: ParameterSource = "fresh",
-    act_order: bool = False,
+    order: ColumnOrder = "natural",
     factor: InverseFactor | None = None,
 ) -> GPTQResult:
     """Choose codes that approximately minimize ``tr(E H Eᵀ)``, the layer's output error.
@@ -174,22 +150,23 @@ def gptq_round(
         weight: Full-precision weight ``W``. Not modified.
         hessian: ``X @ X.T / tokens`` over calibration tokens. Not modified.
         grid: Fits groups of columns and rounds to them: one for all columns, or several side by side.
-        dampening_frac: λ, added to the Hessian diagonal, as a fraction of its mean; raised where it must be.
+        dampening_frac: As for ``factorize_visits``.
         block_size: Columns per lazy update. Changes speed, never the result (beyond float rounding), except for
             ``stale`` parameters.
         parameters: What a group is fitted on. ``fresh``: its columns with all updates so far. ``static``: the weight
             before any update. ``stale``: as fresh, without the updates that come from within the lazy block, which is
             what GPTQ's first code does.
-        act_order: Visit columns by descending Hessian diagonal instead of left to right. Groups stay neighbours in
-            storage; needs ``static`` parameters.
-        factor: What an earlier call returned for this Hessian, damping and order; None to factorize it.
+        order: As for ``factorize_visits``. Groups stay neighbours in storage, and unless each is visited as a whole,
+            parameters have to be ``static``.
+        factor: What ``factorize_visits`` made of this Hessian, dampening and order; None to do so now. Its linear term,
+            if any, is added to the updates.
 
     Returns:
         Codes in storage order, with what decodes them.
 
     Raises:
         ShapeError: Groups do not divide the columns, or the Hessian does not fit the weight.
-        UsageError: ``act_order`` without static parameters.
+        UsageError: Groups are not visited as a whole, and parameters are not static.
         NumericalError: The Hessian cannot be factorized even after escalation.
 
     References:
@@ -206,29 +183,30 @@ def gptq_round(
                 ("group size", ", ".join(str(part.group_size) for part in grid)),
             ),
         )
-    if act_order and parameters != "static":
-        raise UsageError(f"`act_order` needs static parameters, not {parameters}", hint="parameters static")
+    if factor is None:
+        factor = factorize_visits(hessian.to(weight.dtype), grid, dampening_frac=dampening_frac, order=order)
+    group_of = [index for index, group in enumerate(groups) for _ in range(group.start, group.stop)]
+    if factor.order is not None:
+        group_of = [group_of[col] for col in factor.order.tolist()]
+    if parameters != "static" and sum(1 for _ in groupby(group_of)) > len(groups):
+        raise UsageError(
+            f"{parameters} parameters need groups that are visited as a whole",
+            hint="parameters static, or order groups",
+        )
     dead = hessian.diagonal() == 0
-    hessian = hessian.to(weight.dtype, copy=True)
-    hessian.diagonal().masked_fill_(dead, 1.0)
     alive = weight.detach().masked_fill(dead, 0.0)
-    fitted: list[GroupParameters] = []
+    fitted: dict[int, GroupParameters] = {}
     if parameters == "static":
         for place, part in enumerate(grid):
-            own = [group for group in groups if group.place == place]
-            fitted += _fitted(part, alive[:, own[0].start : own[-1].stop].contiguous(), own[0].start)
+            own = [index for index, group in enumerate(groups) if group.place == place]
+            start, stop = groups[own[0]].start, groups[own[-1]].stop
+            fitted |= zip(own, _fitted(part, alive[:, start:stop].contiguous(), start), strict=True)
     columns = alive.T.contiguous()
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
-    if order is not None:
-        columns = columns.index_select(0, order)
-    if factor is None:
-        visited = hessian if order is None else hessian.index_select(0, order).index_select(1, order)
-        factor = factorize_inverse(visited, dampening_frac)
-    group_of = [index for index, group in enumerate(groups) for _ in range(group.start, group.stop)]
-    visited_groups = group_of if order is None else [group_of[col] for col in order.tolist()]
-    loss = _solve(columns, factor.upper, groups, fitted, visited_groups, block_size, stale=parameters == "stale")
-    if order is not None:
-        columns = columns.index_select(0, torch.argsort(order))
+    if factor.order is not None:
+        columns = columns.index_select(0, factor.order)
+    loss = _solve(columns, factor, groups, fitted, group_of, block_size, stale=parameters == "stale")
+    if factor.order is not None:
+        columns = columns.index_select(0, torch.argsort(factor.order))
     codes, joined = _encoded(columns.T, grid, groups, fitted)
     return GPTQResult(codes, joined, loss, factor.dampening_frac, factor.wide, dead, factor)
 
@@ -260,7 +238,7 @@ def _encoded(
     values: Float[Tensor, "out in"],
     grid: Sequence[ColumnGrid],
     groups: Sequence[_Group],
-    fitted: Sequence[GroupParameters],
+    fitted: Mapping[int, GroupParameters],
 ) -> tuple[UInt8[Tensor, "out in"], tuple[GroupParameters, ...]]:
     """Return the codes of all columns, and the parameters of each grid."""
     codes, joined = [], []
@@ -275,9 +253,9 @@ def _encoded(
 
 def _solve(
     columns: Float[Tensor, "in out"],
-    upper: Float[Tensor, "in in"],
+    factor: InverseFactor,
     groups: Sequence[_Group],
-    fitted: list[GroupParameters],
+    fitted: dict[int, GroupParameters],
     group_of: Sequence[int],
     block_size: int,
     *,
@@ -287,9 +265,9 @@ def _solve(
 
     Args:
         columns: The transposed weight, in visiting order.
-        upper: ``U``, in visiting order.
+        factor: Of the Hessian, in visiting order.
         groups: Groups of columns in storage order.
-        fitted: Parameters of all groups; or none, and the solver appends each as it reaches it.
+        fitted: Parameters of all groups by index; or none, and the solver adds each as it reaches it.
         group_of: Index of the group of each column, in visiting order.
         block_size: Columns per lazy update.
         stale: Whether groups are fitted without the updates from within the block.
@@ -298,10 +276,11 @@ def _solve(
         Loss of each row.
     """
     n_in, n_out = columns.shape
-    starts = [group.start for group in groups]
-    to_fit = {} if fitted else dict(zip(starts, groups, strict=True))
-    pivots = upper.diagonal()
-    feedback = (upper / pivots.unsqueeze(-1)).triu_(1).contiguous()
+    reached = list(range(len(groups)) if fitted else dict.fromkeys(group_of))
+    starts = [0, *accumulate(groups[index].stop - groups[index].start for index in reached)][:-1]
+    to_fit = {} if fitted else dict(zip(starts, reached, strict=True))
+    updates = _Updates.of(factor, columns)
+    pivots, feedback, extra = factor.upper.diagonal(), updates.feedback, updates.extra
     rounds = [group.grid.round for group in groups]
     loss = columns.new_zeros(n_out)
     residuals = columns.new_empty(min(block_size, n_in), n_out)
@@ -310,29 +289,82 @@ def _solve(
         before = columns[start:stop].clone() if stale else columns[start:stop]
         for first, last in _panels(start, stop, starts):
             if first in to_fit:
-                end = to_fit[first].stop
+                index = to_fit[first]
+                end = first + groups[index].stop - groups[index].start
                 beyond = columns[stop:end]
                 if len(beyond) and first > start and not stale:
-                    pending = feedback[start:first, stop:end]
-                    beyond = beyond.addmm(pending.T, residuals[: first - start], alpha=-1)
-                reached = before[first - start : end - start]
-                fitted += _fitted(to_fit[first].grid, torch.cat([reached, beyond]).T.contiguous(), first)
+                    beyond = beyond.clone()
+                    updates.add(beyond, slice(start, first), slice(stop, end), residuals[: first - start])
+                now = torch.cat([before[first - start : end - start], beyond])
+                if factor.order is not None:
+                    now = now.index_select(0, torch.argsort(factor.order[first:end]))
+                fitted[index] = _fitted(groups[index].grid, now.T.contiguous(), groups[index].start)[0]
             panel, made = columns[first:last], residuals[first - start : last - start]
             # `spread` is 0 up to the column's own entry, so that columns already rounded stay as they are.
-            for column, residual, spread, group in zip(
+            for place, column, residual, spread, index in zip(
+                range(first, last),
                 panel.unsqueeze(-1).unbind(),
                 made.unbind(),
                 feedback[first:last, first:last].unbind(),
                 group_of[first:last],
                 strict=True,
             ):
-                torch.sub(column, rounds[group](column, fitted[group]), out=residual.unsqueeze(-1))
+                torch.sub(column, rounds[index](column, fitted[index]), out=residual.unsqueeze(-1))
                 panel.addr_(spread, residual, alpha=-1)
-            columns[last:stop].addmm_(feedback[first:last, last:stop].T, made, alpha=-1)
+                if extra is not None:
+                    panel.addr_(extra[place, first:last], updates.fed(slice(place, place + 1))[0].clone())
+            updates.add(columns[last:stop], slice(first, last), slice(last, stop), made)
         made = residuals[: stop - start]
-        columns[stop:].addmm_(feedback[start:stop, stop:].T, made, alpha=-1)
+        updates.add(columns[stop:], slice(start, stop), slice(stop, n_in), made)
         loss += (made / pivots[start:stop].unsqueeze(-1)).square_().sum(0)
-    return loss
+        updates.note(slice(start, stop), made)
+    return loss if updates.errors is None else factor.loss(updates.errors)
+
+
+@dataclass(frozen=True)
+class _Updates:
+    """What rounded columns add to later ones.
+
+    Attributes:
+        columns: The solver's.
+        feedback: ``U_jk / U_jj`` above the diagonal.
+        extra: Matrix of the linear term, if there is one.
+        base: The columns before any update, if the term asks for the drift.
+        errors: Room for what each column is off where it started, if the residuals alone do not tell the loss; until a
+            column is noted, where it started.
+    """
+
+    columns: Float[Tensor, "in out"]
+    feedback: Float[Tensor, "in in"]
+    extra: Float[Tensor, "in in"] | None = None
+    base: Float[Tensor, "in out"] | None = None
+    errors: Float[Tensor, "in out"] | None = None
+
+    @classmethod
+    def of(cls, factor: InverseFactor, columns: Float[Tensor, "in out"]) -> _Updates:
+        """Return the updates of a factor, for columns that are updated in place from now on."""
+        term = factor.term
+        if term is None:
+            return cls(columns, factor.feedback())
+        base = columns.clone() if term.drift else None
+        return cls(columns, factor.feedback(), term.matrix, base, columns.clone())
+
+    def fed(self, source: slice) -> Float[Tensor, "columns out"]:
+        """Return what the linear term reads of columns just before they are rounded."""
+        return self.columns[source] if self.base is None else self.columns[source] - self.base[source]
+
+    def add(
+        self, onto: Float[Tensor, "later out"], source: slice, target: slice, made: Float[Tensor, "columns out"]
+    ) -> None:
+        """Add what rounding ``source`` does to ``target``, of which ``onto`` are the columns or a copy."""
+        onto.addmm_(self.feedback[source, target].T, made, alpha=-1)
+        if self.extra is not None:
+            onto.addmm_(self.extra[source, target].T, self.fed(source))
+
+    def note(self, source: slice, made: Float[Tensor, "columns out"]) -> None:
+        """Note the errors of columns whose residuals are known."""
+        if self.errors is not None:
+            self.errors[source] += made - self.columns[source]
 
 
 def _panels(start: int, stop: int, starts: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -82,20 +82,34 @@ def encode_integers(
     zero_point: Float[Tensor, "*rows"] | None,
     num_bits: int,
 ) -> UInt8[Tensor, "*rows group"]:
-    """Return ``clamp(round(x / step) + zero_point, 0, 2^b - 1)``, ties to even.
+    """Return ``clamp(round(x / step + zero_point), 0, 2^b - 1)``.
+
+    Under whole zero points ties of ``x / step`` go to even.
 
     Args:
         groups: Values; the last axis shares a step. Not modified.
         step: Value of one code.
-        zero_point: Code that stands for 0; None for symmetric codes.
+        zero_point: Where 0 is among the codes, whole or not; None for symmetric codes.
         num_bits: Bits of a code.
 
     Returns:
         Codes.
     """
-    codes = (groups.float() / step.unsqueeze(-1)).round_()
-    codes = codes.add_(2 ** (num_bits - 1) if zero_point is None else zero_point.unsqueeze(-1))
+    codes = _nearest(groups.float() / step.unsqueeze(-1), zero_point, num_bits)
     return codes.clamp_(0, 2**num_bits - 1).to(torch.uint8)
+
+
+def _nearest(
+    steps: Float[Tensor, "*rows group"], zero_point: Float[Tensor, "*rows"] | None, num_bits: int
+) -> Float[Tensor, "*rows group"]:
+    """Round values in units of their step to codes, in place; they may lie outside the range.
+
+    What a zero point has beyond a whole number is added before rounding: nothing, if it is whole.
+    """
+    if zero_point is None:
+        return steps.round_().add_(2 ** (num_bits - 1))
+    whole = zero_point.round()
+    return steps.add_((zero_point - whole).unsqueeze(-1)).round_().add_(whole.unsqueeze(-1))
 
 
 def decode_integers(
@@ -117,11 +131,10 @@ def round_integers(
 ) -> Float[Tensor, "*rows group"]:
     """Return what decoding the codes of ``groups`` would, in their dtype; arguments as for ``encode_integers``."""
     steps = step.unsqueeze(-1)
-    rounded = (groups.float() / steps).round_()
+    rounded = groups.float() / steps
     if zero_point is None:
         middle = 2 ** (num_bits - 1)
-        rounded = rounded.clamp_(-middle, middle - 1)
+        rounded = rounded.round_().clamp_(-middle, middle - 1)
     else:
-        zeros = zero_point.unsqueeze(-1)
-        rounded = rounded.add_(zeros).clamp_(0, 2**num_bits - 1).sub_(zeros)
+        rounded = _nearest(rounded, zero_point, num_bits).clamp_(0, 2**num_bits - 1).sub_(zero_point.unsqueeze(-1))
     return rounded.mul_(steps).to(groups.dtype)

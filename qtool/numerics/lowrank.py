@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from qtool.errors import ShapeError
@@ -106,6 +106,96 @@ def weighted_truncation(
     root = torch.linalg.vector_norm(down, dim=-1).sqrt()
     down = down / torch.where(root > 0, root, 1.0).unsqueeze(-1)
     return (up * root).to(error.dtype), down.to(error.dtype)
+
+
+def best_up(
+    error: Float[Tensor, "out in"], down: Float[Tensor, "rank in"], hessian: Float[Tensor, "in in"]
+) -> Float[Tensor, "out rank"]:
+    """Return the ``L`` that minimizes ``tr((E - L R) H (E - L R)ᵀ)``: ``E H Rᵀ (R H Rᵀ)⁻¹``.
+
+    Computed in float64; directions of ``R`` that hold less than 1e-12 of the largest count as none.
+
+    References:
+        Saha et al. 2024, CALDERA, arXiv:2405.18886, algorithm 2.
+    """
+    rows, wide = down.double(), hessian.double()
+    seen = wide @ rows.T
+    return (error.double() @ seen @ _inverse(rows @ seen)).to(error.dtype)
+
+
+def best_down(error: Float[Tensor, "out in"], up: Float[Tensor, "out rank"]) -> Float[Tensor, "rank in"]:
+    """Return the ``R`` that minimizes ``tr((E - L R) H (E - L R)ᵀ)`` whatever ``H``: ``(Lᵀ L)⁻¹ Lᵀ E``."""
+    columns = up.double()
+    return (_inverse(columns.T @ columns) @ (columns.T @ error.double())).to(error.dtype)
+
+
+def _inverse(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    inverse: Tensor = torch.linalg.pinv((gram + gram.T) / 2, rtol=1e-12, hermitian=True)
+    return inverse
+
+
+def leading_eigenvectors(hessian: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:
+    """Return orthonormal eigenvectors of the largest eigenvalues, the largest first, in float64.
+
+    Exact, unless the matrix is so large that ``truncated_svd`` would not be: then by subspace iteration from a start
+    that is always the same, since what is made of them is shared.
+
+    Args:
+        hessian: Symmetric and positive semidefinite. Not modified.
+        rank: How many.
+
+    Raises:
+        ShapeError: There are not so many.
+    """
+    wide = hessian.double()
+    if not _is_large(wide, rank):
+        vectors: Tensor = torch.linalg.eigh(wide)[1]
+    else:
+        basis = _range_basis(wide, rank + _OVERSAMPLING, seed=0)
+        vectors = basis @ torch.linalg.eigh(basis.T @ wide @ basis)[1]
+    return vectors[:, -rank:].flip(-1)
+
+
+def projected_out(hessian: Float[Tensor, "n n"], leading: Float[Tensor, "n rank"]) -> Float[Tensor, "n n"]:
+    """Return ``(I - V Vᵀ) H (I - V Vᵀ)``; for eigenvectors ``V`` that is ``H - V Λ Vᵀ``.
+
+    Inputs that are always 0 stay so. The others get 1e-10 of the mean second moment, so that where nothing else is left
+    all count alike.
+
+    Args:
+        hessian: ``H``, symmetric. Not modified.
+        leading: ``V``, with orthonormal columns. Not modified.
+
+    Returns:
+        What is left, in the dtype of ``H``.
+    """
+    wide, vectors = hessian.double(), leading.double()
+    half = wide - vectors @ (vectors.T @ wide)
+    left = half - half @ vectors @ vectors.T
+    left = (left + left.T) / 2
+    live = (wide.diagonal() != 0).double()
+    left *= torch.outer(live, live)
+    left.diagonal().add_(live * (_FLOOR * wide.diagonal().mean()))
+    return left.to(hessian.dtype)
+
+
+def quantize_components(
+    factor: Float[Tensor, "rank n"],
+) -> tuple[Int8[Tensor, "rank n"], Float[Tensor, " rank"]]:
+    """Round each row to codes from -127 to 127 and one FP16 scale: ``codes * scale``.
+
+    Rows are the components of a correction, which differ in size by their singular values, while the entries of one are
+    alike. The scale is rounded before the codes are chosen; one beyond the range of FP16 is infinite.
+
+    Args:
+        factor: Rows to round. Not modified.
+
+    Returns:
+        Codes and scales; both 0 for a row of zeros.
+    """
+    scale = (factor.abs().amax(-1) / 127).half()
+    step = torch.where(scale > 0, scale, 1.0).to(factor.dtype).unsqueeze(-1)
+    return (factor / step).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def _is_large(matrix: Float[Tensor, "out in"], rank: int) -> bool:

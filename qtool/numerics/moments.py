@@ -1,4 +1,4 @@
-"""Second moments: the lower triangle of Σ x xᵀ, without computing the upper one."""
+"""Second moments: the lower triangle of Σ x xᵀ, without computing the upper one, and cross moments."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ def add_second_moment(total: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"])
     """
     for start, stop in panels(x.shape[1]):
         total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+
+def add_cross_moment(
+    total: Float[Tensor, "m n"], left: Float[Tensor, "tokens m"], right: Float[Tensor, "tokens n"]
+) -> None:
+    """Add ``Σ left rightᵀ`` over tokens to ``total``, in place.
+
+    Args:
+        total: Running sum; modified.
+        left: Values of some tokens, in the dtype of ``total``.
+        right: Other values of the same tokens.
+    """
+    total.addmm_(left.T, right)
 
 
 def panels(n: int) -> Iterator[tuple[int, int]]:

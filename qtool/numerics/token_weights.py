@@ -84,6 +84,10 @@ class TokenWeight:
         return torch.where(norms > bounds, bounds / norms, 1.0)
 
 
+UNIFORM = TokenWeight()
+"""All tokens count alike."""
+
+
 def parse_token_weight(text: str) -> TokenWeight:
     """Read ``uniform``, ``inverse-norm:0.5``, ``clip:3``, ``gradient``, or one with others for some kinds of sites.
 

@@ -82,7 +82,9 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
         DataError: The text cannot be read or is too short.
         NumericalError: Weights or activations are not finite.
     """
-    loaded: dict[str, AnyStatistic] = {name: workspace.plugins.load("statistics", name) for name in request.gather}
+    loaded: dict[str, Statistic | GradientStatistic] = {
+        name: workspace.plugins.load("statistics", name) for name in request.gather
+    }
     parse_token_weight(request.token_weight)
     opened = open_subject(request.source, workspace)
     weight = token_weight_of(request.token_weight, opened.model.graph)

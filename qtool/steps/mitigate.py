@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,11 @@ from qtool.engine.block import BlockSolver, SolvedBlock, static_inputs
 from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
+from qtool.engine.propagate import Propagation, wants_exact
 from qtool.engine.solve import Method, Solver
 from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
-from qtool.engine.subject import BlockContent, Subject
-from qtool.errors import ArtifactError, NumericalError, SchemeError, UsageError
-from qtool.model.graph import LinearSite
+from qtool.errors import ArtifactError, NumericalError, UsageError
 from qtool.model.plan import Plan
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
@@ -31,7 +30,7 @@ from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import saliencies_of
-from qtool.steps.schemes import warn_of_another_scheme
+from qtool.steps.schemes import check_scheme, warn_of_another_scheme
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.token_weights import token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
@@ -161,34 +160,6 @@ def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> No
         )
 
 
-def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
-    """Refuse, before any work, a scheme that does not fit some layer, or channels that its plan sets apart.
-
-    Raises:
-        SchemeError: A group does not divide an input (names the layer), a strategy means nothing where it stands, or
-            a KV cache would need all of its tokens before the first could be stored.
-        UsageError: No weights are to be quantized.
-    """
-    if scheme.weights is None:
-        raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
-    scheme.check()
-    graph, subject = subject.model.graph, replace(subject, scheme=scheme)
-    for linear in graph.linears:
-        width, inputs = graph.width(linear.spec.reads), subject.input_grid(linear)
-        subject.weight_grid(linear).check(width, layer=linear.name)
-        if inputs is not None:
-            inputs.check(width, layer=linear.name)
-    if scheme.kv is not None:
-        scheme.kv.groups_of(graph.dims.head_dim, layer="the KV cache")
-        # One dynamic scale for all that attention sees stands in for the static one of engines; two levels do not.
-        if subject.plugins.format(scheme.kv.format).global_scale(torch.ones(()), scheme.kv) is not None:
-            raise SchemeError(
-                "a KV cache grows token by token, so its tokens cannot share a scale",
-                facts=(("scheme", scheme.kv),),
-                hint="--kv int8-asym-token",
-            )
-
-
 @dataclass
 class _Found:
     """What there is to say of all blocks: reports by linear, counters, and what each block's experts went by."""
@@ -222,14 +193,40 @@ class _Work:
         mode = experts_mode(request.experts or gathered, self.graph, weight)
         self.block = BlockSolver(solver, static_inputs(subject), mode or "all", _checked_share(request, mode))
         self.needs = self.block.needs
-        self.experts = mode if self.needs else ""
+        self.gathered: dict[str, AnyStatistic] = {n: workspace.plugins.load("statistics", n) for n in self.needs}
+        self.compares = wants_exact(bound, self.gathered)
         self.saliencies = saliencies_of(statistics, opened, self.needs, weight, request.propagate)
-        if self.needs and statistics is None:
+        self.looks = bool(self.needs) or self.compares
+        self.experts = mode if self.looks else ""
+        if self.looks and statistics is None:
             raise UsageError(
                 f"`{request.method}` needs statistics, and `{request.source}` has none behind it",
-                facts=(("needs", ", ".join(self.needs)),),
+                facts=(("needs", ", ".join(self.needs) or "the text"),),
                 hint="qtool calibrate MODEL, then give its path or --input statistics=PATH",
             )
+        if self.compares:
+            self._check_comparison()
+
+    def _check_comparison(self) -> None:
+        """Refuse what excludes a second stream in full precision.
+
+        Raises:
+            UsageError: Without passes there is no such stream; routed experts see other tokens in it; and where linears
+                see quantized ones before them, one copy of the block cannot serve both.
+        """
+        request = self.request
+        reason = {
+            request.propagate == "none": ("which takes passes over the text", "--propagate quantized"),
+            self.experts == "routed": ("and routed experts see other tokens there", "--experts all"),
+            request.true_sequential: ("which `--true-sequential` has no copy of the block for", "leave it out"),
+        }.get(True)
+        if reason is not None:
+            raise UsageError(f"`{request.method}` compares with full precision, {reason[0]}", hint=reason[1])
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the activations that are propagated are rounded."""
+        return self.request.round_activations
 
     def manifest(self) -> Manifest:
         """Return the manifest without tensors."""
@@ -239,10 +236,10 @@ class _Work:
         config = {
             "methods": [one.record() for one in self.configured],
             "scheme": request.scheme.to_json(),
-            "propagate": request.propagate if self.needs else "none",
+            "propagate": request.propagate if self.looks else "none",
             "true_sequential": request.true_sequential,
-            "round_activations": request.round_activations,
-            "token_weight": self.token_weight if self.needs else "",
+            "round_activations": self.rounds,
+            "token_weight": self.token_weight if self.looks else "",
             "seed": request.seed,
             "dtype": dtype_name(self.dtype),
             **({"experts": self.experts} if self.experts else {}),
@@ -268,7 +265,7 @@ class _Work:
 
     def run(self, writer: ArtifactWriter) -> _Found:
         """Solve every block; return what there is to say of them."""
-        passes = self.needs and self.request.propagate == "quantized"
+        passes = self.looks and self.request.propagate == "quantized"
         solved = self._solve_with_passes(writer) if passes else self._solve_carried(writer)
         found = _Found()
         for layer, notes in enumerate(solved):
@@ -298,8 +295,9 @@ class _Work:
                 for site in sites_to_observe(linears, self.block.experts) if carried else ():
                     known[site] = carried[f"layers.{layer}.{site}"]
                     estimated |= known[site].estimated & set(self.needs)
-                folded = self.opened.subject.folded(layer, self.wide)
-                self._write(writer, layer, self.block.solve(linears, folded, known, self._carried_tokens(layer)))
+                folded, solved = self.opened.subject.folded(layer, self.wide), SolvedBlock()
+                self.block.solve(linears, folded, known, solved, self._carried_tokens(layer))
+                self._write(writer, layer, solved)
             notes.append(self._notes(writer, layer))
         if estimated:
             self.workspace.warn(f"{', '.join(sorted(estimated))} behind rotations: estimated from the sample")
@@ -327,12 +325,28 @@ class _Work:
 
     def _solve_with_passes(self, writer: ArtifactWriter) -> list[dict[str, Any]]:
         """Solve from the activations of what is quantized already."""
+        work = self._propagation(writer)
+        notes = []
+        for layer in self._layers():
+            state = self.opened.subject.folded(layer, self.wide)
+            if writer.has(f"layer-{layer}"):
+                work.skip(layer, state)
+            else:
+                self._write(writer, layer, work.solve(layer, state))
+            notes.append(self._notes(writer, layer))
+            if layer + 1 < self.graph.dims.num_layers:
+                work.advance(layer, state, writer.part(f"layer-{layer}")[0])
+            work.network.drop(layer)
+        return notes
+
+    def _propagation(self, writer: ArtifactWriter) -> Propagation:
+        """Return the streams in front of the first block, and what solves the blocks."""
         if self.statistics is None:
             raise ArtifactError("no statistics")
         windows = self.statistics.tensor(WINDOWS).long()
-        scheme = self.request.scheme if self.request.round_activations else ModelScheme()
-        subject = replace(self.opened.subject, scheme=replace(scheme, weights=None))
-        network = Network(subject, device=self.workspace.device, dtype=self.dtype, observed=self.block.experts)
+        executed = replace(self.opened.subject, scheme=replace(self.request.scheme, weights=None))
+        propagated = executed if self.rounds else replace(executed, scheme=ModelScheme())
+        network = Network(propagated, device=self.workspace.device, dtype=self.dtype, observed=self.block.experts)
         gathering = Gathering(
             windows.numel(),
             parse_token_weight(self.token_weight),
@@ -341,54 +355,17 @@ class _Work:
             windows.shape[1],
             self.saliencies,
         )
-        statistics: dict[str, AnyStatistic] = {n: self.workspace.plugins.load("statistics", n) for n in self.needs}
         batch = self.request.batch or default_batch(self.workspace.device, windows.shape[1])
-        stream = Stream(network, windows, batch=batch, spill=writer.parts)
-        notes = []
-        for layer in self._layers():
-            state = subject.folded(layer, self.wide)
-            if not writer.has(f"layer-{layer}"):
-                network.load(layer, BlockContent(state))
-                self._solve_block(stream, layer, state, statistics, gathering, writer)
-            notes.append(self._notes(writer, layer))
-            if layer + 1 < self.graph.dims.num_layers:
-                self.block.install(network, layer, state, writer.part(f"layer-{layer}")[0])
-                stream.run(layer, keep=True)
-            network.drop(layer)
-        return notes
-
-    def _solve_block(
-        self,
-        stream: Stream,
-        layer: int,
-        state: dict[str, Tensor],
-        statistics: Mapping[str, AnyStatistic],
-        gathering: Gathering,
-        writer: ArtifactWriter,
-    ) -> None:
-        """Gather and solve one block, in one stage or in one for each kind of input site."""
-        linears = self.graph.linears_of(layer)
-        stages = [[one for one in linears if one.stage == s] for s in sorted({one.stage for one in linears})]
-        block = SolvedBlock()
-        for stage in stages if self.request.true_sequential else [list(linears)]:
-            found = self._solve_stage(stream, stage, state, statistics, gathering)
-            self.block.put(stream.network, stage, found.linears)
-            block.linears |= found.linears
-            block.scales |= found.scales
-            block.seen += found.seen
-        self._write(writer, layer, block)
-
-    def _solve_stage(
-        self,
-        stream: Stream,
-        stage: Sequence[LinearSite],
-        state: dict[str, Tensor],
-        statistics: Mapping[str, AnyStatistic],
-        gathering: Gathering,
-    ) -> SolvedBlock:
-        """Gather and solve linears of one block; the statistics are gone when this returns."""
-        gathered = stream.gather(stage[0].layer, stage, statistics, gathering, keep=False)
-        return self.block.solve(stage, state, gathered.statistics, gathered.tokens)
+        streams = [Stream(network, windows, batch=batch, spill=writer.parts) for _ in range(1 + self.compares)]
+        return Propagation(
+            self.block,
+            executed,
+            streams[0],
+            streams[-1] if self.compares else None,
+            self.gathered,
+            gathering,
+            self.request.true_sequential,
+        )
 
     def _write(self, writer: ArtifactWriter, layer: int, block: SolvedBlock) -> None:
         """Finish a block's part."""

@@ -104,7 +104,7 @@ PRESETS: Mapping[str, MitigateSettings] = MappingProxyType(
                     "parameters": "stale",
                     "dampening_frac": "0.01",
                     "block_size": "128",
-                    "act_order": "false",
+                    "order": "natural",
                 },
                 "lorc": {"rank": "32", "dtype": "bf16"},
             },

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from qtool.artifacts.store import Artifact
+from qtool.engine.subject import Subject
+from qtool.errors import SchemeError, UsageError
 from qtool.plugins import Plugins
 from qtool.scheme import VECTORS, ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
 from qtool.steps.workspace import Workspace
@@ -44,3 +48,31 @@ def warn_of_another_scheme(plan: Artifact, scheme: ModelScheme, workspace: Works
     parts = (planned.weights, planned.activations, planned.kv)
     if any(parts) and parts != (scheme.weights, scheme.activations, scheme.kv):
         workspace.warn(f"the plan was made for {planned}, not for {scheme}")
+
+
+def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
+    """Refuse, before any work, a scheme that does not fit some layer, or channels that its plan sets apart.
+
+    Raises:
+        SchemeError: A group does not divide an input (names the layer), a strategy means nothing where it stands, or
+            a KV cache would need all of its tokens before the first could be stored.
+        UsageError: No weights are to be quantized.
+    """
+    if scheme.weights is None:
+        raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
+    scheme.check()
+    graph, subject = subject.model.graph, replace(subject, scheme=scheme)
+    for linear in graph.linears:
+        width, inputs = graph.width(linear.spec.reads), subject.input_grid(linear)
+        subject.weight_grid(linear).check(width, layer=linear.name)
+        if inputs is not None:
+            inputs.check(width, layer=linear.name)
+    if scheme.kv is not None:
+        scheme.kv.groups_of(graph.dims.head_dim, layer="the KV cache")
+        # One dynamic scale for all that attention sees stands in for the static one of engines; two levels do not.
+        if subject.plugins.format(scheme.kv.format).global_scale(torch.ones(()), scheme.kv) is not None:
+            raise SchemeError(
+                "a KV cache grows token by token, so its tokens cannot share a scale",
+                facts=(("scheme", scheme.kv),),
+                hint="--kv int8-asym-token",
+            )

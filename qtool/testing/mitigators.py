@@ -18,13 +18,14 @@ from qtool.testing.promise import CheckError
 def correlated_problem(
     fmt: Format, scheme: TensorScheme, *, seed: int = 0, n_out: int = 32, n_in: int = 64
 ) -> LayerProblem:
-    """Return a layer with random weights and strongly correlated inputs."""
+    """Return a layer with random weights and strongly correlated inputs, the same in both streams."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(n_in, n_in, generator=generator) / n_in**0.5 + torch.eye(n_in) * 0.3
     x = torch.randn(512, n_in, generator=generator) @ mixing @ mixing
     weight = torch.randn(n_out, n_in, generator=generator)
     scale = fmt.global_scale(weight.abs().amax(), scheme)
     entries = {"hessian": x.T @ x / len(x), "absmax": x.abs().amax(0), "mean_abs": x.abs().mean(0), "sample": x}
+    entries["cross"] = entries["hessian"].clone()
     return LayerProblem("layer", weight, Grid.of(scheme, fmt), entries["hessian"], entries, (scale,))
 
 
@@ -74,7 +75,7 @@ def check_mitigator(
 def _measured_loss(result: QuantizedLinear, problem: LayerProblem) -> float:
     weight = result.weight(problem.grid)
     if result.adapter is not None:
-        weight = weight + result.adapter.up.float() @ result.adapter.down.float()
+        weight = weight + result.adapter.product()
     return float(relative_loss(problem.weight, weight, problem.need_hessian()))
 
 

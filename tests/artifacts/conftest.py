@@ -13,7 +13,7 @@ from qtool.artifacts.manifest import Input, Manifest, Step
 def manifest() -> Manifest:
     return Manifest(
         kind="quantized",
-        step=Step("mitigate", "gptq", 3, "qtool 0.1.0", {"dampening_frac": 0.01, "act_order": True, "seed": 0}),
+        step=Step("mitigate", "gptq", 3, "qtool 0.1.0", {"dampening_frac": 0.01, "order": "activation", "seed": 0}),
         inputs={"plan": Input("a" * 64, "runs/plan.safetensors"), "model": Input("b" * 64, "models/tiny")},
         subject="b" * 64,
         family="llama",

@@ -44,6 +44,7 @@ from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 
 CPU = torch.device("cpu")
+CODED = (("lorc.rank", "8"), ("lorc.dtype", "int8"), ("lorc.reads", "full"))
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -90,10 +91,16 @@ def make(models: dict[str, Path], plugins: Plugins, tmp_path_factory: pytest.Tem
 
     @lru_cache
     def made(
-        weights: str, activations: str = "", kv: str = "", *, model: str = "llama", method: str = "rtn"
+        weights: str,
+        activations: str = "",
+        kv: str = "",
+        *,
+        model: str = "llama",
+        method: str = "rtn",
+        settings: tuple[tuple[str, str], ...] = (),
     ) -> Subject:
         scheme = ModelScheme(*(parsed(text, plugins) if text else None for text in (weights, activations, kv)))
-        request = MitigateRequest(str(models[model]), method, scheme, dtype="float32")
+        request = MitigateRequest(str(models[model]), method, scheme, dict(settings), dtype="float32")
         artifact, _ = mitigate(request, workspace)
         return open_subject(str(artifact.path), workspace).subject
 
@@ -449,6 +456,7 @@ REFUSED = [
     ("int4-sym-g32-sfp16", "", "", "compute in float16", "--weights int4-sym-g32-sbf16"),
     ("int8-sym-channel-se8m0", "int8-sym-token", "", "no such scales", "--weights int8-sym-channel-sbf16"),
     ("int4-sym-g32", "fp8-token", "", "integer activations", "--activations int8-sym-token"),
+    ("int8-sym-channel", "int8-sym-token-o6", "", "quantize all columns", "--activations int8-sym-token-sbf16"),
     ("fp8-channel", "int8-sym-token", "", "FP8 activations", "--activations fp8-token"),
     ("mxfp4", "mxfp4-floor", "", "MXFP4 activations", "--activations mxfp4"),
     ("mxfp4", "int8-sym-token", "", "MXFP4 activations", "--activations mxfp4"),
@@ -522,9 +530,10 @@ def test_online_operators_are_refused_by_name(make: Make) -> None:
     assert "--set r4=false" in refused.value.hint
 
 
-def test_low_rank_corrections_are_refused_with_the_linear(make: Make) -> None:
+@pytest.mark.parametrize("settings", [(), CODED])
+def test_low_rank_corrections_are_refused_with_the_linear(make: Make, settings: tuple[tuple[str, str], ...]) -> None:
     with pytest.raises(UsageError, match="low-rank") as refused:
-        CompressedTensors().check(make("int4-sym-g32", method="rtn+lorc"))
+        CompressedTensors().check(make("int4-sym-g32", method="rtn+lorc", settings=settings))
     assert ("first", "model.layers.0.mlp.down_proj") in refused.value.facts
     assert "--to hf" in refused.value.hint
 
@@ -566,14 +575,16 @@ def test_a_plan_that_needs_new_biases_is_refused(make: Make, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("weights", "method", "model"), [("int4-asym-g32", "rtn", "qwen2"), ("nvfp4", "rtn+lorc", "llama")]
+    ("weights", "method", "model"),
+    [("int4-asym-g32", "rtn", "qwen2"), ("nvfp4", "rtn+lorc", "llama"), ("int3", "rtn+lorc coded", "llama")],
 )
 def test_dequantized_weights_do_what_online_operators_and_corrections_did(
     make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str, weights: str, method: str
 ) -> None:
     """Stored in float32 instead of 16 bits, the folder computes the same function."""
     monkeypatch.setattr(hf, "_dtype", lambda _: torch.float32)
-    subject = make(weights, "int8-sym-token", model=model, method=method)
+    method, _, coded = method.partition(" ")
+    subject = make(weights, "int8-sym-token", model=model, method=method, settings=CODED if coded else ())
     subject = planned(subject, rotations(subject, online=True))
     exported = written(HuggingFace(), subject, tmp_path / "out")
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.float32

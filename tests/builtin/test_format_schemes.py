@@ -157,6 +157,36 @@ def test_a_clip_that_is_no_fraction_is_refused(text: str) -> None:
     assert read(f"{text.partition('-')[0]}-c1")[1].clip == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "threshold"), [("int8-sym-token-sfp32-full-o6", 6.0), ("nvfp4-sym-g16-se4m3-o2.5", 2.5)]
+)
+def test_a_threshold_of_outliers_is_written_and_read_back(text: str, threshold: float) -> None:
+    _, scheme = read(text)
+    assert str(scheme) == text
+    assert scheme.outlier_threshold == threshold
+    assert ModelScheme.from_json(ModelScheme(activations=scheme).to_json()).activations == scheme
+    assert "-o" not in str(read(text.rpartition("-o")[0])[1])
+
+
+@pytest.mark.parametrize("text", ["int8-o0", "fp8-o0.0001", "nvfp4-o10000000"])
+def test_a_threshold_of_no_magnitude_is_refused(text: str) -> None:
+    with pytest.raises(SchemeError, match=r"outliers are of a magnitude from 0.001 to 1000000 on(.|\n)*-o6"):
+        read(text)
+
+
+@pytest.mark.parametrize("part", ["weights", "kv"])
+def test_outlier_columns_are_of_activations_only(part: str) -> None:
+    scheme = TensorScheme("int8", outlier_threshold=6.0)
+    with pytest.raises(SchemeError, match=f"{part} have no outlier columns(.|\n)*--{part} int8-sym-channel-sfp32$"):
+        ModelScheme(**{part: scheme}).check()
+
+
+def test_the_preset_of_llm_int8() -> None:
+    scheme = preset_of("LLM-INT8")
+    assert str(scheme.weights) == "int8-sym-channel-sfp32-full"
+    assert str(scheme.activations) == "int8-sym-token-sfp32-full-o6"
+
+
 def test_a_clip_of_all_is_not_written() -> None:
     assert "-c" not in str(read("int4-c1.0")[1]).replace("-channel", "")
     with pytest.raises(SchemeError, match="cannot read `c` in the scheme"):

@@ -21,10 +21,10 @@ from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem, QuantizedLinear, SiblingMitigator
 from qtool.errors import NumericalError, SchemeError, ShapeError, UsageError
 from qtool.model.plan import Segment
-from qtool.numerics import gptq as solver
+from qtool.numerics import triangular
 from qtool.numerics.groups import to_groups
 from qtool.scheme import Format, TensorScheme
-from tests.oracles.gptq import gptq_oracle
+from tests.oracles.gptq import Order, Params, gptq_oracle, visiting_order
 from tests.oracles.lowrank import lorc_oracle, output_error
 from tests.oracles.rounding import Grid as OracleGrid
 from tests.oracles.rounding import int_grid, mxfp4_grid, nvfp4_global_scale, nvfp4_grid
@@ -168,9 +168,10 @@ class TestRTN:
 
 class TestGPTQ:
     @pytest.mark.parametrize("dead", [False, True])
-    @pytest.mark.parametrize("source", ["fresh", "static", "stale", "act_order"])
+    @pytest.mark.parametrize("order", ["natural", "activation", "groups"])
+    @pytest.mark.parametrize("source", ["fresh", "static", "stale"])
     @pytest.mark.parametrize("text", ["int4", "int4-g16", "mxfp4", "nvfp4"])
-    def test_equals_the_oracle(self, text: str, source: str, dead: bool) -> None:
+    def test_equals_the_oracle(self, text: str, source: Params, order: Order, dead: bool) -> None:
         of = problem(text, seed=2, n_out=3)
         assert of.hessian is not None
         hessian = of.hessian.double()
@@ -180,17 +181,17 @@ class TestGPTQ:
         # The method brings the mean of the live diagonal between 1/2 and 1; the oracle is given the same.
         live = hessian.diagonal()[hessian.diagonal() > 0].mean()
         hessian *= 2.0 ** -torch.frexp(live).exponent
-        order = source == "act_order"
-        config = GPTQConfig(block_size=24, parameters="static" if order else source, act_order=order, clip="none")  # type: ignore[arg-type]
+        source = "static" if order == "activation" else source
+        config = GPTQConfig(block_size=24, parameters=source, order=order, clip="none")
         result = GPTQ().quantize(replace(of, weight=of.weight.double(), hessian=hessian), config)
         _, values, *_ = gptq_oracle(
             of.weight,
             hessian,
             **oracle_grid(of)._asdict(),
             group_size=of.grid.parts[0].scheme.group_size or 64,
-            params="static" if order else source,  # type: ignore[arg-type]
+            params=source,
             block_size=24,
-            act_order=order,
+            order=order,
         )
         torch.testing.assert_close(decoded(result, of).double(), values, rtol=1e-6, atol=1e-9)
         assert result.counters["dead_columns"] == (2 if dead else 0)
@@ -247,7 +248,7 @@ class TestGPTQ:
         hessian[8:] = 0
         hessian[:, 8:] = 0
         hessian *= 2.0 ** -torch.frexp(hessian.diagonal()[:8].mean()).exponent
-        config = GPTQConfig(dampening_frac=1.0, clip="none", parameters="fresh", act_order=False)
+        config = GPTQConfig(dampening_frac=1.0, clip="none", parameters="fresh", order="natural")
         result = GPTQ().quantize(replace(of, weight=of.weight.double(), hessian=hessian), config)
         grid = oracle_grid(of)._asdict()
         _, values, *_ = gptq_oracle(of.weight, hessian, **grid, group_size=16, dampening_frac=1.0)
@@ -275,8 +276,8 @@ class TestGPTQ:
         assert result.counters == {"dead_columns": 0, "raised_dampening": 1, "float64_factors": 0, "fallback_rtn": 0}
 
     def test_float64_is_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        of, factor = problem("int4"), solver.inverse_cholesky
-        monkeypatch.setattr(solver, "inverse_cholesky", lambda h: factor(h) if h.dtype == torch.float64 else None)
+        of, factor = problem("int4"), triangular.inverse_cholesky
+        monkeypatch.setattr(triangular, "inverse_cholesky", lambda h: factor(h) if h.dtype == torch.float64 else None)
         assert GPTQ().quantize(of, GPTQConfig()).counters["float64_factors"] == 1
 
     @pytest.mark.parametrize("options", [{"clip": "none"}, {"clip": "search"}])
@@ -463,18 +464,18 @@ def mixed(text: str, apart: str, *, channels: int = 16, **options: Any) -> Layer
 
 
 class TestMixedGrids:
-    @pytest.mark.parametrize("act_order", [False, True])
+    @pytest.mark.parametrize("order", ["natural", "activation"])
     @pytest.mark.parametrize(("text", "apart"), [("int3-g16", "int8"), ("int3", "int4"), ("nvfp4", "int8")])
-    def test_gptq_equals_a_solver_of_one_column_at_a_time(self, text: str, apart: str, act_order: bool) -> None:
+    def test_gptq_equals_a_solver_of_one_column_at_a_time(self, text: str, apart: str, order: Order) -> None:
         of = mixed(text, apart, n_out=3)
         assert of.hessian is not None
         of = replace(of, hessian=of.hessian + 0.1 * torch.eye(64))
-        config = GPTQConfig(clip="none", act_order=act_order)
+        config = GPTQConfig(clip="none", order=order)
         result = GPTQ().quantize(of, config)
         scales = of.grid.global_scales(of.weight.abs().amax(0))
         current = of.weight.double().clone()
         hessian = of.hessian.double() + 0.01 * of.hessian.diagonal().double().mean() * torch.eye(64).double()
-        left = sorted(range(64), key=lambda col: -float(hessian[col, col])) if act_order else list(range(64))
+        left = visiting_order(hessian, order)
         values = torch.zeros_like(current)
         while left:
             inverse = torch.linalg.inv(hessian[left][:, left])
@@ -491,7 +492,7 @@ class TestMixedGrids:
         assert result.report["loss"] < result.report["loss_rtn"]
         assert result.report["loss"] == pytest.approx(measured(result, of), rel=1e-3)
 
-    @pytest.mark.parametrize("config", [GPTQConfig(), GPTQConfig(parameters="fresh", act_order=False)])
+    @pytest.mark.parametrize("config", [GPTQConfig(), GPTQConfig(parameters="fresh", order="natural")])
     @pytest.mark.parametrize("text", ["int4-g16", "nvfp4", "int4-tensor"])
     def test_siblings_get_what_each_gets_alone(self, text: str, config: GPTQConfig) -> None:
         one = mixed(text, "int8")
@@ -604,8 +605,9 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         (GPTQConfig, {"dampening_frac": float("inf")}, "`dampening_frac` is from 0 to 10, not inf"),
         (GPTQConfig, {"block_size": 0}, "`block_size` is a number of columns, not 0"),
         (GPTQConfig, {"parameters": "old"}, "`parameters` has no value `old`\n  known  fresh, static, stale"),
-        (GPTQConfig, {"parameters": "fresh"}, "hint: --set parameters=fresh --set act_order=false"),
-        (GPTQConfig, {"act_order": True, "parameters": "stale"}, "so it cannot fit stale parameters"),
+        (GPTQConfig, {"parameters": "fresh"}, "hint: --set parameters=fresh --set order=groups"),
+        (GPTQConfig, {"order": "first"}, "`order` has no value `first`\n  known  natural, activation, groups"),
+        (GPTQConfig, {"order": "activation", "parameters": "stale"}, "so it cannot fit stale parameters"),
         (LoRCConfig, {"rank": 0}, "`rank` is 1 or more, not 0"),
         (LoRCConfig, {"dtype": "fp8"}, "`dtype` has no value `fp8`\n  known  bf16, fp16"),
     ],

@@ -33,6 +33,7 @@ from qtool.testing import double_precision, save_tiny_model, tiny_config
 
 CPU = torch.device("cpu")
 WINDOWS, TOKENS = 5, 16
+PAIRED = ("cross", "full_hessian", "held_out")
 Proposed = dict[str, list[Operator]]
 
 
@@ -178,7 +179,7 @@ class TestStatistics:
         assert artifact.names() == ("windows",)
 
     def test_every_statistic_is_tested(self) -> None:
-        assert {entry.name for entry in register_statistics()} == {*EVERYTHING, "saliency"}  # tests of gradients
+        assert {entry.name for entry in register_statistics()} == {*EVERYTHING, "saliency", *PAIRED}
 
 
 class TestAfterACrash:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -110,6 +111,35 @@ def test_storage_gives_back_every_bit(text: str, segments: tuple[tuple[int, str]
     assert read.adapter is not None
     assert set(tensors) >= {"layer.codes", "layer.scale", "layer.adapter.up"}
     assert any(name.startswith("layer.segments.") for name in tensors) == bool(segments)
+
+
+@pytest.mark.parametrize("reads", ["quantized", "full"])
+@pytest.mark.parametrize("is_coded", [False, True])
+def test_an_adapter_is_stored_as_it_is(reads: Literal["quantized", "full"], *, is_coded: bool) -> None:
+    grid, coded = (
+        grid_of("int4-g16"),
+        Adapter(
+            torch.randint(-127, 128, (2, 64), dtype=torch.int8),
+            torch.randint(-127, 128, (6, 2), dtype=torch.int8),
+            drawn(1, 2)[0].abs().half(),
+            drawn(1, 2)[0].abs().half() + 1,
+            reads,
+        ),
+    )
+    adapter = coded if is_coded else Adapter(drawn(2, 64).bfloat16(), drawn(6, 2).bfloat16(), reads=reads)
+    bare = nearest(drawn(6, 64), grid)
+    tensors = linear_tensors("layer", replace(bare, adapter=adapter), grid)
+    prefix = {"quantized": "layer.adapter.", "full": "layer.adapter.full."}[reads]
+    own = {name: one for name, one in tensors.items() if ".adapter." in name}
+    assert set(own) == {f"{prefix}{part}" for part in ("down", "up", *(("down_scale", "up_scale") * is_coded))}
+    assert sum(one.nbytes for one in own.values()) == ((64 + 6) * 2 + 2 * 2 * 2 if is_coded else (64 + 6) * 2 * 2)
+    read = read_linear("layer", 64, tensors, grid).adapter
+    assert read is not None
+    assert read.reads == reads
+    for name in ("down", "up", "down_scale", "up_scale"):
+        ours, theirs = getattr(read, name), getattr(adapter, name)
+        assert (ours is None and theirs is None) or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
+    assert read_linear("layer", 64, linear_tensors("layer", bare, grid), grid).adapter is None
 
 
 def test_the_bytes_that_are_stored_are_the_bits_of_the_parts() -> None:

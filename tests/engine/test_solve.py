@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import qtool.engine.solve as solving
 import qtool.numerics.gptq as gptq_numerics
 from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem, QuantizedLinear
-from qtool.engine.solve import Method, Solver
+from qtool.engine.solve import Method, Solution, Solver
 from qtool.model.graph import LinearSite, ModelGraph
 from qtool.model.statistics import SiteStatistics
 from qtool.plugins import Plugins
@@ -75,6 +75,14 @@ def everything(graph: ModelGraph, *, routed: bool) -> dict[str, SiteStatistics]:
     return {name: of_tokens(drawn(64, graph.width(name), 100 + seed)) for seed, name in enumerate(names)}
 
 
+def solve(
+    of: Solver, linears: Sequence[LinearSite], state: Mapping[str, Tensor], known: Mapping[str, SiteStatistics]
+) -> dict[str, QuantizedLinear]:
+    solution = Solution()
+    of.solve(of.methods, linears, state, known, solution)
+    return solution.linears
+
+
 class TestWhoseStatistics:
     @pytest.mark.parametrize("routed", [False, True])
     def test_an_expert_goes_by_its_own_where_there_are_any(
@@ -82,7 +90,7 @@ class TestWhoseStatistics:
     ) -> None:
         recorder, known = Recorder(), everything(graph, routed=routed)
         linears = graph.linears_of(1)
-        solved = solver(graph, plugins, recorder).solve(linears, weights(linears, graph), known)
+        solved = solve(solver(graph, plugins, recorder), linears, weights(linears, graph), known)
         assert set(solved) == {one.name for one in linears}
         for name, problem in recorder.problems().items():
             linear = next(one for one in linears if one.name == name)
@@ -92,9 +100,12 @@ class TestWhoseStatistics:
 
     def test_seeds_are_places_in_the_model(self, graph: ModelGraph, plugins: Plugins) -> None:
         recorder, linears = Recorder(), graph.linears_of(1)
-        solver(graph, plugins, recorder).solve(linears, weights(linears, graph), {})
+        solve(solver(graph, plugins, recorder), linears, weights(linears, graph), {})
         seeds = {name: problem.seed for name, problem in recorder.problems().items()}
         assert seeds == {one.name: 7 + graph.linears.index(one) for one in linears}
+        experts = {name for name, problem in recorder.problems().items() if problem.expert}
+        assert experts == {one.name for one in linears if one.expert is not None}
+        assert 0 < len(experts) < len(linears)
 
 
 class TestWhatIsShared:
@@ -104,7 +115,7 @@ class TestWhatIsShared:
         recorder, linears = Recorder(), graph.linears_of(1)
         scheme = "fp4-sym-g8-se4m3"
         state = weights(linears, graph)
-        solver(graph, plugins, recorder, scheme=scheme).solve(linears, state, everything(graph, routed=False))
+        solve(solver(graph, plugins, recorder, scheme=scheme), linears, state, everything(graph, routed=False))
         found = recorder.problems()
         groups: dict[tuple[str, str], list[LinearSite]] = {}
         for one in linears:
@@ -134,7 +145,7 @@ class TestWhatIsShared:
         for scheme in ("int4", "fp4-sym-g8-se4m3"):  # the second has a multiplier for each expert
             monkeypatch.setattr(solving, "MOST_ROWS", 13)
             factorized.clear()
-            solver(graph, plugins, method, method.Config(), scheme).solve(linears, weights(linears, graph), known)
+            solve(solver(graph, plugins, method, method.Config(), scheme), linears, weights(linears, graph), known)
             assert sorted(factorized) == sorted([HIDDEN] * 3 + [INNER] * 4)
 
     @pytest.mark.parametrize("scheme", ["int4", "int4-asym-g4", "fp4-sym-g8-se4m3", "int4-sym-tensor"])
@@ -146,7 +157,7 @@ class TestWhatIsShared:
         linears = graph.linears_of(1)
         state, known = weights(linears, graph), everything(graph, routed=routed)
         together = solver(graph, plugins, method, method.Config(), scheme)
-        solved = together.solve(linears, state, known)
+        solved = solve(together, linears, state, known)
         for one in linears:
             site = one.observed if routed else one.spec.reads
             alone = method.quantize(
@@ -169,7 +180,7 @@ class TestHowMuchAtOnce:
     ) -> None:
         monkeypatch.setattr(solving, "MOST_ROWS", 30)
         recorder, linears = Recorder(), graph.linears_of(1)
-        solver(graph, plugins, recorder).solve(linears, weights(linears, graph), everything(graph, routed=False))
+        solve(solver(graph, plugins, recorder), linears, weights(linears, graph), everything(graph, routed=False))
         experts = [call for call in recorder.calls if ".experts." in call[0].name and call[0].weight.shape[1] == HIDDEN]
         assert [sum(len(problem.weight) for problem in call) for call in experts] == [24, 24]
         for call in experts:
@@ -178,5 +189,5 @@ class TestHowMuchAtOnce:
 
     def test_all_at_once_where_there_is_room(self, graph: ModelGraph, plugins: Plugins) -> None:
         recorder, linears = Recorder(), graph.linears_of(1)
-        solver(graph, plugins, recorder).solve(linears, weights(linears, graph), everything(graph, routed=False))
+        solve(solver(graph, plugins, recorder), linears, weights(linears, graph), everything(graph, routed=False))
         assert sorted(len(call) for call in recorder.calls) == [1, 1, 1, 1, 1, 3, 8]

@@ -11,18 +11,17 @@ from torch import Tensor
 from qtool.builtin.formats.fp4 import E2M1, MXFP4, NVFP4
 from qtool.builtin.formats.integer import Int2, Int3, Int4, Int8
 from qtool.errors import NumericalError, ShapeError, UsageError
-from qtool.numerics import gptq as module
+from qtool.numerics import triangular as module
 from qtool.numerics.gptq import (
     ColumnGrid,
     GPTQResult,
     ParameterSource,
-    factorize_inverse,
     gptq_round,
-    inverse_cholesky,
 )
 from qtool.numerics.groups import from_groups, to_groups
+from qtool.numerics.triangular import factorize_inverse, inverse_cholesky
 from qtool.scheme import Format, GroupParameters, TensorScheme
-from tests.oracles.gptq import Solution, dampen, gptq_oracle
+from tests.oracles.gptq import Order, Solution, dampen, gptq_oracle, visiting_order
 from tests.oracles.ldlq import ldlq_oracle
 from tests.oracles.rounding import Grid, int_grid, mxfp4_grid, nvfp4_grid
 
@@ -129,25 +128,86 @@ def test_groups_of_128_equal_the_oracle(source: ParameterSource) -> None:
 
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize(("name", "group_size"), [("int4", 64), ("int4-asym", 16), ("nvfp4", 16)])
-def test_act_order_equals_the_oracle(name: str, group_size: int, dead: bool) -> None:
+def test_activation_order_equals_the_oracle(name: str, group_size: int, dead: bool) -> None:
     weight, hessian = problem(3, 3, 64)
     hessian = with_dead_columns(hessian) if dead else hessian
     ours = gptq_round(
-        weight, hessian, grid=column_grid(name, group_size), block_size=40, parameters="static", act_order=True
+        weight, hessian, grid=column_grid(name, group_size), block_size=40, parameters="static", order="activation"
     )
-    theirs = gptq_oracle(weight, hessian, **oracle_grid(name), group_size=group_size, act_order=True)
+    theirs = gptq_oracle(weight, hessian, **oracle_grid(name), group_size=group_size, order="activation")
     assert_same(name, ours, theirs, group_size)
     natural = gptq_round(weight, hessian, grid=column_grid(name, group_size), parameters="static")
     assert not torch.equal(ours.codes, natural.codes)
 
 
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("name", "group_size"), [("int4", 64), ("int4-asym", 16), ("int2", 8), ("nvfp4", 16)])
+def test_the_order_of_whole_groups_equals_the_oracle(
+    name: str, group_size: int, source: ParameterSource, dead: bool
+) -> None:
+    weight, hessian = problem(3, 3, 64)
+    hessian = with_dead_columns(hessian) if dead else hessian
+    grid = column_grid(name, group_size)
+    ours = gptq_round(weight, hessian, grid=grid, block_size=40, parameters=source, order="groups")
+    theirs = gptq_oracle(
+        weight, hessian, **oracle_grid(name), group_size=group_size, params=source, order="groups", block_size=40
+    )
+    assert_same(name, ours, theirs, group_size)
+    visits = visiting_order(dampen(weight, hessian, 0.01)[1], "groups", group_size)
+    assert ours.factor.order is not None
+    assert ours.factor.order.tolist() == visits
+    assert visits != list(range(64))
+    if group_size < 64:
+        assert visits != visiting_order(dampen(weight, hessian, 0.01)[1], "activation")
+        assert [col // group_size for col in visits] != [col // group_size for col in range(64)]
+
+
+def test_what_is_fitted_group_after_group_lies_as_it_is_stored() -> None:
+    weight, hessian = problem(4, 3, 64)
+    fmt, scheme = Int4(), TensorScheme("int4")
+    seen: dict[int, Tensor] = {}
+
+    def fit(values: Tensor, start: int) -> GroupParameters:
+        seen[start] = values[:, 0].clone()
+        return fmt.fit(values, scheme)
+
+    result = gptq_round(
+        weight, hessian, grid=[ColumnGrid(16, fit, fmt.round, fmt.encode)], order="groups", block_size=24
+    )
+    assert result.factor.order is not None
+    first = int(result.factor.order[0]) // 16 * 16
+    assert sorted(seen) == [0, 16, 32, 48]
+    assert list(seen) != [0, 16, 32, 48]
+    assert torch.equal(seen[first], weight[:, first : first + 16])
+
+
+def test_whole_groups_of_two_grids_are_ranked_together() -> None:
+    weight, hessian = problem(9, 3, 64)
+    low, high = column_grid("int4", 8)[0], column_grid("int2", 24)[0]
+    sizes = torch.linspace(1, 2, 64, dtype=torch.float64)
+    result = gptq_round(
+        weight, sizes[:, None] * hessian * sizes, grid=[low, replace(high, columns=24)], order="groups", block_size=28
+    )
+    order = result.factor.order
+    assert order is not None
+    ranges = [range(start, start + 8) for start in range(0, 40, 8)] + [range(40, 64)]
+    diagonal = (sizes[:, None] * hessian * sizes).diagonal()
+    ranges.sort(key=lambda columns: -float(diagonal[columns.start : columns.stop].mean()))
+    visited = order.tolist()
+    for columns in ranges:
+        own, visited = visited[: len(columns)], visited[len(columns) :]
+        assert sorted(own) == list(columns)
+        assert own == sorted(columns, key=lambda col: -float(diagonal[col]))
+
+
 def eliminated(
-    weight: Tensor, hessian: Tensor, grids: list[tuple[range, Grid]], *, static: bool, act_order: bool
+    weight: Tensor, hessian: Tensor, grids: list[tuple[range, Grid]], *, static: bool, order: Order
 ) -> Tensor:
     """Round columns that each have a grid of their own; the rest is re-optimized after each, by the plain inverse."""
     current, damped = dampen(weight, hessian, 0.01)
     values, original = torch.zeros_like(current), current.clone()
-    left = sorted(range(len(damped)), key=lambda col: -float(damped[col, col])) if act_order else [*range(len(damped))]
+    left = visiting_order(damped, order)
     fitted: dict[int, tuple[Tensor, Tensor | None]] = {}
     while left:
         inverse = torch.linalg.inv(damped[left][:, left])
@@ -164,9 +224,10 @@ def eliminated(
 
 
 @pytest.mark.parametrize(
-    ("source", "act_order", "dead"), [("fresh", False, False), ("static", False, True), ("static", True, True)]
+    ("source", "order", "dead"),
+    [("fresh", "natural", False), ("static", "natural", True), ("static", "activation", True)],
 )
-def test_grids_side_by_side_equal_the_oracle(source: ParameterSource, act_order: bool, dead: bool) -> None:
+def test_grids_side_by_side_equal_the_oracle(source: ParameterSource, order: Order, dead: bool) -> None:
     weight, hessian = problem(9, 3, 64)
     hessian = with_dead_columns(hessian) if dead else hessian
     low, high = column_grid("int4", 8)[0], column_grid("int2", 24, ratio=0.5)[0]  # the second clips
@@ -176,12 +237,12 @@ def test_grids_side_by_side_equal_the_oracle(source: ParameterSource, act_order:
         grid=[low, replace(high, columns=24)],
         block_size=28,  # groups of both grids cross the ends of blocks
         parameters=source,
-        act_order=act_order,
+        order=order,
     )
     ranges = [*(range(start, start + 8) for start in range(0, 40, 8)), range(40, 64)]
     clipping = GRIDS["int2"][2]._replace(**oracle_grid("int2", ratio=0.5))
     grids = [(columns, GRIDS["int4"][2] if columns.stop <= 40 else clipping) for columns in ranges]
-    expected = eliminated(weight, hessian, grids, static=source == "static", act_order=act_order)
+    expected = eliminated(weight, hessian, grids, static=source == "static", order=order)
     first, last = result.parameters
     decoded = torch.cat(
         [
@@ -203,13 +264,13 @@ def test_grids_that_do_not_fill_a_weight_are_refused() -> None:
             gptq_round(weight, hessian, grid=[grid, replace(grid, columns=columns)])
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation"])
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
-def test_equals_ldlq_even_where_values_clip(ratio: float, act_order: bool) -> None:
+def test_equals_ldlq_even_where_values_clip(ratio: float, order: Order) -> None:
     weight, hessian = problem(4, 3, 48)
     grid = column_grid("int4", 16, ratio=ratio)
-    ours = gptq_round(weight, hessian, grid=grid, block_size=20, parameters="static", act_order=act_order)
-    theirs = ldlq_oracle(weight, hessian, **oracle_grid("int4", ratio=ratio), group_size=16, act_order=act_order)
+    ours = gptq_round(weight, hessian, grid=grid, block_size=20, parameters="static", order=order)
+    theirs = ldlq_oracle(weight, hessian, **oracle_grid("int4", ratio=ratio), group_size=16, order=order)
     assert_same("int4", ours, theirs, 16)
     at_the_ends = float(((ours.codes == 0) | (ours.codes == 15)).double().mean())
     assert at_the_ends > 0.2 if ratio < 1 else at_the_ends < 0.1
@@ -245,18 +306,18 @@ def test_stale_parameters_depend_on_the_block_size() -> None:
     assert not torch.equal(scale["stale", 32], scale["static", 32])
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation", "groups"])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("name", "group_size"), [("int4", 256), ("int4-asym", 16), ("nvfp4", 16), ("mxfp4", 32)])
 def test_a_diagonal_hessian_gives_nearest_rounding(
-    name: str, group_size: int, source: ParameterSource, act_order: bool
+    name: str, group_size: int, source: ParameterSource, order: Order
 ) -> None:
     weight, hessian = problem(6, 32, 256)
     weight, hessian = weight.float(), torch.diag(hessian.diagonal()).float()
-    if act_order:
+    if order == "activation":
         source = "static"
     grid = column_grid(name, group_size)
-    result = gptq_round(weight, hessian, grid=grid, block_size=100, parameters=source, act_order=act_order)
+    result = gptq_round(weight, hessian, grid=grid, block_size=100, parameters=source, order=order)
     groups = to_groups(weight, "group", group_size)
     starts = range(0, 256, group_size)
     nearest = [grid[0].encode(groups[:, i], grid[0].fit(groups[:, i], start)) for i, start in enumerate(starts)]
@@ -279,10 +340,10 @@ def test_beats_nearest_rounding_on_correlated_inputs(name: str, group_size: int)
     assert solved < 0.6 * nearest
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation", "groups"])
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize(("name", "group_size"), [("int4", 96), ("int4-asym", 16), ("int2", 32), ("nvfp4", 16)])
-def test_the_loss_is_that_of_the_damped_problem(name: str, group_size: int, dead: bool, act_order: bool) -> None:
+def test_the_loss_is_that_of_the_damped_problem(name: str, group_size: int, dead: bool, order: Order) -> None:
     weight, hessian = problem(7, 6, 96)
     hessian = with_dead_columns(hessian) if dead else hessian
     result = gptq_round(
@@ -291,8 +352,8 @@ def test_the_loss_is_that_of_the_damped_problem(name: str, group_size: int, dead
         grid=column_grid(name, group_size),
         dampening_frac=0.05,
         block_size=40,
-        parameters="static" if act_order else "fresh",
-        act_order=act_order,
+        parameters="static" if order == "activation" else "fresh",
+        order=order,
     )
     original, damped = dampen(weight, hessian, 0.05)
     error = original - decoded(name, result, group_size)
@@ -329,9 +390,9 @@ def test_permuted_columns_give_permuted_codes_in_the_same_visiting_order() -> No
     weight, hessian = problem(10, 6, 96)
     shuffle = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     grid = column_grid("int4", 96)
-    plain = gptq_round(weight, hessian, grid=grid, parameters="static", act_order=True)
+    plain = gptq_round(weight, hessian, grid=grid, parameters="static", order="activation")
     shuffled = gptq_round(
-        weight[:, shuffle], hessian[shuffle][:, shuffle], grid=grid, parameters="static", act_order=True
+        weight[:, shuffle], hessian[shuffle][:, shuffle], grid=grid, parameters="static", order="activation"
     )
     assert torch.equal(shuffled.codes, plain.codes[:, shuffle])
 
@@ -438,5 +499,5 @@ def test_what_does_not_fit_is_refused() -> None:
         gptq_round(weight, hessian[1:, 1:], grid=column_grid("int4", 16))
     with pytest.raises(ShapeError, match="group size  32"):
         gptq_round(weight, hessian, grid=column_grid("int4", 32))
-    with pytest.raises(UsageError, match="`act_order` needs static parameters, not fresh"):
-        gptq_round(weight, hessian, grid=column_grid("int4", 16), act_order=True)
+    with pytest.raises(UsageError, match="fresh parameters need groups that are visited as a whole"):
+        gptq_round(weight, hessian, grid=column_grid("int4", 16), order="activation")

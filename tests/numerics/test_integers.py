@@ -214,3 +214,25 @@ def test_inputs_are_left_alone() -> None:
     assert torch.equal(groups, before)
     assert torch.equal(scale, kept[0])
     assert torch.equal(zero_point, kept[1])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_need_not_be_whole(bits: int) -> None:
+    groups = groups_of(6, 16, shift=0.4)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = (high - low) / (2**bits - 1)
+    zero_point = -low / scale
+    codes = encode_integers(groups, scale, zero_point, bits)
+    wide = groups.double() / scale.double()[:, None] + zero_point.double()[:, None]
+    clear = (wide - wide.round()).abs() < 0.499
+    assert torch.equal(codes[clear], wide.round().clamp(0, 2**bits - 1).to(torch.uint8)[clear])
+    values = decode_integers(codes, scale, zero_point, bits)
+    assert float(((values - groups).abs() / scale[:, None]).max()) <= 0.5 + 1e-4
+    assert torch.equal(round_integers(groups, scale, zero_point, bits), values)
+    assert torch.equal(encode_integers(values, scale, zero_point, bits), codes)
+
+
+def test_ties_under_whole_zero_points_are_those_of_the_values() -> None:
+    groups = torch.tensor([[0.5, 1.5, 2.5, -0.5]])
+    codes = encode_integers(groups, torch.ones(1), torch.tensor([3.0]), 4)
+    assert codes.tolist() == [[3, 5, 5, 3]]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from qtool.numerics.frozen_grid import column_rounders
-from qtool.numerics.gptq import factorize_inverse, gptq_round
+from qtool.numerics.gptq import gptq_round
 from qtool.numerics.ldl import linear_feedback
+from qtool.numerics.triangular import factorize_inverse
 from tests.numerics.frozen_cases import CASES, SIZE, decoded, frozen, problem, row_losses, to_be_fitted
 from tests.oracles.ldlq import unit_upper_ldl
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,15 @@ from torch import Tensor
 from qtool.errors import ShapeError
 from qtool.numerics import lowrank
 from qtool.numerics.losses import loss_ratio, output_energy, relative_loss
-from qtool.numerics.lowrank import truncated_svd, weighted_truncation
+from qtool.numerics.lowrank import (
+    best_down,
+    best_up,
+    leading_eigenvectors,
+    projected_out,
+    quantize_components,
+    truncated_svd,
+    weighted_truncation,
+)
 from qtool.numerics.moments import PANEL
 from tests.oracles.lowrank import lorc_oracle, matrix_root, output_error, weighted_oracle
 
@@ -232,3 +242,88 @@ def test_losses_without_a_signal() -> None:
     assert relative_loss(zero, zero, torch.eye(3)) == 0.0
     assert relative_loss(zero, zero + 1, torch.eye(3)) == float("inf")
     assert loss_ratio(0.0, 0.0) == 0.0
+
+
+class TestOneFactorBesideTheOther:
+    def test_each_is_a_least_squares_solution_over_tokens(self) -> None:
+        error, inputs, up, down = noise(24, 40), noise(40, 100, 1), noise(24, 5, 2), noise(5, 40, 3)
+        hessian = inputs @ inputs.T
+        expected = torch.linalg.lstsq((down @ inputs).T, (error @ inputs).T).solution.T
+        torch.testing.assert_close(best_up(error, down, hessian), expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(best_down(error, up), torch.linalg.lstsq(up, error).solution, rtol=0, atol=1e-9)
+
+    def test_components_that_say_nothing_do_no_harm(self) -> None:
+        error, inputs, up, down = noise(24, 40), noise(40, 100, 1), noise(24, 5, 2), noise(5, 40, 3)
+        up[:, 4], down[4], hessian = up[:, 3], down[3], inputs @ inputs.T
+        alone = best_up(error, down[:4], hessian) @ down[:4]
+        torch.testing.assert_close(best_up(error, down, hessian) @ down, alone, rtol=0, atol=1e-9)
+        alone = up[:, :4] @ best_down(error, up[:, :4])
+        torch.testing.assert_close(up @ best_down(error, up), alone, rtol=0, atol=1e-9)
+        down[4] = 0.0
+        torch.testing.assert_close(best_up(error, down, hessian)[:, 4], torch.zeros(24).double())
+
+    def test_in_turn_they_reach_the_best_of_their_rank(self) -> None:
+        error, seen = noise(12, 16), moments(16, 100)
+        up, down = noise(12, 3, 5), noise(3, 16, 6)
+        losses = []
+        for _ in range(500):
+            up = best_up(error, down, seen)
+            down = best_down(error, up)
+            losses.append(output_error(error - up @ down, seen))
+        assert all(after <= before * (1 + 1e-12) for before, after in pairwise(losses))
+        assert losses[-1] == pytest.approx(weighted_oracle(error, matrix_root(seen), 3)[1], rel=1e-6)
+
+
+class TestLeadingEigenvectors:
+    @pytest.mark.parametrize("rank", [1, 7, 40])
+    def test_what_they_leave_is_the_rest_of_the_spectrum(self, rank: int) -> None:
+        seen = moments(40, 100)
+        values, vectors = torch.linalg.eigh(seen)
+        leading = leading_eigenvectors(seen, rank)
+        torch.testing.assert_close(leading.T @ leading, torch.eye(rank).double(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(leading.T @ seen @ leading, torch.diag(values.flip(0)[:rank]), rtol=0, atol=1e-10)
+        left = vectors[:, : 40 - rank] @ torch.diag(values[: 40 - rank]) @ vectors[:, : 40 - rank].T
+        torch.testing.assert_close(projected_out(seen, leading), left, rtol=0, atol=1e-9)
+        error = noise(24, 40)
+        correction = error @ leading @ leading.T
+        assert output_error(error - correction, seen) == pytest.approx(output_error(error, left), rel=1e-8, abs=1e-18)
+
+    def test_a_large_matrix_takes_the_randomized_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        inputs = torch.linalg.qr(noise(200, 200, 4)).Q
+        seen = inputs @ torch.diag(10.0 ** -torch.linspace(0, 40, 200, dtype=torch.float64)) @ inputs.T
+        exact = leading_eigenvectors(seen, 8)
+        monkeypatch.setattr(lowrank, "_EXACT_UP_TO", 32)
+        found = leading_eigenvectors(seen, 8)
+        assert not torch.equal(found, exact)
+        torch.testing.assert_close((found.T @ exact).abs(), torch.eye(8).double(), rtol=0, atol=1e-6)
+
+    def test_any_directions_are_projected_out_on_both_sides(self) -> None:
+        seen, basis = moments(40, 100), torch.linalg.qr(noise(40, 5, 8)).Q
+        apart = torch.eye(40).double() - basis @ basis.T
+        torch.testing.assert_close(projected_out(seen, basis), apart @ seen @ apart, rtol=0, atol=1e-9)
+
+    def test_dead_inputs_stay_dead_and_others_keep_a_floor(self) -> None:
+        seen = moments(40, 100)
+        seen[[0, 5]] = seen[:, [0, 5]] = 0.0
+        left = projected_out(seen, leading_eigenvectors(seen, 40))
+        assert not left[[0, 5]].any()
+        assert not left[:, [0, 5]].any()
+        floor = left.diagonal()[[1, 2, 3, 39]]
+        torch.testing.assert_close(floor / (1e-10 * seen.diagonal().mean()), torch.ones(4).double(), rtol=1e-3, atol=0)
+        assert projected_out(seen.float(), leading_eigenvectors(seen.float(), 3)).dtype == torch.float32
+
+    def test_more_than_there_are_is_refused(self) -> None:
+        with pytest.raises(ShapeError, match="no part of rank 41"):
+            leading_eigenvectors(moments(40, 100), 41)
+
+
+def test_components_are_rounded_by_themselves() -> None:
+    factor = noise(4, 300).float() * torch.tensor([1.0, 1e-3, 50.0, 0.0]).unsqueeze(-1)
+    codes, scale = quantize_components(factor)
+    assert codes.abs().amax(-1).tolist() == [127, 127, 127, 0]
+    torch.testing.assert_close(scale.float(), factor.abs().amax(-1) / 127, rtol=1e-2, atol=0)
+    far = (codes.float() * scale.float().unsqueeze(-1) - factor).abs()
+    # A scale that was rounded down clips its largest value by no more than it was rounded.
+    assert bool((far <= 0.501 * scale.float().unsqueeze(-1) + 127 * 2.0**-11 * scale.float().unsqueeze(-1)).all())
+    assert float(scale[3]) == 0.0
+    assert bool(torch.isinf(quantize_components(torch.full((1, 2), 1e8))[1]).all())

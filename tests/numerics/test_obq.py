@@ -10,18 +10,17 @@ from qtool.numerics.frozen_grid import round_rows
 from qtool.numerics.gptq import gptq_round
 from qtool.numerics.obq import obq_round
 from tests.numerics.frozen_cases import CASES, decoded, frozen, levels, problem, row_losses, to_be_fitted
+from tests.oracles.gptq import Order, visiting_order
 from tests.oracles.obq import obq_oracle
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation"])
 @pytest.mark.parametrize("case", CASES)
-def test_in_a_fixed_order_it_is_gptq(case: str, act_order: bool) -> None:
+def test_in_a_fixed_order_it_is_gptq(case: str, order: Order) -> None:
     weight, hessian = problem(1, 4)
-    solved = gptq_round(
-        weight, hessian, grid=to_be_fitted(case), parameters="static", act_order=act_order, dampening_frac=0.0
-    )
-    order = torch.argsort(hessian.diagonal(), descending=act_order, stable=True).tolist() if act_order else range(32)
-    values, loss = obq_round(weight, torch.linalg.inv(hessian), grid=frozen(case, weight), order=order)
+    solved = gptq_round(weight, hessian, grid=to_be_fitted(case), parameters="static", order=order, dampening_frac=0.0)
+    visits = visiting_order(hessian, order)
+    values, loss = obq_round(weight, torch.linalg.inv(hessian), grid=frozen(case, weight), order=visits)
     torch.testing.assert_close(values, decoded(case, solved.codes, solved.parameters), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(loss, solved.loss, rtol=1e-8, atol=0)
     torch.testing.assert_close(loss, row_losses(weight - values, hessian), rtol=1e-8, atol=0)

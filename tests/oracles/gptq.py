@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 Params: TypeAlias = Literal["fresh", "static", "stale"]
+Order: TypeAlias = Literal["natural", "activation", "groups"]
 GroupParams: TypeAlias = tuple[Tensor, Tensor | None]
 Fit: TypeAlias = Callable[[Tensor], GroupParams]
 Encode: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -54,10 +55,28 @@ def dampen(
     return weight, hessian
 
 
-def visiting_order(hessian: Float[Tensor, "in in"], *, act_order: bool) -> list[int]:
-    """List storage columns in the order of rounding: by index, or descending diagonal for ``act_order``."""
-    columns = list(range(hessian.shape[0]))
-    return sorted(columns, key=lambda col: -float(hessian[col, col])) if act_order else columns
+def visiting_order(hessian: Float[Tensor, "in in"], order: Order, group_size: int = 1) -> list[int]:
+    """List storage columns in the order of rounding.
+
+    Args:
+        hessian: Whose diagonal decides. Not modified.
+        order: ``natural``: by index. ``activation``: by descending diagonal entry, ties by index. ``groups``: groups by
+            descending mean of the entries, columns of a group as in ``activation``.
+        group_size: Storage columns in a group.
+
+    Returns:
+        The columns.
+    """
+    energy = [float(hessian[col, col]) for col in range(hessian.shape[0])]
+    columns = list(range(len(energy)))
+    if order == "natural":
+        return columns
+    ranked = sorted(columns, key=lambda col: -energy[col])
+    if order == "activation":
+        return ranked
+    groups = [columns[start : start + group_size] for start in range(0, len(columns), group_size)]
+    groups.sort(key=lambda group: -sum(energy[col] for col in group) / len(group))
+    return [col for group in groups for col in ranked if col in group]
 
 
 def fit_groups(weight: Float[Tensor, "out in"], fit: Fit, group_size: int) -> dict[int, GroupParams]:
@@ -84,7 +103,7 @@ def gptq_oracle(
     params: Params = "fresh",
     block_size: int = 128,
     dampening_frac: float = 0.01,
-    act_order: bool = False,
+    order: Order = "natural",
 ) -> tuple[
     Int[Tensor, "out in"],
     Float[Tensor, "out in"],
@@ -109,8 +128,8 @@ def gptq_oracle(
             ``stale``: as fresh, but without the updates that come from the current block of ``block_size``.
         block_size: Columns per lazy block. Matters to ``stale`` alone.
         dampening_frac: See ``dampen``.
-        act_order: Visit columns by descending Hessian diagonal, ties by index. The groups stay contiguous in
-            storage and their parameters are always static, whatever ``params`` says.
+        order: See ``visiting_order``. The groups stay contiguous in storage; with ``activation`` their parameters are
+            static, whatever ``params`` says.
 
     Returns:
         Codes and dequantized weight in storage order, the loss of each row, scales and zeros (None where the
@@ -122,21 +141,22 @@ def gptq_oracle(
     """
     current, damped = dampen(weight, hessian, dampening_frac)
     inverse = torch.linalg.inv(damped)
-    static = act_order or params == "static"
+    static = order == "activation" or params == "static"
     groups = fit_groups(current, fit, group_size) if static else {}
     codes: dict[int, Tensor] = {}
     values = torch.zeros_like(current)
     loss = torch.zeros_like(current[:, 0])
-    remaining = visiting_order(damped, act_order=act_order)
+    remaining = visiting_order(damped, order, group_size)
     lazy = current.clone()
     while remaining:
         col = remaining.pop(0)
         group = col // group_size
-        if col % block_size == 0 and not static:
+        if len(codes) % block_size == 0 and not static:
             lazy = current.clone()
         if group not in groups:
             source = lazy if params == "stale" else current
-            groups[group] = fit(source[:, col : col + group_size].clone())
+            start = group * group_size
+            groups[group] = fit(source[:, start : start + group_size].clone())
         scale, zero = groups[group]
         codes[col] = encode(current[:, col].clone(), scale, zero)
         values[:, col] = decode(codes[col], scale, zero).double()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .gptq import Decode, Encode, Fit, dampen, fit_groups, stack_groups, visiting_order
+from .gptq import Decode, Encode, Fit, Order, dampen, fit_groups, stack_groups, visiting_order
 
 
 def unit_upper_ldl(hessian: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
@@ -54,7 +54,7 @@ def ldlq_oracle(
     decode: Decode,
     group_size: int,
     dampening_frac: float = 0.01,
-    act_order: bool = False,
+    order: Order = "natural",
 ) -> tuple[
     Int[Tensor, "out in"],
     Float[Tensor, "out in"],
@@ -72,21 +72,21 @@ def ldlq_oracle(
         decode: See ``gptq_oracle``.
         group_size: Storage columns that share parameters.
         dampening_frac: See ``dampen``.
-        act_order: Visit columns by descending Hessian diagonal.
+        order: See ``visiting_order``.
 
     Returns:
         As ``gptq_oracle``; the loss of a row is ``sum_k D_k (w_k + feedback_k - q_k)^2``.
     """
     original, damped = dampen(weight, hessian, dampening_frac)
     groups = fit_groups(original, fit, group_size)
-    order = visiting_order(damped, act_order=act_order)
-    feedback, pivots = unit_upper_ldl(damped[order][:, order])
+    visits = visiting_order(damped, order, group_size)
+    feedback, pivots = unit_upper_ldl(damped[visits][:, visits])
     codes: dict[int, Tensor] = {}
     values = torch.zeros_like(original)
     loss = torch.zeros_like(original[:, 0])
-    for k, col in enumerate(order):
+    for k, col in enumerate(visits):
         target = original[:, col].clone()
-        for i, earlier in enumerate(order[:k]):
+        for i, earlier in enumerate(visits[:k]):
             target += (original[:, earlier] - values[:, earlier]) * feedback[i, k]
         scale, zero = groups[col // group_size]
         codes[col] = encode(target.clone(), scale, zero)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .gptq import Params, dampen, gptq_oracle
+from .gptq import Order, Params, dampen, gptq_oracle
 from .hadamard import is_hadamard, sylvester_oracle
 from .ldlq import ldlq_oracle, unit_upper_ldl
 from .lowrank import lorc_oracle, matrix_root, output_error, qera_oracle, weighted_oracle
@@ -82,18 +82,18 @@ GRIDS = {
 
 
 @pytest.mark.parametrize("dead", [False, True])
-@pytest.mark.parametrize("params", ["fresh", "static", "stale", "act_order"])
+@pytest.mark.parametrize("params", ["fresh", "static", "stale", "activation"])
 @pytest.mark.parametrize("name", ["int4-asym", "int2-clipped"])
 def test_gptq_loss_is_the_quadratic_model(name: str, params: str, dead: bool) -> None:
     weight, hessian = problem(1)
     if dead:
         weight, hessian = with_dead_columns(weight, hessian)
     before = weight.clone(), hessian.clone()
-    order = params == "act_order"
+    order: Order = "activation" if params == "activation" else "natural"
     kind: Params = "stale" if params == "stale" else "static" if params == "static" else "fresh"
     grid = GRIDS[name]
     codes, values, loss, scales, zeros = gptq_oracle(
-        weight, hessian, **grid._asdict(), group_size=GROUP, params=kind, block_size=12, act_order=order
+        weight, hessian, **grid._asdict(), group_size=GROUP, params=kind, block_size=12, order=order
     )
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
@@ -110,10 +110,10 @@ def test_dampen_adds_a_fraction_of_the_mean_after_the_dead_fix() -> None:
     torch.testing.assert_close(damped.diagonal(), torch.tensor([1.3, 2.3, 6.3], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation", "groups"])
 @pytest.mark.parametrize("params", ["fresh", "static", "stale"])
 @pytest.mark.parametrize("name", GRIDS)
-def test_diagonal_hessian_gives_nearest_rounding(name: str, params: Params, act_order: bool) -> None:
+def test_diagonal_hessian_gives_nearest_rounding(name: str, params: Params, order: Order) -> None:
     weight, hessian = problem(2)
     nearest, values = round_nearest(weight, GRIDS[name], GROUP)
     result = gptq_oracle(
@@ -122,22 +122,22 @@ def test_diagonal_hessian_gives_nearest_rounding(name: str, params: Params, act_
         **GRIDS[name]._asdict(),
         group_size=GROUP,
         params=params,
-        act_order=act_order,
+        order=order,
     )
     assert torch.equal(result[0], nearest)
     assert torch.equal(result[1], values)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation", "groups"])
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize("name", GRIDS)
-def test_ldlq_equals_gptq(name: str, dead: bool, act_order: bool) -> None:
+def test_ldlq_equals_gptq(name: str, dead: bool, order: Order) -> None:
     weight, hessian = problem(10)
     if dead:
         weight, hessian = with_dead_columns(weight, hessian)
     grid = GRIDS[name]._asdict()
-    gptq = gptq_oracle(weight, hessian, **grid, group_size=GROUP, params="static", act_order=act_order)
-    ldlq = ldlq_oracle(weight, hessian, **grid, group_size=GROUP, act_order=act_order)
+    gptq = gptq_oracle(weight, hessian, **grid, group_size=GROUP, params="static", order=order)
+    ldlq = ldlq_oracle(weight, hessian, **grid, group_size=GROUP, order=order)
     assert torch.equal(gptq[0], ldlq[0])
     assert torch.equal(gptq[1], ldlq[1])
     torch.testing.assert_close(gptq[2], ldlq[2], rtol=1e-10, atol=0)
@@ -162,10 +162,10 @@ def test_every_column_rounds_the_conditional_optimum(name: str) -> None:
         assert torch.equal(codes[:, col], grid.encode(optimum[:, 0], scale, zero))
 
 
-def test_act_order_is_gptq_on_permuted_columns() -> None:
+def test_activation_order_is_gptq_on_permuted_columns() -> None:
     weight, hessian = problem(4)
     grid = int_grid(3, "full")
-    ordered = gptq_oracle(weight, hessian, **grid._asdict(), group_size=N_IN, act_order=True)
+    ordered = gptq_oracle(weight, hessian, **grid._asdict(), group_size=N_IN, order="activation")
     order = torch.argsort(hessian.diagonal(), descending=True)
     permuted = gptq_oracle(weight[:, order], hessian[order][:, order], **grid._asdict(), group_size=N_IN)
     natural = gptq_oracle(weight, hessian, **grid._asdict(), group_size=N_IN)

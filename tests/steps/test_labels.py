@@ -88,4 +88,4 @@ def test_a_plugin_that_is_gone_leaves_all_of_its_options(tiny: TinyModel, quanti
     bare = replace(tiny.workspace, plugins=replace(tiny.workspace.plugins, offers=without, _instances={}))
     found = labels_of(open_subject(str(quantized.path), bare), bare)
     assert "gptq.block_size=128" in found["settings"]
-    assert "smoothquant.alpha=0.25, gptq.act_order" in found["settings"]
+    assert "smoothquant.alpha=0.25, gptq.block_size" in found["settings"]

@@ -193,6 +193,24 @@ class TestRoundToNearest:
         total = count + rest / 16
         assert metrics.manifest.details["bits"]["model"] == pytest.approx((stored + rest) / total, abs=1e-12)
 
+    @pytest.mark.parametrize(("dtype", "bits"), [("bf16", 16), ("int8", 8)])
+    def test_bits_of_adapters_are_those_of_the_file(self, desk: Desk, dtype: str, bits: int) -> None:
+        settings = {"lorc.rank": "4", "lorc.dtype": dtype, "lorc.reads": "full"}
+        scheme = read_scheme("", {"weights": "int4", "activations": "int4-token"}, desk.workspace.plugins)
+        with_one, without = (
+            mitigate(MitigateRequest(str(desk.model), method, scheme, own), desk.workspace)[0]
+            for method, own in (("rtn+lorc", settings), ("rtn", {}))
+        )
+        asked = EvalRequest(str(with_one.path), perplexity=(str(desk.text),), seq_len=32, max_windows=1)
+        plain = replace(asked, source=str(without.path))
+        found, bare = (evaluate(one, desk.workspace)[0].manifest.details["bits"]["linears"] for one in (asked, plain))
+        shapes = [w.shape for w in decoded(without, desk.workspace).values()]
+        scales = 2 * 16 * 4 * len(shapes) * (dtype == "int8")
+        added = bits * 4 * sum(sum(shape) for shape in shapes) + scales
+        assert found - bare == pytest.approx(added / sum(shape.numel() for shape in shapes), abs=1e-12)
+        content = open_subject(str(with_one.path), desk.workspace).subject.block(1, torch.float32)
+        assert {one.reads for one in content.adapters.values()} == {"full"}
+
 
 class TestPropagation:
     def test_the_first_block_sees_the_same_and_the_second_what_is_quantized(self, desk: Desk) -> None:

@@ -25,7 +25,7 @@ dtype: float32
 calibrate: {data: speeches, num_samples: 4, seq_len: 64, gather: [absmax], token_weight: uniform, sample_size: 8}
 matrix:
   transform: [identity, {method: smoothquant, set: {alpha: 0.25}}]
-  mitigate: [rtn, {method: gptq, set: {act_order: false, dampening_frac: 1e-2}}]
+  mitigate: [rtn, {method: gptq, set: {order: natural, dampening_frac: 1e-2}}]
   scheme: [W4A4, {name: mine, weights: int4-asym-g32, kv: int8-asym-token}]
   seed: [3, 4]
 exclude: [{transform: smoothquant, mitigate: rtn}, {scheme: mine, seed: 4}]
@@ -59,7 +59,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     recipe = recipe_of(WHOLE, tmp_path)
     assert recipe.calibrate == CalibrateOptions("speeches", 4, 64, None, ("absmax",), "uniform", 8)
     assert recipe.matrix.transform == (Choice("identity"), Choice("smoothquant", {"alpha": "0.25"}))
-    assert recipe.matrix.mitigate[1] == Choice("gptq", {"act_order": "false", "dampening_frac": "1e-2"})
+    assert recipe.matrix.mitigate[1] == Choice("gptq", {"order": "natural", "dampening_frac": "1e-2"})
     assert recipe.matrix.scheme[1] == SchemeChoice(weights="int4-asym-g32", kv="int8-asym-token", name="mine")
     assert recipe.exclude[1] == Match(scheme=SchemeChoice("mine"), seed=4)
     assert (recipe.mitigate.preset, recipe.mitigate.propagate) == ("survey", "none")
@@ -69,7 +69,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
 
 def test_cells_are_the_matrix_less_what_is_excluded_plus_what_is_included(tmp_path: Path) -> None:
     cells = [f"{one.transform} {one.mitigate} {one.scheme} {one.seed}" for one in cells_of(recipe_of(WHOLE, tmp_path))]
-    gptq = "gptq(act_order=false,dampening_frac=1e-2)"
+    gptq = "gptq(order=natural,dampening_frac=1e-2)"
     assert cells == [
         "identity rtn W4A4 3",
         "identity rtn W4A4 4",

@@ -23,7 +23,7 @@ from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, wit
 from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
-from qtool.engine.stored import INPUT_GLOBAL_SCALE
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
@@ -53,6 +53,8 @@ class CompressedTensors:
         _refuse_segments(subject)
         _refuse_online(subject)
         _refuse_adapters(subject)
+        _refuse_outliers(subject)
+        _refuse_other_parameters(subject)
         if subject.scheme.scale_per_head:
             raise UsageError(
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
@@ -149,6 +151,30 @@ def _refuse_adapters(subject: Subject) -> None:
             facts=(("first", found.partition(".adapter.")[0]),),
             hint="qtool mitigate without the low-rank method, or qtool pack SOURCE --to hf, which merges them",
         )
+
+
+def _refuse_outliers(subject: Subject) -> None:
+    slots = subject.quantized.header.slots if subject.quantized is not None else ()
+    found = next((name for name in slots if f"{OUTLIERS}." in name), None)
+    if found is not None:
+        raise UsageError(
+            "compressed-tensors has no outliers in front of its codes",
+            facts=(("first", found.partition(f"{OUTLIERS}.")[0]),),
+            hint="qtool mitigate with another method, or qtool pack SOURCE --to hf, which writes dense weights",
+        )
+
+
+def _refuse_other_parameters(subject: Subject) -> None:
+    """Refuse scales and zero points that are codes of a second level, and zero points that are no codes."""
+    slots = subject.quantized.header.slots if subject.quantized is not None else {}
+    for name, slot in slots.items():
+        real = name.endswith(".zero_point") and slot.dtype != "U8"
+        if real or name.endswith((".scale.codes", ".zero_point.codes")):
+            raise UsageError(
+                "compressed-tensors has no scales of two levels, and its zero points are whole numbers",
+                facts=(("first", name),),
+                hint="qtool mitigate with another method, or qtool pack SOURCE --to hf, which writes dense weights",
+            )
 
 
 def _check_global_scales(subject: Subject) -> None:

@@ -115,6 +115,9 @@ def _check_activations(layout: Layout, activations: TensorScheme) -> None:
     """Refuse activations that cannot be said beside a layout."""
     if activations.clip != 1:
         raise _clipped("activations", activations)
+    if activations.outlier_threshold is not None:
+        nearest = replace(activations, outlier_threshold=None)
+        raise _refusal("consumers quantize all columns of activations", "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
     where = (activations.group_size, activations.scale)
     if layout in _BLOCKS.values():

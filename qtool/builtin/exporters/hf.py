@@ -94,7 +94,7 @@ def dense(
     found = subject.linear(linear)
     weight = found.weight(subject.weight_grid(linear)).double()
     if found.adapter is not None:
-        weight = weight + found.adapter.up.double() @ found.adapter.down.double()
+        weight = weight + found.adapter.product(torch.float64)
     return offline(subject, linear, weight, bias)
 
 

@@ -66,4 +66,7 @@ def nearest_scheme(
     if not LEAST_CLIP <= nearest.clip <= 1:
         reasons.append(f"the fraction of the range that is kept is from {LEAST_CLIP} to 1, not {nearest.clip:g}")
         nearest = replace(nearest, clip=1.0)
+    if nearest.outlier_threshold is not None and not 1e-3 <= nearest.outlier_threshold <= 1e6:
+        reasons.append(f"outliers are of a magnitude from 0.001 to 1000000 on, not {nearest.outlier_threshold:g}")
+        nearest = replace(nearest, outlier_threshold=6.0)
     return nearest, reasons

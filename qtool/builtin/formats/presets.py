@@ -21,6 +21,13 @@ PRESETS: tuple[Preset, ...] = (
         "INT8 weights per output row, INT8 inputs per token",
     ),
     Preset(
+        "LLM-INT8",
+        "int8-sym-channel-sfp32-full",
+        "int8-sym-token-sfp32-full-o6",
+        None,
+        "LLM.int8() with `--method rtn`: W8A8, but input columns that reach a magnitude of 6 stay in 16 bits",
+    ),
+    Preset(
         "W4A8",
         "int4-sym-g128",
         "int8-sym-token-sfp32-half",

@@ -60,7 +60,7 @@ class CD:
     Config = CDConfig
 
     def quantize(self, problem: LayerProblem, config: CDConfig) -> QuantizedLinear:
-        """Improve one layer; a low-rank correction that it has already stays, and is reckoned with.
+        """Improve one layer; a low-rank correction and outliers that it has already stay, and are reckoned with.
 
         Raises:
             NumericalError: The weight or the Hessian is not finite.
@@ -78,7 +78,7 @@ class CD:
 def descend(problem: LayerProblem, start: QuantizedLinear, config: CDConfig) -> QuantizedLinear:
     """Improve the codes of a checked problem; the report has in addition what the passes did."""
     decoded, target = start.weight(problem.grid), problem.weight
-    corrected = 0.0 if start.adapter is None else start.adapter.up.float() @ start.adapter.down.float()
+    corrected = 0.0 if start.adapter is None else start.adapter.product()
     hessian = damped(problem.need_hessian(), config.dampening_frac)
     order = torch.argsort(problem.need_hessian().diagonal(), descending=True, stable=True)
     found = coordinate_descent(
@@ -89,6 +89,7 @@ def descend(problem: LayerProblem, start: QuantizedLinear, config: CDConfig) -> 
         sweeps=config.sweeps,
         order=order.tolist() if config.act_order else None,
         block_size=config.block_size,
+        kept=None if start.outliers is None else start.outliers.places(decoded.shape[1]),
     )
     # Codes that stay do so even where another has the same value.
     codes = torch.where(found.values == decoded, start.codes, encoded(problem, found.values, start.parameters))

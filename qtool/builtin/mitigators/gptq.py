@@ -2,16 +2,18 @@
 
 Groups are fitted before the solver starts (``parameters=static``), so that columns can be visited by descending Hessian
 diagonal while groups stay neighbours in storage; or when it reaches them, on the weights as they are then (``fresh``);
-GPTQ's first code leaves out what is still pending in its lazy block (``stale``). The defaults are what measured best
+GPTQ's first code leaves out what is still pending in its lazy block (``stale``). ``order=groups`` is the order of Gafni
+et al. 2025, arXiv:2505.14638, which visits group after group, so that it goes with all three. The paper ranks groups by
+the largest diagonal entry or by the mean of all; here it is the mean. The defaults are what measured best
 (``recipes/README.md``): static parameters in activation order, clipped by the Hessian's diagonal.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -31,8 +33,15 @@ from qtool.builtin.mitigators.rtn import (
 from qtool.engine.grid import GridPart
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, ShapeError, UsageError
-from qtool.numerics.gptq import ColumnGrid, GPTQResult, gptq_round
+from qtool.numerics.gptq import ColumnGrid, GPTQResult, factorize_visits, gptq_round
+from qtool.numerics.triangular import InverseFactor
 from qtool.scheme import GroupParameters
+
+CROSS = "cross"
+"""Name of the second moment of what a layer reads in the full-precision model and in the quantized one."""
+
+Steer: TypeAlias = Callable[[LayerProblem, InverseFactor], tuple[Tensor, InverseFactor]]
+"""``steer(problem, factor)`` returns the weight to start from, and the factor with a linear term."""
 
 # 2 to this power, and to its negative, are normal float32 numbers.
 _LARGEST_EXPONENT = 126
@@ -46,13 +55,15 @@ class GPTQConfig(ClipOptions):
         dampening_frac: Added to the Hessian diagonal, as a fraction of its mean.
         block_size: Columns per lazy update.
         parameters: What the scales of a group are fitted on.
-        act_order: Visit columns by descending Hessian diagonal.
+        order: Which column is next: from left to right (``natural``), by descending Hessian diagonal
+            (``activation``), or group after group by descending mean of the diagonal and in a group by the diagonal
+            (``groups``).
     """
 
     dampening_frac: float = 0.01
     block_size: int = 128
     parameters: Literal["fresh", "static", "stale"] = "static"
-    act_order: bool = True
+    order: Literal["natural", "activation", "groups"] = "activation"
     clip: Literal["none", "search"] = "search"
     clip_norm: float = 2.0
     clip_grid: int = 20
@@ -71,10 +82,12 @@ class GPTQConfig(ClipOptions):
             raise UsageError(given, hint="--set dampening_frac=0.01")
         if self.block_size < 1:
             raise UsageError(f"`block_size` is a number of columns, not {self.block_size}", hint="--set block_size=128")
-        if self.act_order and self.parameters != "static":
+        refuse_unknown("order", self.order, ("natural", "activation", "groups"))
+        if self.order == "activation" and self.parameters != "static":
             raise UsageError(
-                f"`act_order` visits columns of all groups in turn, so it cannot fit {self.parameters} parameters",
-                hint=f"--set parameters={self.parameters} --set act_order=false",
+                f"the order `activation` visits columns of all groups in turn, so it cannot fit {self.parameters} "
+                "parameters",
+                hint=f"--set parameters={self.parameters} --set order=groups",
             )
 
 
@@ -96,30 +109,51 @@ class GPTQ:
 
     def quantize_siblings(self, problems: Sequence[LayerProblem], config: GPTQConfig) -> list[QuantizedLinear]:
         """Solve the layers of one site as one: they share the factor, and rows do not see each other."""
-        if len(problems) > 1 and any(_is_whole(part) for part in problems[0].grid.parts):  # each has its own scale
-            return [self.quantize(problem, config) for problem in problems]
-        for problem in problems:
-            refuse_previous(problem, "gptq")
-            problem.need_hessian()
-            check_problem(problem)
-        stacked = replace(problems[0], weight=torch.cat([problem.weight for problem in problems]))
-        hessian = stacked.need_hessian()
-        ratios: list[Tensor] = []
-        solved: GPTQResult | None = None
-        try:
-            solved = _solve(stacked, _normalized(hessian), config, ratios)
-        except ShapeError:
-            raise
-        except NumericalError:
-            # The model is more useful with plainly rounded layers than not at all; the counter tells.
-            results = [round_nearest(problem, replace(config, clip_metric="mse")) for problem in problems]
-        else:
-            results = _apart(problems, solved, ratios)
-        counters = _counters(config, hessian, solved)
-        return [
-            replace(result, report={**_losses(problem, result), **result.report}, counters=counters)
-            for problem, result in zip(problems, results, strict=True)
-        ]
+        return solve_siblings(problems, config, "gptq")
+
+
+def solve_siblings(
+    problems: Sequence[LayerProblem], config: GPTQConfig, method: str, steer: Steer | None = None
+) -> list[QuantizedLinear]:
+    """Solve the layers of one site as one.
+
+    Args:
+        problems: They differ in name, weight and seed only.
+        config: Options.
+        method: What the user calls it.
+        steer: Says what the solver starts from, given the problem and the factor: another weight, a linear term.
+
+    Returns:
+        A result for each problem; where the Hessian says nothing or cannot be factorized, what rounding to nearest
+        gives, which the counter ``fallback_rtn`` tells.
+
+    Raises:
+        NumericalError: The weight or the Hessian is not finite.
+        UsageError: Another method came first, or no Hessian was gathered.
+    """
+    if len(problems) > 1 and any(_is_whole(part) for part in problems[0].grid.parts):  # each has its own scale
+        return [solve_siblings([problem], config, method, steer)[0] for problem in problems]
+    for problem in problems:
+        refuse_previous(problem, method)
+        problem.need_hessian()
+        check_problem(problem)
+    stacked = replace(problems[0], weight=torch.cat([problem.weight for problem in problems]))
+    ratios: list[Tensor] = []
+    solved: GPTQResult | None = None
+    try:
+        solved = _solve(normalized(stacked), config, ratios, steer)
+    except ShapeError:
+        raise
+    except NumericalError:
+        # The model is more useful with plainly rounded layers than not at all; the counter tells.
+        results = [round_nearest(problem, replace(config, clip_metric="mse")) for problem in problems]
+    else:
+        results = _apart(problems, solved, ratios)
+    counters = _counters(config, stacked.need_hessian(), solved)
+    return [
+        replace(result, report={**_losses(problem, result), **result.report}, counters=counters)
+        for problem, result in zip(problems, results, strict=True)
+    ]
 
 
 def _apart(problems: Sequence[LayerProblem], solved: GPTQResult, ratios: Sequence[Tensor]) -> list[QuantizedLinear]:
@@ -152,26 +186,28 @@ def _losses(problem: LayerProblem, result: QuantizedLinear) -> dict[str, float]:
     return loss_report(problem, decoded, plain)
 
 
-def _normalized(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """Scale by a power of two so that live inputs have a second moment of about 1.
+def normalized(problem: LayerProblem) -> LayerProblem:
+    """Scale both moments by a power of two so that live inputs have a second moment of about 1.
 
     The solver gives dead inputs a second moment of 1, which is to be of the size of the others, whatever the unit.
 
     Raises:
         NumericalError: No input was ever live.
     """
+    hessian = problem.need_hessian()
     diagonal = hessian.diagonal()
     live = diagonal[diagonal != 0].double()
     mean = float(live.mean()) if len(live) else 0.0
     if mean <= 0.0:
         raise NumericalError("the Hessian has no positive diagonal entry")
-    return hessian * 2.0 ** -min(max(math.frexp(mean)[1], -_LARGEST_EXPONENT), _LARGEST_EXPONENT)
+    unit = 2.0 ** -min(max(math.frexp(mean)[1], -_LARGEST_EXPONENT), _LARGEST_EXPONENT)
+    cross = {CROSS: problem.entries[CROSS] * unit} if CROSS in problem.entries else {}
+    return replace(problem, hessian=hessian * unit, entries={**problem.entries, **cross})
 
 
-def _solve(
-    problem: LayerProblem, hessian: Float[Tensor, "in in"], config: GPTQConfig, ratios: list[Tensor]
-) -> GPTQResult:
+def _solve(problem: LayerProblem, config: GPTQConfig, ratios: list[Tensor], steer: Steer | None) -> GPTQResult:
     """Run the solver on the problem's grid; collects the clip ratios of the groups."""
+    hessian = problem.need_hessian()
     places = problem.grid.places(len(hessian))
     grid = [
         ColumnGrid(
@@ -183,19 +219,23 @@ def _solve(
         )
         for (columns, part), multiplier in zip(places, tensor_multipliers(problem), strict=True)
     ]
-    key = ("gptq", config.dampening_frac, config.act_order)
-    solved = gptq_round(
-        problem.weight,
-        hessian,
-        grid=grid,
-        dampening_frac=config.dampening_frac,
-        block_size=config.block_size,
-        parameters=config.parameters,
-        act_order=config.act_order,
-        factor=problem.memory.get(key),
+    key = factor_key(problem, config)
+    if key not in problem.memory:
+        problem.memory[key] = factorize_visits(
+            hessian.to(problem.weight.dtype), grid, dampening_frac=config.dampening_frac, order=config.order
+        )
+    start, factor = problem.weight, problem.memory[key]
+    if steer is not None:
+        start, factor = steer(problem, factor)
+    return gptq_round(
+        start, hessian, grid=grid, block_size=config.block_size, parameters=config.parameters, factor=factor
     )
-    problem.memory[key] = solved.factor
-    return solved
+
+
+def factor_key(problem: LayerProblem, config: GPTQConfig) -> Hashable:
+    """Return what the factor of a solved problem is called in its memory."""
+    groups = [(part.channels, part.scheme.group_size) for part in problem.grid.parts if config.order == "groups"]
+    return "gptq", config.dampening_frac, config.order, *groups
 
 
 def _fitter(

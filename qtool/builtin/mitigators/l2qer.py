@@ -17,9 +17,9 @@ from qtool.numerics.lowrank import weighted_truncation
 
 
 class L2QER:
-    """Add the rank-k part of the error under scales from mean magnitudes, from factors in 16 bits."""
+    """Add the rank-k part of the error under scales from mean magnitudes, from factors in 16 or 8 bits."""
 
-    version = 1
+    version = 2
     needs: tuple[str, ...] = ("mean_abs",)
     Config = LoRCConfig
 

@@ -7,13 +7,12 @@ descent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qtool.builtin.mitigators.cd import CDConfig, descend
-from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
-from qtool.builtin.mitigators.rtn import refuse_previous
+from qtool.builtin.mitigators.gptq import GPTQConfig, factor_key, solve_siblings
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
 from qtool.numerics.ldl import linear_feedback
@@ -59,28 +58,26 @@ class LDLQ:
 
     def quantize_siblings(self, problems: Sequence[LayerProblem], config: LDLQConfig) -> list[QuantizedLinear]:
         """Solve the layers of one site as one: they share the factor, and rows do not see each other."""
-        for problem in problems:
-            refuse_previous(problem, "ldlq")
-        results = GPTQ().quantize_siblings(problems, config)
+        results = solve_siblings(problems, config, "ldlq")
         return [self._finished(*one, config) for one in zip(problems, results, strict=True)]
 
     def _finished(self, problem: LayerProblem, solved: QuantizedLinear, config: LDLQConfig) -> QuantizedLinear:
         if solved.counters["fallback_rtn"]:
             return solved
-        gain = _predicted_gain(problem.memory, ("gptq", config.dampening_frac, config.act_order))
+        gain = _predicted_gain(problem.memory, factor_key(problem, config))
         solved = replace(solved, report={**solved.report, "ldl_trace_fraction": gain})
         if not config.greedy_passes:
             return solved
         passes = CDConfig(
             sweeps=config.greedy_passes,
             dampening_frac=solved.report["dampening_frac"],
-            act_order=config.act_order,
+            act_order=config.order != "natural",
             block_size=config.block_size,
         )
         return descend(problem, solved, passes)
 
 
-def _predicted_gain(memory: dict[Any, Any], factor: tuple[Any, ...]) -> float:
+def _predicted_gain(memory: dict[Any, Any], factor: Hashable) -> float:
     """Return ``tr(D) / tr(H)`` of the factor that GPTQ left in memory, and remember it beside that."""
     key = ("ldl_trace_fraction", factor)
     if key not in memory:

@@ -5,6 +5,9 @@ made; first in line, it starts from rounding to nearest.
 
 LQER (Zhang et al. 2024, arXiv:2402.02446) without its scales is the same correction, which is why it has no file: that
 paper gives all singular values to one factor, and stores both in 8-bit MXINT. With its scales it is ``l2qer``.
+
+LREC, low-rank error calibration of FP4 weights (JCC 2024), has no file either. Its paper could not be read; what is
+told of it is this correction, or ``qera``, behind a scheme with FP4 weights.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.builtin.mitigators.rtn import check_problem, loss_report, refuse_unknown, round_nearest
-from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear
+from qtool.builtin.mitigators.rtn import RTN, ClipOptions, check_problem, loss_report, refuse_unknown
+from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear, Reads
 from qtool.errors import NumericalError, UsageError
-from qtool.numerics.lowrank import truncated_svd
+from qtool.numerics.lowrank import quantize_components, truncated_svd
 
 _DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,15 +32,20 @@ Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
 
 @dataclass(frozen=True)
 class LoRCConfig:
-    """Options of LoRC, and of every other correction in closed form.
+    """Options of LoRC, and of every other low-rank correction.
 
     Attributes:
         rank: Rank of the correction.
-        dtype: How its two factors are stored.
+        dtype: How its two factors are stored; ``int8`` has one FP16 scale a component of each.
+        reads: What the correction multiplies: the layer's ``quantized`` input, as the weight does, or the ``full`` one
+            before activations are rounded. Without such rounding both are the same.
+        experts: Whether linears of routed experts get one too, which costs them most bits.
     """
 
     rank: int = 32
-    dtype: Literal["bf16", "fp16"] = "bf16"
+    dtype: Literal["bf16", "fp16", "int8"] = "bf16"
+    reads: Reads = "quantized"
+    experts: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
@@ -45,15 +53,16 @@ class LoRCConfig:
         Raises:
             UsageError: A value is out of range.
         """
-        refuse_unknown("dtype", self.dtype, tuple(_DTYPES))
+        refuse_unknown("dtype", self.dtype, (*_DTYPES, "int8"))
+        refuse_unknown("reads", self.reads, ("quantized", "full"))
         if self.rank < 1:
             raise UsageError(f"`rank` is 1 or more, not {self.rank}", hint="--set rank=32")
 
 
 class LoRC:
-    """Add the rank-k part of the error to the output, from factors in 16 bits."""
+    """Add the rank-k part of the error to the output, from factors in 16 or 8 bits."""
 
-    version = 1
+    version = 2
     needs: tuple[str, ...] = ()
     Config = LoRCConfig
 
@@ -79,11 +88,35 @@ def add_correction(
 
     Returns:
         The codes as they were, with the correction. The report says the ``loss`` with it and ``loss_before`` without
-        it (``weight_error`` and ``weight_error_before`` where there is no Hessian).
+        it (``weight_error`` and ``weight_error_before`` where there is no Hessian). An expert that is to have none
+        stays as it was.
 
     Raises:
         NumericalError: The weight is not finite, or a factor overflows its storage format.
         UsageError: The rank is larger than the weight, or there is a correction already.
+    """
+    if is_left_out(problem, config):
+        return problem.previous or RTN().quantize(problem, ClipOptions())
+    check_correction(problem, config)
+    start = problem.previous or RTN().quantize(problem, ClipOptions())
+    if start.adapter is not None:
+        raise UsageError(f"`{problem.name}` already has a low-rank correction", hint="--method gptq+lorc")
+    decoded = start.weight(problem.grid)
+    adapter = stored_adapter(problem, config, factorize(problem.weight - decoded))
+    return with_adapter(problem, start, adapter)
+
+
+def is_left_out(problem: LayerProblem, config: LoRCConfig) -> bool:
+    """Say whether a layer gets no correction, as it belongs to a routed expert."""
+    return problem.expert and not config.experts
+
+
+def check_correction(problem: LayerProblem, config: LoRCConfig) -> None:
+    """Refuse a problem that no correction can be of.
+
+    Raises:
+        NumericalError: The weight or the Hessian is not finite.
+        UsageError: The rank is larger than the weight.
     """
     check_problem(problem)
     if config.rank > min(problem.weight.shape):
@@ -92,18 +125,32 @@ def add_correction(
             facts=(("weight", tuple(problem.weight.shape)),),
             hint=f"--set rank={min(problem.weight.shape)}",
         )
-    start = problem.previous or round_nearest(problem)
-    if start.adapter is not None:
-        raise UsageError(f"`{problem.name}` already has a low-rank correction", hint="--method gptq+lorc")
-    decoded = start.weight(problem.grid)
-    up, down = (factor.to(_DTYPES[config.dtype]) for factor in factorize(problem.weight - decoded))
-    if not bool(torch.isfinite(up).all() and torch.isfinite(down).all()):
+
+
+def stored_adapter(problem: LayerProblem, config: LoRCConfig, factors: Factors) -> Adapter:
+    """Return ``up`` and ``down`` as they are stored.
+
+    Raises:
+        NumericalError: A factor overflows its storage format.
+    """
+    up, down = factors
+    if config.dtype == "int8":
+        (down, down_scale), (rows, up_scale) = quantize_components(down), quantize_components(up.T)
+        stored = (down_scale, up_scale)
+        adapter = Adapter(down, rows.T.contiguous(), down_scale, up_scale, reads=config.reads)
+    else:
+        stored = up, down = up.to(_DTYPES[config.dtype]), down.to(_DTYPES[config.dtype])
+        adapter = Adapter(down, up, reads=config.reads)
+    if not all(bool(torch.isfinite(one).all()) for one in stored):
         message = f"the low-rank correction of `{problem.name}` overflows {config.dtype}"
         raise NumericalError(message, hint="--set dtype=bf16")
-    measured = loss_report(problem, decoded + up.float() @ down.float(), decoded)
-    key = "weight_error" if problem.hessian is None else "loss"
-    before = measured[f"{key}_rtn"]
-    nearest = {f"{key}_rtn": before} if problem.previous is None else {}
-    losses = {key: measured[key], f"{key}_before": before, **nearest}
-    report = {**start.report, **losses, "rank": float(config.rank)}
-    return replace(start, adapter=Adapter(down, up), report=report)
+    return adapter
+
+
+def with_adapter(problem: LayerProblem, start: QuantizedLinear, adapter: Adapter) -> QuantizedLinear:
+    """Put a correction beside codes, and report what they lose with it and without it."""
+    decoded = start.weight(problem.grid)
+    corrected = loss_report(problem, decoded + adapter.product(), None)
+    bare = {f"{key}_before": loss for key, loss in loss_report(problem, decoded, None).items()}
+    report = {**start.report, **corrected, **bare, "rank": float(len(adapter.down))}
+    return replace(start, adapter=adapter, report=report)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from qtool.builtin.mitigators.cd import encoded, frozen_columns
-from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
+from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig, factor_key
 from qtool.builtin.mitigators.rtn import ClipOptions, loss_report, refuse_previous, refuse_unknown
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
@@ -57,7 +57,7 @@ class OBQConfig(ClipOptions):
             clip_metric=self.clip_metric,
             clip_floor=self.clip_floor,
             dampening_frac=self.dampening_frac,
-            act_order=False,
+            order="natural",
         )
 
 
@@ -87,7 +87,7 @@ class OBQ:
         if start.counters["fallback_rtn"]:
             return start
         hessian = problem.need_hessian()
-        upper = problem.memory["gptq", config.dampening_frac, False].upper.double()
+        upper = problem.memory[factor_key(problem, config.gptq)].upper.double()
         diagonal = hessian.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True).tolist()
         values, _ = obq_round(

@@ -1,7 +1,7 @@
 """QERA, Zhang et al. 2024, arXiv:2410.06040, theorem 1: the low-rank correction with the least output error.
 
 Of all rank-k ``C`` it takes the one with the least ``tr((E − C) H (E − C)ᵀ)``: no other correction of that rank loses
-less on the calibration tokens, and full rank loses nothing but what storage in 16 bits does. The paper whitens by
+less on the calibration tokens, and full rank loses nothing but what its storage does. The paper whitens by
 ``H^½`` and divides by it again. The same ``C`` is the projection of ``E`` on the leading eigenvectors of ``E H Eᵀ``,
 which takes no root and no inverse; so a Hessian of deficient rank needs no dampening, and dead inputs no floor.
 """
@@ -14,9 +14,9 @@ from qtool.numerics.lowrank import weighted_truncation
 
 
 class QERA:
-    """Add the rank-k part of the error under the Hessian, from factors in 16 bits."""
+    """Add the rank-k part of the error under the Hessian, from factors in 16 or 8 bits."""
 
-    version = 1
+    version = 2
     needs: tuple[str, ...] = ("hessian",)
     Config = LoRCConfig
 

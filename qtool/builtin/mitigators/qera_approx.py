@@ -13,9 +13,9 @@ from qtool.numerics.lowrank import weighted_truncation
 
 
 class QERAApprox:
-    """Add the rank-k part of the error under the Hessian's diagonal, from factors in 16 bits."""
+    """Add the rank-k part of the error under the Hessian's diagonal, from factors in 16 or 8 bits."""
 
-    version = 1
+    version = 2
     needs: tuple[str, ...] = ("hessian",)
     Config = LoRCConfig
 

@@ -95,7 +95,7 @@ def test_hessians_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(("text", "asymmetric"), [("int3-g16", False), ("int4-asym-g16", True), ("int4", False)])
-@pytest.mark.parametrize("options", [{"act_order": True}, {"act_order": False, "parameters": "fresh"}])
+@pytest.mark.parametrize("options", [{"order": "activation"}, {"order": "natural", "parameters": "fresh"}])
 def test_equals_the_oracle_on_each_group_of_rows(text: str, asymmetric: bool, options: dict[str, Any]) -> None:
     of = plain(text)
     rows = saliency(512, 3)
@@ -112,8 +112,8 @@ def test_equals_the_oracle_on_each_group_of_rows(text: str, asymmetric: bool, op
             hessian,
             **int_grid(bits, "asym" if asymmetric else "tight", stored)._asdict(),
             group_size=of.grid.parts[0].scheme.group_size or 32,
-            params="static" if config.act_order else "fresh",
-            act_order=config.act_order,
+            params="static" if config.order == "activation" else "fresh",
+            order=config.order,
         )
         values.append(found)
     torch.testing.assert_close(result.weight(of.grid).double(), torch.cat(values), rtol=1e-5, atol=1e-6)

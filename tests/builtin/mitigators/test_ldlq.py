@@ -20,7 +20,7 @@ from qtool.numerics.losses import relative_loss
 from qtool.scheme import Format, TensorScheme, parse_tensor_scheme
 from qtool.testing import check_mitigator
 from qtool.testing.mitigators import correlated_problem
-from tests.oracles.gptq import dampen
+from tests.oracles.gptq import Order, dampen, visiting_order
 from tests.oracles.ldlq import ldlq_oracle, unit_upper_ldl
 from tests.oracles.rounding import int_grid
 
@@ -43,10 +43,10 @@ def test_keeps_the_promises_of_a_mitigator(text: str, passes: int) -> None:
     check_mitigator(LDLQ(), FORMATS[scheme.format], LDLQConfig(greedy_passes=passes), scheme=scheme)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation", "groups"])
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize(("text", "bits"), [("int4-g16-sfp32", 4), ("int2-g32-sfp32-full", 2)])
-def test_equals_the_oracle_of_the_ldl_factors_incl_clipping(text: str, bits: int, dead: bool, act_order: bool) -> None:
+def test_equals_the_oracle_of_the_ldl_factors_incl_clipping(text: str, bits: int, dead: bool, order: Order) -> None:
     of = problem(text, n_out=3)
     hessian = of.need_hessian().double()
     if dead:
@@ -55,19 +55,19 @@ def test_equals_the_oracle_of_the_ldl_factors_incl_clipping(text: str, bits: int
     live = hessian.diagonal()[hessian.diagonal() > 0].mean()
     hessian *= 2.0 ** -torch.frexp(live).exponent
     of = replace(of, weight=of.weight.double(), hessian=hessian)
-    result = LDLQ().quantize(of, LDLQConfig(act_order=act_order, **PLAIN))
+    result = LDLQ().quantize(of, LDLQConfig(order=order, **PLAIN))
     grid = int_grid(bits, "full" if bits == 2 else "tight")._asdict()
     size = of.grid.parts[0].scheme.group_size or 64
-    _, values, *_ = ldlq_oracle(of.weight, hessian, **grid, group_size=size, act_order=act_order)
+    _, values, *_ = ldlq_oracle(of.weight, hessian, **grid, group_size=size, order=order)
     torch.testing.assert_close(result.weight(of.grid).double(), values, rtol=1e-6, atol=1e-9)
     assert result.counters["dead_columns"] == (2 if dead else 0)
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(64)
     _, damped = dampen(of.weight, hessian, 0.01)
-    _, pivots = unit_upper_ldl(damped[order][:, order])
+    visits = visiting_order(damped, order, size)
+    _, pivots = unit_upper_ldl(damped[visits][:, visits])
     assert result.report["ldl_trace_fraction"] == pytest.approx(float(pivots.sum() / damped.trace()), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"parameters": "fresh", "act_order": False}, PLAIN])
+@pytest.mark.parametrize("options", [{}, {"parameters": "fresh", "order": "groups"}, PLAIN])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("text", ["int2", "int4-g16-sfp32", "nvfp4", "int4-tensor"])
 def test_has_the_codes_of_gptq(text: str, apart: bool, options: dict[str, Any]) -> None:
@@ -85,20 +85,20 @@ def test_has_the_codes_of_gptq(text: str, apart: bool, options: dict[str, Any]) 
     assert 0 < ours.report["ldl_trace_fraction"] < 1
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation"])
 @pytest.mark.parametrize("text", ["int2", "nvfp4"])
-def test_greedy_passes_are_coordinate_descent_in_the_same_order(text: str, act_order: bool) -> None:
+def test_greedy_passes_are_coordinate_descent_in_the_same_order(text: str, order: Order) -> None:
     of = problem(text)
-    plain = LDLQ().quantize(of, LDLQConfig(act_order=act_order, dampening_frac=0.02))
-    greedy = LDLQ().quantize(of, LDLQConfig(act_order=act_order, dampening_frac=0.02, greedy_passes=9))
-    swept = CD().quantize(of.after(plain), CDConfig(sweeps=9, act_order=act_order, dampening_frac=0.02))
+    plain = LDLQ().quantize(of, LDLQConfig(order=order, dampening_frac=0.02))
+    greedy = LDLQ().quantize(of, LDLQConfig(order=order, dampening_frac=0.02, greedy_passes=9))
+    swept = CD().quantize(of.after(plain), CDConfig(sweeps=9, act_order=order == "activation", dampening_frac=0.02))
     assert torch.equal(greedy.codes, swept.codes)
     assert greedy.report == swept.report
     assert greedy.report["loss"] < plain.report["loss"]
     assert greedy.report["loss"] == pytest.approx(
         relative_loss(of.weight, greedy.weight(of.grid), of.hessian), rel=1e-3
     )
-    other = CD().quantize(of.after(plain), CDConfig(sweeps=9, act_order=not act_order, dampening_frac=0.02))
+    other = CD().quantize(of.after(plain), CDConfig(sweeps=9, act_order=order == "natural", dampening_frac=0.02))
     assert not torch.equal(other.codes, greedy.codes)
 
 

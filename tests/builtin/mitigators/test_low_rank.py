@@ -83,6 +83,54 @@ def test_of_full_rank_nothing_but_the_storage_is_lost(method: Mitigator) -> None
 
 
 @EVERY
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_factors_of_8_bits_change_the_loss_by_less_than_a_hundredth(method: Mitigator, rank: int) -> None:
+    for seed in range(3):
+        of = problem(seed)
+        of = of.after(GPTQ().quantize(of, GPTQConfig()))
+        wide, narrow = (method.quantize(of, LoRCConfig(rank=rank, dtype=dtype)) for dtype in ("fp16", "int8"))  # type: ignore[arg-type]
+        assert narrow.report["loss"] == pytest.approx(wide.report["loss"], rel=0.01)
+        adapter = narrow.adapter
+        assert wide.adapter is not None
+        assert adapter is not None
+        assert adapter.down.dtype == adapter.up.dtype == torch.int8
+        assert adapter.down_scale is not None
+        assert adapter.up_scale is not None
+        assert adapter.down_scale.dtype == adapter.up_scale.dtype == torch.float16
+        assert adapter.down_scale.shape == adapter.up_scale.shape == (rank,)
+        for ours, theirs, scale in zip(
+            adapter.factors(torch.float64),
+            wide.adapter.factors(torch.float64),
+            (adapter.down_scale.unsqueeze(-1), adapter.up_scale),
+            strict=True,
+        ):
+            assert bool(((ours - theirs).abs() <= 0.57 * scale).all())
+        rows, columns = adapter.down.double().unbind(), adapter.up.double().unbind(1)
+        scales = (adapter.down_scale.double() * adapter.up_scale.double()).tolist()
+        product = torch.stack([s * torch.outer(*one) for s, *one in zip(scales, columns, rows, strict=True)]).sum(0)
+        torch.testing.assert_close(adapter.product(torch.float64), product, rtol=0, atol=1e-6)
+
+
+@EVERY
+def test_experts_stay_as_they_are_unless_asked(method: Mitigator) -> None:
+    of = replace(problem(), expert=True)
+    left = GPTQ().quantize(of, GPTQConfig())
+    assert method.quantize(of.after(left), LoRCConfig(rank=1000)) is left
+    first = method.quantize(of, LoRCConfig(rank=4))
+    nearest = RTN().quantize(of, ClipOptions())
+    assert first.adapter is None
+    assert torch.equal(first.codes, nearest.codes)
+    assert first.report == nearest.report
+    assert method.quantize(of, LoRCConfig(rank=4, experts=True)).adapter is not None
+
+
+@EVERY
+def test_what_it_reads_is_kept_with_it(method: Mitigator) -> None:
+    adapters = [method.quantize(problem(), LoRCConfig(rank=4, reads=reads)).adapter for reads in ("quantized", "full")]  # type: ignore[arg-type]
+    assert [one.reads for one in adapters if one is not None] == ["quantized", "full"]
+
+
+@EVERY
 def test_refuses_what_it_cannot_do(method: Mitigator) -> None:
     of = problem()
     with pytest.raises(UsageError, match=r"has no part of rank 32\n  weight  \(24, 48\)\nhint: --set rank=24"):
@@ -93,6 +141,8 @@ def test_refuses_what_it_cannot_do(method: Mitigator) -> None:
     huge = replace(of, weight=of.weight * 1e12)
     with pytest.raises(NumericalError, match=r"correction of `layer` overflows fp16\nhint: --set dtype=bf16"):
         method.quantize(huge, LoRCConfig(rank=2, dtype="fp16"))
+    with pytest.raises(NumericalError, match=r"correction of `layer` overflows int8\nhint: --set dtype=bf16"):
+        method.quantize(replace(of, weight=of.weight * 1e15), LoRCConfig(rank=2, dtype="int8"))
     weight = of.weight.clone()
     weight[1, 2] = float("nan")
     with pytest.raises(NumericalError, match="weight of `layer` holds NaN"):

@@ -1,0 +1,97 @@
+"""CALDERA, Saha et al. 2024, arXiv:2405.18886: codes and a low-rank correction in turn, both under the Hessian.
+
+Codes by LDLQ, which is GPTQ, for the weight less the correction; then the correction of what they lose, by LPLR: from
+the best factors in full precision (``qera``), each is solved for anew beside the other as it is stored. So rounding one
+factor is made up for by the other, and the next codes make up for both. The first of the iterates is ``gptq+qera``
+with such factors; the best is kept.
+
+Roots of the Hessian and their inverses, which the paper's code divides by without a floor, do not occur. Left out are
+its lattice codebook, its incoherence processing, which is a transform (``quip-sharp``), and factors of 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, keep_best, output_error
+from qtool.builtin.mitigators.gptq import GPTQ
+from qtool.builtin.mitigators.lorc import check_correction, is_left_out, stored_adapter
+from qtool.builtin.mitigators.rtn import refuse_previous
+from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear
+from qtool.errors import UsageError
+from qtool.numerics.losses import output_energy
+from qtool.numerics.lowrank import best_down, best_up, weighted_truncation
+
+
+@dataclass(frozen=True)
+class CalderaConfig(AlternatingConfig):
+    """Options of CALDERA.
+
+    Attributes:
+        factor_iterations: How often each factor is solved for beside the other as it is stored.
+    """
+
+    factor_iterations: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing.
+
+        Raises:
+            UsageError: A value is out of range, or two options exclude each other.
+        """
+        super().__post_init__()
+        if not 0 <= self.factor_iterations <= 1000:
+            given = f"`factor_iterations` is from 0 to 1000, not {self.factor_iterations}"
+            raise UsageError(given, hint="--set factor-iterations=5")
+
+
+class Caldera:
+    """Choose codes and a low-rank correction in turn, and keep the best pair."""
+
+    version = 1
+    needs: tuple[str, ...] = ("hessian",)
+    Config = CalderaConfig
+
+    def quantize(self, problem: LayerProblem, config: CalderaConfig) -> QuantizedLinear:
+        """Solve one layer.
+
+        Raises:
+            NumericalError: The weight or the Hessian is not finite, or a factor overflows its storage format.
+            UsageError: The rank is larger than the weight, another method came first, or no Hessian was gathered.
+        """
+        refuse_previous(problem, "caldera")
+        problem.need_hessian()
+        if is_left_out(problem, config):
+            return GPTQ().quantize(problem, config)
+        check_correction(problem, config)
+        return keep_best(problem, _iterates(problem, config), output_error(problem))
+
+
+def _iterates(problem: LayerProblem, config: CalderaConfig) -> Iterator[Iterate]:
+    """Yield codes and corrections; each correction is chosen behind its codes."""
+    rest = problem.weight
+    for _ in range(config.iterations):
+        solved = GPTQ().quantize(replace(problem, weight=rest), config)
+        adapter = _factors(problem, config, problem.weight - solved.weight(problem.grid))
+        yield solved, adapter
+        rest = problem.weight - adapter.product()
+
+
+def _factors(problem: LayerProblem, config: CalderaConfig, error: Float[Tensor, "out in"]) -> Adapter:
+    """Return the best of the corrections that LPLR goes through."""
+    hessian = problem.need_hessian()
+
+    def loss(adapter: Adapter) -> float:
+        return output_energy(error - adapter.product(), hessian)
+
+    up, down = weighted_truncation(error, hessian, config.rank, seed=problem.seed)
+    found = [stored_adapter(problem, config, (up, down))]
+    for _ in range(config.factor_iterations):
+        down, _ = found[-1].factors()
+        _, up = stored_adapter(problem, config, (best_up(error, down, hessian), down)).factors()
+        found.append(stored_adapter(problem, config, (up, best_down(error, up))))
+    return min(found, key=loss)

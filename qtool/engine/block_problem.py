@@ -1,0 +1,106 @@
+"""One decoder block as a method sees it that learns from the block's output, and the contract of such a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.engine.problem import LayerProblem, QuantizedLinear
+
+Forward = Callable[[Mapping[str, Tensor], Float[Tensor, "batch tokens hidden"]], Float[Tensor, "batch tokens hidden"]]
+"""Runs the block on hidden states with other weights, by full name of the linear; differentiable in them."""
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What is added to a block's output: ``c(x) = x ∘ scale + up (down x) + bias``, of the block's input ``x``.
+
+    Attributes:
+        bias: Added to every token.
+        scale: One factor a channel, or None.
+        down: Right factor of a matrix, or the whole of it where there is no ``up``; or None.
+        up: Left factor of a matrix, or None.
+    """
+
+    bias: Float[Tensor, " hidden"]
+    scale: Float[Tensor, " hidden"] | None = None
+    down: Float[Tensor, "rank hidden"] | None = None
+    up: Float[Tensor, "hidden rank"] | None = None
+
+    def of(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        """Return what is to be added where the block's input is ``x``, in its dtype."""
+        y = self.bias.to(x)
+        if self.scale is not None:
+            y = y + x * self.scale.to(x)
+        if self.down is not None:
+            inner = torch.nn.functional.linear(x, self.down.to(x))
+            y = y + (inner if self.up is None else torch.nn.functional.linear(inner, self.up.to(x)))
+        return y
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """Everything that a block-wise method may know.
+
+    Attributes:
+        layer: Block index.
+        problems: Of each linear, by full name; ``previous`` is what the methods to the left made of it, or None.
+        inputs: Returns the block's inputs for some windows, in the model as it is quantized so far.
+        targets: Returns what the block's outputs are in full precision for some windows.
+        forward: Runs the block as it is going to be executed: inputs of linears and the KV cache are rounded, with
+            gradients passed straight through.
+        windows: How many windows there are.
+        fixed: Whether a pass does the same operations whatever its values, so that it can be recorded and replayed.
+        device: Where the mathematics runs.
+        seed: Seeds whatever is random.
+    """
+
+    layer: int
+    problems: Mapping[str, LayerProblem]
+    inputs: Callable[[Sequence[int]], Float[Tensor, "batch tokens hidden"]]
+    targets: Callable[[Sequence[int]], Float[Tensor, "batch tokens hidden"]]
+    forward: Forward
+    windows: int
+    fixed: bool
+    device: torch.device
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a block-wise method makes of a block.
+
+    Attributes:
+        linears: Quantized linears by full name, all of them.
+        compensation: What is added to the block's output, if anything.
+        report: What happened, as numbers: ``block_loss`` and ``block_loss_before``, squared error of the output over
+            its energy, ….
+    """
+
+    linears: Mapping[str, QuantizedLinear]
+    compensation: Compensation | None = None
+    report: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class BlockMitigator(Protocol):
+    """Improves the linears of a block by looking at what the block puts out.
+
+    Class attributes as those of ``Mitigator``.
+    """
+
+    version: int
+    needs: tuple[str, ...]
+    Config: type
+
+    def refine(self, block: BlockProblem, config: Any) -> BlockResult:  # noqa: ANN401 - each method has its Config
+        """Solve one block, from what the methods to the left made or from rounding to nearest.
+
+        Raises:
+            NumericalError: The block's outputs are not finite.
+        """

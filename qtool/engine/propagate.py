@@ -1,0 +1,161 @@
+"""Solving a model from the activations of what is quantized already, and if methods ask for it beside full precision.
+
+Two streams run through the blocks: one sees the blocks as they have been quantized, the other (``exact``) as they are.
+Both pass through a block while its weights are still float, so that one copy of it serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from qtool.engine.attention import cache_rounding
+from qtool.engine.block import BlockSolver, SolvedBlock
+from qtool.engine.block_problem import BlockMitigator, BlockProblem, BlockResult
+from qtool.engine.gather import AnyStatistic, Gathering, PairedStatistic
+from qtool.engine.linear import Rounding
+from qtool.engine.network import Network
+from qtool.engine.problem import LayerProblem
+from qtool.engine.solve import Method
+from qtool.engine.stored import read_input_scales
+from qtool.engine.stream import Stream
+from qtool.engine.subject import BlockContent, Subject
+from qtool.model.graph import LinearSite
+
+
+@dataclass
+class Propagation:
+    """The blocks of a model, solved one after the other.
+
+    Attributes:
+        block: Solves a block.
+        executed: What is going to be executed: its scheme says how activations are rounded.
+        stream: Activations of what is quantized already; its network holds the blocks.
+        exact: The same in full precision, or None where no method asks for it.
+        statistics: What to gather, by name.
+        gathering: What the accumulators are told.
+        true_sequential: Whether linears see the quantized ones before them in their block.
+    """
+
+    block: BlockSolver
+    executed: Subject
+    stream: Stream
+    exact: Stream | None
+    statistics: Mapping[str, AnyStatistic]
+    gathering: Gathering
+    true_sequential: bool = False
+
+    @property
+    def network(self) -> Network:
+        """What executes the blocks."""
+        return self.stream.network
+
+    def solve(self, layer: int, state: Mapping[str, Tensor]) -> SolvedBlock:
+        """Solve a block from both streams, which stand in front of it; the exact one stands behind it afterwards.
+
+        Args:
+            layer: Block index.
+            state: The block's float tensors by name inside the block.
+        """
+        network = self.network
+        network.load(layer, BlockContent(state))
+        linears = self.block.solver.graph.linears_of(layer)
+        solved = SolvedBlock()
+        for stage in self._stages(linears):
+            gathered = self.stream.gather(layer, stage, self.statistics, self.gathering, exact=self.exact)
+            self.block.solve(stage, state, gathered.statistics, solved, gathered.tokens)
+            if stage[-1] is not linears[-1]:
+                self.block.put(network, stage, solved.solution.linears)
+        if self.exact is None:
+            return solved
+        self._run_exactly(layer)
+        self.block.finish(
+            linears, state, solved, lambda method, problems: self._refine(layer, method, problems, solved)
+        )
+        return solved
+
+    def skip(self, layer: int, state: Mapping[str, Tensor]) -> None:
+        """Let the exact stream pass a block that has been solved before."""
+        if self.exact is not None:
+            self.network.load(layer, BlockContent(state))
+            self._run_exactly(layer)
+
+    def advance(self, layer: int, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Let the other stream pass a block as it has been solved.
+
+        Args:
+            layer: Block index.
+            state: The block's float tensors by name inside the block.
+            tensors: The solved block as it is stored.
+        """
+        self.block.install(self.network, layer, state, tensors)
+        self.stream.run(layer, keep=True)
+
+    def _stages(self, linears: Sequence[LinearSite]) -> list[list[LinearSite]]:
+        if not self.true_sequential:
+            return [list(linears)]
+        return [[one for one in linears if one.stage == stage] for stage in sorted({one.stage for one in linears})]
+
+    def _run_exactly(self, layer: int) -> None:
+        if self.exact is not None:
+            with self.network.unrounded(layer):
+                self.exact.run(layer, keep=True)
+
+    def _refine(
+        self, layer: int, method: Method, problems: Mapping[str, LayerProblem], solved: SolvedBlock
+    ) -> BlockResult:
+        """Run a block-wise method on a loaded block."""
+        network, stream, exact = self.network, self.stream, self.exact
+        if exact is None or not isinstance(method.mitigator, BlockMitigator):
+            raise TypeError(method.mitigator)
+        modules = {linear.name: linear.spec.module for linear in self.block.solver.graph.linears_of(layer)}
+        arguments = stream.arguments_of(layer)
+        for name, module in modules.items():
+            previous = problems[name].previous
+            network.linear(layer, module).adapter = None if previous is None else previous.adapter
+        network.compensations[layer] = solved.compensation
+
+        def forward(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+            by_module = {modules[name]: weight for name, weight in weights.items()}
+            return network.differentiable(layer, hidden, arguments, by_module)
+
+        problem = BlockProblem(
+            layer=layer,
+            problems=problems,
+            inputs=lambda rows: stream.states[list(rows)].to(network.device),
+            targets=lambda rows: exact.states[list(rows)].to(network.device),
+            forward=forward,
+            windows=len(stream.windows),
+            fixed=layer not in network.experts,
+            device=network.device,
+            seed=self.block.solver.seed + layer,
+        )
+        with network.rounded_by(layer, self._rounding(layer, solved), self._cache_rounding(layer)):
+            return method.mitigator.refine(problem, method.config)
+
+    def _rounding(self, layer: int, solved: SolvedBlock) -> Callable[[str], Rounding | None]:
+        """Return what rounds the activations of each site of a block when it is executed."""
+        shared, device = self.block.solver.graph.input_sites_of(layer), self.network.device
+
+        def rounding_of(name: str) -> Rounding | None:
+            site = name if name in shared else name.rpartition(".")[2]
+            rounding = self.executed.rounding(layer, site, device)
+            if rounding is None:
+                return None
+            scales = read_input_scales(f"layers.{layer}.{site}", rounding.grid, solved.scales.get, device)
+            return replace(rounding, global_scales=scales)
+
+        return rounding_of
+
+    def _cache_rounding(self, layer: int) -> Rounding | None:
+        _, scheme, fmt = self.executed.kv_path(layer)
+        return cache_rounding(scheme, fmt)
+
+
+def wants_exact(methods: Sequence[Method], statistics: Mapping[str, AnyStatistic]) -> bool:
+    """Say whether methods compare with full precision: by statistics of both streams, or by the block's outputs."""
+    return any(method.of_block for method in methods) or any(
+        isinstance(one, PairedStatistic) for one in statistics.values()
+    )

@@ -1,0 +1,205 @@
+"""Gradient descent on what a block puts out: batches, the judged loss, the best step, and replay on a GPU.
+
+On CUDA, where a pass always does the same operations, a step is recorded once and replayed: blocks of small models are
+bound by the launch of kernels otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.engine.block_problem import BlockProblem
+from qtool.errors import NumericalError
+from qtool.numerics.token_weights import UNIFORM, TokenWeight
+
+_EAGER_STEPS = 2
+"""Steps that run as they are before one is recorded: kernels are loaded and workspaces allocated by then."""
+
+
+class Tuned(Protocol):
+    """What is learned of a block."""
+
+    @property
+    def leaves(self) -> Sequence[Tensor]:
+        """The tensors that are learned; they require gradients and are changed in place."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the weight of each linear, by full name, differentiable in the leaves."""
+
+    def update(self, gradients: Sequence[Tensor], left: Float[Tensor, ""]) -> None:
+        """Take a step, in place.
+
+        Args:
+            gradients: Of the loss, one a leaf.
+            left: Which part of the steps is still to come, from 1 to 0, on the device of the leaves.
+        """
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to learn, and from what.
+
+    Attributes:
+        steps: Number of steps.
+        batch: Windows to a step.
+        judged: Windows by which the best step is chosen.
+        judgements: How often that is done, the start not counted.
+        token_weight: How much the error of each token counts, by the norm of what the block puts out for it.
+    """
+
+    steps: int
+    batch: int
+    judged: int = 16
+    judgements: int = 10
+    token_weight: TokenWeight = UNIFORM
+
+
+def tune(block: BlockProblem, tuned: Tuned, schedule: Schedule) -> dict[str, float]:
+    """Learn, and leave the leaves as they were when the judged loss was lowest: at the start, if nothing was lower.
+
+    Args:
+        block: The block.
+        tuned: What is learned; its leaves are modified.
+        schedule: How long.
+
+    Returns:
+        ``block_loss_before``, ``block_loss`` (squared error of the judged outputs over their energy) and ``best_step``.
+
+    Raises:
+        NumericalError: The loss is not finite at the start.
+    """
+    leaves = tuned.leaves
+    lowest = before = _judge(block, tuned, schedule)
+    best, best_step = [leaf.detach().clone() for leaf in leaves], 0
+    if schedule.steps:
+        batch = min(schedule.batch, block.windows)
+        step = _Step(block, tuned, schedule, batch)
+        every = max(1, schedule.steps // max(1, schedule.judgements))
+        for index, rows in zip(range(schedule.steps), _batches(block, batch), strict=False):
+            step(rows, 1 - index / schedule.steps)
+            if (index + 1) % every == 0 or index + 1 == schedule.steps:
+                loss = _judge(block, tuned, schedule)
+                if loss < lowest:
+                    lowest, best_step = loss, index + 1
+                    best = [leaf.detach().clone() for leaf in leaves]
+    with torch.no_grad():
+        for leaf, kept in zip(leaves, best, strict=True):
+            leaf.copy_(kept)
+    return {"block_loss_before": before, "block_loss": lowest, "best_step": float(best_step)}
+
+
+def block_loss(
+    block: BlockProblem, weights: Mapping[str, Tensor], rows: Sequence[int], rule: TokenWeight = UNIFORM
+) -> float:
+    """Return the squared error of the block's outputs over their energy, for some windows.
+
+    Raises:
+        NumericalError: It is not finite.
+    """
+    error = energy = 0.0
+    with torch.no_grad():
+        for row in rows:
+            target = block.targets([row])
+            lost = _squared_error(block.forward(weights, block.inputs([row])), target, rule)
+            kept = _squared_error(torch.zeros_like(target), target, rule)
+            error, energy = error + float(lost), energy + float(kept)
+    ratio = error / max(energy, torch.finfo(torch.float32).tiny)
+    if not ratio < float("inf"):
+        raise NumericalError(
+            f"the outputs of block {block.layer} are not finite",
+            hint="run the model in float32: --dtype float32",
+        )
+    return ratio
+
+
+def _judge(block: BlockProblem, tuned: Tuned, schedule: Schedule) -> float:
+    """Return the loss on windows spread over all of them."""
+    count = min(schedule.judged, block.windows)
+    rows = [index * block.windows // count for index in range(count)]
+    with torch.no_grad():
+        weights = tuned.weights()
+    return block_loss(block, weights, rows, schedule.token_weight)
+
+
+def _squared_error(outputs: Tensor, targets: Tensor, rule: TokenWeight) -> Float[Tensor, ""]:
+    """Return the mean squared error, tokens weighed by the norms of the targets."""
+    targets = targets.float()
+    errors = (outputs.float() - targets).square().mean(-1)
+    scales = rule.scales(targets.flatten(0, -2), window=targets.shape[-2])
+    if scales is None:
+        return errors.mean()
+    weights = scales.square().view(errors.shape)
+    return (errors * (weights / weights.mean())).mean()
+
+
+def _batches(block: BlockProblem, size: int) -> Iterator[list[int]]:
+    """Yield windows without end, each once before any comes again."""
+    generator = torch.Generator().manual_seed(block.seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(block.windows, generator=generator).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+class _Step:
+    """One step of descent, with buffers that stay where they are."""
+
+    def __init__(self, block: BlockProblem, tuned: Tuned, schedule: Schedule, batch: int) -> None:
+        self.block, self.tuned, self.rule = block, tuned, schedule.token_weight
+        self.inputs, self.targets = block.inputs(range(batch)), block.targets(range(batch))
+        self.left = torch.ones((), device=block.device)
+        self.run = Replayed(self._descend, block.device, recorded=block.fixed)
+
+    def __call__(self, rows: Sequence[int], left: float) -> None:
+        self.inputs.copy_(self.block.inputs(rows))
+        self.targets.copy_(self.block.targets(rows))
+        self.left.fill_(left)
+        self.run()
+
+    def _descend(self) -> None:
+        with torch.enable_grad():
+            outputs = self.block.forward(self.tuned.weights(), self.inputs)
+            loss = _squared_error(outputs, self.targets, self.rule)
+            gradients = torch.autograd.grad(loss, self.tuned.leaves)
+        with torch.no_grad():
+            self.tuned.update(gradients, self.left)
+
+
+class Replayed:
+    """Calls a function on fixed tensors; on CUDA the third call and those after it replay what it did.
+
+    Args:
+        function: Reads and writes tensors that stay where they are, and moves nothing between host and device.
+        device: Where they are.
+        recorded: Whether it always does the same operations.
+    """
+
+    def __init__(self, function: Callable[[], None], device: torch.device, *, recorded: bool = True) -> None:
+        self.function = function
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph() if recorded and device.type == "cuda" else None
+
+    def __call__(self) -> None:
+        """Do it once."""
+        self.calls += 1
+        if self.graph is None:
+            self.function()
+        elif self.calls <= _EAGER_STEPS:
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            if self.calls == _EAGER_STEPS + 1:
+                with torch.cuda.graph(self.graph):
+                    self.function()
+            self.graph.replay()

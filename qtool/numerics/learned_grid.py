@@ -1,0 +1,115 @@
+"""Groups of weights whose rounding and range can be learned by gradient descent.
+
+A group's value is ``step · (level − zero_point)``. What is learned: an offset for each weight, which decides between
+the two levels beside it, and a factor for each end of a group's range, which changes scale and zero point. Scales are
+rounded to their storage format and zero points to codes in every step, with the gradient passed straight through, so
+that what is learned is what is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qtool.numerics.scales import store_scale
+from qtool.numerics.soft_levels import Levels, positions, soft_round
+from qtool.numerics.straight_through import straight_through
+from qtool.scheme import ScaleFormat
+
+# How far from the middle between two levels a weight is kept that another method rounded the other way.
+_MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of one size and format, those of several linears one below the other; none of it is modified.
+
+    Attributes:
+        weight: What is to be rounded.
+        scale: Scales to start from, as stored.
+        zero_point: Zero points to start from, or None.
+        multiplier: Tensor-level multiplier of each group's scale.
+        levels: What codes stand for at scale 1.
+        scale_format: How scales are stored.
+    """
+
+    weight: Float[Tensor, "groups size"]
+    scale: Float[Tensor, " groups"]
+    zero_point: Float[Tensor, " groups"] | None
+    multiplier: Float[Tensor, " groups"]
+    levels: Levels
+    scale_format: ScaleFormat
+
+    @property
+    def has_integer_zeros(self) -> bool:
+        """Whether zero points are codes, which range rules round, and not shifts."""
+        zeros, top = self.zero_point, self.levels.values[-1]
+        return zeros is not None and bool(((zeros.frac() == 0) & (zeros >= 0) & (zeros <= top)).all())
+
+
+class LearnedGrid:
+    """What is learned of some groups.
+
+    Args:
+        groups: The groups.
+        start: The level, by index, that each weight is rounded to at first; None for the nearest.
+
+    Attributes:
+        offset: Of each weight, from ``-1/2`` to ``1/2``; at 0 everything is as it was at the start.
+        high: Factor of the upper end of each group's range.
+        low: Factor of the lower end where it has one of its own; the same tensor as ``high`` where not.
+    """
+
+    def __init__(self, groups: Groups, start: Tensor | None = None) -> None:
+        self.groups = groups
+        self.offset = torch.zeros_like(groups.weight)
+        self.high = torch.ones_like(groups.scale)
+        self._integer_zeros = groups.has_integer_zeros
+        self.low = torch.ones_like(groups.scale) if self._integer_zeros else self.high
+        place = positions(self._in_steps(groups.scale, groups.zero_point), groups.levels.values)
+        nearest = place.round() if start is None else start.to(place)
+        # At the start every weight has the level that it is to have, also if another one is nearer.
+        reach = 0.5 - _MARGIN
+        self.anchor = place.clamp(nearest - reach, nearest + reach) - place
+        if start is None:
+            self.anchor.zero_()
+
+    def parameters(self) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"] | None]:
+        """Return scales as stored and zero points, differentiable in the factors of the range."""
+        groups = self.groups
+        if groups.zero_point is None:
+            return self._stored(groups.scale * self.high), None
+        if not self._integer_zeros:
+            scale = self._stored(groups.scale * self.high)
+            return scale, groups.zero_point * (groups.scale / scale)
+        top = groups.levels.values[-1]
+        above, below = (top - groups.zero_point) * self.high, groups.zero_point * self.low
+        scale = self._stored(groups.scale * (above + below) / top)
+        zero_point = below * (groups.scale / scale)
+        return scale, straight_through(zero_point, zero_point.detach().round().clamp(0, float(top)))
+
+    def values(self) -> Float[Tensor, "groups size"]:
+        """Return what stands for the weights, differentiable in offsets and factors."""
+        scale, zero_point = self.parameters()
+        levels = soft_round(self._in_steps(scale, zero_point), self.anchor + self.offset, self.groups.levels.values)
+        centered = levels if zero_point is None else levels - zero_point.unsqueeze(-1)
+        return centered * (scale * self.groups.multiplier).unsqueeze(-1)
+
+    @torch.no_grad()
+    def chosen(self) -> tuple[UInt8[Tensor, "groups size"], Tensor, Tensor | None]:
+        """Return codes, scales and zero points as they are now."""
+        scale, zero_point = self.parameters()
+        levels = soft_round(self._in_steps(scale, zero_point), self.anchor + self.offset, self.groups.levels.values)
+        places = torch.searchsorted(self.groups.levels.values, levels)
+        return self.groups.levels.codes[places], scale, zero_point
+
+    def _in_steps(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        scaled = self.groups.weight / (scale * self.groups.multiplier).unsqueeze(-1)
+        return scaled if zero_point is None else scaled + zero_point.unsqueeze(-1)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        one = torch.ones((), device=scale.device) if self.groups.scale_format == "e4m3" else None
+        return straight_through(scale, store_scale(scale.detach(), self.groups.scale_format, global_scale=one))
