@@ -2,7 +2,7 @@
 
 To the output of a quantized block is added ``M x + b`` of the block's input ``x``, with ``M`` and ``b`` the ridge
 regression of what the output lacks, ``Y_f - Y_q``, on ``x``, block after block. ``form`` is ``full``; ``low-rank``, the
-regression of least error at that rank; or ``affine``, a factor and a shift for each channel of the output, as in QwT-v2,
+regression of least error at that rank; or ``affine``, a factor and a shift for each channel of the output as in QwT-v2,
 Tang et al. 2025, arXiv:2505.20932. Nothing is added where it would not lower the squared error on held-out windows.
 """
 
