@@ -18,7 +18,7 @@ Forward = Callable[[Mapping[str, Tensor], Float[Tensor, "batch tokens hidden"]],
 
 @dataclass(frozen=True)
 class Compensation:
-    """What is added to a block's output: ``c(x) = x ∘ scale + up (down x) + bias``, of the block's input ``x``.
+    """What is added to a block's output ``y``: ``y ∘ scale + up (down x) + bias``, ``x`` being the block's input.
 
     Attributes:
         bias: Added to every token.
@@ -32,15 +32,26 @@ class Compensation:
     down: Float[Tensor, "rank hidden"] | None = None
     up: Float[Tensor, "hidden rank"] | None = None
 
-    def of(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
-        """Return what is to be added where the block's input is ``x``, in its dtype."""
-        y = self.bias.to(x)
+    def matrix(self) -> Float[Tensor, "hidden hidden"]:
+        """Return the matrix that multiplies the input, or the output where there are factors, in float32."""
+        matrix = torch.zeros(len(self.bias), len(self.bias), device=self.bias.device)
         if self.scale is not None:
-            y = y + x * self.scale.to(x)
+            matrix.diagonal().copy_(self.scale.float())
+        if self.down is not None:
+            matrix += self.down.float() if self.up is None else self.up.float() @ self.down.float()
+        return matrix
+
+    def added(
+        self, x: Float[Tensor, "*batch hidden"], y: Float[Tensor, "*batch hidden"]
+    ) -> Float[Tensor, "*batch hidden"]:
+        """Return the output of a block whose input is ``x``, in the dtype of ``y``."""
+        missing = self.bias.to(y)
+        if self.scale is not None:
+            missing = missing + y * self.scale.to(y)
         if self.down is not None:
             inner = torch.nn.functional.linear(x, self.down.to(x))
-            y = y + (inner if self.up is None else torch.nn.functional.linear(inner, self.up.to(x)))
-        return y
+            missing = missing + (inner if self.up is None else torch.nn.functional.linear(inner, self.up.to(x)))
+        return y + missing
 
 
 @dataclass(frozen=True)

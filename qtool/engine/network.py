@@ -111,8 +111,10 @@ class Network:
         compensation = self.compensations.get(layer)
         if compensation is None:
             return result
-        missing = compensation.of(given[0] if given else named["hidden_states"])
-        return (result[0] + missing, *result[1:]) if isinstance(result, tuple) else result + missing
+        x = given[0] if given else named["hidden_states"]
+        if isinstance(result, tuple):
+            return (compensation.added(x, result[0]), *result[1:])
+        return compensation.added(x, result)
 
     def _load_ends(self) -> None:
         """Load what lies around the blocks: as the plan leaves it, or as it is stored."""

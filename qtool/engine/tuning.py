@@ -18,6 +18,7 @@ from qtool.engine.block_problem import BlockProblem
 from qtool.errors import NumericalError
 from qtool.numerics.token_weights import UNIFORM, TokenWeight
 
+_JUDGED_AT_ONCE = 8
 _EAGER_STEPS = 2
 """Steps that run as they are before one is recorded: kernels are loaded and workspaces allocated by then."""
 
@@ -102,14 +103,16 @@ def block_loss(
     Raises:
         NumericalError: It is not finite.
     """
-    error = energy = 0.0
+    sums = torch.zeros(2, dtype=torch.float64, device=block.device)
     with torch.no_grad():
-        for row in rows:
-            target = block.targets([row])
-            lost = _squared_error(block.forward(weights, block.inputs([row])), target, rule)
+        for start in range(0, len(rows), _JUDGED_AT_ONCE):
+            some = rows[start : start + _JUDGED_AT_ONCE]
+            target = block.targets(some)
+            lost = _squared_error(block.forward(weights, block.inputs(some)), target, rule)
             kept = _squared_error(torch.zeros_like(target), target, rule)
-            error, energy = error + float(lost), energy + float(kept)
-    ratio = error / max(energy, torch.finfo(torch.float32).tiny)
+            sums += torch.stack([lost, kept]).double() * len(some)
+    error, energy = sums.tolist()
+    ratio: float = error / max(energy, torch.finfo(torch.float32).tiny)
     if not ratio < float("inf"):
         raise NumericalError(
             f"the outputs of block {block.layer} are not finite",
@@ -120,11 +123,15 @@ def block_loss(
 
 def _judge(block: BlockProblem, tuned: Tuned, schedule: Schedule) -> float:
     """Return the loss on windows spread over all of them."""
-    count = min(schedule.judged, block.windows)
-    rows = [index * block.windows // count for index in range(count)]
     with torch.no_grad():
         weights = tuned.weights()
-    return block_loss(block, weights, rows, schedule.token_weight)
+    return block_loss(block, weights, judged_windows(block, schedule.judged), schedule.token_weight)
+
+
+def judged_windows(block: BlockProblem, most: int) -> list[int]:
+    """Return windows spread over all of them."""
+    count = min(most, block.windows)
+    return [index * block.windows // count for index in range(count)]
 
 
 def _squared_error(outputs: Tensor, targets: Tensor, rule: TokenWeight) -> Float[Tensor, ""]:

@@ -48,8 +48,8 @@ class TwoStreams:
                 identity, which they are where both inputs are the same.
         """
         quantized, cross, full = quantized.double(), cross.double(), full.double()
-        forward = _divided(cross - quantized, quantized, dampening_frac)
-        return cls(quantized, cross, full, forward, _divided(cross.T - full, full, dampening_frac))
+        forward = divided(cross - quantized, quantized, dampening_frac)
+        return cls(quantized, cross, full, forward, divided(cross.T - full, full, dampening_frac))
 
     def target(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return ``W C H⁻¹``: of all ``V``, ``V x_q`` is nearest to ``W x_f``. In the dtype of the weight."""
@@ -66,7 +66,7 @@ class TwoStreams:
         return float((a @ self.full * a - 2 * (a @ self.cross * w) + w @ self.quantized * w).sum())
 
 
-def _divided(
+def divided(
     matrix: Float[Tensor, "in in"], moments: Float[Tensor, "in in"], dampening_frac: float
 ) -> Float[Tensor, "in in"]:
     """Return ``M (S + λI)⁻¹``."""

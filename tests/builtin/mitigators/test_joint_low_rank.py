@@ -388,7 +388,7 @@ def test_lrc_asks_for_both_streams(name: str) -> None:
     ("config", "options", "message"),
     [
         (SVDQuantConfig, {"iterations": 0}, "`iterations` is from 1 to 1000, not 0\nhint: --set iterations=10"),
-        (SVDQuantConfig, {"solver": "rtn", "act_order": False}, "`act_order` has no effect on the solver `rtn`"),
+        (SVDQuantConfig, {"solver": "rtn", "order": "natural"}, "`order` has no effect on the solver `rtn`"),
         (CalderaConfig, {"factor_iterations": -1}, "`factor_iterations` is from 0 to 1000, not -1"),
         (LRCConfig, {"reads": "quantized"}, "the branch of `lrc` reads what is not rounded\nhint: --method caldera"),
     ],

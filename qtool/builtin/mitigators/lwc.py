@@ -1,0 +1,125 @@
+"""LWC, learnable weight clipping of OmniQuant, Shao et al. 2024, arXiv:2308.13137, section 3.1.
+
+Each group keeps the fractions ``sigmoid(γ)`` and ``sigmoid(β)`` of the upper and the lower end of its range, and
+weights are rounded to nearest in what is left; γ and β, 4 at first, are learned by Adam from the squared error of the
+block's output. A symmetric group has one fraction. Where rounding on the whole range was better, that stays.
+
+OmniQuant trains 20 epochs of single windows; here a step has several, and there are fewer. Its learnable transformation
+is no part of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.builtin.mitigators.autoround import reported, starts_of
+from qtool.engine.block_problem import BlockProblem, BlockResult
+from qtool.engine.learned_block import LearnedBlock
+from qtool.engine.tuning import Schedule, block_loss, judged_windows, tune
+from qtool.errors import UsageError
+from qtool.numerics.token_weights import parse_token_weight
+
+_FIRST_LOGIT = 4.0
+
+
+@dataclass(frozen=True)
+class LWCConfig:
+    """Options of LWC.
+
+    Attributes:
+        steps: Steps of Adam a block; 0 leaves everything as it was.
+        batch: Windows to a step.
+        rate: Adam's step, of the logits.
+        judged: Windows by which the best step is chosen.
+        loss_weight: How much the error of a token counts, as ``--token-weight``.
+    """
+
+    steps: int = 320
+    batch: int = 4
+    rate: float = 1e-2
+    judged: int = 16
+    loss_weight: str = "uniform"
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing.
+
+        Raises:
+            UsageError: A value is out of range.
+        """
+        if self.steps < 0:
+            raise UsageError(f"`steps` is 0 or more, not {self.steps}", hint="--set steps=320")
+        for name, value, default in (("batch", self.batch, 4), ("judged", self.judged, 16)):
+            if value < 1:
+                raise UsageError(f"`{name}` is a number of windows, not {value}", hint=f"--set {name}={default}")
+        if not 0 < self.rate <= 1:
+            raise UsageError(f"`rate` is above 0 and up to 1, not {self.rate:g}", hint="--set rate=0.01")
+        parse_token_weight(self.loss_weight)
+
+
+class LWC:
+    """Learn which part of each group's range is kept."""
+
+    version = 1
+    needs: tuple[str, ...] = ("hessian",)
+    Config = LWCConfig
+
+    def refine(self, block: BlockProblem, config: LWCConfig) -> BlockResult:
+        """Learn one block, from rounding to nearest.
+
+        Raises:
+            NumericalError: A weight, a statistic or an output of the block is not finite.
+            UsageError: A method that chose codes came first: clipping would choose them again.
+        """
+        if any(problem.previous is not None for problem in block.problems.values()):
+            raise UsageError("`lwc` rounds to nearest in the ranges that it learns, so it has to come first")
+        starts = starts_of(block)
+        if not config.steps:
+            return BlockResult(reported(block.problems, starts, starts))
+        rule = parse_token_weight(config.loss_weight)
+        learned = _Clipping(LearnedBlock(block.problems, starts), config.rate)
+        whole = {name: start.weight(block.problems[name].grid) for name, start in starts.items()}
+        before = block_loss(block, whole, judged_windows(block, config.judged), rule)
+        report = tune(block, learned, Schedule(config.steps, config.batch, config.judged, token_weight=rule))
+        better = report["block_loss"] < before
+        learned.weights()
+        found = learned.block.quantized() if better else starts
+        report = {**report, "block_loss_before": before, "block_loss": min(before, report["block_loss"])}
+        return BlockResult(reported(block.problems, found, starts), report=report)
+
+
+class _Clipping:
+    """The kept fractions of all groups, as logits, under Adam."""
+
+    def __init__(self, block: LearnedBlock, rate: float) -> None:
+        self.block = block
+        self._ends: list[tuple[Tensor, Tensor]] = []
+        for grid in block.grids.values():
+            high = torch.full_like(grid.high, _FIRST_LOGIT).requires_grad_(True)
+            apart = grid.low is not grid.high
+            self._ends.append((high, torch.full_like(high, _FIRST_LOGIT).requires_grad_(True) if apart else high))
+        capturable = self.leaves[0].is_cuda
+        self._adam = torch.optim.Adam(self.leaves, lr=rate, capturable=capturable)
+
+    @property
+    def leaves(self) -> Sequence[Tensor]:
+        """The logits, each once."""
+        return list({id(end): end for ends in self._ends for end in ends}.values())
+
+    def weights(self) -> Mapping[str, Float[Tensor, "out in"]]:
+        """Return the weights rounded in the ranges as they are now."""
+        for grid, (high, low) in zip(self.block.grids.values(), self._ends, strict=True):
+            grid.high = torch.sigmoid(high)
+            grid.low = grid.high if low is high else torch.sigmoid(low)
+        return self.block.weights()
+
+    def update(self, gradients: Sequence[Tensor], left: Float[Tensor, ""]) -> None:
+        """Take a step of Adam; its size does not fall."""
+        del left
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        self._adam.step()
