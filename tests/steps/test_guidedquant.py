@@ -12,9 +12,13 @@ from torch import Tensor
 from qtool.artifacts.store import Artifact
 from qtool.builtin.mitigators.gptq import GPTQ
 from qtool.builtin.mitigators.guidedquant import GuidedQuant
+from qtool.builtin.statistics.cross import Cross, FullHessian, HeldOut
+from qtool.builtin.statistics.hessian import Hessian
+from qtool.engine.gather import Gathering
 from qtool.engine.guided import GUIDED
 from qtool.engine.problem import LayerProblem
 from qtool.errors import ArtifactError, UsageError
+from qtool.numerics.token_weights import TokenWeight
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.transform import TransformRequest, transform
@@ -181,3 +185,22 @@ def test_what_is_missing_is_refused(desk: Desk) -> None:
         mitigate(asked(desk, statistics, "gptq", propagate="none", token_weight="gradient"), desk.workspace)
     weighed = desk.calibrate(gather=("hessian", "saliency"), token_weight="gradient")
     mitigate(asked(desk, weighed, "gptq", propagate="none", token_weight="gradient"), desk.workspace)
+
+
+@pytest.mark.parametrize("rule", ["gradient", "uniform"])
+def test_both_streams_have_the_same_weights(rule: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, saliency = torch.randn(40, 6, generator=generator), torch.rand(40, generator=generator)
+    told = Gathering(40, TokenWeight(rule), window=4, saliency=saliency if rule == "gradient" else None)
+    pairs = [one.start_pair(6, told, x.device) for one in (Cross(), FullHessian(), HeldOut())]
+    alone = Hessian().start(6, told, x.device)
+    for part in torch.split(x, 12):
+        alone.update(part)
+        for one in pairs:
+            one.update_pair(part, part)
+    weights = saliency if rule == "gradient" else torch.ones(40)
+    expected = guided_hessians_oracle(x, weights[:, None])[0].float()
+    for one in (alone, *pairs[:2]):
+        torch.testing.assert_close(one.result(), expected)
+    held = guided_hessians_oracle(x[36:], weights[36:, None])[0].float() * weights[36:].sum() / weights.sum()
+    torch.testing.assert_close(pairs[2].result(), held.expand(2, -1, -1))
