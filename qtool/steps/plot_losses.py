@@ -86,7 +86,7 @@ def loss_lines(reports: Reports, key: str) -> list[LossLine]:
             found[kind][layer].append(reports[name])
     lines = []
     for kind, by_layer in found.items():
-        layers = tuple(sorted(by_layer))
+        layers = tuple(by_layer)  # sorted, as kinds are
         complete = all(f"{key}_rtn" in one for members in by_layer.values() for one in members)
         ours, nearest = (
             tuple(fmean(one[name] for one in by_layer[layer]) for layer in layers)
