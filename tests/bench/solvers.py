@@ -2,8 +2,9 @@
 
 Plain GPTQ is without clip search, on INT4 in groups of 128. Its products are bare calls of torch in float32: Cholesky,
 inverse, Cholesky of the inverse, and the updates of the columns behind each lazy block. Methods are those that plugins
-offer, each with its defaults, behind plain GPTQ where it has to follow another; what follows is timed alone. A solver
-that had no end after ``LIMIT`` seconds is stopped; one that cannot be asked says why.
+offer, each with its defaults, behind plain GPTQ where it has to follow another; what follows is timed alone. Peers run
+in turn in one process, as a machine is not the same from one minute to the next. What had no end after ``LIMIT``
+seconds is stopped; what cannot be asked says why.
 """
 
 from __future__ import annotations
@@ -28,50 +29,43 @@ PRODUCTS = "its matrix products"
 
 
 def compare_solvers(rounds: int, cores: int) -> None:
-    """Time every mitigator on offer, each in a process of its own, and print ratios."""
+    """Time every mitigator on offer, each in a process of its own and in turn with its peer, and print ratios."""
     from qtool.plugins import Plugins
 
     say(f"one layer of {ROWS} x {COLUMNS} (out x in), INT4 in groups of {GROUP}, correlated inputs, best of {rounds}")
-    plain = _asked(FIRST, rounds, cores)
-    products = _asked(PRODUCTS, rounds, cores)
-    if not isinstance(plain, float) or not isinstance(products, float):
-        raise SystemExit(f"error: {FIRST}: {plain}; {PRODUCTS}: {products}")
-    show(
-        ("", f"{FIRST}, s", f"{PRODUCTS}, s", "ratio"),
-        [("", f"{plain:.1f}", f"{products:.1f}", f"{plain / products:.2f}")],
-    )
-    rows = []
-    for name in sorted(Plugins.discover().offers["mitigators"]):
-        found = _asked(name, rounds, cores)
-        told = (f"{found:.1f}", f"{found / plain:.2f}") if isinstance(found, float) else ("", found)
-        rows.append((name, told[0], f"{plain:.1f}", told[1]))
+    show(("", "s", f"{PRODUCTS}, s", "ratio"), [_row(FIRST, rounds, cores)])
     say()
-    show(("method, defaults", "alone, s", f"{FIRST}, s", "ratio"), rows)
+    names = sorted(Plugins.discover().offers["mitigators"])
+    show(("method, defaults", "alone, s", f"{FIRST}, s", "ratio"), [_row(name, rounds, cores) for name in names])
 
 
-def _asked(what: str, rounds: int, cores: int) -> float | str:
-    """Time in a process of its own; return the least seconds, or why there are none."""
+def _row(what: str, rounds: int, cores: int) -> tuple[str, ...]:
+    """Time in a process of its own; return the least seconds, those of the peer and the ratio, or why there are none."""
     command = [sys.executable, "-m", "tests.bench.solvers", what, str(rounds), str(cores)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return f"no end after {LIMIT} s"
+        return what, "", "", f"no end after {LIMIT} s"
     if done.returncode:
-        return (done.stderr.strip().splitlines() or ["failed"])[-1]
-    found: float | str = json.loads(done.stdout.splitlines()[-1])
-    return found
+        return what, "", "", (done.stderr.strip().splitlines() or ["failed"])[-1]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if isinstance(found, str):
+        return what, "", "", found
+    own, peer = found
+    return what, f"{own:.2f}", f"{peer:.2f}", f"{own / peer:.2f}"
 
 
 def main(what: str, rounds: int) -> None:
-    """Time one thing, and print the least seconds, or why there are none, as JSON."""
+    """Time one thing and its peer in turn; print the least seconds of both, or why there are none, as JSON."""
     from qtool.errors import QtoolError
 
     try:
-        work = _products() if what == PRODUCTS else _method(what)
-        seconds: float | str = min(_seconds(work) for _ in range(rounds))
+        works = [_method(what), _products() if what == FIRST else _method(FIRST)]
+        taken = [[_seconds(work) for work in works] for _ in range(rounds)]
+        found: list[float] | str = [min(column) for column in zip(*taken, strict=True)]
     except QtoolError as error:
-        seconds = error.message
-    sys.stdout.write(json.dumps(seconds))
+        found = error.message
+    sys.stdout.write(json.dumps(found))
 
 
 def _method(what: str) -> Callable[[], object]:
