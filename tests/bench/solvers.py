@@ -40,7 +40,7 @@ def compare_solvers(rounds: int, cores: int) -> None:
 
 
 def _row(what: str, rounds: int, cores: int) -> tuple[str, ...]:
-    """Time in a process of its own; return the least seconds, those of the peer and the ratio, or why there are none."""
+    """Time in a process of its own; return the least seconds, those of the peer and the ratio, or why not."""
     command = [sys.executable, "-m", "tests.bench.solvers", what, str(rounds), str(cores)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
