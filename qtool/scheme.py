@@ -238,7 +238,7 @@ class Format(Protocol):
             groups: Values; the last axis shares a scale.
             scheme: Symmetry, scale format and rules.
             global_scale: Tensor-level multiplier; required where ``global_scale()`` gives one.
-            clip: Fraction of the range that is kept, in (0, 1].
+            clip: Fraction of the range that is kept, above 0; beyond 1 steps are wider than the range asks for.
 
         Returns:
             Parameters with one entry a group.

@@ -204,6 +204,28 @@ class TestCheckMitigator:
             assert float(correlation.max()) > 0.4
             assert float(torch.linalg.cond(hessian)) > 100
 
+    def test_what_the_full_model_shows_is_near_and_has_the_first_index(self) -> None:
+        n, seed = 24, 3
+        entries = correlated_problem(Int4(), Int4.defaults, seed=seed, n_out=8, n_in=n).entries
+        generator = torch.Generator().manual_seed(seed)
+        for shape in ((n, n), (512, n), (8, n)):  # the mixing, the inputs and the weight are drawn first
+            torch.randn(shape, generator=generator)
+        x = entries["sample"]
+        full = x + 0.3 * x.std() * torch.randn(512, n, generator=generator)
+        by_token = sum(torch.outer(f, q) for f, q in zip(full.double(), x.double(), strict=True)) / 512
+        torch.testing.assert_close(entries["cross"].double(), by_token, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(entries["cross"], entries["cross"].T, atol=1e-3)
+        # Both are of one pair of streams: the joint second moment has no negative eigenvalue.
+        cross, hessian = entries["cross"].double(), entries["hessian"].double()
+        joint = torch.cat([torch.cat([entries["full_hessian"].double(), cross], 1), torch.cat([cross.T, hessian], 1)])
+        assert float(torch.linalg.eigvalsh(joint).min()) > -1e-6
+        assert 0.01 < float((cross - hessian).norm() / hessian.norm()) < 0.2
+
+    def test_every_method_finds_what_it_needs(self) -> None:
+        known = correlated_problem(Int4(), Int4.defaults).entries
+        for name in PLUGINS.offers["mitigators"]:
+            assert set(PLUGINS.load("mitigators", name).needs) <= set(known)
+
 
 class HalfAway(Int4):
     """Rounds halves away from zero."""

@@ -23,7 +23,11 @@ def inspect(
         bool, typer.Option("--strict", help="A parameter that the model's family does not describe is an error.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw activations of statistics as .png or .svg (extra `plot`).")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw activations of statistics, or losses of a quantized artifact, as .png or .svg (extra `plot`).",
+        ),
     ] = None,
     plan: Annotated[str, typer.Option(metavar="PLAN", help="Draw them after this plan as well.")] = "",
     site: Annotated[
@@ -36,11 +40,12 @@ def inspect(
 ) -> None:
     """Show what models and artifacts are.
 
-    A model's parameters, a plan's operators and what they cost, the losses of each linear, measured values and their
-    protocol. With --plot, a picture of statistics, before a plan and after it.
+    A model's parameters, a plan's operators and what they cost, the losses of each linear and what `mitigate --strict`
+    would refuse, measured values and their protocol. With --plot, a picture: of statistics, before a plan and after it;
+    or of losses over layers, beside those of rounding to nearest.
     """
     if plot is not None and strict:
-        raise UsageError("`--strict` belongs to models, and `--plot` to statistics", hint="leave one of them out")
+        raise UsageError("`--strict` belongs to models, and `--plot` to artifacts", hint="leave one of them out")
     if plot is not None:
         _plot(session, read_sources(sources), plot, plan, site or ())
         return

@@ -91,7 +91,8 @@ def mitigate(
 ) -> None:
     """Quantize the weights.
 
-    Takes a plan, or statistics (no transform), or a model where no method needs statistics.
+    Takes a plan, or statistics (no transform), or a model where no method needs statistics. With --dry-run: what would
+    be done to which linears, the bytes of the result, and an estimate of memory and time from short measurements.
     """
     from qtool.steps.mitigate import MitigateRequest
     from qtool.steps.mitigate import mitigate as step

@@ -1,7 +1,9 @@
 """Search for the fraction of its range that each group should keep.
 
-A smaller range has finer steps and saturates what lies outside; the best fraction depends on the group's tails. The
-objective is that of the stored scale: what a candidate is judged by is what the decoder will see.
+A smaller range has finer steps and saturates what lies outside; the best fraction depends on the group's tails. Where
+steps are not uniform, as E2M1's, a scale above that of the whole range may be better still: it puts other values on the
+coarse part of the grid (ScaleSweep 2026, arXiv:2606.07618, for NVFP4). The objective is that of the stored scale: what
+a candidate is judged by is what the decoder will see.
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ class ClippedFit:
     ratio: Float[Tensor, "*rows"]
 
 
-def clip_grid(count: int, floor: float = 0.21) -> tuple[float, ...]:
-    """Return ``count`` ratios evenly from 1 to ``floor``; 80 to 0.21 are the hundredths of GPTQ's released code."""
-    return tuple(1 - (1 - floor) * i / max(count - 1, 1) for i in range(count))
+def clip_grid(count: int, floor: float = 0.21, ceiling: float = 1.0) -> tuple[float, ...]:
+    """Return ``count`` ratios evenly from ``ceiling`` to ``floor``.
+
+    80 from 1 to 0.21 are the hundredths of GPTQ's released code. From another ceiling 1 need not be among them;
+    ``search_clip`` tries it all the same.
+    """
+    return tuple(ceiling - (ceiling - floor) * i / max(count - 1, 1) for i in range(count))
 
 
 def quadratic_energy(
@@ -76,7 +82,7 @@ def search_clip(
         groups: Values; the last axis shares a scale. Not modified.
         fit_round: ``fit_round(groups, ratio)`` fits parameters, as they are stored, to that fraction of the range, and
             returns them and the rounded values. It must treat each group by itself.
-        ratios: Candidates in (0, 1].
+        ratios: Candidates, above 0; beyond 1 the range is wider than the values.
         norm: Exponent ``p``; above 2, large errors count for more.
         weights: ``h``, for example the diagonal of a Hessian, in the shape of ``groups``; None for equal weights.
         moments: ``H`` as ``quadratic_energy`` takes it; then ``norm`` and ``weights`` have no meaning.

@@ -37,7 +37,7 @@ def fit_symmetric(
         range_rule: ``tight``, ``full`` or ``half``, in this order; powers of two follow ``exponent_rule`` instead.
         scale_format: How the scale is stored.
         exponent_rule: Rounding of power-of-two scales.
-        clip: Fraction of the range that is kept, in (0, 1].
+        clip: Fraction of the range that is kept, above 0; beyond 1 steps are wider than the range asks for.
 
     Returns:
         Scales in float32, exactly as stored.
@@ -64,7 +64,7 @@ def fit_asymmetric(
         groups: Values; the last axis shares a scale. Not modified.
         num_bits: Bits of a code, 2 to 8.
         scale_format: How the scale is stored.
-        clip: Fraction of both ends of the range that is kept, in (0, 1].
+        clip: Fraction of both ends of the range that is kept, above 0.
 
     Returns:
         Scales, exactly as stored, and zero points, integers in ``[0, 2^b - 1]``; both in float32.

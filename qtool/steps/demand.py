@@ -7,20 +7,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qtool.artifacts.manifest import Manifest
+from qtool.engine.block import static_inputs
+from qtool.engine.experts import Mode
 from qtool.engine.gather import Gathering, SizedStatistic, sites_to_observe
+from qtool.engine.grid import Grid
+from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Method
-from qtool.model.graph import EXPERTS, LinearSite, ModelGraph
+from qtool.engine.stored import linear_tensors
+from qtool.engine.subject import Subject
+from qtool.model.graph import EXPERTS, ModelGraph
+from qtool.model.plan import Plan
 from qtool.model.source import Model
-from qtool.numerics.packing import packed_size
-from qtool.numerics.scales import encode_scale
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
 
 _COUNT = 8
 _TOKEN = 4
+_SCALE = 4
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,8 @@ class Demand:
     Attributes:
         statistics: Largest number of bytes of statistics that are held at once: one layer's.
         layer: That layer.
-        disk: Bytes that its artifact takes at least: low-rank corrections, what wider codes a plan sets channels apart
-            for, and statistics that cannot tell how large they get, are not in it.
+        disk: Bytes that the tensors of its artifact take: exactly, but low-rank corrections, and statistics that cannot
+            tell how large they get, are not in it.
     """
 
     statistics: int
@@ -39,7 +46,53 @@ class Demand:
     disk: int
 
 
-def demand_of(manifest: Manifest, model: Model, plugins: Plugins, gathered: Manifest | None = None) -> Demand | None:
+@dataclass(frozen=True)
+class StatisticSizes:
+    """How large the statistics of a site get.
+
+    Attributes:
+        graph: Knows the widths of sites.
+        statistics: Those that can tell.
+        gathering: What their accumulators are told.
+        routed: Whether experts have statistics of their own tokens.
+    """
+
+    graph: ModelGraph
+    statistics: tuple[SizedStatistic, ...]
+    gathering: Gathering
+    routed: bool
+
+    @classmethod
+    def of(
+        cls, graph: ModelGraph, config: Mapping[str, Any], names: Iterable[str], tokens: int, plugins: Plugins
+    ) -> StatisticSizes:
+        """Return the sizes that statistics of these names have, as a step's config asks for them.
+
+        What no plugin offers by a name, or cannot tell its size, counts as nothing.
+        """
+        known = plugins.offers["statistics"]
+        loaded = [plugins.load("statistics", name) for name in names if name in known]
+        sized = tuple(one for one in loaded if isinstance(one, SizedStatistic))
+        gathering = Gathering(tokens, TokenWeight(), sample_size=config["sample_size"])
+        return cls(graph, sized, gathering, config.get("experts") == "routed")
+
+    def at(self, site: str) -> int:
+        """Return the bytes of all statistics of a site, by its name inside a block."""
+        gathering, dims = self.gathering, self.graph.dims
+        if self.routed and site.startswith(EXPERTS):  # an expert's share of the sampled tokens
+            gathering = replace(gathering, sample_size=round(gathering.sample_size * dims.chosen / dims.experts))
+        return sum(one.nbytes(self.graph.width(site), gathering) for one in self.statistics)
+
+    def of_layers(self) -> list[int]:
+        """Return the bytes of the statistics of each layer."""
+        mode: Mode = "routed" if self.routed else "all"
+        blocks = [self.graph.readers_of(layer) for layer in range(self.graph.dims.num_layers)]
+        return [sum(self.at(site) for site in sites_to_observe(linears, mode)) for linears in blocks]
+
+
+def demand_of(
+    manifest: Manifest, model: Model, plugins: Plugins, gathered: Manifest | None = None, plan: Plan | None = None
+) -> Demand | None:
     """Return what the step of a manifest is going to take; None for other steps than calibrate and mitigate.
 
     Args:
@@ -47,24 +100,34 @@ def demand_of(manifest: Manifest, model: Model, plugins: Plugins, gathered: Mani
         model: The model that it speaks of.
         plugins: Where statistics, methods and formats are found.
         gathered: For mitigate, the manifest of the statistics.
+        plan: For mitigate, the transform.
     """
-    config = manifest.step.config
+    config, graph = manifest.step.config, model.graph
     if manifest.kind == "statistics":
         windows, tokens = config["shape"]
-        layers = _layers(model.graph, config, config["gather"], windows * tokens, plugins)
-        counts = _COUNT * model.graph.dims.experts * sum(model.graph.dims.sparse) if layers else 0
+        layers = StatisticSizes.of(graph, config, config["gather"], windows * tokens, plugins).of_layers()
+        counts = _COUNT * graph.dims.experts * sum(graph.dims.sparse) if config["gather"] else 0
         return _largest(layers, disk=sum(layers) + counts + _TOKEN * windows * tokens)
     if manifest.kind != "quantized":
         return None
-    loaded = [(plugins.load("mitigators", one["name"]), one["config"]) for one in config["methods"]]
-    methods = [Method(mitigator, mitigator.Config(**options)) for mitigator, options in loaded]
-    needs = tuple(dict.fromkeys(need for method in methods for need in method.needs))
+    needs = needs_of(methods_of(manifest, plugins))
     layers = []
     if needs and gathered is not None:
         told = {**gathered.step.config, **config}
-        layers = _layers(model.graph, told, needs, gathered.details["tokens"], plugins)
-    scheme = ModelScheme.from_json(manifest.schemes)
-    return _largest(layers, disk=_code_bytes(model, scheme, plugins))
+        layers = StatisticSizes.of(graph, told, needs, gathered.details["tokens"], plugins).of_layers()
+    subject = Subject(model, plugins, plan or Plan(), ModelScheme.from_json(manifest.schemes))
+    return _largest(layers, disk=sum(code_bytes(subject).values()) + _input_scale_bytes(subject))
+
+
+def methods_of(manifest: Manifest, plugins: Plugins) -> list[Method]:
+    """Return the mitigators that a quantized artifact is made by, with their options."""
+    loaded = [(plugins.load("mitigators", one["name"]), one["config"]) for one in manifest.step.config["methods"]]
+    return [Method(mitigator, mitigator.Config(**options)) for mitigator, options in loaded]
+
+
+def needs_of(methods: Sequence[Method]) -> tuple[str, ...]:
+    """Return the statistics that methods read."""
+    return tuple(dict.fromkeys(need for method in methods for need in method.needs))
 
 
 def _largest(layers: Sequence[int], *, disk: int) -> Demand:
@@ -72,39 +135,45 @@ def _largest(layers: Sequence[int], *, disk: int) -> Demand:
     return Demand(layers[layer] if layers else 0, layer, disk)
 
 
-def _layers(
-    graph: ModelGraph, config: Mapping[str, Any], names: Iterable[str], tokens: int, plugins: Plugins
-) -> list[int]:
-    """Return the bytes of the statistics of each layer."""
-    loaded = [plugins.load("statistics", name) for name in names]
-    sized = [one for one in loaded if isinstance(one, SizedStatistic)]
-    whole = Gathering(tokens, TokenWeight(), sample_size=config["sample_size"])
-    routed = config.get("experts") == "routed"
-
-    def layer_bytes(linears: Sequence[LinearSite]) -> int:
-        total = 0
-        for site in sites_to_observe(linears, "routed" if routed else "all"):
-            gathering, n = whole, graph.width(site)
-            if routed and site.startswith(EXPERTS):  # an expert's share of the sampled tokens
-                share = graph.dims.chosen / graph.dims.experts
-                gathering = replace(whole, sample_size=round(whole.sample_size * share))
-            total += sum(one.nbytes(n, gathering) for one in sized)
-        return total
-
-    return [layer_bytes(graph.readers_of(layer)) for layer in range(graph.dims.num_layers)] if loaded else []
+def code_bytes(subject: Subject) -> dict[str, int]:
+    """Return the bytes of the codes, scales and zero points of each linear, by name."""
+    if subject.scheme.weights is None:
+        return {}
+    known: dict[tuple[int, int, Grid], int] = {}
+    found: dict[str, int] = {}
+    for linear in subject.model.graph.linears:
+        rows, n = subject.model.places[f"{linear.name}.weight"].shape
+        key = (rows, n, subject.weight_grid(linear))
+        if key not in known:
+            known[key] = _stored_bytes(*key)
+        found[linear.name] = known[key]
+    return found
 
 
-def _code_bytes(model: Model, scheme: ModelScheme, plugins: Plugins) -> int:
-    """Return the bytes of codes, scales and zero points of all linears."""
-    weights = scheme.weights
-    if weights is None:
+def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
+    """Return the bytes that a weight takes as it is stored, from those of one and of two rows: the rest is alike."""
+    one, two = (
+        sum(tensor.nbytes for tensor in linear_tensors("", _rounded(torch.rand(count, n), grid), grid).values())
+        for count in (1, 2)
+    )
+    return one + (rows - 1) * (two - one)
+
+
+def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:
+    """Round a weight to nearest."""
+    codes, parameters = [], []
+    for columns, part in grid.places(weight.shape[1]):
+        values = weight[:, columns]
+        groups = part.groups(values)
+        parameters.append(part.fit(groups, global_scale=part.global_scale(values.amax())))
+        codes.append(part.format.encode(groups, parameters[-1]).reshape(values.shape))
+    return QuantizedLinear(torch.cat(codes, dim=1), tuple(parameters))
+
+
+def _input_scale_bytes(subject: Subject) -> int:
+    """Return the bytes of the tensor-level multipliers of activations, one a site and part."""
+    inputs = static_inputs(subject)
+    if inputs is None:
         return 0
-    fmt = plugins.format(weights.format)
-    scale_bytes = encode_scale(torch.ones(1), weights.scale).element_size()
-    total = 0
-    for linear in model.graph.linears:
-        rows, n = model.places[f"{linear.name}.weight"].shape
-        scales, across = (1, 1) if weights.strategy == "tensor" else (rows, weights.groups_of(n, layer=linear.name))
-        total += rows * packed_size(n, fmt.bits) + scales * across * scale_bytes
-        total += 0 if weights.symmetric else scales * packed_size(across, fmt.bits)
-    return total
+    grids = [inputs(linear) for linear in {linear.reads: linear for linear in subject.model.graph.linears}.values()]
+    return sum(_SCALE for grid in grids if grid is not None for part in grid.parts if part.has_global_scale)

@@ -26,6 +26,10 @@ class Table:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
+Facts = dict[str, Cell]
+Tables = dict[str, Table]
+
+
 @dataclass(frozen=True)
 class Description:
     """Facts, then tables; names become the fields of the JSON object."""

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from qtool.artifacts.manifest import Manifest
+from qtool.artifacts.manifest import Kind, Manifest
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.errors import ArtifactError
 from qtool.steps.demand import Demand, demand_of
-from qtool.steps.description import Cell, Description
+from qtool.steps.description import Cell, Description, Table
+from qtool.steps.mitigation_plan import describe_mitigation
 from qtool.steps.recipe import Recipe
+from qtool.steps.subjects import read_plan
 from qtool.steps.tasks import Outcome, Task, ended
 from qtool.steps.workspace import Workspace
 
@@ -42,17 +44,21 @@ def foresee(
 ) -> Description:
     """Describe what one step would do; whatever it would refuse before any work is refused.
 
+    For mitigate that is a plan of its work, with an estimate of memory and time from short measurements.
+
     Args:
         step: The step.
         request: What it is asked.
         workspace: Where it would work.
     """
+    tables: dict[str, Table] = {}
     try:
         artifact, _ = step(request, _DryWorkspace(**vars(workspace)))
     except _Known as known:
-        done, path, demand = known.done, known.path, _demand(known.manifest, workspace)
+        done, path, manifest = known.done, known.path, known.manifest
+        demand = _demand(manifest, workspace)
     else:
-        done, path, demand = artifact, artifact.path, None
+        done, path, manifest, demand = artifact, artifact.path, artifact.manifest, None
     facts: dict[str, Cell] = {"path": str(path), "state": "to do" if done is None else "there"}
     if demand is not None:
         facts |= {
@@ -60,7 +66,10 @@ def foresee(
             "largest_layer": demand.layer,
             "disk_bytes_at_least": demand.disk,
         }
-    return Description(facts)
+        if done is None and manifest.kind == "quantized":
+            found, tables = describe_mitigation(manifest, workspace)
+            facts |= found
+    return Description(facts, tables)
 
 
 def foreseen(tasks: list[Task], recipe: Recipe, workspace: Workspace) -> tuple[Outcome, ...]:
@@ -84,10 +93,18 @@ def foreseen(tasks: list[Task], recipe: Recipe, workspace: Workspace) -> tuple[O
 def _demand(manifest: Manifest, workspace: Workspace) -> Demand | None:
     """Return what a step would take; None where that is not known."""
     model = workspace.model(str(workspace.inputs.get("model", manifest.inputs["model"].path)))
-    gathered = None
-    if manifest.kind == "quantized" and "statistics" in manifest.inputs:
+    gathered = plan = None
+    if manifest.kind == "quantized":
         try:
-            gathered = workspace.artifact(manifest.inputs["statistics"].path, "statistics").manifest
+            gathered = _input(manifest, "statistics", workspace)
+            plan = _input(manifest, "plan", workspace)
         except ArtifactError:
             return None
-    return demand_of(manifest, model, workspace.plugins, gathered)
+    told = None if gathered is None else gathered.manifest
+    return demand_of(manifest, model, workspace.plugins, told, None if plan is None else read_plan(plan))
+
+
+def _input(manifest: Manifest, kind: Kind, workspace: Workspace) -> Artifact | None:
+    """Open an input of a kind; None where there is no such."""
+    found = manifest.inputs.get(kind)
+    return None if found is None else workspace.artifact(found.path, kind)

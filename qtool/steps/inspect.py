@@ -6,29 +6,18 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean
 
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.errors import ArtifactError, ResourceError
 from qtool.model.source import Model
-from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS
-from qtool.steps.description import Cell, Description, Table
-from qtool.steps.inspect_plan import describe_plan, options_of
-from qtool.steps.labels import stored_bits
+from qtool.steps.description import Cell, Description, Facts, Table, Tables
+from qtool.steps.inspect_plan import describe_plan
+from qtool.steps.inspect_quantized import describe_quantized
 from qtool.steps.parameters import parameter_table, parameters_of, require_known
-from qtool.steps.routing import alike, gathered_routing, solved_routing
+from qtool.steps.routing import alike, gathered_routing
 from qtool.steps.subjects import Opened, is_artifact, open_subject
 from qtool.steps.workspace import Workspace
-
-_PROTOCOL = (
-    *("propagate", "true_sequential", "round_activations", "token_weight", "experts", "expert_share"),
-    *("seed", "dtype"),
-)
-_LOSSES = ("loss", "weight_error")
-
-Facts = dict[str, Cell]
-Tables = dict[str, Table]
 
 
 def inspect(source: str, workspace: Workspace, *, strict: bool = False) -> Description:
@@ -150,54 +139,6 @@ def _site_row(artifact: Artifact, site: str, found: list[tuple[int, str, str]]) 
     )
 
 
-def _describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
-    manifest = artifact.manifest
-    scheme, config = ModelScheme.from_json(manifest.schemes), manifest.step.config
-    reports: Mapping[str, Mapping[str, float]] = manifest.details["layers"]
-    facts: Facts = {
-        "scheme": scheme.name or None,
-        **{part: str(getattr(scheme, part) or "16 bits") for part in ("weights", "activations", "kv")},
-        **options_of(config["methods"]),
-        **{name: config[name] for name in _PROTOCOL if name in config},
-    }
-    if opened is not None:
-        facts |= {f"bits_per_weight_{name}": bits for name, bits in stored_bits(opened).items()}
-    names = {name for report in reports.values() for name in report}
-    columns = sorted(names, key=lambda name: (not name.startswith(_LOSSES), not name.endswith("_rtn"), name))
-    means = _over_experts(reports)
-    rows = [(linear, *(means[linear].get(c) for c in columns)) for linear in sorted(means, key=_natural)]
-    counters = _pairs(manifest.counters, "counter")
-    tables = {"losses": Table(("linear", *columns), rows), "losses_by_module": _by_module(reports)}
-    return facts, {**tables, **solved_routing(manifest.details.get("experts", {})), "counters": counters}
-
-
-def _over_experts(reports: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-    """Return the reports, with one for all experts of a layer in place of each: the mean of every number."""
-    groups: defaultdict[str, list[Mapping[str, float]]] = defaultdict(list)
-    for name, report in reports.items():
-        groups[alike(name)].append(report)
-    means: dict[str, Mapping[str, float]] = {}
-    for name, members in groups.items():
-        numbers = dict.fromkeys(number for one in members for number in one)
-        means[name] = {number: fmean(one[number] for one in members if number in one) for number in numbers}
-    return means
-
-
-def _by_module(reports: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return the mean loss over layers of the linears of one name, beside that of rounding to nearest."""
-    key = "loss" if any("loss" in report for report in reports.values()) else "weight_error"
-    modules: defaultdict[str, dict[str, Mapping[str, float]]] = defaultdict(dict)
-    for name, report in sorted(reports.items(), key=lambda row: _natural(row[0])):
-        modules[name.rpartition(".")[2]][name] = report
-    rows: list[tuple[Cell, ...]] = []
-    for module, linears in modules.items():
-        ours = {name: report[key] for name, report in linears.items() if key in report}
-        nearest = [report[f"{key}_rtn"] for report in linears.values() if f"{key}_rtn" in report]
-        mean, mean_nearest = (fmean(values) if values else None for values in (list(ours.values()), nearest))
-        rows.append((module, len(linears), mean_nearest, mean, max(ours, key=ours.__getitem__, default=None)))
-    return Table(("module", "layers", f"mean_{key}_rtn", f"mean_{key}", "worst"), rows)
-
-
 def _describe_checkpoint(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
     del opened
     details = artifact.manifest.details
@@ -224,11 +165,6 @@ def _pairs(values: Mapping[str, Cell], name: str, value: str = "value") -> Table
     return Table((name, value), list(values.items()))
 
 
-def _natural(name: str) -> tuple[str | int, ...]:
-    """Return a key that sorts names by the numbers in them: layer 2 before layer 10."""
-    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
-
-
 def _size(shape: tuple[int, ...]) -> int:
     size = 1
     for length in shape:
@@ -239,7 +175,7 @@ def _size(shape: tuple[int, ...]) -> int:
 _DESCRIBED_BY: Mapping[str, Callable[[Artifact, Opened | None], tuple[Facts, Tables]]] = {
     "statistics": _describe_statistics,
     "plan": describe_plan,
-    "quantized": _describe_quantized,
+    "quantized": describe_quantized,
     "checkpoint": _describe_checkpoint,
     "metrics": _describe_metrics,
 }

@@ -1,9 +1,9 @@
-"""Draws magnitudes with matplotlib (extra ``plot``), which is imported here and nowhere else."""
+"""Draws magnitudes with matplotlib (extra ``plot``), which is imported by the modules ``picture`` alone."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -36,9 +36,14 @@ def render(sites: Sequence[SiteMagnitudes], title: str, note: str, *, suffix: st
         note: Stands below, small.
         suffix: ``png`` or ``svg``.
     """
+    return saved(lambda: draw(sites, title, note), suffix)
+
+
+def saved(drawn: Callable[[], Figure], suffix: str) -> bytes:
+    """Return what a figure is as a file, drawn in qtool's look whatever the user's settings."""
     buffer = io.BytesIO()
     with mpl.rc_context(), style.context(["default", _LOOK]):
-        draw(sites, title, note).savefig(buffer, format=suffix, dpi=DPI, metadata=_METADATA[suffix])
+        drawn().savefig(buffer, format=suffix, dpi=DPI, metadata=_METADATA[suffix])
     return buffer.getvalue()
 
 

@@ -1,28 +1,27 @@
-"""inspect --plot: a picture of how large activations are, before a plan and behind it."""
+"""inspect --plot: a picture of how large activations are, before a plan and behind it, or of what a method lost."""
 
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.artifacts.manifest import require_kind
-from qtool.artifacts.store import Artifact, disk_errors, open_artifact
+from qtool.artifacts.store import Artifact, open_artifact
 from qtool.engine.carry import CarriedStatistics
-from qtool.errors import ArtifactError, PluginError, ResourceError, UsageError
+from qtool.errors import ArtifactError, UsageError
 from qtool.model.card import read_card
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import SAMPLE
 from qtool.steps.description import Cell, Description, Table
 from qtool.steps.magnitudes import GRID, SiteMagnitudes, magnitudes
+from qtool.steps.picture_file import needs_matplotlib, picture_suffix, write_picture
+from qtool.steps.plot_losses import plot_losses
 from qtool.steps.subjects import is_artifact, open_subject, read_plan
 from qtool.steps.transform import gathered_behind
 from qtool.steps.workspace import Workspace
-
-SUFFIXES = ("png", "svg")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class PlotRequest:
     """What to draw.
 
     Attributes:
-        source: Statistics with samples.
+        source: Statistics with samples, or a quantized artifact, of which nothing more is to be said.
         output: The picture; its suffix says which kind.
         plan: A plan of the same model; empty for a picture of what was gathered.
         sites: Input sites such as ``layers.3.mlp_in``, a row each; empty for the one with the largest magnitude.
@@ -43,12 +42,12 @@ class PlotRequest:
 
 
 def plot(request: PlotRequest, workspace: Workspace) -> Description:
-    """Draw activations by token and channel, and kurtosis and largest magnitude over layers.
+    """Draw activations by token and channel, and kurtosis and largest magnitude over layers; or losses over layers.
 
     What lies behind the plan is carried there, without a forward pass.
 
     Returns:
-        The picture's path, and the numbers of its bars.
+        The picture's path, and the numbers of its bars or lines.
 
     Raises:
         UsageError: Another kind of picture, no such site, or a plan in place of statistics.
@@ -56,13 +55,13 @@ def plot(request: PlotRequest, workspace: Workspace) -> Description:
         PluginError: matplotlib is not installed.
         ResourceError: The folder of the picture is missing, or the disk is full.
     """
-    suffix = _suffix(request.output)
+    suffix = picture_suffix(request.output)
+    if (quantized := _quantized(request)) is not None:
+        return plot_losses(quantized, request.output, suffix)
     try:
         from qtool.steps.picture import render
     except ImportError as error:
-        raise PluginError(
-            "pictures need the package `matplotlib`", facts=(("reason", error),), hint="pip install 'qtool[plot]'"
-        ) from error
+        raise needs_matplotlib(error) from error
     statistics = _statistics(request)
     opened = open_subject(request.source, workspace)
     plans = {"before": Plan()} | _after(request, statistics)
@@ -70,7 +69,7 @@ def plot(request: PlotRequest, workspace: Workspace) -> Description:
     found = [magnitudes(statistics, opened.model, plans, site_id) for site_id in sites]
     named = ", ".join(sites) if len(sites) < 3 else f"{len(sites)} sites"
     title = f"{read_card(opened.model.path).name}: inputs of {named}"
-    _write(request.output, render(found, title, _note(found, statistics), suffix=suffix))
+    write_picture(request.output, render(found, title, _note(found, statistics), suffix=suffix))
     facts: dict[str, Cell] = {
         "path": str(request.output.resolve()),
         "kind": suffix,
@@ -80,23 +79,22 @@ def plot(request: PlotRequest, workspace: Workspace) -> Description:
     return Description(facts, {"sites": _table(found)})
 
 
-def _suffix(output: Path) -> str:
-    """Return the kind of picture.
+def _quantized(request: PlotRequest) -> Artifact | None:
+    """Open the source if it is quantized.
 
     Raises:
-        UsageError: It is another one.
-        ResourceError: The folder of the picture is missing.
+        UsageError: It is, and a plan or sites were given as well.
     """
-    suffix, folder = output.suffix.lower().removeprefix("."), output.parent
-    if suffix not in SUFFIXES:
+    artifact = open_artifact(Path(request.source)) if is_artifact(request.source) else None
+    if artifact is None or artifact.manifest.kind != "quantized":
+        return None
+    if request.plan or request.sites:
+        given = "--plan" if request.plan else "--site"
         raise UsageError(
-            f"cannot draw a picture of the kind `{output.name}`",
-            facts=(("known", ", ".join(f".{one}" for one in SUFFIXES)),),
-            hint=f"--plot {output.with_suffix('.png')}",
+            f"`{given}` belongs to pictures of statistics, and `{artifact.path.name}` is quantized",
+            hint=f"qtool inspect {request.source} --plot {request.output}",
         )
-    if not folder.is_dir():
-        raise ResourceError(f"there is no folder `{folder}` to hold the picture", hint=f"mkdir -p {folder}")
-    return suffix
+    return artifact
 
 
 def _statistics(request: PlotRequest) -> Artifact:
@@ -107,7 +105,7 @@ def _statistics(request: PlotRequest) -> Artifact:
     """
     if not is_artifact(request.source):
         raise UsageError(
-            f"a picture is drawn from statistics, and `{request.source}` is a model",
+            f"a picture is drawn from statistics or a quantized artifact, and `{request.source}` is a model",
             hint=f"stats=$(qtool calibrate {request.source}); qtool inspect $stats --plot {request.output}",
         )
     artifact = open_artifact(Path(request.source))
@@ -116,7 +114,8 @@ def _statistics(request: PlotRequest) -> Artifact:
         gathered = inputs["statistics"].path if "statistics" in inputs else "STATISTICS"
         plan = f" --plan {request.source}" if kind == "plan" else ""
         raise UsageError(
-            f"a picture is drawn from statistics, and `{artifact.path.name}` is of the kind `{kind}`",
+            f"a picture is drawn from statistics or a quantized artifact, and `{artifact.path.name}` is of the kind "
+            f"`{kind}`",
             hint=f"qtool inspect {gathered} --plot {request.output}{plan}",
         )
     return artifact
@@ -200,17 +199,3 @@ def _table(found: Sequence[SiteMagnitudes]) -> Table:
         for layer, absmax, kurtosis in zip(one.layers, stage.absmax, stage.kurtosis, strict=True)
     ]
     return Table(("site", "stage", "absmax", "kurtosis"), rows)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write the picture so that it is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)

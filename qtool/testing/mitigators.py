@@ -18,14 +18,25 @@ from qtool.testing.promise import CheckError
 def correlated_problem(
     fmt: Format, scheme: TensorScheme, *, seed: int = 0, n_out: int = 32, n_in: int = 64
 ) -> LayerProblem:
-    """Return a layer with random weights and strongly correlated inputs, the same in both streams."""
+    """Return a layer with random weights and strongly correlated inputs.
+
+    Its entries are ``hessian``, ``absmax``, ``mean_abs`` and ``sample`` of the inputs x, and ``cross`` (x_f xᵀ) and
+    ``full_hessian`` (x_f x_fᵀ) with what the full-precision model would show in their place, ``x_f = x + noise``.
+    """
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(n_in, n_in, generator=generator) / n_in**0.5 + torch.eye(n_in) * 0.3
     x = torch.randn(512, n_in, generator=generator) @ mixing @ mixing
     weight = torch.randn(n_out, n_in, generator=generator)
+    full = x + 0.3 * x.std() * torch.randn(x.shape, generator=generator)
     scale = fmt.global_scale(weight.abs().amax(), scheme)
-    entries = {"hessian": x.T @ x / len(x), "absmax": x.abs().amax(0), "mean_abs": x.abs().mean(0), "sample": x}
-    entries["cross"] = entries["hessian"].clone()
+    entries = {
+        "hessian": x.T @ x / len(x),
+        "cross": full.T @ x / len(x),
+        "full_hessian": full.T @ full / len(x),
+        "absmax": x.abs().amax(0),
+        "mean_abs": x.abs().mean(0),
+        "sample": x,
+    }
     return LayerProblem("layer", weight, Grid.of(scheme, fmt), entries["hessian"], entries, (scale,))
 
 

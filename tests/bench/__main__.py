@@ -1,4 +1,4 @@
-"""``python -m tests.bench``: prints what it ran on, then the tables of speed, memory and planning."""
+"""``python -m tests.bench``: prints what it ran on, then the tables of speed, memory, planning and solvers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.bench.memory import check_memory
 from tests.bench.planning import compare_planning
 from tests.bench.process import MIB, use_cores
+from tests.bench.solvers import compare_solvers
 from tests.bench.speed import compare_speed
 from tests.bench.table import say
 
@@ -20,7 +21,9 @@ from tests.bench.table import say
 def main() -> int:
     """Run what was asked for; return 1 if the memory limit was exceeded, or planning took longer than calibrating."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("what", nargs="*", default=["speed", "memory"], choices=["speed", "memory", "planning"])
+    parser.add_argument(
+        "what", nargs="*", default=["speed", "memory"], choices=["speed", "memory", "planning", "solvers"]
+    )
     parser.add_argument("--cores", type=int, default=2, help="for every process that is measured")
     parser.add_argument("--rounds", type=int, default=2, help="times that everything runs in turn")
     parser.add_argument("--model", default="smollm2-135m", help="what is quantized for speed, and planned for")
@@ -39,6 +42,8 @@ def main() -> int:
         kept = check_memory(chosen.memory_limit * MIB, chosen.width)
     if "planning" in chosen.what:
         kept = compare_planning(chosen.model, chosen.rounds) and kept
+    if "solvers" in chosen.what:
+        compare_solvers(chosen.rounds, cores)
     say(f"load after {os.getloadavg()[0]:.1f}")
     return 0 if kept else 1
 

@@ -599,6 +599,8 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         (ClipOptions, {"clip_norm": float("nan")}, "`clip_norm` is above 0 and up to 16, not nan"),
         (ClipOptions, {"clip_grid": 100}, "`clip_grid` is from 1 to 99 ratios, not 100"),
         (ClipOptions, {"clip_floor": 0.0}, "`clip_floor` is from 0.01 to 1, not 0.0\nhint: --set clip_floor=0.5"),
+        (ClipOptions, {"clip_ceiling": 0.9}, "`clip_ceiling` is from 1 to 4, not 0.9\nhint: --set clip_ceiling=1.75"),
+        (ClipOptions, {"clip_ceiling": float("nan")}, "`clip_ceiling` is from 1 to 4, not nan"),
         (ClipOptions, {"clip_metric": "output", "clip_norm": 3.0}, "`clip_norm` has no effect on the metric `output`"),
         (GPTQConfig, {"clip": "yes"}, "`clip` has no value `yes`"),
         (GPTQConfig, {"dampening_frac": -0.1}, "`dampening_frac` is from 0 to 10, not -0.1"),

@@ -52,6 +52,7 @@ def test_the_grid_goes_down_in_hundredths() -> None:
     assert pytest.approx([1 - i / 100 for i in range(80)]) == RATIOS
     assert clip_grid(2) == pytest.approx((1.0, 0.21))
     assert clip_grid(1) == (1.0,)
+    assert clip_grid(4, 0.5, 2.0) == pytest.approx((2.0, 1.5, 1.0, 0.5))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -418,7 +418,7 @@ class TestInspecting:
         assert (row["shrunk"], row["rounded_to_nearest"]) == (f"{UNSEEN}, {STARVED}", None)
         assert row["least"] == 0
         assert described["expert_share"] == 0.25
-        assert {"counter": "shrunk_experts", "value": 2} in described["counters"]
+        assert [(one["counter"], one["value"]) for one in described["counters"]] == [("shrunk_experts", 2)]
         losses = {one["linear"]: one["loss"] for one in described["losses"]}
         reports = found.manifest.details["layers"]
         mean = sum(reports[f"model.layers.1.mlp.experts.{e}.up_proj"]["loss"] for e in range(6)) / 6

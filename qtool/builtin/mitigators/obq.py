@@ -56,6 +56,7 @@ class OBQConfig(ClipOptions):
             clip_grid=self.clip_grid,
             clip_metric=self.clip_metric,
             clip_floor=self.clip_floor,
+            clip_ceiling=self.clip_ceiling,
             dampening_frac=self.dampening_frac,
             order="natural",
         )

@@ -2,7 +2,8 @@
 
 The clip search is that of GPTQ's and QuaRot's released code: of 80 fractions of the range, the one with the least
 ``Σ |error|^2.4``. AWQ's (Lin et al. 2024, arXiv:2306.00978), which looks at the layer's output, is
-``clip_metric=output clip_grid=10 clip_floor=0.55``; its code leaves q and k as they are, this one does not.
+``clip_metric=output clip_grid=10 clip_floor=0.55``; its code leaves q and k as they are, this one does not. For NVFP4
+``clip_ceiling=1.75`` sweeps scales above that of the range as well (ScaleSweep 2026, arXiv:2606.07618).
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class ClipOptions:
     Attributes:
         clip: ``none`` keeps the range that the scheme keeps, ``search`` the fraction of it with the least error.
         clip_norm: Exponent of the errors in the search, except by the metric ``output``, which is of squares.
-        clip_grid: Number of fractions to try, evenly from 1 to ``clip_floor``.
+        clip_grid: Number of fractions to try, evenly from ``clip_ceiling`` to ``clip_floor``.
         clip_metric: ``mse`` counts all columns alike, ``hessian`` by the diagonal of the Hessian, ``output`` the errors
             of a group together, by their part of the Hessian: what they alone change in the layer's output.
         clip_floor: The least fraction to try.
+        clip_ceiling: The largest: above 1, scales that are larger than the range asks for, which suits FP4. The whole
+            range itself is always tried.
     """
 
     clip: Literal["none", "search"] = "none"
@@ -42,6 +45,7 @@ class ClipOptions:
     clip_grid: int = 80
     clip_metric: Literal["mse", "hessian", "output"] = "mse"
     clip_floor: float = 0.21
+    clip_ceiling: float = 1.0
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -62,6 +66,8 @@ class ClipOptions:
             raise UsageError(f"`clip_grid` is from 1 to 99 ratios, not {self.clip_grid}", hint="--set clip_grid=80")
         if not 0.01 <= self.clip_floor <= 1:
             raise UsageError(f"`clip_floor` is from 0.01 to 1, not {self.clip_floor}", hint="--set clip_floor=0.5")
+        if not 1 <= self.clip_ceiling <= 4:
+            raise UsageError(f"`clip_ceiling` is from 1 to 4, not {self.clip_ceiling}", hint="--set clip_ceiling=1.75")
         if self.clip_metric == "output" and self.clip_norm not in (2.0, type(self).clip_norm):
             raise UsageError("`clip_norm` has no effect on the metric `output`", hint="leave `clip_norm` out")
 
@@ -155,7 +161,7 @@ def fit_groups(
         weights = rows.reshape(groups.shape)
     elif hessian is not None and options.clip_metric == "output":
         moments = diagonal_blocks(hessian.to(groups.dtype), part.scheme.group_size or len(hessian))
-    ratios = clip_grid(options.clip_grid, options.clip_floor)
+    ratios = clip_grid(options.clip_grid, options.clip_floor, options.clip_ceiling)
     return search_clip(groups, fit_round, ratios=ratios, norm=options.clip_norm, weights=weights, moments=moments)
 
 
