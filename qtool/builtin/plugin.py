@@ -60,6 +60,8 @@ def register_mitigators() -> Sequence[Entry]:
         _entry("lwc", "mitigators.lwc:LWC", "ranges learned from blocks, rounding to nearest (2308.13137)"),
         _entry("qwt", "mitigators.qwt:QwT", "a linear layer beside each block makes up for it (2411.13918)"),
         _entry("autoround", "mitigators.autoround:AutoRound", "rounding and ranges learned from blocks (2309.05516)"),
+        _entry("qtool-best-int4", "mitigators.qtool_best:BEST_INT4", "what measured best for integers"),
+        _entry("qtool-best-fp4", "mitigators.qtool_best:BEST_FP4", "what measured best for FP4, MXFP4 and NVFP4"),
         _entry("cd", "mitigators.cd:CD", "coordinate descent on the codes of another method (2309.01885)"),
         _entry("lorc", "mitigators.lorc:LoRC", "rank-k SVD of the weight error, as LQER (2303.08302, 2402.02446)"),
         _entry("l2qer", "mitigators.l2qer:L2QER", "rank-k correction under mean magnitudes (2402.02446)"),

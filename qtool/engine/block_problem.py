@@ -109,6 +109,14 @@ class BlockMitigator(Protocol):
     needs: tuple[str, ...]
     Config: type
 
+    def windows_run(self, windows: int, config: Any) -> int:  # noqa: ANN401 - each method has its Config
+        """Return how many windows run through each block, one with gradients counted three times: for estimates.
+
+        Args:
+            windows: How many there are.
+            config: Options.
+        """
+
     def refine(self, block: BlockProblem, config: Any) -> BlockResult:  # noqa: ANN401 - each method has its Config
         """Solve one block, from what the methods to the left made or from rounding to nearest.
 

@@ -118,7 +118,7 @@ AnyStatistic = SiteStatistic | GradientStatistic
 
 
 @runtime_checkable
-class SizedStatistic(Statistic, Protocol):
+class SizedStatistic(Protocol):
     """A statistic that knows beforehand how large it gets, so that a dry run can say so; no statistic has to."""
 
     def nbytes(self, n: int, gathering: Gathering) -> int:
@@ -186,12 +186,13 @@ class SiteObserver:
         """
         entries: dict[str, Tensor] = {}
         for name in tuple(self.accumulators):  # one at a time: with many experts there is no room for both
-            entries[name] = entry = self.accumulators.pop(name).result().cpu()
+            entry = self.accumulators.pop(name).result()
             if not torch.isfinite(entry).all():
                 raise NumericalError(
                     f"`{name}` of the activations at `{self.site}` holds NaN or Inf",
                     hint="run the model in float32: --dtype float32",
                 )
+            entries[name] = entry.cpu()
         return SiteStatistics(self.tokens, entries)
 
 

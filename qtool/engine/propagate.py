@@ -90,7 +90,8 @@ class Propagation:
             state: The block's float tensors by name inside the block.
             tensors: The solved block as it is stored.
         """
-        self.block.install(self.network, layer, state, tensors)
+        device = self.network.device
+        self.block.install(self.network, layer, state, {name: tensor.to(device) for name, tensor in tensors.items()})
         self.stream.run(layer, keep=True)
 
     def _stages(self, linears: Sequence[LinearSite]) -> list[list[LinearSite]]:

@@ -61,6 +61,12 @@ class Schedule:
     token_weight: TokenWeight = UNIFORM
 
 
+def windows_run(schedule: Schedule, windows: int) -> int:
+    """Return how many windows run through a block, one with gradients counted three times."""
+    judged = min(schedule.judged, windows) * (1 + min(schedule.judgements, schedule.steps))
+    return 3 * schedule.steps * min(schedule.batch, windows) + judged
+
+
 def tune(block: BlockProblem, tuned: Tuned, schedule: Schedule) -> dict[str, float]:
     """Learn, and leave the leaves as they were when the judged loss was lowest: at the start, if nothing was lower.
 

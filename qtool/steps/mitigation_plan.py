@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from qtool.artifacts.manifest import Manifest
-from qtool.engine.gather import Gathering
+from qtool.engine.block_problem import BlockMitigator
+from qtool.engine.gather import Gathering, PairedStatistic
 from qtool.engine.grid import Grid
 from qtool.engine.solve import MOST_ROWS, Method
 from qtool.engine.stream import default_batch
@@ -22,7 +23,7 @@ from qtool.scheme import ModelScheme
 from qtool.steps.demand import StatisticSizes, code_bytes, methods_of, needs_of
 from qtool.steps.description import Cell, Facts, Table, Tables
 from qtool.steps.inspect_quantized import kinds_of
-from qtool.steps.rehearsal import Rehearsal, forward_flops, sites_of
+from qtool.steps.rehearsal import Rehearsal, forward_flops, sites_of, statistics_of
 from qtool.steps.routing import alike
 from qtool.steps.subjects import compute_dtype, open_subject
 from qtool.steps.workspace import Workspace
@@ -65,10 +66,26 @@ class _Foreseen:
     @property
     def passes(self) -> int:
         """Times that the windows go through every block; the last time that they would leave the last one is saved."""
-        if not self.needs or self.config["propagate"] == "none":
+        if self.config["propagate"] == "none":
             return 0
         stages = len({linear.stage for linear in self.subject.model.graph.linears})
-        return 1 + (stages if self.config["true_sequential"] else 1)
+        return 1 + (stages if self.config["true_sequential"] else 1) + self.exact_passes
+
+    @cached_property
+    def exact_passes(self) -> int:
+        """Passes in full precision beside them: one to go on, and one to be compared with."""
+        paired = any(
+            isinstance(one, PairedStatistic) for one in statistics_of(self.needs, self.subject.plugins).values()
+        )
+        return (paired or any(method.of_block for method in self.methods)) + paired
+
+    @property
+    def windows_learned(self) -> int:
+        """Windows that methods run through each block to learn from, one with gradients counted three times."""
+        learning = ((method.mitigator, method.config) for method in self.methods)
+        return sum(
+            one.windows_run(self.windows[0], config) for one, config in learning if isinstance(one, BlockMitigator)
+        )
 
     @cached_property
     def sizes(self) -> StatisticSizes | None:
@@ -167,7 +184,8 @@ def _memory(step: _Foreseen) -> dict[str, int]:
         memory["statistics of a layer"] = max(step.sizes.of_layers(), default=0)
     if step.passes:
         memory["embedding"] = graph.dims.vocab * graph.dims.hidden * size
-        memory["activations between blocks"] = windows * seq_len * graph.dims.hidden * size
+        streams = 1 + bool(step.exact_passes)
+        memory["activations between blocks"] = streams * windows * seq_len * graph.dims.hidden * size
         memory["activations inside a block"] = batch * seq_len * wide * _FLOAT
     return memory
 
@@ -195,6 +213,8 @@ def _seconds(step: _Foreseen) -> dict[str, float | None]:
         shaped = [(linear, *step.shape(linear.name)) for linear in graph.linears]
         each = forward_flops(graph, shaped, seq_len, share)
         seconds["passes"] = each * tokens * step.passes / rate
+        if step.windows_learned:
+            seconds["learning"] = each * seq_len * step.windows_learned / rate
         seen = [one.gather * site.times for one, site in zip(timed, sites, strict=True)]
         seconds["gathering"] = sum(seen) * tokens
     return seconds

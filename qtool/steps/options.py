@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from qtool.engine.composition import Composition
 from qtool.errors import PluginError, UsageError
 from qtool.plugins import Plugins
 
@@ -42,10 +43,9 @@ def configure(kind: str, composition: str, settings: Mapping[str, str], plugins:
         UsageError: An unknown method or option, or a value of the wrong type.
         PluginError: A method has no ``Config``.
     """
-    names = [name.strip() for name in composition.split("+")]
     left = dict(settings)
     configured = []
-    for name in names:
+    for name, own in _expanded(kind, composition, plugins):
         method, provider = plugins.load(kind, name), str(plugins.offer(kind, name).provider)
         config_type = getattr(method, "Config", None)
         if not isinstance(config_type, type) or not is_dataclass(config_type):
@@ -55,14 +55,25 @@ def configure(kind: str, composition: str, settings: Mapping[str, str], plugins:
         for option in fields(config_type):
             dashed = _dashed(option.name)
             # The last that is given holds: an option of one method over one for all.
-            for label in (dashed, option.name, f"{name}.{dashed}", f"{name}.{option.name}"):
-                if label in settings:
-                    values[option.name] = _convert(settings[label], hints[option.name], f"{name}.{option.name}")
-                    left.pop(label, None)
+            for given in (own, settings):
+                for label in (dashed, option.name, f"{name}.{dashed}", f"{name}.{option.name}"):
+                    if label in given:
+                        values[option.name] = _convert(given[label], hints[option.name], f"{name}.{option.name}")
+                        left.pop(label, None)
         configured.append(Configured(name, method, config_type(**values), provider))
     if left:
         raise _unknown(next(iter(left)), configured)
     return tuple(configured)
+
+
+def _expanded(kind: str, composition: str, plugins: Plugins) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Yield the methods of a composition by name, each with the options that a composition it is part of gives it."""
+    for name in (one.strip() for one in composition.split("+")):
+        loaded = plugins.load(kind, name)
+        if isinstance(loaded, Composition):
+            yield from ((inner, {**own, **loaded.settings}) for inner, own in _expanded(kind, loaded.methods, plugins))
+        else:
+            yield name, {}
 
 
 def read_settings(pairs: Sequence[str]) -> dict[str, str]:

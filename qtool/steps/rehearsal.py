@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.engine.gather import Gathering, Statistic
+from qtool.engine.gather import Gathering, PairedStatistic, Statistic
 from qtool.engine.grid import Grid
-from qtool.engine.solve import Method, Solver
+from qtool.engine.solve import Method, Solution, Solver
 from qtool.engine.subject import Subject
 from qtool.errors import QtoolError, UsageError
 from qtool.model.graph import LinearSite, ModelGraph
@@ -143,22 +143,24 @@ class Rehearsal:
             for one, rows in zip(site.linears, site.rows, strict=True)
         }
         statistics = {site.linears[0].observed: SiteStatistics(_TOKENS, entries)}
+        layerwise = [method for method in self.methods if not method.of_block]
         solver = Solver(self.subject.model.graph, self.methods, lambda _: grid, 0, self.device)
-        return self._seconds(lambda: solver.solve(site.linears, weights, statistics))
+        return self._seconds(lambda: solver.solve(layerwise, site.linears, weights, statistics, Solution()))
 
     def _entries(self, width: int) -> tuple[dict[str, Tensor], float]:
         """Return statistics of made-up inputs, and the seconds that gathering them took for each token."""
         x = correlated_inputs(_TOKENS, width).to(self.device)
         entries, seconds = dict[str, Tensor](), 0.0
+        exact = x + 0.1 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
         for name, statistic in statistics_of(self.needs, self.subject.plugins).items():
-            accumulator = statistic.start(width, self.gathering, self.device)
-            seconds += self._seconds(partial(accumulator.update, x))
-            entries[name] = accumulator.result()
-        other = x + 0.1 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-        if "cross" in self.needs:
-            entries["cross"] = other.T @ x / len(x)
-        if "full_hessian" in self.needs:
-            entries["full_hessian"] = other.T @ other / len(x)
+            if isinstance(statistic, PairedStatistic):
+                pairs = statistic.start_pair(width, self.gathering, self.device)
+                seconds += self._seconds(partial(pairs.update_pair, x, exact))
+                entries[name] = pairs.result()
+            elif isinstance(statistic, Statistic):
+                accumulator = statistic.start(width, self.gathering, self.device)
+                seconds += self._seconds(partial(accumulator.update, x))
+                entries[name] = accumulator.result()
         return entries, seconds / _TOKENS
 
     def _seconds(self, work: Callable[[], object]) -> float:
@@ -172,7 +174,7 @@ class Rehearsal:
         return time.perf_counter() - start
 
 
-def statistics_of(needs: Iterable[str], plugins: Plugins) -> dict[str, Statistic]:
+def statistics_of(needs: Iterable[str], plugins: Plugins) -> dict[str, object]:
     """Return the statistics that plugins offer among the needs."""
     return {name: plugins.load("statistics", name) for name in needs if name in plugins.offers["statistics"]}
 

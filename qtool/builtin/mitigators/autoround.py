@@ -23,7 +23,7 @@ from qtool.builtin.mitigators.rtn import check_problem, loss_report, round_neare
 from qtool.engine.block_problem import BlockProblem, BlockResult
 from qtool.engine.learned_block import LearnedBlock
 from qtool.engine.problem import LayerProblem, QuantizedLinear
-from qtool.engine.tuning import Schedule, tune
+from qtool.engine.tuning import Schedule, tune, windows_run
 from qtool.errors import UsageError
 from qtool.numerics.learned_grid import LearnedGrid
 from qtool.numerics.token_weights import parse_token_weight
@@ -74,6 +74,11 @@ class AutoRoundConfig:
             raise UsageError(f"`widest` is from 1 to 4, not {self.widest:g}", hint="--set widest=1")
         parse_token_weight(self.loss_weight)
 
+    @property
+    def schedule(self) -> Schedule:
+        """How long to learn."""
+        return Schedule(self.steps, self.batch, self.judged, token_weight=parse_token_weight(self.loss_weight))
+
 
 class AutoRound:
     """Learn rounding and ranges by signed gradient descent on a block's output."""
@@ -81,6 +86,10 @@ class AutoRound:
     version = 1
     needs: tuple[str, ...] = ("hessian",)
     Config = AutoRoundConfig
+
+    def windows_run(self, windows: int, config: AutoRoundConfig) -> int:
+        """Return how many windows run through a block, one with gradients counted three times."""
+        return windows_run(config.schedule, windows)
 
     def refine(self, block: BlockProblem, config: AutoRoundConfig) -> BlockResult:
         """Learn one block.
@@ -90,10 +99,7 @@ class AutoRound:
         """
         starts = starts_of(block)
         learned = _Rounding(LearnedBlock(block.problems, starts), config)
-        schedule = Schedule(
-            config.steps, config.batch, config.judged, token_weight=parse_token_weight(config.loss_weight)
-        )
-        report = tune(block, learned, schedule)
+        report = tune(block, learned, config.schedule)
         found = learned.block.quantized() if report["best_step"] else starts
         return BlockResult(reported(block.problems, found, starts), report=report)
 

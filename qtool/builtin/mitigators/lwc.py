@@ -20,7 +20,7 @@ from torch import Tensor
 from qtool.builtin.mitigators.autoround import reported, starts_of
 from qtool.engine.block_problem import BlockProblem, BlockResult
 from qtool.engine.learned_block import LearnedBlock
-from qtool.engine.tuning import Schedule, block_loss, judged_windows, tune
+from qtool.engine.tuning import Schedule, block_loss, judged_windows, tune, windows_run
 from qtool.errors import UsageError
 from qtool.numerics.token_weights import parse_token_weight
 
@@ -60,6 +60,11 @@ class LWCConfig:
             raise UsageError(f"`rate` is above 0 and up to 1, not {self.rate:g}", hint="--set rate=0.01")
         parse_token_weight(self.loss_weight)
 
+    @property
+    def schedule(self) -> Schedule:
+        """How long to learn."""
+        return Schedule(self.steps, self.batch, self.judged, token_weight=parse_token_weight(self.loss_weight))
+
 
 class LWC:
     """Learn which part of each group's range is kept."""
@@ -67,6 +72,10 @@ class LWC:
     version = 1
     needs: tuple[str, ...] = ("hessian",)
     Config = LWCConfig
+
+    def windows_run(self, windows: int, config: LWCConfig) -> int:
+        """Return how many windows run through a block, one with gradients counted three times."""
+        return windows_run(config.schedule, windows) + min(config.judged, windows)
 
     def refine(self, block: BlockProblem, config: LWCConfig) -> BlockResult:
         """Learn one block, from rounding to nearest.
@@ -80,11 +89,11 @@ class LWC:
         starts = starts_of(block)
         if not config.steps:
             return BlockResult(reported(block.problems, starts, starts))
-        rule = parse_token_weight(config.loss_weight)
+        schedule = config.schedule
         learned = _Clipping(LearnedBlock(block.problems, starts), config.rate)
         whole = {name: start.weight(block.problems[name].grid) for name, start in starts.items()}
-        before = block_loss(block, whole, judged_windows(block, config.judged), rule)
-        report = tune(block, learned, Schedule(config.steps, config.batch, config.judged, token_weight=rule))
+        before = block_loss(block, whole, judged_windows(block, config.judged), schedule.token_weight)
+        report = tune(block, learned, schedule)
         better = report["block_loss"] < before
         learned.weights()
         found = learned.block.quantized() if better else starts

@@ -61,6 +61,11 @@ class QwT:
     needs: tuple[str, ...] = ("hessian",)
     Config = QwTConfig
 
+    def windows_run(self, windows: int, config: QwTConfig) -> int:
+        """Return how many windows run through a block: each once, to learn from or to judge by."""
+        del config
+        return windows
+
     def refine(self, block: BlockProblem, config: QwTConfig) -> BlockResult:
         """Compensate one block; the report has the error on held-out windows before and after.
 

@@ -89,6 +89,11 @@ class Cross:
         """Return an accumulator for a site."""
         return CrossAccumulator(n, gathering, device, of_exact=False)
 
+    def nbytes(self, n: int, gathering: Gathering) -> int:
+        """Return the bytes of the matrix in float32."""
+        del gathering
+        return 4 * n * n
+
 
 class FullHessian:
     """The statistic ``full_hessian``: ``F``, the weighted mean of f fᵀ."""
@@ -99,6 +104,11 @@ class FullHessian:
         """Return an accumulator for a site."""
         return CrossAccumulator(n, gathering, device, of_exact=True)
 
+    def nbytes(self, n: int, gathering: Gathering) -> int:
+        """Return the bytes of the matrix in float32."""
+        del gathering
+        return 4 * n * n
+
 
 class HeldOut:
     """The statistic ``held_out``: what the last tenth of the windows adds to ``H`` and to ``C``."""
@@ -108,3 +118,8 @@ class HeldOut:
     def start_pair(self, n: int, gathering: Gathering, device: torch.device) -> HeldOutAccumulator:
         """Return an accumulator for a site."""
         return HeldOutAccumulator(n, gathering, device)
+
+    def nbytes(self, n: int, gathering: Gathering) -> int:
+        """Return the bytes of both matrices in float32."""
+        del gathering
+        return 2 * 4 * n * n

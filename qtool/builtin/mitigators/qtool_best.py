@@ -1,0 +1,12 @@
+"""Our own combinations: for each kind of grid what measured best on SmolLM2-135M (``recipes/README.md``).
+
+Both start from GPTQ, whose codes a block's output then improves by learned rounding and ranges: the block's output is
+what counts, but its error has many minima, and the solution of the layers' problems is a good place to start from.
+"""
+
+from __future__ import annotations
+
+from qtool.engine.composition import Composition
+
+BEST_INT4 = Composition("gptq+autoround", {"autoround.widest": "1.2"})
+BEST_FP4 = Composition("gptq+autoround", {"gptq.clip_ceiling": "1.75", "autoround.widest": "1.2"})

@@ -1,0 +1,22 @@
+"""A composition of methods under a name of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Methods that a plugin offers together, with the options that they work best with together.
+
+    It is written out wherever it is used: keys, manifests and tables know the methods and their options, so two ways to
+    ask for the same thing are the same thing.
+
+    Attributes:
+        methods: As users write it: ``gptq+autoround``.
+        settings: Options as text, ``name.option`` or ``option``; what users set comes before them.
+    """
+
+    methods: str
+    settings: Mapping[str, str] = field(default_factory=dict)
