@@ -87,8 +87,11 @@ class AutoRound:
 
         Raises:
             NumericalError: A weight, a statistic or an output of the block is not finite.
+            UsageError: Scales are codes of a second level, which is not learned.
         """
         starts = starts_of(block)
+        if any(own.scale_codes is not None for start in starts.values() for own in start.parameters):
+            raise UsageError("`autoround` learns scales, and cannot where they are codes", hint="--set bilevel=false")
         learned = _Rounding(LearnedBlock(block.problems, starts), config)
         schedule = Schedule(
             config.steps, config.batch, config.judged, token_weight=parse_token_weight(config.loss_weight)
@@ -131,7 +134,7 @@ def reported(
 def _stands(linear: QuantizedLinear, problem: LayerProblem) -> Float[Tensor, "out in"]:
     """Return what stands for a weight, low-rank correction included."""
     decoded = linear.weight(problem.grid)
-    return decoded if linear.adapter is None else decoded + linear.adapter.up.float() @ linear.adapter.down.float()
+    return decoded if linear.adapter is None else decoded + linear.adapter.product()
 
 
 class _Rounding:
