@@ -129,9 +129,7 @@ def executed(artifact: Artifact, workspace: Workspace, windows: Tensor, *, round
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
-def test_targets_are_outputs_in_full_precision(
-    tinies: Callable[[str], TinyModel], seen: Seen, model_type: str
-) -> None:
+def test_targets_are_outputs_in_full_precision(tinies: Callable[[str], TinyModel], seen: Seen, model_type: str) -> None:
     tiny = tinies(model_type)
     mitigate(asked(tiny), tiny.workspace)
     expected = full_precision(tiny, tiny.statistics.tensor(WINDOWS).long())
@@ -242,11 +240,15 @@ def test_differentiable_is_run_with_the_weights_that_it_is_given(
     tinies: Callable[[str], TinyModel], model_type: str, rounds: bool
 ) -> None:
     tiny, layer = tinies(model_type), 1
-    scheme = read_scheme("", {key: W4A4[key] for key in ("activations", "kv")} if rounds else {}, tiny.workspace.plugins)
+    scheme = read_scheme(
+        "", {key: W4A4[key] for key in ("activations", "kv")} if rounds else {}, tiny.workspace.plugins
+    )
     network = Network(replace(tiny.subject, scheme=scheme), device=CPU, dtype=torch.float32)
     hidden, arguments = network.embed(torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0)))
     network.load(layer)
-    network.compensations[layer] = Compensation(torch.linspace(-0.1, 0.1, 32), down=0.1 * torch.eye(32)[:3].T @ torch.eye(32)[:3])
+    network.compensations[layer] = Compensation(
+        torch.linspace(-0.1, 0.1, 32), down=0.1 * torch.eye(32)[:3].T @ torch.eye(32)[:3]
+    )
     linears = network.subject.model.graph.linears_of(layer)
     first = network.linear(layer, linears[0].spec.module)
     first.adapter = Adapter(0.1 * torch.ones(1, first.weight.shape[1]), torch.ones(first.weight.shape[0], 1))
@@ -282,9 +284,8 @@ def test_roundings_are_put_back(tinies: Callable[[str], TinyModel]) -> None:
     plain = Network(tiny.subject, device=CPU, dtype=torch.float32)
     plain.load(0)
     rounded = network.run(0, hidden, arguments[0])
-    with pytest.raises(KeyError), network.unrounded(0):
+    with network.unrounded(0):
         assert torch.equal(network.run(0, hidden, arguments[0]), plain.run(0, hidden, arguments[0]))
-        raise KeyError
     assert torch.equal(network.run(0, hidden, arguments[0]), rounded)
     own = {name: site.rounding for name, site in network.sites[0].items()}
     with plain.rounded_by(0, own.__getitem__, network.blocks[0].self_attn.kv_path.rounding):

@@ -175,7 +175,7 @@ def test_judged_windows_are_spread_over_all() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     broken = replace(block(), layer=7, forward=lambda weights, hidden: hidden * bad)
-    with pytest.raises(NumericalError, match="the outputs of block 7 are not finite\nhint: .*--dtype float32"):
+    with pytest.raises(NumericalError, match=r"the outputs of block 7 are not finite\nhint: .*--dtype float32"):
         tune(broken, Scripted(1.0, 1.0), Schedule(steps=1, batch=1))
 
 

@@ -85,7 +85,7 @@ def test_what_is_learned_is_what_is_stored(made: object, seed: int) -> None:
         assert (scale != groups.scale).any()
         if zero_point is not None and groups.has_integer_zeros:
             assert (zero_point == zero_point.round()).all()
-            assert 0 <= zero_point.min()
+            assert zero_point.min() >= 0
             assert zero_point.max() <= groups.levels.values[-1]
             assert (zero_point != groups.zero_point).any()
 
@@ -114,7 +114,7 @@ def test_starts_at_the_nearest_or_at_any_level_that_it_is_told(made: object) -> 
     values = nearest.values()
     step = (groups.scale * groups.multiplier).unsqueeze(-1)
     zero = 0.0 if groups.zero_point is None else groups.zero_point.unsqueeze(-1)
-    table = (groups.levels.values - (zero if isinstance(zero, float) else zero)) * step
+    table = (groups.levels.values - zero) * step
     best = (groups.weight.unsqueeze(-1) - table.unsqueeze(1)).abs().amin(-1)
     torch.testing.assert_close((values - groups.weight).abs(), best, rtol=1e-5, atol=1e-6)
     for seed in range(3):

@@ -103,7 +103,9 @@ def test_positions_are_indices_with_what_lies_between_as_a_fraction() -> None:
 @pytest.mark.parametrize("fmt", [Int3(), E2M1(), E4M3()], ids=named)
 def test_gradients_are_those_of_the_straight_line_between_neighbours(fmt: Format) -> None:
     levels = levels_of(fmt, zero_points=False, device=CPU).values.double()
-    x = torch.cat([values_between(levels, 180), levels[0] * torch.linspace(1.1, 2, 10), levels[-1] * torch.ones(10) * 3])
+    x = torch.cat(
+        [values_between(levels, 180), levels[0] * torch.linspace(1.1, 2, 10), levels[-1] * torch.ones(10) * 3]
+    )
     x.requires_grad_(True)
     generator = torch.Generator().manual_seed(2)
     offset = (torch.rand(200, generator=generator, dtype=torch.float64) - 0.5).requires_grad_(True)

@@ -71,8 +71,9 @@ class TestOneStep:
 
         def weights() -> dict[str, Tensor]:
             return {
-                name: symmetric_oracle(grouped(one.weight, 16), start[name] * leaves[name][1], leaves[name][0], bits=3)
-                .reshape(one.weight.shape)
+                name: symmetric_oracle(
+                    grouped(one.weight, 16), start[name] * leaves[name][1], leaves[name][0], bits=3
+                ).reshape(one.weight.shape)
                 for name, one in hand.problems.items()
             }
 
@@ -211,7 +212,11 @@ W4A4 = {"weights": "int4-channel", "activations": "int4-asym-token-sfp32", "kv":
 SETTINGS = {"autoround.steps": "6", "autoround.rate": "0.08", "autoround.range_rate": "0.004"}
 CASES: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "int3": ("autoround", {"weights": "int3-g16"}, {}),
-    "behind gptq": ("gptq+autoround", {"weights": "mxfp4"}, {"settings": {"autoround.steps": "30", "autoround.rate": "0.03"}}),
+    "behind gptq": (
+        "gptq+autoround",
+        {"weights": "mxfp4"},
+        {"settings": {"autoround.steps": "30", "autoround.rate": "0.03"}},
+    ),
     "nvfp4": ("autoround", {"weights": "nvfp4", "activations": "nvfp4"}, {}),
     "rotated": ("autoround", W4A4, {"transforms": "quarot", "round_activations": True}),
     "segments": (
@@ -274,7 +279,9 @@ def _check_stored(artifact: Artifact, tinies: Tinies) -> None:
 def test_seeds_and_repetition_through_the_whole_step(tinies: Tinies) -> None:
     home = tinies.of().workspace.home
     ids = [
-        tinies.solved("autoround", {"weights": "int3-g8"}, settings=SETTINGS, seed=seed, output=home / f"{name}.safetensors")
+        tinies.solved(
+            "autoround", {"weights": "int3-g8"}, settings=SETTINGS, seed=seed, output=home / f"{name}.safetensors"
+        )
         for name, seed in (("one", 0), ("two", 0), ("three", 1))
     ]
     assert ids[0].manifest.id == ids[1].manifest.id
@@ -288,7 +295,9 @@ def test_scales_that_are_codes_are_refused() -> None:
         codes = fit_second_level(own.scale, num_bits=3, block=16, positive=True)
         return replace(start, parameters=(replace(own, scale_codes=codes),))
 
-    with pytest.raises(UsageError, match=r"`autoround` learns scales, and cannot where they are codes\nhint: --set bil"):
+    with pytest.raises(
+        UsageError, match=r"`autoround` learns scales, and cannot where they are codes\nhint: --set bil"
+    ):
         AutoRound().refine(HandBlock("int3-asym-g16", second_level).problem(), FEW)
 
 

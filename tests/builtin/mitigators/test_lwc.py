@@ -191,7 +191,9 @@ def test_has_to_come_first(tinies: Tinies) -> None:
     def rtn(of: LayerProblem) -> QuantizedLinear:
         return RTN().quantize(of, ClipOptions())
 
-    with pytest.raises(UsageError, match=r"`lwc` rounds to nearest in the ranges .* so it has to come first\nhint: --method lwc"):
+    with pytest.raises(
+        UsageError, match=r"`lwc` rounds to nearest in the ranges .* so it has to come first\nhint: --method lwc"
+    ):
         LWC().refine(HandBlock("int4", rtn).problem(), FEW)
     with pytest.raises(UsageError, match="so it has to come first"):
         tinies.solved("gptq+lwc", {"weights": "int4"})
