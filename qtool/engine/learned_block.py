@@ -75,7 +75,9 @@ class LearnedBlock:
         parts: dict[str, list[Tensor]] = {}
         for piece in self._pieces:
             parts.setdefault(piece.name, []).append(from_groups(values[piece.kind][piece.rows], piece.shape))
-        return {name: own[0] if len(own) == 1 else torch.cat(own, dim=1) for name, own in parts.items()}
+        joined = {name: own[0] if len(own) == 1 else torch.cat(own, dim=1) for name, own in parts.items()}
+        outliers = {name: self.starts[name].outliers for name in joined}
+        return {name: weight if (own := outliers[name]) is None else own.put(weight) for name, weight in joined.items()}
 
     def quantized(self) -> dict[str, QuantizedLinear]:
         """Return the linears as they are now; corrections beside them stay."""
@@ -118,4 +120,4 @@ def _grid(members: list[tuple[Tensor, Tensor, GroupParameters, GridPart]]) -> Le
         levels,
         part.scheme.scale,
     )
-    return LearnedGrid(groups, levels.places[torch.cat(codes).long()])
+    return LearnedGrid(groups, torch.cat(codes))

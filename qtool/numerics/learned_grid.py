@@ -46,8 +46,10 @@ class Groups:
     @property
     def has_integer_zeros(self) -> bool:
         """Whether zero points are codes, which range rules round, and not shifts."""
-        zeros, top = self.zero_point, self.levels.values[-1]
-        return zeros is not None and bool(((zeros.frac() == 0) & (zeros >= 0) & (zeros <= top)).all())
+        zeros, bottom, top = self.zero_point, self.levels.values[0], self.levels.values[-1]
+        if zeros is None or bottom < 0:
+            return False
+        return bool(((zeros.frac() == 0) & (zeros >= 0) & (zeros <= top)).all())
 
 
 class LearnedGrid:
@@ -55,7 +57,7 @@ class LearnedGrid:
 
     Args:
         groups: The groups.
-        start: The level, by index, that each weight is rounded to at first; None for the nearest.
+        start: The code that each weight is rounded to at first; None for the nearest.
 
     Attributes:
         offset: Of each weight, from ``-1/2`` to ``1/2``; at 0 everything is as it was at the start.
@@ -63,19 +65,20 @@ class LearnedGrid:
         low: Factor of the lower end where it has one of its own; the same tensor as ``high`` where not.
     """
 
-    def __init__(self, groups: Groups, start: Tensor | None = None) -> None:
-        self.groups = groups
+    def __init__(self, groups: Groups, start: UInt8[Tensor, "groups size"] | None = None) -> None:
+        self.groups, self._start = groups, start
         self.offset = torch.zeros_like(groups.weight)
         self.high = torch.ones_like(groups.scale)
         self._integer_zeros = groups.has_integer_zeros
         self.low = torch.ones_like(groups.scale) if self._integer_zeros else self.high
-        place = positions(self._in_steps(groups.scale, groups.zero_point), groups.levels.values)
-        nearest = place.round() if start is None else start.to(place)
-        # At the start every weight has the level that it is to have, also if another one is nearer.
-        reach = 0.5 - _MARGIN
-        self.anchor = place.clamp(nearest - reach, nearest + reach) - place
-        if start is None:
-            self.anchor.zero_()
+        self.anchor = torch.zeros_like(groups.weight)
+        if start is not None:
+            # At the start every weight has the level that it is to have, also if another one is nearer.
+            in_steps, levels = self._in_steps(groups.scale, groups.zero_point), groups.levels.values
+            wanted = groups.levels.places[start.long()]
+            place, reach = positions(in_steps, levels), 0.5 - _MARGIN
+            moved = place.clamp(wanted - reach, wanted + reach) - place
+            self.anchor = moved.masked_fill(soft_round(in_steps, self.anchor, levels) == levels[wanted], 0.0)
 
     def parameters(self) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"] | None]:
         """Return scales as stored and zero points, differentiable in the factors of the range."""
@@ -87,7 +90,7 @@ class LearnedGrid:
             return scale, groups.zero_point * (groups.scale / scale)
         top = groups.levels.values[-1]
         above, below = (top - groups.zero_point) * self.high, groups.zero_point * self.low
-        scale = self._stored(groups.scale * (above + below) / top)
+        scale = self._stored(groups.scale * ((above + below) / top))
         zero_point = below * (groups.scale / scale)
         return scale, straight_through(zero_point, zero_point.detach().round().clamp(0, float(top)))
 
@@ -100,11 +103,15 @@ class LearnedGrid:
 
     @torch.no_grad()
     def chosen(self) -> tuple[UInt8[Tensor, "groups size"], Tensor, Tensor | None]:
-        """Return codes, scales and zero points as they are now."""
+        """Return codes, scales and zero points as they are now; of codes that decode alike, the one of the start."""
         scale, zero_point = self.parameters()
         levels = soft_round(self._in_steps(scale, zero_point), self.anchor + self.offset, self.groups.levels.values)
-        places = torch.searchsorted(self.groups.levels.values, levels)
-        return self.groups.levels.codes[places], scale, zero_point
+        known = self.groups.levels
+        places = torch.searchsorted(known.values, levels)
+        codes = known.codes[places]
+        if self._start is not None:
+            codes = torch.where(known.places[self._start.long()] == places, self._start, codes)
+        return codes, scale, zero_point
 
     def _in_steps(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         scaled = self.groups.weight / (scale * self.groups.multiplier).unsqueeze(-1)

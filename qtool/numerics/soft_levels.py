@@ -1,7 +1,7 @@
 """Rounding to the levels of a format with offsets that can be learned.
 
 The levels of a grid are the values that its codes stand for at scale 1. Between two neighbours a value has a fractional
-position, from 0 at the lower to 1 at the upper; rounded to nearest it goes up from one half on. An offset is added to
+position, from 0 at the lower to 1 at the upper; rounded to nearest it goes up beyond one half. An offset is added to
 the position before it is rounded, so that ±1/2 decides between the two neighbours whatever the spacing: for integers
 that is AutoRound's ``round(W / s + V)``, and it means the same for floats.
 

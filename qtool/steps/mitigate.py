@@ -129,7 +129,8 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     if found.counters:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(found.counters.items()))
         workspace.warn(f"not as usual: {counted}")
-    details = {**manifest.details, "layers": found.reports, **({"experts": found.experts} if found.experts else {})}
+    apart = {name: notes for name, notes in (("blocks", found.blocks), ("experts", found.experts)) if notes}
+    details = {**manifest.details, "layers": found.reports, **apart}
     return writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about)), False
 
 
@@ -162,9 +163,10 @@ def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> No
 
 @dataclass
 class _Found:
-    """What there is to say of all blocks: reports by linear, counters, and what each block's experts went by."""
+    """What there is to say of all blocks: reports by linear and by block, counters, and what experts went by."""
 
     reports: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    blocks: dict[str, Mapping[str, float]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     experts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -271,6 +273,8 @@ class _Work:
         for layer, notes in enumerate(solved):
             found.reports |= notes["reports"]
             found.counters.update(notes["counters"])
+            if notes.get("block"):
+                found.blocks[str(layer)] = notes["block"]
             if notes.get("experts"):
                 found.experts[str(layer)] = notes["experts"]
         return found

@@ -96,8 +96,11 @@ class AutoRound:
 
         Raises:
             NumericalError: A weight, a statistic or an output of the block is not finite.
+            UsageError: Scales are codes of a second level, which is not learned.
         """
         starts = starts_of(block)
+        if any(own.scale_codes is not None for start in starts.values() for own in start.parameters):
+            raise UsageError("`autoround` learns scales, and cannot where they are codes", hint="--set bilevel=false")
         learned = _Rounding(LearnedBlock(block.problems, starts), config)
         report = tune(block, learned, config.schedule)
         found = learned.block.quantized() if report["best_step"] else starts
@@ -137,7 +140,7 @@ def reported(
 def _stands(linear: QuantizedLinear, problem: LayerProblem) -> Float[Tensor, "out in"]:
     """Return what stands for a weight, low-rank correction included."""
     decoded = linear.weight(problem.grid)
-    return decoded if linear.adapter is None else decoded + linear.adapter.up.float() @ linear.adapter.down.float()
+    return decoded if linear.adapter is None else decoded + linear.adapter.product()
 
 
 class _Rounding:

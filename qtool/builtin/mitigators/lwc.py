@@ -85,7 +85,8 @@ class LWC:
             UsageError: A method that chose codes came first: clipping would choose them again.
         """
         if any(problem.previous is not None for problem in block.problems.values()):
-            raise UsageError("`lwc` rounds to nearest in the ranges that it learns, so it has to come first")
+            given = "`lwc` rounds to nearest in the ranges that it learns, so it has to come first"
+            raise UsageError(given, hint="--method lwc+…")
         starts = starts_of(block)
         if not config.steps:
             return BlockResult(reported(block.problems, starts, starts))
