@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ from torch import Tensor
 from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.experts import Mode
-from qtool.engine.gather import Gathering, Statistic
+from qtool.engine.gather import Gathering, PairedStatistic, Statistic
 from qtool.engine.network import Network
 from qtool.engine.stream import Gathered, Stream, default_batch
 from qtool.errors import UsageError
@@ -76,6 +77,7 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
         NumericalError: Weights or activations are not finite.
     """
     statistics: dict[str, Statistic] = {name: workspace.plugins.load("statistics", name) for name in request.gather}
+    _refuse_pairs(statistics)
     weight = parse_token_weight(request.token_weight)
     opened = open_subject(request.source, workspace)
     if opened.artifact is not None:
@@ -107,6 +109,16 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
                 _gather(stream, missing, statistics, gathering, writer, workspace)
             writer.add(WINDOWS, {WINDOWS: windows.to(torch.int32)})
     return writer.finish(replace(manifest, about=about)), False
+
+
+def _refuse_pairs(statistics: Mapping[str, object]) -> None:
+    """Refuse statistics of both streams: there is only one before anything is quantized."""
+    found = next((name for name, one in statistics.items() if isinstance(one, PairedStatistic)), None)
+    if found is not None:
+        raise UsageError(
+            f"`{found}` compares with full precision: mitigate gathers it for the methods that need it",
+            hint=f"--gather {','.join(EVERYTHING)}",
+        )
 
 
 def experts_mode(given: str, graph: ModelGraph, weight: TokenWeight) -> Mode | Literal[""]:

@@ -131,7 +131,7 @@ def reported(
 def _stands(linear: QuantizedLinear, problem: LayerProblem) -> Float[Tensor, "out in"]:
     """Return what stands for a weight, low-rank correction included."""
     decoded = linear.weight(problem.grid)
-    return decoded if linear.adapter is None else decoded + linear.adapter.up.float() @ linear.adapter.down.float()
+    return decoded if linear.adapter is None else decoded + linear.adapter.product()
 
 
 class _Rounding:
