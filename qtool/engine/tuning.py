@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ _EAGER_STEPS = 2
 """Steps that run as they are before one is recorded: kernels are loaded and workspaces allocated by then."""
 
 
+@runtime_checkable
 class Tuned(Protocol):
     """What is learned of a block."""
 
