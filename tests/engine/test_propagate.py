@@ -57,7 +57,9 @@ class Recording:
 
 
 def recorded(
-    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, **changes: Any
+    tiny: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+    **changes: Any,  # noqa: ANN401 - fields of the request
 ) -> tuple[dict[str, Moments], Artifact]:
     """What a method is told of each linear, and what was made of them."""
     method, parts = Recording(), {"weights": "int2", "activations": changes.pop("activations", "")}
@@ -221,7 +223,7 @@ class Stopping:
 @pytest.mark.parametrize("method", ["target+gptq", "rtn+qwt"])
 def test_what_was_interrupted_goes_on_with_both_streams(models: dict[str, TinyModel], method: str) -> None:
     tiny = models["llama"]
-    settings = {"rank": "4"} if "qwt" in method else {}
+    settings = {"form": "affine"} if "qwt" in method else {}
     scheme = read_scheme("", {"weights": "int3"}, tiny.workspace.plugins)
     asked = MitigateRequest(str(tiny.statistics.path), method, scheme, settings)
     whole, _ = mitigate(replace(asked, output=tiny.workspace.home / f"whole-{method}.safetensors"), tiny.workspace)
