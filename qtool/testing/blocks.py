@@ -137,8 +137,6 @@ def _given(block: BlockProblem) -> Iterator[tuple[str, Tensor]]:
     for label, problem in block.problems.items():
         yield f"weight of `{label}`", problem.weight
         yield f"hessian of `{label}`", problem.need_hessian()
-    for label, of_rows in (("inputs", block.inputs), ("targets", block.targets)):
-        yield label, of_rows(range(block.windows))
 
 
 def _found(result: BlockResult) -> Iterator[tuple[str, Tensor]]:

@@ -220,14 +220,20 @@ def tiny() -> Iterator[TinyModel]:
         yield model
 
 
-def solved(tiny: TinyModel, method: str, **settings: str) -> Artifact:
-    """Weights of 2 bits; a name for each method and options."""
-    scheme = read_scheme("", {"weights": "int2"}, tiny.workspace.plugins)
-    name = "-".join([method, *(f"{key}{value}" for key, value in settings.items())])
-    output = tiny.workspace.home / f"{name}.safetensors"
-    return mitigate(
-        MitigateRequest(str(tiny.statistics.path), method, scheme, settings, output=output), tiny.workspace
-    )[0]
+def solved(tiny: TinyModel, method: str, activations: str = "", **settings: str) -> Artifact:
+    """Weights of 2 bits; a name for each method, activations and options."""
+    parts = {"weights": "int2", **({"activations": activations} if activations else {})}
+    scheme = read_scheme("", parts, tiny.workspace.plugins)
+    name = "-".join([method, activations, *(f"{key}{value}" for key, value in settings.items())])
+    asked = MitigateRequest(
+        str(tiny.statistics.path),
+        method,
+        scheme,
+        settings,
+        round_activations=bool(activations),
+        output=tiny.workspace.home / f"{name}.safetensors",
+    )
+    return mitigate(asked, tiny.workspace)[0]
 
 
 FORMS = [{"form": "full"}, {"form": "low-rank", "rank": "12"}, {"form": "affine"}]
@@ -260,9 +266,12 @@ class TestOnAModel:
         assert not torch.equal(bare, blockwise)
 
     @pytest.mark.parametrize("settings", FORMS)
-    def test_reported_errors_are_those_of_the_stored_model(self, tiny: TinyModel, settings: dict[str, str]) -> None:
+    @pytest.mark.parametrize("activations", ["", "int4-sym-token", "nvfp4"])
+    def test_reported_errors_are_those_of_the_stored_model(
+        self, tiny: TinyModel, settings: dict[str, str], activations: str
+    ) -> None:
         """Two whole runs: one of the model, one of what lies in the artifact; the last window is held out."""
-        artifact = solved(tiny, "rtn+qwt", **settings)
+        artifact = solved(tiny, "rtn+qwt", activations, **settings)
         subject = open_subject(str(artifact.path), tiny.workspace).subject
         windows = tiny.statistics.tensor("windows").long()
         exact, quantized = (
