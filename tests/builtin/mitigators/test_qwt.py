@@ -266,7 +266,7 @@ class TestOnAModel:
         assert not torch.equal(bare, blockwise)
 
     @pytest.mark.parametrize("settings", FORMS)
-    @pytest.mark.parametrize("activations", ["", "int4-sym-token", "nvfp4"])
+    @pytest.mark.parametrize("activations", ["", "int4-sym-token", "fp4-g8-se4m3"])
     def test_reported_errors_are_those_of_the_stored_model(
         self, tiny: TinyModel, settings: dict[str, str], activations: str
     ) -> None:
