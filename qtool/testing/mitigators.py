@@ -154,8 +154,8 @@ def check_retargeter(
 
 def _distance(result: QuantizedLinear, problem: LayerProblem) -> float:
     """Return ``E ‖W f - Ŵ x‖²`` over ``E ‖W f‖²``."""
-    moments = (problem.entries[name] for name in ("hessian", "cross", "full_hessian"))
-    streams = TwoStreams.of(*moments, dampening_frac=0.0)
+    hessian, cross, full = (problem.entries[name] for name in ("hessian", "cross", "full_hessian"))
+    streams = TwoStreams.of(hessian, cross, full, dampening_frac=0.0)
     distance = streams.energy(problem.weight, result.weight(problem.grid))
     return distance / streams.energy(problem.weight, torch.zeros_like(problem.weight))
 
