@@ -28,6 +28,7 @@ from qtool.engine.stored import (
     read_linear,
 )
 from qtool.engine.subject import BlockContent, Subject
+from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
 from qtool.model.statistics import SiteStatistics
 
@@ -140,6 +141,9 @@ class BlockSolver:
             state: The block's float tensors by name inside the block.
             block: What has been solved of the block; modified.
             refine: Runs a block-wise method on the problems of the linears.
+
+        Raises:
+            UsageError: Two methods add to the block's output.
         """
         for method in self.following:
             if not method.of_block:
@@ -148,6 +152,8 @@ class BlockSolver:
             stacks = self.solver.problems(linears, state, block.statistics, block.solution)
             result = refine(method, {one.name: one for stack in stacks for one in stack})
             block.solution.linears |= result.linears
+            if result.compensation is not None and block.compensation is not None:
+                raise UsageError("two methods add to the output of a block", hint="leave one of them out")
             block.compensation = result.compensation or block.compensation
             block.report |= result.report
         block.statistics = {}

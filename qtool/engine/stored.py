@@ -5,8 +5,9 @@ Names are ``<linear>.codes``, ``.scale``, ``.zero_point``, ``.global_scale``, ``
 set apart ``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and
 ``.adapter.up_scale``; that of one which reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are
 codes themselves are ``.scale.codes``, ``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a
-block), and zero points likewise. Codes are a dense bit stream along the input axis, those of scales along the rows, so
-the bytes stored are the bytes that bits per weight counts.
+block), and zero points likewise. What is added to a block's output is ``<block>.compensation.bias`` and, where it has
+them, ``.scale``, ``.down`` and ``.up``. Codes are a dense bit stream along the input axis, those of scales along the
+rows, so the bytes stored are the bytes that bits per weight counts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qtool.numerics.second_level import decode_second_level
 from qtool.scheme import GroupParameters, SecondLevel
 
 INPUT_GLOBAL_SCALE = ".input_global_scale"
+COMPENSATION = ".compensation."
 _COMPENSATION = ("bias", "scale", "down", "up")
 
 _ADAPTERS: Mapping[Reads, str] = {"quantized": ".adapter", "full": ".adapter.full"}
@@ -78,12 +80,12 @@ def compensation_tensors(block: str, compensation: Compensation) -> dict[str, Te
         compensation: What is added.
     """
     found = {name: getattr(compensation, name) for name in _COMPENSATION}
-    return {f"{block}.compensation.{name}": tensor for name, tensor in found.items() if tensor is not None}
+    return {f"{block}{COMPENSATION}{name}": tensor for name, tensor in found.items() if tensor is not None}
 
 
 def read_compensation(block: str, tensors: Mapping[str, Tensor]) -> Compensation | None:
     """Read what ``compensation_tensors`` made; None where nothing is added."""
-    found = {name: tensors.get(f"{block}.compensation.{name}") for name in _COMPENSATION}
+    found = {name: tensors.get(f"{block}{COMPENSATION}{name}") for name in _COMPENSATION}
     bias = found.pop("bias")
     return None if bias is None else Compensation(bias, **found)
 

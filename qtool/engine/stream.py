@@ -110,11 +110,15 @@ class Stream:
     def _run_pairs(self, layer: int, exact: Stream, observers: Mapping[str, SiteObserver]) -> None:
         """Show observers each batch in full precision first, then as it is."""
         network, arguments, sites = self.network, self.arguments_of(layer), self.network.sites[layer]
+        experts = network.experts.get(layer)
         for rows in self.batches():
+            routed = None if experts is None else experts.routed.clone()
             with network.unrounded(layer):
                 for name, observer in observers.items():
                     sites[name].observer = observer.remember
                 network.show(layer, exact.states[rows].to(network.device), arguments)
+            if experts is not None and routed is not None:
+                experts.routed = routed  # tokens are counted once
             for name, observer in observers.items():
                 sites[name].observer = observer
             network.show(layer, self.states[rows].to(network.device), arguments)

@@ -18,7 +18,7 @@ from qtool.engine.fold import fold_block, fold_ends
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
 from qtool.engine.problem import Adapter, QuantizedLinear
-from qtool.engine.stored import read_compensation, read_input_scales, read_linear
+from qtool.engine.stored import COMPENSATION, read_compensation, read_input_scales, read_linear
 from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.source import Model
@@ -87,7 +87,7 @@ class Subject:
         compensation = None
         if self.quantized is not None and self.scheme.weights is not None:
             block = self.model.graph.block_name(layer)
-            prefix = f"{block}.compensation."
+            prefix = f"{block}{COMPENSATION}"
             stored = {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}
             compensation = read_compensation(block, stored)
             for linear in self.model.graph.linears_of(layer):

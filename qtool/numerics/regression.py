@@ -10,6 +10,9 @@ from torch import Tensor
 
 from qtool.numerics.moments import add_cross_moment
 
+# Of the mean second moment: settles channels that never change, whose covariance is but rounding errors.
+_FLOOR = 1e-13
+
 
 @dataclass
 class Moments:
@@ -65,7 +68,8 @@ class Moments:
         mean_x, mean_d = self.sum_inputs / self.count, self.sum_lacking / self.count
         covariance = self.inputs / self.count - torch.outer(mean_x, mean_x)
         cross = self.cross / self.count - torch.outer(mean_d, mean_x)
-        covariance.diagonal().add_(ridge * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny)
+        floor = _FLOOR * float(self.inputs.diagonal().mean()) / self.count
+        covariance.diagonal().add_(ridge * covariance.diagonal().mean() + (floor if floor > 0 else 1.0))
         return covariance, cross, mean_x, mean_d
 
 

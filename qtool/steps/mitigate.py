@@ -18,6 +18,7 @@ from qtool.engine.block import BlockSolver, SolvedBlock, static_inputs
 from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
+from qtool.engine.problem import Retargeter
 from qtool.engine.propagate import Propagation, wants_exact
 from qtool.engine.solve import Method, Solver
 from qtool.engine.starved import DEFAULT_SHARE
@@ -92,7 +93,7 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
         The quantized artifact, and whether it was there already.
 
     Raises:
-        UsageError: Unknown method or option, or statistics are needed and missing.
+        UsageError: Unknown method or option, no method that rounds, or statistics are needed and missing.
         SchemeError: The scheme does not fit a layer; raised before any work.
         NumericalError: Weights or activations are not finite, or a problem cannot be solved.
     """
@@ -101,6 +102,11 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     if request.token_weight:
         parse_token_weight(request.token_weight)
     methods = configure("mitigators", request.method, request.settings, workspace.plugins)
+    if isinstance(methods[-1].method, Retargeter):
+        raise UsageError(
+            f"`{methods[-1].name}` says what the methods behind it aim at, and rounds nothing",
+            hint=f"--method {request.method}+gptq",
+        )
     opened = open_subject(request.source, workspace)
     if opened.subject.quantized is not None:
         raise ArtifactError(
@@ -129,8 +135,7 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     if found.counters:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(found.counters.items()))
         workspace.warn(f"not as usual: {counted}")
-    apart = {name: notes for name, notes in (("blocks", found.blocks), ("experts", found.experts)) if notes}
-    details = {**manifest.details, "layers": found.reports, **apart}
+    details = {**manifest.details, **found.details}
     return writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about)), False
 
 
@@ -163,12 +168,18 @@ def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> No
 
 @dataclass
 class _Found:
-    """What there is to say of all blocks: reports by linear and by block, counters, and what experts went by."""
+    """What there is to say: reports by linear, of blocks, counters, and what each block's experts went by."""
 
     reports: dict[str, Mapping[str, float]] = field(default_factory=dict)
     blocks: dict[str, Mapping[str, float]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     experts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What goes into the manifest."""
+        told = {"layers": self.reports, "blocks": self.blocks, "experts": self.experts}
+        return {name: told[name] for name in told if told[name] or name == "layers"}
 
 
 class _Work:

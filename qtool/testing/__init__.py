@@ -7,10 +7,11 @@ size that is not hidden / heads, since defaults hide mistakes.
 
 from __future__ import annotations
 
+from qtool.testing.blocks import block_problem, check_block_mitigator
 from qtool.testing.families import check_family, family_configs
 from qtool.testing.formats import check_format
 from qtool.testing.kernels import check_kernel
-from qtool.testing.mitigators import check_mitigator, correlated_problem
+from qtool.testing.mitigators import check_mitigator, check_retargeter, correlated_problem, two_stream_problem
 from qtool.testing.promise import EXACT, CheckError
 from qtool.testing.tiny_models import (
     TinyModel,
@@ -26,10 +27,13 @@ __all__ = [
     "EXACT",
     "CheckError",
     "TinyModel",
+    "block_problem",
+    "check_block_mitigator",
     "check_family",
     "check_format",
     "check_kernel",
     "check_mitigator",
+    "check_retargeter",
     "check_transform",
     "correlated_problem",
     "double_precision",
@@ -39,4 +43,5 @@ __all__ = [
     "save_tiny_model",
     "tiny_config",
     "tiny_model",
+    "two_stream_problem",
 ]

@@ -1,16 +1,21 @@
-"""The check of mitigators."""
+"""The checks of mitigators and of what says where they aim."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
+from qtool.builtin.statistics.cross import HELD_OUT_SHARE
 from qtool.engine.grid import Grid
-from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear
+from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear, Retargeter
+from qtool.errors import UsageError
 from qtool.numerics.groups import from_groups
 from qtool.numerics.losses import relative_loss
+from qtool.numerics.two_streams import TwoStreams
 from qtool.scheme import Format, TensorScheme
 from qtool.testing.promise import CheckError
 
@@ -38,6 +43,32 @@ def correlated_problem(
         "sample": x,
     }
     return LayerProblem("layer", weight, Grid.of(scheme, fmt), entries["hessian"], entries, (scale,))
+
+
+def two_stream_problem(
+    fmt: Format, scheme: TensorScheme, *, seed: int = 0, n_out: int = 32, n_in: int = 64
+) -> LayerProblem:
+    """Return a layer as ``correlated_problem`` does that reads something else than in full precision.
+
+    Its entries have the moments of both, as ``mitigate`` gathers them.
+    """
+    problem = correlated_problem(fmt, scheme, seed=seed, n_out=n_out, n_in=n_in)
+    exact = problem.entries["sample"]
+    generator = torch.Generator().manual_seed(1000 + seed)
+    drift = torch.randn(n_in, n_in, generator=generator) * (0.2 / n_in**0.5)
+    x = exact @ (torch.eye(n_in) * 0.9 + drift)
+    x = x + 0.1 * x.std() * torch.randn(x.shape, generator=generator)
+    held = slice(len(x) - len(x) // HELD_OUT_SHARE, None)
+    entries = {
+        "hessian": x.T @ x / len(x),
+        "cross": exact.T @ x / len(x),
+        "full_hessian": exact.T @ exact / len(x),
+        "held_out": torch.stack([x[held].T @ x[held], exact[held].T @ x[held]]) / len(x),
+        "absmax": x.abs().amax(0),
+        "mean_abs": x.abs().mean(0),
+        "sample": x,
+    }
+    return replace(problem, hessian=entries["hessian"], entries=entries)
 
 
 def check_mitigator(
@@ -78,9 +109,66 @@ def check_mitigator(
         if not abs(measured - reported) <= 1e-3 * max(measured, 1e-6):
             raise CheckError(f"{name} reports the loss {reported:.6g}, measured {measured:.6g}")
         total += measured
-        nearest += float(relative_loss(problem.weight, _nearest(problem), problem.need_hessian()))
+        nearest += float(relative_loss(problem.weight, nearest_weight(problem), problem.need_hessian()))
     if not total <= nearest * (1 + 1e-6):
         raise CheckError(f"{name} is worse than rounding to nearest: {total:.6g} against {nearest:.6g}")
+
+
+def check_retargeter(
+    retargeter: Retargeter, fmt: Format, config: object = None, *, scheme: TensorScheme | None = None
+) -> None:
+    """Check what says where other methods aim, with GPTQ behind it, on layers that do not read what they should.
+
+    It must not modify its inputs, give the same weight twice, change nothing else of the problem but its report, refuse
+    a layer that is rounded already, and bring GPTQ's outputs nearer to those in full precision over several layers
+    together.
+
+    Args:
+        retargeter: The method.
+        fmt: Format of the weights.
+        config: Its options; None for its defaults.
+        scheme: Scheme of the weights; None for the format's default.
+
+    Raises:
+        CheckError: A promise is broken.
+    """
+    chosen = scheme or fmt.defaults
+    options = retargeter.Config() if config is None else config
+    name = type(retargeter).__name__
+    total = alone = 0.0
+    for seed in range(4):
+        problem = two_stream_problem(fmt, chosen, seed=seed)
+        kept = {"weight": problem.weight.clone(), **{entry: t.clone() for entry, t in problem.entries.items()}}
+        result = retargeter.retarget(problem, options)
+        again = retargeter.retarget(replace(problem, memory={}), options)
+        for entry, tensor in {"weight": problem.weight, **problem.entries}.items():
+            if not torch.equal(kept[entry], tensor):
+                raise CheckError(f"{name} modifies the {entry} that it is given")
+        if not torch.equal(result.weight, again.weight):
+            raise CheckError(f"{name} gives another weight when it is asked again")
+        if result.weight.shape != problem.weight.shape or result.weight.dtype != problem.weight.dtype:
+            raise CheckError(f"{name} gives a weight of another shape or dtype")
+        changed = [one for one in vars(problem) if getattr(result, one) is not getattr(problem, one)]
+        if others := set(changed) - {"weight", "report"}:
+            raise CheckError(f"{name} changes the {min(others)} of the problem")
+        plain = GPTQ().quantize(problem, GPTQConfig())
+        total += _distance(GPTQ().quantize(result, GPTQConfig()), problem)
+        alone += _distance(plain, problem)
+        try:
+            retargeter.retarget(problem.after(plain), options)
+        except UsageError:
+            continue
+        raise CheckError(f"{name} does not refuse a layer that is rounded already")
+    if not total <= alone * (1 + 1e-6):
+        raise CheckError(f"{name} leads GPTQ away from full precision: {total:.6g} against {alone:.6g}")
+
+
+def _distance(result: QuantizedLinear, problem: LayerProblem) -> float:
+    """Return ``E ‖W f - Ŵ x‖²`` over ``E ‖W f‖²``."""
+    hessian, cross, full = (problem.entries[name] for name in ("hessian", "cross", "full_hessian"))
+    streams = TwoStreams.of(hessian, cross, full, dampening_frac=0.0)
+    distance = streams.energy(problem.weight, result.weight(problem.grid))
+    return distance / streams.energy(problem.weight, torch.zeros_like(problem.weight))
 
 
 def _measured_loss(result: QuantizedLinear, problem: LayerProblem) -> float:
@@ -90,7 +178,8 @@ def _measured_loss(result: QuantizedLinear, problem: LayerProblem) -> float:
     return float(relative_loss(problem.weight, weight, problem.need_hessian()))
 
 
-def _nearest(problem: LayerProblem) -> Tensor:
+def nearest_weight(problem: LayerProblem) -> Tensor:
+    """Return a weight rounded to nearest on the range that the scheme keeps, without looking at a method."""
     rounded = []
     places = problem.grid.places(problem.weight.shape[1])
     for (columns, part), scale in zip(places, problem.global_scales, strict=True):

@@ -20,7 +20,7 @@ from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import Gathering, SiteObserver, observing
 from qtool.engine.linear import SiteInput
 from qtool.engine.planner import extend
-from qtool.errors import ArtifactError, NumericalError
+from qtool.errors import ArtifactError, NumericalError, UsageError
 from qtool.model.plan import Plan, Proposal
 from qtool.numerics.moments import PANEL, add_second_moment
 from qtool.numerics.operators import Affine, Diag, Hadamard, Kron, Operator, Orthogonal, Shift, Signs
@@ -180,6 +180,15 @@ class TestStatistics:
 
     def test_every_statistic_is_tested(self) -> None:
         assert {entry.name for entry in register_statistics()} == {*EVERYTHING, "saliency", *PAIRED}
+
+    @pytest.mark.parametrize("name", PAIRED)
+    def test_what_compares_with_full_precision_is_not_for_calibrate(
+        self, root: Path, workspace: Workspace, name: str
+    ) -> None:
+        with pytest.raises(UsageError, match=f"`{name}` compares with full precision: mitigate gathers it") as refused:
+            calibrate(request(root, gather=("hessian", name)), workspace)
+        assert refused.value.hint == f"--gather {','.join(EVERYTHING)}"
+        assert not list(workspace.home.iterdir())
 
 
 class TestAfterACrash:

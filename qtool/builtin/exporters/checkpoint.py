@@ -24,6 +24,7 @@ from qtool.artifacts.store import disk_errors
 from qtool.builtin.exporters.read_back import empty_model, wide_names
 from qtool.builtin.exporters.shards import Shards, write_json
 from qtool.builtin.exporters.stored_names import as_stored
+from qtool.engine.stored import COMPENSATION
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.files import CONFIG
@@ -118,6 +119,22 @@ def write_checkpoint(
     _write_config(subject, directory, dtype, quantization)
     _copy_files(model.path, directory)
     return Sizes(linears, shards.total)
+
+
+def refuse_compensation(subject: Subject) -> None:
+    """Refuse what is added to the outputs of blocks: no loader of a checkpoint has a place for it.
+
+    Raises:
+        UsageError: Names the first block.
+    """
+    slots = subject.quantized.header.slots if subject.quantized is not None else ()
+    found = next((name for name in slots if COMPENSATION in name), None)
+    if found is not None:
+        raise UsageError(
+            "checkpoints have no place for what is added to the outputs of blocks",
+            facts=(("first", found.partition(COMPENSATION)[0]),),
+            hint="qtool mitigate without the method that adds it, or qtool eval SOURCE, which runs it",
+        )
 
 
 def left_alone_counts(model: Model) -> dict[str, int]:

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import QuantizationScheme, apply_quantizati
 from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
-from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
+from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
 from qtool.builtin.exporters.consumers import compressed_consumers
 from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout
@@ -52,6 +52,7 @@ class CompressedTensors:
         _refuse_stacked(subject.model)
         _refuse_segments(subject)
         _refuse_online(subject)
+        refuse_compensation(subject)
         _refuse_adapters(subject)
         _refuse_outliers(subject)
         _refuse_other_parameters(subject)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
-from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
+from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
 from qtool.builtin.exporters.consumers import dequantized_consumers
 from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
 from qtool.engine.exporter import Exported
@@ -27,13 +27,14 @@ class HuggingFace:
     version = 1
 
     def check(self, subject: Subject) -> None:
-        """Refuse what is not quantized.
+        """Refuse what is not quantized, and what no checkpoint holds.
 
         Raises:
-            UsageError: There are no codes.
+            UsageError: There are no codes, or something is added to the outputs of blocks.
         """
         if subject.quantized is None or subject.scheme.weights is None:
             raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
+        refuse_compensation(subject)
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""

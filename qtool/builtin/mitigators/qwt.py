@@ -9,6 +9,7 @@ Tang et al. 2025, arXiv:2505.20932. Nothing is added where it would not lower th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from qtool.builtin.mitigators.autoround import reported, starts_of
 from qtool.builtin.mitigators.rtn import refuse_unknown
 from qtool.engine.block_problem import BlockProblem, BlockResult, Compensation
-from qtool.errors import UsageError
+from qtool.errors import NumericalError, UsageError
 from qtool.numerics.regression import Moments, affine_fit, low_rank_fit
 
 _HELD_OUT_SHARE = 8
@@ -70,7 +71,7 @@ class QwT:
         """Compensate one block; the report has the error on held-out windows before and after.
 
         Raises:
-            NumericalError: A weight or a statistic is not finite.
+            NumericalError: A weight, a statistic or an output of the block is not finite.
             UsageError: The rank is larger than the hidden size.
         """
         starts = starts_of(block)
@@ -101,6 +102,10 @@ class QwT:
                 moments.add(known.float().flatten(0, -2), lacking, targets.float().flatten(0, -2))
         if moments is None:
             raise UsageError("`qwt` needs windows to learn from", hint="qtool calibrate MODEL --num-samples 128")
+        if not isfinite(moments.lacking + moments.energy + float(moments.inputs.trace())):
+            raise NumericalError(
+                f"the outputs of block {block.layer} are not finite", hint="run the model in float32: --dtype float32"
+            )
         return moments
 
     def _fitted(self, moments: Moments, config: QwTConfig) -> Compensation:

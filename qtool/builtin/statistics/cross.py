@@ -15,7 +15,7 @@ from qtool.engine.gather import Gathering
 from qtool.numerics.moments import add_cross_moment
 
 HELD_OUT_SHARE = 10
-"""Every tenth window, the last ones, is held out."""
+"""The last tenth of the windows is held out, at least one where there are several."""
 
 
 class _Weighted:
@@ -66,7 +66,8 @@ class HeldOutAccumulator(_Weighted):
         self.sums = torch.zeros(2, n, n, device=device)
         window = gathering.window or gathering.tokens
         windows = gathering.tokens // window
-        self.first = (windows - windows // HELD_OUT_SHARE) * window
+        held = max(windows // HELD_OUT_SHARE, int(windows > 1))
+        self.first = (windows - held) * window
 
     def update_pair(self, x: Float[Tensor, "tokens n"], exact: Float[Tensor, "tokens n"]) -> None:
         """Add those of some tokens that are held out."""
