@@ -52,7 +52,7 @@ def mitigate(
         bool | None,
         typer.Option(
             "--round-activations/--no-round-activations",
-            help="Propagate activations as the scheme quantizes them. [default: no]",
+            help="Propagate activations as the scheme quantizes them. [default: where a method sees whole blocks]",
         ),
     ] = None,
     token_weight: Annotated[

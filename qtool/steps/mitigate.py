@@ -55,7 +55,8 @@ class MitigateRequest:
         propagate: ``quantized``: blocks see the activations of what is quantized already, by forward passes;
             ``none``: carried statistics, no forward pass.
         true_sequential: Four passes a block, so that each linear sees the quantized ones before it in its block.
-        round_activations: Whether the activations that are propagated are quantized as the scheme says.
+        round_activations: Whether the activations that are propagated are quantized as the scheme says; None for where
+            a method learns from whole blocks (measured in ``recipes/README.md``).
         token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm`` where Hessians are
             gathered on the way, and that of the statistics where those are carried.
         experts: Which tokens an expert's statistics are of: ``all``, or those ``routed`` to it; empty takes the choice
@@ -75,7 +76,7 @@ class MitigateRequest:
     settings: Mapping[str, str] = field(default_factory=dict)
     propagate: Propagate = "quantized"
     true_sequential: bool = False
-    round_activations: bool = False
+    round_activations: bool | None = None
     token_weight: str = ""
     experts: str = ""
     expert_share: float | None = None
@@ -239,7 +240,8 @@ class _Work:
     @property
     def rounds(self) -> bool:
         """Whether the activations that are propagated are rounded."""
-        return self.request.round_activations
+        given = self.request.round_activations
+        return any(method.of_block for method in self.block.solver.methods) if given is None else given
 
     def manifest(self) -> Manifest:
         """Return the manifest without tensors."""

@@ -26,7 +26,7 @@ class MitigateSettings:
         methods: Method to its options as text; those of methods that are not used count for nothing.
         propagate: See ``MitigateRequest``, as for the rest.
         true_sequential: Four passes a block.
-        round_activations: Whether propagated activations are quantized.
+        round_activations: Whether propagated activations are quantized; None for where a method sees whole blocks.
         token_weight: Rule for the weight of a token; empty for a default.
         experts: Which tokens experts' statistics are of; empty takes the choice of the statistics.
         expert_share: Part of even routing below which an expert is starved; None for a default.
@@ -41,7 +41,7 @@ class MitigateSettings:
     methods: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     propagate: str = "quantized"
     true_sequential: bool = False
-    round_activations: bool = False
+    round_activations: bool | None = None
     token_weight: str = ""
     experts: str = ""
     expert_share: float | None = None

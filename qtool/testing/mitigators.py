@@ -77,7 +77,8 @@ def check_mitigator(
     """Check a mitigator on correlated random layers.
 
     It must not modify its inputs, give the same codes and scales twice, keep to the format's codes, report the loss
-    that one measures, and be no worse than rounding to nearest over several layers together.
+    that one measures, and be no worse than rounding to nearest over several layers together: by that loss, or if it
+    needs ``cross`` by how far outputs are from those in full precision.
 
     Args:
         mitigator: The method.
@@ -105,11 +106,17 @@ def check_mitigator(
             raise CheckError(f"{name} gives other scales when it is asked again")
         if int(result.codes.max()) >= 2**fmt.bits:
             raise CheckError(f"{name} gives codes beyond {fmt.bits} bits")
-        measured, reported = _measured_loss(result, problem), result.report.get("loss", math.nan)
+        stands = _stands(result, problem)
+        measured = float(relative_loss(problem.weight, stands, problem.need_hessian()))
+        reported = result.report.get("loss", math.nan)
         if not abs(measured - reported) <= 1e-3 * max(measured, 1e-6):
             raise CheckError(f"{name} reports the loss {reported:.6g}, measured {measured:.6g}")
-        total += measured
-        nearest += float(relative_loss(problem.weight, nearest_weight(problem), problem.need_hessian()))
+        aims = "cross" in mitigator.needs
+        total += _distance(stands, problem) if aims else measured
+        plain = nearest_weight(problem)
+        nearest += (
+            _distance(plain, problem) if aims else float(relative_loss(problem.weight, plain, problem.need_hessian()))
+        )
     if not total <= nearest * (1 + 1e-6):
         raise CheckError(f"{name} is worse than rounding to nearest: {total:.6g} against {nearest:.6g}")
 
@@ -152,8 +159,8 @@ def check_retargeter(
         if others := set(changed) - {"weight", "report"}:
             raise CheckError(f"{name} changes the {min(others)} of the problem")
         plain = GPTQ().quantize(problem, GPTQConfig())
-        total += _distance(GPTQ().quantize(result, GPTQConfig()), problem)
-        alone += _distance(plain, problem)
+        total += _distance(_stands(GPTQ().quantize(result, GPTQConfig()), problem), problem)
+        alone += _distance(_stands(plain, problem), problem)
         try:
             retargeter.retarget(problem.after(plain), options)
         except UsageError:
@@ -163,19 +170,18 @@ def check_retargeter(
         raise CheckError(f"{name} leads GPTQ away from full precision: {total:.6g} against {alone:.6g}")
 
 
-def _distance(result: QuantizedLinear, problem: LayerProblem) -> float:
+def _distance(weight: Tensor, problem: LayerProblem) -> float:
     """Return ``E ‖W f - Ŵ x‖²`` over ``E ‖W f‖²``."""
     hessian, cross, full = (problem.entries[name] for name in ("hessian", "cross", "full_hessian"))
     streams = TwoStreams.of(hessian, cross, full, dampening_frac=0.0)
-    distance = streams.energy(problem.weight, result.weight(problem.grid))
+    distance = streams.energy(problem.weight, weight)
     return distance / streams.energy(problem.weight, torch.zeros_like(problem.weight))
 
 
-def _measured_loss(result: QuantizedLinear, problem: LayerProblem) -> float:
+def _stands(result: QuantizedLinear, problem: LayerProblem) -> Tensor:
+    """Return what stands for the weight."""
     weight = result.weight(problem.grid)
-    if result.adapter is not None:
-        weight = weight + result.adapter.product()
-    return float(relative_loss(problem.weight, weight, problem.need_hessian()))
+    return weight if result.adapter is None else weight + result.adapter.product()
 
 
 def nearest_weight(problem: LayerProblem) -> Tensor:

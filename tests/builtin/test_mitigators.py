@@ -17,6 +17,7 @@ from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
 from qtool.builtin.mitigators.lorc import LoRC, LoRCConfig
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions
 from qtool.builtin.plugin import register_mitigators
+from qtool.engine.composition import Composition
 from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem, QuantizedLinear, SiblingMitigator
 from qtool.errors import NumericalError, SchemeError, ShapeError, UsageError
@@ -89,7 +90,10 @@ def oracle_grid(of: LayerProblem) -> OracleGrid:
 def test_the_plugin_offers_these_classes_with_their_contract() -> None:
     for entry in register_mitigators():
         module, _, name = entry.target.partition(":")
-        method = getattr(importlib.import_module(module), name)()
+        offered = getattr(importlib.import_module(module), name)
+        if isinstance(offered, Composition):
+            continue  # of methods that are looked at themselves
+        method = offered()
         assert method.version >= 1
         assert all(isinstance(need, str) for need in method.needs)
         method.Config()
