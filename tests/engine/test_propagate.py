@@ -128,10 +128,14 @@ def executed(artifact: Artifact, workspace: Workspace, windows: Tensor, *, round
     return found
 
 
+@pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
-def test_targets_are_outputs_in_full_precision(tinies: Callable[[str], TinyModel], seen: Seen, model_type: str) -> None:
+def test_targets_are_outputs_in_full_precision(
+    tinies: Callable[[str], TinyModel], seen: Seen, model_type: str, rounds: bool
+) -> None:
     tiny = tinies(model_type)
-    mitigate(asked(tiny), tiny.workspace)
+    request = asked(tiny, round_activations=rounds)
+    mitigate(elsewhere(request, tiny, f"targets-{rounds}"), tiny.workspace)
     expected = full_precision(tiny, tiny.statistics.tensor(WINDOWS).long())
     assert len(seen.targets) == 2
     torch.testing.assert_close(seen.inputs[0], expected[0])
@@ -246,9 +250,11 @@ def test_differentiable_is_run_with_the_weights_that_it_is_given(
     network = Network(replace(tiny.subject, scheme=scheme), device=CPU, dtype=torch.float32)
     hidden, arguments = network.embed(torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0)))
     network.load(layer)
-    network.compensations[layer] = Compensation(
-        torch.linspace(-0.1, 0.1, 32), down=0.1 * torch.eye(32)[:3].T @ torch.eye(32)[:3]
-    )
+    plain = network.run(layer, hidden, arguments[layer])
+    matrix = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    network.compensations[layer] = Compensation(torch.linspace(-0.1, 0.1, 32), down=matrix)
+    missing = hidden @ matrix.T + torch.linspace(-0.1, 0.1, 32)
+    torch.testing.assert_close(network.run(layer, hidden, arguments[layer]), plain + missing, rtol=1e-4, atol=1e-5)
     linears = network.subject.model.graph.linears_of(layer)
     first = network.linear(layer, linears[0].spec.module)
     first.adapter = Adapter(0.1 * torch.ones(1, first.weight.shape[1]), torch.ones(first.weight.shape[0], 1))
