@@ -258,3 +258,12 @@ class TestCompositions:
         shifts = [report["target_shift"] for report in artifact.manifest.details["layers"].values()]
         assert max(shifts[:7]) == 0.0  # in front of the first block both streams are one
         assert max(shifts[7:]) > 0
+
+    def test_a_method_that_sees_whole_blocks_starts_from_it(self, tiny: TinyModel) -> None:
+        """AutoRound without steps is rounding to nearest."""
+        nearest, _ = mitigate(self.asked(tiny, "target+rtn", "all", alpha="1"), tiny.workspace)
+        block, _ = mitigate(self.asked(tiny, "target+autoround", "block", alpha="1", steps="0"), tiny.workspace)
+        plain, _ = mitigate(self.asked(tiny, "rtn", "plain"), tiny.workspace)
+        names = [name for name in nearest.names() if name.endswith(".codes")]
+        assert all(torch.equal(nearest.tensor(name), block.tensor(name)) for name in names)
+        assert any(not torch.equal(nearest.tensor(name), plain.tensor(name)) for name in names)
