@@ -7,6 +7,7 @@ bound by the launch of kernels otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -92,10 +93,11 @@ def tune(block: BlockProblem, tuned: Tuned, schedule: Schedule) -> dict[str, flo
         for index, rows in zip(range(schedule.steps), _batches(block, batch), strict=False):
             step(rows, 1 - index / schedule.steps)
             if (index + 1) % every == 0 or index + 1 == schedule.steps:
-                loss = _judge(block, tuned, schedule)
-                if loss < lowest:
-                    lowest, best_step = loss, index + 1
-                    best = [leaf.detach().clone() for leaf in leaves]
+                with suppress(NumericalError):  # a step that went too far is not the best one
+                    loss = _judge(block, tuned, schedule)
+                    if loss < lowest:
+                        lowest, best_step = loss, index + 1
+                        best = [leaf.detach().clone() for leaf in leaves]
     with torch.no_grad():
         for leaf, kept in zip(leaves, best, strict=True):
             leaf.copy_(kept)
@@ -110,6 +112,16 @@ def block_loss(
     Raises:
         NumericalError: It is not finite.
     """
+    ratio = _loss(block, weights, rows, rule)
+    if not ratio < float("inf"):
+        raise NumericalError(
+            f"the outputs of block {block.layer} are not finite",
+            hint="run the model in float32: --dtype float32",
+        )
+    return ratio
+
+
+def _loss(block: BlockProblem, weights: Mapping[str, Tensor], rows: Sequence[int], rule: TokenWeight) -> float:
     sums = torch.zeros(2, dtype=torch.float64, device=block.device)
     with torch.no_grad():
         for start in range(0, len(rows), _JUDGED_AT_ONCE):

@@ -98,7 +98,8 @@ class LWC:
         better = report["block_loss"] < before
         learned.weights()
         found = learned.block.quantized() if better else starts
-        report = {**report, "block_loss_before": before, "block_loss": min(before, report["block_loss"])}
+        kept = report if better else {"block_loss": before, "best_step": 0.0}
+        report = {**report, **kept, "block_loss_before": before}
         return BlockResult(reported(block.problems, found, starts), report=report)
 
 
