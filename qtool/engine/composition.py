@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 class Composition:
     """Methods that a plugin offers together, with the options that they work best with together.
 
-    It is written out wherever it is used: keys, manifests and tables know the methods and their options, so two ways to
-    ask for the same thing are the same thing.
+    It is written out when it is used: a manifest has the methods and their options, so an artifact tells what was done
+    also where a later version offers something else under the name.
 
     Attributes:
         methods: As users write it: ``gptq+autoround``.

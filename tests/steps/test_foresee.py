@@ -92,13 +92,20 @@ class TestBytes:
 
 class TestPasses:
     @pytest.mark.parametrize(
-        ("options", "passes"),
-        [({}, 2), ({"true_sequential": True}, 5), ({"propagate": "none"}, 0)],
+        ("method", "options", "passes"),
+        [
+            ("gptq", {}, 2),
+            ("gptq", {"true_sequential": True}, 5),
+            ("gptq", {"propagate": "none"}, 0),
+            ("gptaq", {}, 4),
+            ("autoround", {"settings": {"steps": "2"}}, 3),
+            ("target+rtn+qwt", {"settings": {"rank": "4"}}, 4),
+        ],
     )
     def test_they_are_as_many_as_there_will_be(
-        self, desk: Desk, options: dict[str, Any], passes: int, monkeypatch: pytest.MonkeyPatch
+        self, desk: Desk, method: str, options: dict[str, Any], passes: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        request = asked(desk, desk.calibrate(), **options)
+        request = asked(desk, desk.calibrate(), method, **options)
         found = said(desk, request)
         runs: list[int] = []
         from qtool.engine.stream import Stream
@@ -109,12 +116,20 @@ class TestPasses:
             runs.append(layer)
             run(stream, layer, keep=keep)
 
+        pairs = Stream._run_pairs
+
+        def counted_twice(stream: Stream, layer: int, *given: Any) -> None:  # noqa: ANN401 - handed on
+            runs.extend((layer, layer))
+            pairs(stream, layer, *given)
+
         monkeypatch.setattr(Stream, "run", counted)
+        monkeypatch.setattr(Stream, "_run_pairs", counted_twice)
         mitigate(request, desk.workspace)
         assert found["passes_over_the_data"] == passes == runs.count(0)
         assert found["tokens_of_a_pass"] == (3 * 32 if passes else 0)
         parts = {row["part"] for row in found["estimate"]}
         assert ({"passes", "gathering", "embedding"} <= parts) == bool(passes)
+        assert ("learning" in parts) == (method in ("autoround", "target+rtn+qwt"))
         assert found["estimated_seconds"] == pytest.approx(sum(row["seconds"] or 0 for row in found["estimate"]))
         assert found["estimated_peak_memory_bytes"] == sum(row["bytes"] or 0 for row in found["estimate"])
 

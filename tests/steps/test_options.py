@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
+from qtool.engine.composition import Composition
 from qtool.errors import PluginError, UsageError
 from qtool.plugins import Plugins
 from qtool.steps.options import Configured, configure, read_settings
@@ -171,3 +172,43 @@ class TestCompositions:
     def test_a_value_that_the_method_refuses(self) -> None:
         with pytest.raises(UsageError, match="`alpha` must lie between 0 and 1"):
             configure("transforms", "smoothquant", {"alpha": "nan"}, PLUGINS)
+
+
+class TestCompositionsByName:
+    INNER = Composition("rtn+cd", {"rtn.clip": "search", "sweeps": "7"})
+    OUTER = Composition("inner+lorc", {"rank": "4", "cd.sweeps": "9"})
+
+    def of(self, text: str, settings: dict[str, str]) -> dict[str, Any]:
+        offered = {("mitigators", "inner"): self.INNER, ("mitigators", "outer"): self.OUTER}
+        load = Plugins.load
+        with patch.object(Plugins, "load", lambda own, kind, name: offered.get((kind, name)) or load(own, kind, name)):
+            return {one.name: one.config for one in configure("mitigators", text, settings, PLUGINS)}
+
+    def test_they_are_their_methods_with_their_options(self) -> None:
+        found = self.of("inner", {})
+        assert list(found) == ["rtn", "cd"]
+        assert (found["rtn"].clip, found["cd"].sweeps) == ("search", 7)
+
+    def test_what_the_user_sets_comes_first(self) -> None:
+        found = self.of("inner", {"rtn.clip": "none", "sweeps": "2"})
+        assert (found["rtn"].clip, found["cd"].sweeps) == ("none", 2)
+
+    def test_one_may_hold_another_and_then_has_the_last_word_of_the_two(self) -> None:
+        found = self.of("outer", {})
+        assert list(found) == ["rtn", "cd", "lorc"]
+        assert (found["rtn"].clip, found["cd"].sweeps, found["lorc"].rank) == ("search", 9, 4)
+
+    def test_they_may_stand_in_a_composition(self) -> None:
+        found = self.of("inner+lorc", {"rank": "3"})
+        assert list(found) == ["rtn", "cd", "lorc"]
+        assert found["lorc"].rank == 3
+
+    def test_an_option_that_no_method_of_theirs_has_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="has no option `steps`"):
+            self.of("inner", {"steps": "3"})
+
+    @pytest.mark.parametrize("name", ["qtool-best-int4", "qtool-best-fp4"])
+    def test_our_own_have_options_that_their_methods_know(self, name: str) -> None:
+        composition = PLUGINS.load("mitigators", name)
+        found = configure("mitigators", composition.methods, composition.settings, PLUGINS)
+        assert [one.record() for one in configure("mitigators", name, {}, PLUGINS)] == [one.record() for one in found]
