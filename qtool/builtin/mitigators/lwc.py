@@ -17,33 +17,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.builtin.mitigators.autoround import reported, starts_of
+from qtool.builtin.mitigators.whole_blocks import LearningOptions, reported, starts_of
 from qtool.engine.block_problem import BlockProblem, BlockResult
 from qtool.engine.learned_block import LearnedBlock
-from qtool.engine.tuning import Schedule, block_loss, judged_windows, tune, windows_run
+from qtool.engine.tuning import block_loss, judged_windows, tune, windows_run
 from qtool.errors import UsageError
-from qtool.numerics.token_weights import parse_token_weight
 
 _FIRST_LOGIT = 4.0
 
 
 @dataclass(frozen=True)
-class LWCConfig:
-    """Options of LWC.
+class LWCConfig(LearningOptions):
+    """Options of LWC, beside those of whatever learns from blocks.
 
     Attributes:
-        steps: Steps of Adam a block; 0 leaves everything as it was.
-        batch: Windows to a step.
         rate: Adam's step, of the logits.
-        judged: Windows by which the best step is chosen.
-        loss_weight: How much the error of a token counts, as ``--token-weight``.
     """
 
     steps: int = 320
     batch: int = 4
     rate: float = 1e-2
-    judged: int = 16
-    loss_weight: str = "uniform"
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
@@ -51,19 +44,9 @@ class LWCConfig:
         Raises:
             UsageError: A value is out of range.
         """
-        if self.steps < 0:
-            raise UsageError(f"`steps` is 0 or more, not {self.steps}", hint="--set steps=320")
-        for name, value, default in (("batch", self.batch, 4), ("judged", self.judged, 16)):
-            if value < 1:
-                raise UsageError(f"`{name}` is a number of windows, not {value}", hint=f"--set {name}={default}")
+        super().__post_init__()
         if not 0 < self.rate <= 1:
             raise UsageError(f"`rate` is above 0 and up to 1, not {self.rate:g}", hint="--set rate=0.01")
-        parse_token_weight(self.loss_weight)
-
-    @property
-    def schedule(self) -> Schedule:
-        """How long to learn."""
-        return Schedule(self.steps, self.batch, self.judged, token_weight=parse_token_weight(self.loss_weight))
 
 
 class LWC:

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtool.builtin.mitigators.autoround import reported, starts_of
 from qtool.builtin.mitigators.rtn import refuse_unknown
+from qtool.builtin.mitigators.whole_blocks import reported, starts_of
 from qtool.engine.block_problem import BlockProblem, BlockResult, Compensation
 from qtool.errors import NumericalError, UsageError
 from qtool.numerics.regression import Moments, affine_fit, low_rank_fit
