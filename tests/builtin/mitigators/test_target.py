@@ -20,7 +20,7 @@ from qtool.plugins import Plugins
 from qtool.scheme import parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
-from qtool.testing import TinyModel, check_mitigator, check_retargeter, tiny_model, two_stream_problem
+from qtool.testing import TinyModel, check_retargeter, tiny_model, two_stream_problem
 
 PLUGINS = Plugins.discover()
 N_OUT, N_IN, TOKENS, HELD = 10, 16, 400, 40
@@ -66,19 +66,6 @@ def ridged(of: LayerProblem, x: Tensor, f: Tensor, ridge: float) -> Tensor:
 def test_keeps_the_promises(text: str, config: TargetConfig) -> None:
     scheme = parse_tensor_scheme(text, PLUGINS.format)
     check_retargeter(Target(), PLUGINS.format(scheme.format), config, scheme=scheme)
-
-
-class Aimed:
-    """``target+gptq`` as the check of mitigators takes it, whose streams are equal."""
-
-    version, needs, Config = 1, ("hessian", "cross"), GPTQConfig
-
-    def quantize(self, problem: LayerProblem, config: GPTQConfig) -> Any:  # noqa: ANN401 - a QuantizedLinear
-        return GPTQ().quantize(retargeted(problem, alpha=1.0), config)
-
-
-def test_a_composition_keeps_the_promises_of_a_mitigator() -> None:
-    check_mitigator(Aimed(), Int3())
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.01, 0.5])
