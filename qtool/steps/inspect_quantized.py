@@ -55,6 +55,7 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
     return facts, {
         "losses": Table(("linear", *columns), rows),
         "losses_by_module": _by_module(reports),
+        **_of_blocks(manifest.details.get("blocks", {})),
         **solved_routing(manifest.details.get("experts", {})),
         "counters": Table(("counter", "value", "meaning"), counters),
     }
@@ -100,6 +101,15 @@ def _over_experts(reports: Reports) -> dict[str, Mapping[str, float]]:
         numbers = dict.fromkeys(number for one in members for number in one)
         means[name] = {number: fmean(one[number] for one in members if number in one) for number in numbers}
     return means
+
+
+def _of_blocks(reports: Mapping[str, Mapping[str, float]]) -> Tables:
+    """Return what methods that look at whole blocks have to say of each; nothing where there was none."""
+    if not reports:
+        return {}
+    columns = sorted({name for report in reports.values() for name in report}, key=lambda n: (n != "block_loss", n))
+    rows = [(int(layer), *(reports[layer].get(name) for name in columns)) for layer in sorted(reports, key=int)]
+    return {"blocks": Table(("layer", *columns), rows)}
 
 
 def _by_module(reports: Reports) -> Table:

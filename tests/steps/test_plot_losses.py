@@ -182,6 +182,20 @@ class TestTable:
         assert columns == ("module", "linears", "mean_loss_rtn", "mean_loss", "of_rtn", "worst_loss", "worst")
 
 
+class TestBlocks:
+    def test_what_learned_from_blocks_says_so(self, desk: Desk) -> None:
+        learned, _ = mitigate(replace(asked(desk, "autoround"), settings={"steps": "2"}), desk.workspace)
+        table = inspect(str(learned.path), desk.workspace).tables["blocks"]
+        told = learned.manifest.details["blocks"]
+        assert table.columns == ("layer", "block_loss", "best_step", "block_loss_before")
+        assert [row[0] for row in table.rows] == list(range(len(told))) == [0, 1]
+        assert [row[1] for row in table.rows] == [told[str(layer)]["block_loss"] for layer in range(2)]
+
+    def test_others_have_no_such_table(self, desk: Desk) -> None:
+        plain, _ = mitigate(asked(desk, "gptq"), desk.workspace)
+        assert "blocks" not in inspect(str(plain.path), desk.workspace).tables
+
+
 class TestCounters:
     @pytest.mark.parametrize("counter", [*COUNTERS, "of_a_plugin"])
     def test_strict_refuses_all_of_them_and_inspect_shows_them(
