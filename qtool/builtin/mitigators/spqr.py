@@ -4,9 +4,9 @@ The scheme says bits and groups; the paper's are ``int3-asym-g16`` and ``int4-as
 With ``bilevel`` scales and zero points are codes of a few bits under ranges in float16, and the scheme's own format of
 scales has no effect. The paper's bits a weight are ``b + (b_s + b_z) / g + 64 / (g · second_group) + 32 · outliers``.
 
-Groups whose range has no code at 0 round small weights by up to half a step. In columns with large inputs, which have
-small weights behind a norm that makes them large, that costs more than the finer range gains, and becomes outliers:
-with ``tau=none`` such a model can come out worse than rounded to nearest (``tiny``: 14.2 against 13.1 at INT4).
+Groups whose range has no code at 0 round small weights by up to half a step. With ``tau=none`` a model can come out
+worse than rounded to nearest (``tiny``: 14.2 against 13.1 at INT4); that small weights in columns with large inputs are
+the reason, as they are behind a norm that makes those large, was not tested.
 
 Left out: the released code's order by activations, since it stores columns permuted. Its dampening of 1 is the default;
 0.01, as in GPTQ, keeps more outliers and loses less (``tiny`` at INT3: 13.05 with 5.0 bits, 13.36 with 4.7).
