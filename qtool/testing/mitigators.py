@@ -17,7 +17,7 @@ from qtool.numerics.groups import from_groups
 from qtool.numerics.losses import relative_loss
 from qtool.numerics.two_streams import TwoStreams
 from qtool.scheme import Format, TensorScheme
-from qtool.testing.promise import CheckError
+from qtool.testing.promise import CheckError, refuse_changes
 
 
 def correlated_problem(
@@ -95,11 +95,10 @@ def check_mitigator(
     total = nearest = 0.0
     for seed in range(4):
         problem = correlated_problem(fmt, chosen, seed=seed)
-        kept = {"weight": problem.weight.clone(), **{entry: t.clone() for entry, t in problem.entries.items()}}
+        given = {"weight": problem.weight, **problem.entries}
+        kept = {label: tensor.clone() for label, tensor in given.items()}
         result, again = mitigator.quantize(problem, options), mitigator.quantize(problem, options)
-        for entry, tensor in {"weight": problem.weight, **problem.entries}.items():
-            if not torch.equal(kept[entry], tensor):
-                raise CheckError(f"{name} modifies the {entry} that it is given")
+        refuse_changes(name, kept, given)
         if not torch.equal(result.codes, again.codes):
             raise CheckError(f"{name} gives other codes when it is asked again")
         if not all(torch.equal(a.scale, b.scale) for a, b in zip(result.parameters, again.parameters, strict=True)):
@@ -145,12 +144,11 @@ def check_retargeter(
     total = alone = 0.0
     for seed in range(4):
         problem = two_stream_problem(fmt, chosen, seed=seed)
-        kept = {"weight": problem.weight.clone(), **{entry: t.clone() for entry, t in problem.entries.items()}}
+        given = {"weight": problem.weight, **problem.entries}
+        kept = {label: tensor.clone() for label, tensor in given.items()}
         result = retargeter.retarget(problem, options)
         again = retargeter.retarget(replace(problem, memory={}), options)
-        for entry, tensor in {"weight": problem.weight, **problem.entries}.items():
-            if not torch.equal(kept[entry], tensor):
-                raise CheckError(f"{name} modifies the {entry} that it is given")
+        refuse_changes(name, kept, given)
         if not torch.equal(result.weight, again.weight):
             raise CheckError(f"{name} gives another weight when it is asked again")
         if result.weight.shape != problem.weight.shape or result.weight.dtype != problem.weight.dtype:
