@@ -45,7 +45,8 @@ def mitigate(
         bool | None,
         typer.Option(
             "--true-sequential/--no-true-sequential",
-            help="Each linear sees the quantized ones before it in its block. [default: no]",
+            help="Each linear sees the quantized ones before it in its block. "
+            "[default: where a method compares the inputs of linears with full precision]",
         ),
     ] = None,
     round_activations: Annotated[

@@ -170,12 +170,11 @@ class BlockSolver:
                 scales |= input_scales(linear.reads, grid.global_scales(absmax))
         return scales
 
-    def put(self, network: Network, linears: Sequence[LinearSite], solved: Mapping[str, QuantizedLinear]) -> None:
-        """Put decoded weights and adapters into a loaded block."""
+    def replace(self, network: Network, linears: Sequence[LinearSite], solved: Mapping[str, QuantizedLinear]) -> None:
+        """Let linears of a loaded block compute with decoded weights and adapters."""
         for linear in linears:
             target, found = network.linear(linear.layer, linear.spec.module), solved[linear.name]
-            target.weight.data = found.weight(self.solver.grid_of(linear)).to(target.weight)
-            target.adapter = found.adapter
+            target.replace(found.weight(self.solver.grid_of(linear)).to(target.weight), found.adapter)
 
     def install(self, network: Network, layer: int, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Load a finished block as it is going to be executed.
@@ -192,7 +191,9 @@ class BlockSolver:
         read: dict[str, str] = {}
         for linear in graph.linears_of(layer):  # one at a time: decoded, they take several times what codes take
             found = read_linear(linear.name, graph.width(linear.spec.reads), tensors, self.solver.grid_of(linear))
-            self.put(network, [linear], {linear.name: found})
+            target = network.linear(layer, linear.spec.module)
+            target.weight.data = found.weight(self.solver.grid_of(linear)).to(target.weight)
+            target.adapter = found.adapter
             read |= {linear.spec.reads: linear.reads, linear.observed: linear.reads}
         for site, module in network.sites[layer].items():
             if module.rounding is not None and site in read:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -211,8 +212,25 @@ class ExecutedLinear(nn.Module):
         self.site = site
         site.readers += 1
         self.adapter: Adapter | None = None
+        self.replaced: Tensor | None = None
         self.undone: tuple[Acts, ...] = ()
         self.output_observer: OutputObserver | None = None
+
+    def replace(self, weight: Float[Tensor, "out in"], adapter: Adapter | None) -> None:
+        """Compute with what was made of the weight; the weight itself stays with ``replaced``."""
+        self.replaced = self.weight.data if self.replaced is None else self.replaced
+        self.weight.data, self.adapter = weight, adapter
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Compute with the weight that was replaced, if any was, for as long as the context lasts."""
+        found = self.weight.data, self.adapter
+        if self.replaced is not None:
+            self.weight.data, self.adapter = self.replaced, None
+        try:
+            yield
+        finally:
+            self.weight.data, self.adapter = found
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return ``Ŵ x̂ + b``, with an adapter's ``up (down x̂)`` or ``up (down x)``, operators on the output undone."""

@@ -9,7 +9,7 @@ place of its blocks. Peak memory is embedding, head and one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -186,7 +186,7 @@ class Network:
             self.experts[layer].reset()
         for linear in graph.linears_of(layer):
             target = self.linear(layer, linear.spec.module)
-            target.adapter = content.adapters.get(linear.spec.module)
+            target.adapter, target.replaced = content.adapters.get(linear.spec.module), None
             undone = [one.inverse() for one in reversed(output_operators(self.subject.plan, linear))]
             target.undone = with_kernels(undone, self.subject.plugins, self.device)
         return content
@@ -199,9 +199,12 @@ class Network:
         return found
 
     @contextmanager
-    def unrounded(self, layer: int) -> Iterator[None]:
-        """Let a loaded block round no activations, keys or values for as long as the context lasts."""
-        with self.rounded_by(layer, lambda name: None, None):
+    def exact(self, layer: int) -> Iterator[None]:
+        """Let a loaded block compute in full precision: no activations, keys or values rounded, no weights replaced."""
+        with ExitStack() as stack:
+            stack.enter_context(self.rounded_by(layer, lambda name: None, None))
+            for linear in self.subject.model.graph.linears_of(layer):
+                stack.enter_context(self.linear(layer, linear.spec.module).restored())
             yield
 
     @contextmanager
@@ -241,7 +244,8 @@ class Network:
         for site in self.sites[layer].values():
             site.forget()
         for linear in self.subject.model.graph.linears_of(layer):
-            self.linear(layer, linear.spec.module).adapter = None
+            target = self.linear(layer, linear.spec.module)
+            target.adapter = target.replaced = None
         self.compensations[layer] = None
         _release(self.blocks[layer])
 

@@ -1,7 +1,7 @@
 """Solving a model from the activations of what is quantized already, and if methods ask for it beside full precision.
 
 Two streams run through the blocks: one sees the blocks as they have been quantized, the other (``exact``) as they are.
-Both pass through a block while its weights are still float, so that one copy of it serves both.
+One copy of a block serves both: linears that are replaced by quantized ones keep their weights for the other stream.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Propagation:
             gathered = self.stream.gather(layer, stage, self.statistics, self.gathering, exact=self.exact)
             self.block.solve(stage, state, gathered.statistics, solved, gathered.tokens)
             if stage[-1] is not linears[-1]:
-                self.block.put(network, stage, solved.solution.linears)
+                self.block.replace(network, stage, solved.solution.linears)
         if self.exact is None:
             return solved
         self._run_exactly(layer)
@@ -101,7 +101,7 @@ class Propagation:
 
     def _run_exactly(self, layer: int) -> None:
         if self.exact is not None:
-            with self.network.unrounded(layer):
+            with self.network.exact(layer):
                 self.exact.run(layer, keep=True)
 
     def _refine(
@@ -155,8 +155,6 @@ class Propagation:
         return cache_rounding(scheme, fmt)
 
 
-def wants_exact(methods: Sequence[Method], statistics: Mapping[str, AnyStatistic]) -> bool:
-    """Say whether methods compare with full precision: by statistics of both streams, or by the block's outputs."""
-    return any(method.of_block for method in methods) or any(
-        isinstance(one, PairedStatistic) for one in statistics.values()
-    )
+def compares_inputs(statistics: Mapping[str, AnyStatistic]) -> bool:
+    """Say whether any statistics are of both streams."""
+    return any(isinstance(one, PairedStatistic) for one in statistics.values())

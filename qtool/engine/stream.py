@@ -113,7 +113,7 @@ class Stream:
         experts = network.experts.get(layer)
         for rows in self.batches():
             routed = None if experts is None else experts.routed.clone()
-            with network.unrounded(layer):
+            with network.exact(layer):
                 for name, observer in observers.items():
                     sites[name].observer = observer.remember
                 network.show(layer, exact.states[rows].to(network.device), arguments)

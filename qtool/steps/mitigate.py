@@ -19,7 +19,7 @@ from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
 from qtool.engine.problem import Retargeter
-from qtool.engine.propagate import Propagation, wants_exact
+from qtool.engine.propagate import Propagation, compares_inputs
 from qtool.engine.solve import Method, Solver
 from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
@@ -54,7 +54,8 @@ class MitigateRequest:
         settings: Options of the methods as text.
         propagate: ``quantized``: blocks see the activations of what is quantized already, by forward passes;
             ``none``: carried statistics, no forward pass.
-        true_sequential: Four passes a block, so that each linear sees the quantized ones before it in its block.
+        true_sequential: Four passes a block, so that each linear sees the quantized ones before it in its block; None
+            for where a method compares the inputs of linears with those in full precision.
         round_activations: Whether the activations that are propagated are quantized as the scheme says; None for where
             a method learns from whole blocks (measured in ``recipes/README.md``).
         token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm`` where Hessians are
@@ -75,7 +76,7 @@ class MitigateRequest:
     scheme: ModelScheme
     settings: Mapping[str, str] = field(default_factory=dict)
     propagate: Propagate = "quantized"
-    true_sequential: bool = False
+    true_sequential: bool | None = None
     round_activations: bool | None = None
     token_weight: str = ""
     experts: str = ""
@@ -208,7 +209,8 @@ class _Work:
         self.block = BlockSolver(solver, static_inputs(subject), mode or "all", _checked_share(request, mode))
         self.needs = self.block.needs
         self.gathered: dict[str, AnyStatistic] = {n: workspace.plugins.load("statistics", n) for n in self.needs}
-        self.compares = wants_exact(bound, self.gathered)
+        self.compares_inputs = compares_inputs(self.gathered)
+        self.compares = self.compares_inputs or any(method.of_block for method in bound)
         self.saliencies = saliencies_of(statistics, opened, self.needs, weight, request.propagate)
         self.looks = bool(self.needs) or self.compares
         self.experts = mode if self.looks else ""
@@ -225,17 +227,21 @@ class _Work:
         """Refuse what excludes a second stream in full precision.
 
         Raises:
-            UsageError: Without passes there is no such stream; routed experts see other tokens in it; and where linears
-                see quantized ones before them, one copy of the block cannot serve both.
+            UsageError: Without passes there is no such stream, and routed experts see other tokens in it.
         """
         request = self.request
         reason = {
             request.propagate == "none": ("which takes passes over the text", "--propagate quantized"),
             self.experts == "routed": ("and routed experts see other tokens there", "--experts all"),
-            request.true_sequential: ("which `--true-sequential` has no copy of the block for", "leave it out"),
         }.get(True)
         if reason is not None:
             raise UsageError(f"`{request.method}` compares with full precision, {reason[0]}", hint=reason[1])
+
+    @property
+    def true_sequential(self) -> bool:
+        """Whether linears see the quantized ones before them in their block."""
+        given = self.request.true_sequential
+        return self.compares_inputs if given is None else given
 
     @property
     def rounds(self) -> bool:
@@ -252,7 +258,7 @@ class _Work:
             "methods": [one.record() for one in self.configured],
             "scheme": request.scheme.to_json(),
             "propagate": request.propagate if self.looks else "none",
-            "true_sequential": request.true_sequential,
+            "true_sequential": self.true_sequential,
             "round_activations": self.rounds,
             "token_weight": self.token_weight if self.looks else "",
             "seed": request.seed,
@@ -381,7 +387,7 @@ class _Work:
             streams[-1] if self.compares else None,
             self.gathered,
             gathering,
-            self.request.true_sequential,
+            self.true_sequential,
         )
 
     def _write(self, writer: ArtifactWriter, layer: int, block: SolvedBlock) -> None:

@@ -68,16 +68,20 @@ class _Foreseen:
         """Times that the windows go through every block; the last time that they would leave the last one is saved."""
         if self.config["propagate"] == "none":
             return 0
-        stages = len({linear.stage for linear in self.subject.model.graph.linears})
-        return 1 + (stages if self.config["true_sequential"] else 1) + self.exact_passes
+        return 1 + self.stages + self.exact_passes
+
+    @cached_property
+    def stages(self) -> int:
+        """Times that linears of a block are solved, each with a pass in front."""
+        return len({one.stage for one in self.subject.model.graph.linears}) if self.config["true_sequential"] else 1
 
     @cached_property
     def exact_passes(self) -> int:
-        """Passes in full precision beside them: one to go on, and one to be compared with."""
+        """Passes in full precision beside them: one to go on, and one of each stage to be compared with."""
         paired = any(
             isinstance(one, PairedStatistic) for one in statistics_of(self.needs, self.subject.plugins).values()
         )
-        return (paired or any(method.of_block for method in self.methods)) + paired
+        return (paired or any(method.of_block for method in self.methods)) + paired * self.stages
 
     @property
     def windows_learned(self) -> int:

@@ -25,7 +25,7 @@ class MitigateSettings:
         kv: The same, of the KV cache.
         methods: Method to its options as text; those of methods that are not used count for nothing.
         propagate: See ``MitigateRequest``, as for the rest.
-        true_sequential: Four passes a block.
+        true_sequential: Four passes a block; None for where a method compares the inputs of linears.
         round_activations: Whether propagated activations are quantized; None for where a method sees whole blocks.
         token_weight: Rule for the weight of a token; empty for a default.
         experts: Which tokens experts' statistics are of; empty takes the choice of the statistics.
@@ -40,7 +40,7 @@ class MitigateSettings:
     kv: str = ""
     methods: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     propagate: str = "quantized"
-    true_sequential: bool = False
+    true_sequential: bool | None = None
     round_activations: bool | None = None
     token_weight: str = ""
     experts: str = ""

@@ -225,7 +225,6 @@ def test_a_batch_size_changes_nothing(tinies: Callable[[str], TinyModel]) -> Non
     ("model_type", "change", "reason", "hint"),
     [
         ("llama", {"propagate": "none"}, "which takes passes over the text", "--propagate quantized"),
-        ("llama", {"true_sequential": True}, "which `--true-sequential` has no copy of the block for", "leave it out"),
         ("qwen3_moe", {"experts": "routed"}, "and routed experts see other tokens there", "--experts all"),
     ],
 )
@@ -290,7 +289,7 @@ def test_roundings_are_put_back(tinies: Callable[[str], TinyModel]) -> None:
     plain = Network(tiny.subject, device=CPU, dtype=torch.float32)
     plain.load(0)
     rounded = network.run(0, hidden, arguments[0])
-    with network.unrounded(0):
+    with network.exact(0):
         assert torch.equal(network.run(0, hidden, arguments[0]), plain.run(0, hidden, arguments[0]))
     assert torch.equal(network.run(0, hidden, arguments[0]), rounded)
     own = {name: site.rounding for name, site in network.sites[0].items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,7 +68,8 @@ def recorded(
     scheme = read_scheme("", {name: text for name, text in parts.items() if text}, tiny.workspace.plugins)
     name = f"{tiny.path.parent.name}-{len(list(tiny.workspace.home.iterdir()))}.safetensors"
     asked = MitigateRequest(str(tiny.statistics.path), "recording", scheme, output=tiny.workspace.home / name)
-    artifact, reused = mitigate(replace(asked, **{"token_weight": "uniform", "batch": 2, **changes}), tiny.workspace)
+    changes = {"token_weight": "uniform", "batch": 2, "true_sequential": False, **changes}
+    artifact, reused = mitigate(replace(asked, **changes), tiny.workspace)
     assert not reused
     return method.seen, artifact
 
@@ -77,10 +79,18 @@ def model_of(tiny: TinyModel) -> Any:  # noqa: ANN401 - a model of transformers
     return AutoModelForCausalLM.from_pretrained(tiny.path, **loaded).eval()
 
 
-def with_block(model: Any, artifact: Artifact, tiny: TinyModel, layer: int) -> Any:  # noqa: ANN401 - as above
-    """Put a quantized block into a model of transformers."""
+def with_block(
+    model: Any,  # noqa: ANN401 - as above
+    artifact: Artifact,
+    tiny: TinyModel,
+    layer: int,
+    names: Container[str] | None = None,
+) -> Any:  # noqa: ANN401 - as above
+    """Put a quantized block, or some linears of it, into a model of transformers."""
     subject = open_subject(str(artifact.path), tiny.workspace).subject
     for linear in subject.model.graph.linears_of(layer):
+        if names is not None and linear.name not in names:
+            continue
         weight = subject.linear(linear).weight(subject.weight_grid(linear)).double()
         if linear.expert is None:
             model.get_submodule(linear.name).weight.data = weight
@@ -190,20 +200,37 @@ def test_tokens_of_experts_are_counted_once(models: dict[str, TinyModel], monkey
         assert sum(notes["tokens"]) == WINDOWS * TOKENS * chosen
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"propagate": "none"}, "which takes passes over the text"),
-        ({"true_sequential": True}, "has no copy of the block"),
-    ],
-)
-def test_without_a_second_stream_it_is_refused(
-    models: dict[str, TinyModel], changes: dict[str, Any], reason: str
-) -> None:
+def test_without_a_second_stream_it_is_refused(models: dict[str, TinyModel]) -> None:
     tiny = models["llama"]
     scheme = read_scheme("", {"weights": "int4"}, tiny.workspace.plugins)
-    with pytest.raises(UsageError, match=reason):
-        mitigate(MitigateRequest(str(tiny.statistics.path), "target+gptq", scheme, **changes), tiny.workspace)
+    asked = MitigateRequest(str(tiny.statistics.path), "target+gptq", scheme, propagate="none")
+    with pytest.raises(UsageError, match="which takes passes over the text"):
+        mitigate(asked, tiny.workspace)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_one_stage_after_the_other_is_the_default_and_full_precision_stays_so(
+    models: dict[str, TinyModel], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tiny = models[name]
+    changes = {"experts": "all"} if name == "mixtral" else {}
+    seen, artifact = recorded(tiny, monkeypatch, true_sequential=None, **changes)
+    assert artifact.manifest.step.config["true_sequential"] is True
+    windows = tiny.statistics.tensor("windows").long()
+    graph = tiny.subject.model.graph
+    for layer in (0, 1):
+        model = model_of(tiny) if layer == 0 else with_block(model_of(tiny), artifact, tiny, 0)
+        linears, exact = graph.linears_of(layer), inputs(model_of(tiny), windows, layer)
+        for stage in sorted({linear.stage for linear in linears}):
+            before = [linear.name for linear in linears if linear.stage < stage]
+            quantized = inputs(with_block(deepcopy(model), artifact, tiny, layer, before), windows, layer)
+            for linear in (one for one in linears if one.stage == stage):
+                site = linear.spec.reads
+                expected = by_hand(quantized[site], exact[site], "uniform")
+                for entry in ENTRIES:
+                    assert distance(seen[linear.name][entry], expected[entry]) < 1e-5, (linear.name, entry)
+                if before:
+                    assert distance(expected["cross"], expected["hessian"]) > 1e-3
 
 
 @dataclass

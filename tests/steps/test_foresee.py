@@ -97,9 +97,10 @@ class TestPasses:
             ("gptq", {}, 2),
             ("gptq", {"true_sequential": True}, 5),
             ("gptq", {"propagate": "none"}, 0),
-            ("gptaq", {}, 4),
+            ("gptaq", {}, 10),
+            ("gptaq", {"true_sequential": False}, 4),
             ("autoround", {"settings": {"steps": "2"}}, 3),
-            ("target+rtn+qwt", {"settings": {"rank": "4"}}, 4),
+            ("target+rtn+qwt", {"settings": {"rank": "4"}}, 10),
         ],
     )
     def test_they_are_as_many_as_there_will_be(

@@ -5,9 +5,6 @@ as they are. Then the others are solved for anew, once, and rounded as in GPTQ. 
 (``qtool.numerics.deviation.deviation_target``), from which scales are fitted as well. Where both streams are the same,
 that is the weight itself. The paper damps by 1e-6 of the largest eigenvalue; here it is ``dampening_frac``, which also
 holds back how far the weight is moved. The first column is that of ``order``, by default the one of most energy.
-
-All linears of a block are solved from one pass so far, where the paper goes on from each to the next: on SmolLM2 the
-result is worse than GPTQ's (``recipes/README.md``).
 """
 
 from __future__ import annotations

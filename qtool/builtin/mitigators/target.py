@@ -6,8 +6,8 @@ method to the right works as it is once it is given ``V`` for its weight. All th
 ``W`` moves by the part ``alpha`` of the way, by default the part that is best on the windows that were held out. GPTAQ
 (arXiv:2504.02692) and Qronos (arXiv:2505.11695) have the same aim.
 
-All linears of a block are solved from one pass so far, so each corrects again what those before it have corrected: on
-SmolLM2 the result is worse than without a target (``recipes/README.md``). A small ``alpha`` does less harm.
+The linears of a block have to be solved one stage after the other (``true_sequential``, the default here). From one
+pass each would correct again what those before it have corrected (measured in ``recipes/README.md``).
 """
 
 from __future__ import annotations
