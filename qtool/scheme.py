@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Strategy = Literal["tensor", "channel", "token", "group"]
 ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
-RangeRule = Literal["tight", "full", "half"]
+RangeRule = Literal["tight", "full", "half", "signed_full"]
 ExponentRule = Literal["even", "floor", "rceil"]
 
 VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token"}
@@ -45,7 +45,9 @@ class TensorScheme:
         scale: Storage format of the scale; codes are chosen against the rounded scale.
         range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of
             max/7 and -min/8; ``full`` is amax/7, which leaves the code -8 unused; ``half`` is amax/7.5, which clips
-            the largest value by half a step where it is positive. Other formats have ``tight`` only.
+            the largest value by half a step where it is positive. ``signed_full`` is v/-8 for the value v of the
+            largest magnitude, so the scale has a sign, and what the other end has beyond 7/8 of it is clipped. Other
+            formats have ``tight`` only.
         exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
             (OCP MX), ``rceil`` (never saturates).
         clip: Fraction of each group's range that is kept, from 0.01 to 1; what lies outside saturates. A method that
@@ -299,7 +301,7 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, strategy="group", group_size=int(group[1]))
     if part.startswith("s") and part[1:] in get_args(ScaleFormat):
         return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
-    if part in ("tight", "full", "half"):
+    if part in get_args(RangeRule):
         return replace(scheme, range_rule=part)  # type: ignore[arg-type]
     if part in ("even", "floor", "rceil"):
         return replace(scheme, exponent_rule=part)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ class Propagation:
         for stage in self._stages(linears):
             gathered = self.stream.gather(layer, stage, self.statistics, self.gathering, exact=self.exact)
             self.block.solve(stage, state, gathered.statistics, solved, gathered.tokens)
-            if stage[-1] is not linears[-1]:
+            if stage[-1] is not linears[-1] and solved.solution.linears:
                 self.block.replace(network, stage, solved.solution.linears)
         if self.exact is None:
             return solved

@@ -6,6 +6,7 @@ bound by the launch of kernels otherwise.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -226,6 +227,7 @@ class Replayed:
             torch.cuda.current_stream().wait_stream(stream)
         else:
             if self.calls == _EAGER_STEPS + 1:
+                gc.collect()  # a graph of before that is freed meanwhile would break the recording
                 with torch.cuda.graph(self.graph):
                     self.function()
             self.graph.replay()

@@ -4,9 +4,10 @@ Symmetric integers have ``z = 2^(b-1)``, that is the signed range ``[-qmax - 1, 
 lowest code is legal under every range rule, whether or not a fit reaches it: values may lie outside the fitted range
 (clipping, error feedback). Who writes a checkpoint for a kernel that cannot take -128 has to look for it.
 
-``tight`` uses both ends and clips neither: measured, it is the best rule for rounding (``recipes/README.md``). Under
-``half`` both ends lie on a tie, which the last bit of a rounded scale decides, and the top code decodes inside the
-range, so that a second fit on decoded values would shrink it. Scales are fitted once and stored.
+``tight`` uses both ends and clips neither. ``signed_full`` turns the grid, by the sign of the scale, so that the longer
+end is at the largest value: measured, it is the best rule for few bits (``recipes/README.md``). Under ``half`` both
+ends lie on a tie, which the last bit of a rounded scale decides, and the top code decodes inside the range, so that a
+second fit on decoded values would shrink it. Scales are fitted once and stored.
 """
 
 from __future__ import annotations
@@ -29,26 +30,31 @@ def fit_symmetric(
     exponent_rule: ExponentRule = "even",
     clip: float = 1.0,
 ) -> Float[Tensor, "*rows"]:
-    """Fit scales ``max(max / qmax, -min / (qmax + 1))``, ``amax / qmax`` or ``amax / (qmax + 1/2)``.
+    """Fit scales ``max(max / qmax, -min / (qmax + 1))``, ``amax / qmax``, ``amax / (qmax + ½)`` or ``-v / (qmax + 1)``.
+
+    ``v`` is the value of the largest magnitude, of two the positive one.
 
     Args:
         groups: Values; the last axis shares a scale. Not modified.
         num_bits: Bits of a code, 2 to 8.
-        range_rule: ``tight``, ``full`` or ``half``, in this order; powers of two follow ``exponent_rule`` instead.
+        range_rule: ``tight``, ``full``, ``half`` or ``signed_full``, in this order; powers of two follow
+            ``exponent_rule`` instead.
         scale_format: How the scale is stored.
         exponent_rule: Rounding of power-of-two scales.
         clip: Fraction of the range that is kept, above 0; beyond 1 steps are wider than the range asks for.
 
     Returns:
-        Scales in float32, exactly as stored.
+        Scales in float32, exactly as stored; under ``signed_full`` they have a sign.
     """
     qmax = 2 ** (num_bits - 1) - 1
     amax = largest_magnitude(groups) * clip
     if scale_format == "e8m0":
         return fit_scale(amax, max_value=float(qmax), scale_format=scale_format, exponent_rule=exponent_rule)
+    high, low = groups.amax(-1).float() * clip, groups.amin(-1).float() * clip
     if range_rule == "tight":
-        high, low = groups.amax(-1).float() * clip, groups.amin(-1).float() * clip
         return store_scale(torch.maximum(high / qmax, -low / (qmax + 1)), scale_format)
+    if range_rule == "signed_full":
+        return store_scale(torch.where(high >= -low, high, low) / -(qmax + 1), scale_format)
     return store_scale(amax / (qmax + 0.5 if range_rule == "half" else qmax), scale_format)
 
 

@@ -60,7 +60,8 @@ class LearnedGrid:
         start: The code that each weight is rounded to at first; None for the nearest.
 
     Attributes:
-        offset: Of each weight, from ``-1/2`` to ``1/2``; at 0 everything is as it was at the start.
+        offset: Of each weight, in levels: at 0 everything is as it was at the start; from ``-1/2`` to ``1/2`` it
+            chooses one of the two levels beside it.
         high: Factor of the upper end of each group's range.
         low: Factor of the lower end where it has one of its own; the same tensor as ``high`` where not.
     """

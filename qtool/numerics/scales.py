@@ -71,13 +71,13 @@ def store_scale(
     """Round step sizes to their storage format.
 
     Args:
-        scale: Value of one code step, not negative. Not modified.
+        scale: Value of one code step; it keeps its sign. Not modified.
         scale_format: How it is stored; ``e8m0`` takes the nearest power of two (to fit one to values, with an exponent
             rule, use ``fit_scale``).
         global_scale: Multiplier of E4M3 scales, and of those only; what is stored is ``scale / global_scale``.
 
     Returns:
-        Scales in float32, exactly as stored: within the format's positive range, and 1 where ``scale`` is 0.
+        Scales in float32, exactly as stored: of a magnitude that the format has, and 1 where ``scale`` is 0.
 
     Raises:
         SchemeError: E4M3 without a global scale, or a global scale without E4M3.
@@ -88,8 +88,8 @@ def store_scale(
             hint="pass what the format's `global_scale` returns for the largest magnitude of the tensor",
         )
     relative = scale.float() if global_scale is None else scale.float() / global_scale
-    stored = decode_scale(encode_scale(relative.clamp(*_LIMITS[scale_format]), scale_format), scale_format)
-    return stored.masked_fill(scale == 0, 1.0)
+    stored = decode_scale(encode_scale(relative.abs().clamp(*_LIMITS[scale_format]), scale_format), scale_format)
+    return stored.copysign(relative).masked_fill(scale == 0, 1.0)
 
 
 def encode_scale(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> Shaped[Tensor, "*rows"]:

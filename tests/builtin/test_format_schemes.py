@@ -101,7 +101,7 @@ def test_the_nearest_scheme_of_a_refusal_always_works() -> None:
         ("tensor", "channel", "token", "group"),
         (None, 16, 32),
         ("fp32", "fp16", "bf16", "e4m3", "e8m0"),
-        ("tight", "full", "half"),
+        ("tight", "full", "half", "signed_full"),
         ("even", "floor", "rceil"),
     )
     for scheme in itertools.starmap(TensorScheme, parts):

@@ -106,7 +106,7 @@ def test_a_column_rounds_as_it_does_inside_its_group(text: str) -> None:
     assert torch.equal(codes, form.encode(groups, parameters)[:, 1, 5:6])
 
 
-@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "signed_full", "asym"])
 def test_int4_is_the_oracle(kind: oracle.IntRange) -> None:
     x = values_of(4, 64)
     form, groups, parameters = fit(f"int4-g32-sfp32{'-' + kind}" if kind != "asym" else "int4-asym-g32-sfp32", x)

@@ -27,7 +27,7 @@ def fit(groups: torch.Tensor, kind: str, bits: int, scale_format: str = "fp32", 
     return scale, None
 
 
-@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "signed_full", "asym"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale_format", STORED)
 def test_scalar_by_scalar_as_the_oracle_does_it(kind: str, bits: int, scale_format: str) -> None:
@@ -71,7 +71,7 @@ def test_the_error_inside_the_range_is_half_a_step(kind: str, bits: int) -> None
     assert (error <= scale.unsqueeze(-1) * 0.5 * slack * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "signed_full", "asym"])
 @pytest.mark.parametrize("bits", BITS)
 def test_all_codes_round_trip_and_rounding_is_decoding(kind: str, bits: int) -> None:
     scale, zero_point = fit(groups_of(5, 32, seed=1, shift=-0.4), kind, bits, "bf16")
@@ -114,7 +114,7 @@ def test_half_alone_cannot_be_fitted_again(bits: int) -> None:
         assert torch.equal(round_integers(rounded, scale, None, bits), rounded)
 
 
-@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "signed_full", "asym"])
 def test_groups_of_zeros_decode_to_zero(kind: str) -> None:
     groups = torch.zeros(2, 8)
     for scale_format in ("fp32", "fp16", "bf16"):
@@ -150,7 +150,7 @@ def test_the_zero_point_is_derived_from_the_stored_scale() -> None:
     assert not torch.equal((-low / exact).round(), zero_point)
 
 
-@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "signed_full", "asym"])
 @pytest.mark.parametrize("factor", [0.125, 64.0])
 def test_powers_of_two_scale_exactly(kind: str, factor: float) -> None:
     groups = groups_of(8, 32, seed=6)
@@ -162,7 +162,7 @@ def test_powers_of_two_scale_exactly(kind: str, factor: float) -> None:
         assert torch.equal(encode_integers(groups * factor, scaled, moved, 4), codes)
 
 
-@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "signed_full", "asym"])
 def test_clip_keeps_a_fraction_of_the_range(kind: str) -> None:
     groups = groups_of(8, 32, seed=7)
     scale, zero_point = fit(groups, kind, 4)
@@ -170,6 +170,31 @@ def test_clip_keeps_a_fraction_of_the_range(kind: str) -> None:
     assert torch.allclose(clipped, scale * 0.75)
     if zero_point is not None:
         assert torch.equal(moved, zero_point)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_signed_full_has_its_longer_end_at_the_largest_value(bits: int) -> None:
+    groups = groups_of(64, 16, seed=11)
+    scale, _ = fit(groups, "signed_full", bits)
+    rounded, top = round_integers(groups, scale, None, bits), 2 ** (bits - 1) - 1
+    largest = groups.abs().argmax(-1, keepdim=True)
+    assert torch.allclose(rounded.gather(-1, largest), groups.gather(-1, largest))
+    assert torch.equal(scale < 0, groups.gather(-1, largest).squeeze(-1) > 0)
+    assert 0 < int((scale < 0).sum()) < 64
+    step = scale.abs().unsqueeze(-1)
+    inside = groups / scale.unsqueeze(-1) <= top
+    assert ((rounded - groups).abs() <= step * torch.where(inside, 0.5, 1.0) * (1 + 1e-5)).all()
+    assert not inside.all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_signed_full_loses_least_at_few_bits(bits: int) -> None:
+    groups = groups_of(2000, 64, seed=12)
+    lost = {}
+    for kind in ("tight", "full", "half", "signed_full"):
+        scale, _ = fit(groups, kind, bits, "bf16")
+        lost[kind] = float((round_integers(groups, scale, None, bits) - groups).square().mean())
+    assert lost["signed_full"] < 0.9 * min(lost[kind] for kind in ("tight", "full", "half"))
 
 
 @pytest.mark.parametrize("bits", BITS)

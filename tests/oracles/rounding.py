@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IntRange: TypeAlias = Literal["tight", "full", "half", "asym"]
+IntRange: TypeAlias = Literal["tight", "full", "half", "signed_full", "asym"]
 ExponentRule: TypeAlias = Literal["floor", "even", "rceil"]
 ScaleDtype: TypeAlias = Literal["float64", "float32", "float16", "bfloat16", "e4m3"]
 
@@ -127,8 +127,8 @@ def fit_int(
         block: Values that share a scale.
         num_bits: Width of a code.
         kind: ``tight``: the least scale that clips nothing. ``full``: ``amax / qmax``. ``half``: ``amax / (qmax +
-            0.5)``. ``asym``: the range is widened to hold 0, ``s = (max - min) / (2^b - 1)``, ``z = round(-min / s)``
-            clamped to the codes.
+            0.5)``. ``signed_full``: ``-v / (qmax + 1)`` for the value ``v`` of the largest magnitude. ``asym``: the
+            range is widened to hold 0, ``s = (max - min) / (2^b - 1)``, ``z = round(-min / s)`` clamped to the codes.
         scale_dtype: Type that the scale is rounded to before the zero point is derived from it.
 
     Returns:
@@ -144,6 +144,9 @@ def fit_int(
         return store_scale(amax / high, scale_dtype) or 1.0, 0
     if kind == "tight":
         return store_scale(max(value / (high if value > 0 else low) for value in block), scale_dtype) or 1.0, 0
+    if kind == "signed_full":
+        scale = store_scale(amax / -low, scale_dtype) or 1.0
+        return (-scale if max(block) == amax > 0 else scale), 0
     return store_scale(amax / (high + 0.5), scale_dtype) or 1.0, 0
 
 

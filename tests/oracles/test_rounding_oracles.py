@@ -174,7 +174,7 @@ def test_grids_wrap_the_block_formats() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["tight", "full", "half", "asym"])
+@pytest.mark.parametrize("kind", ["tight", "full", "half", "signed_full", "asym"])
 @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
 def test_integer_error_is_at_most_half_a_step_inside_the_range(num_bits: int, kind: IntRange) -> None:
     rng = np.random.default_rng(num_bits)
@@ -182,11 +182,11 @@ def test_integer_error_is_at_most_half_a_step_inside_the_range(num_bits: int, ki
     for shift in (-3.0, 0.0, 0.7, 3.0):
         block = (rng.standard_normal(64) + shift).tolist()
         scale, zero = fit_int(block, num_bits, kind, "float64")
-        low, high = (decode_int(code, scale, zero) for code in limits)
+        low, high = sorted(decode_int(code, scale, zero) for code in limits)
         for x in [*block, 0.0]:
             inside = min(max(x, low), high)
             error = decode_int(encode_int(x, scale, zero, limits), scale, zero) - inside
-            assert abs(error) <= scale / 2 * (1 + 1e-9)
+            assert abs(error) <= abs(scale) / 2 * (1 + 1e-9)
         assert decode_int(encode_int(0.0, scale, zero, limits), scale, zero) == 0.0
 
 
@@ -196,6 +196,8 @@ def test_integer_scales_of_a_known_block() -> None:
     assert fit_int(block, 4, "tight", "float64") == (3.0 / 8, 0)
     assert fit_int([3.0, -3.2, 1.5], 4, "tight", "float64") == (3.0 / 7, 0)
     assert fit_int(block, 4, "half", "float64") == (0.4, 0)
+    assert fit_int(block, 4, "signed_full", "float64") == (3.0 / 8, 0)
+    assert fit_int([3.0, -2.9, 1.5], 4, "signed_full", "float64") == (-3.0 / 8, 0)
     assert fit_int(block, 4, "asym", "float64") == (0.3, 10)
     assert fit_int([1.0, 1.5], 4, "asym", "float64") == (0.1, 0)
     assert fit_int([-1.5, -1.0], 4, "asym", "float64") == (0.1, 15)
@@ -234,4 +236,5 @@ def refitted_error(kind: IntRange) -> float:
 def test_refitting_is_idempotent_except_for_half() -> None:
     assert refitted_error("tight") < 1e-14
     assert refitted_error("full") < 1e-14
+    assert refitted_error("signed_full") < 1e-14
     assert refitted_error("half") > 0.01

@@ -1,9 +1,9 @@
 """AutoRound, Cheng et al. 2023, SignRound, arXiv:2309.05516: rounding learned from the output of each block.
 
-Each weight has an offset in [-1/2, 1/2] that decides between the two levels beside it, and each group a factor for
-both ends of its range. Signed gradient descent on the squared error of the block's output, with a step that falls to 0,
-moves both. Inputs are those of the model quantized so far, targets those in full precision, and what the block rounds
-when it is executed it rounds here.
+Each weight has an offset that decides between the levels beside it, and each group a factor for both ends of its
+range. Signed gradient descent on the squared error of the block's output, with a step that falls to 0, moves both.
+Inputs are those of the model quantized so far, targets those in full precision, and what the block rounds when it is
+executed it rounds here.
 
 Left of it may stand a method that made codes (``gptq+autoround``): then offsets are counted from those. Without one it
 starts from rounding to nearest. Added: the best step is chosen by windows that are the same every time, not by the loss
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from jaxtyping import Float
 from torch import Tensor
@@ -34,16 +33,20 @@ class AutoRoundConfig(LearningOptions):
     """Options of AutoRound, beside those of whatever learns from blocks.
 
     Attributes:
-        rate: First step of an offset, in levels; 0 stands for ``1 / steps``.
-        range_rate: First step of a range's factor; 0 stands for ``rate``.
+        rate: First step of an offset, in levels; 0 stands for ``2 reach / steps``, with which offsets just get there.
+        range_rate: First step of a range's factor; 0 stands for ``1 / steps``.
         learn_ranges: Whether ranges are learned beside the rounding.
         widest: Largest factor of a range.
+        reach: Largest offset, in levels: beyond 1/2, weights may go further than to the two levels beside them. 0
+            stands for 1/2 where levels are evenly spaced, and for 1 where they are not (measured in
+            ``recipes/README.md``).
     """
 
     rate: float = 0.0
     range_rate: float = 0.0
     learn_ranges: bool = True
     widest: float = 1.0
+    reach: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
@@ -57,6 +60,8 @@ class AutoRoundConfig(LearningOptions):
                 raise UsageError(f"`{name}` is from 0 to 1, not {rate:g}", hint=f"leave `{name}` out")
         if not 1 <= self.widest <= 4:
             raise UsageError(f"`widest` is from 1 to 4, not {self.widest:g}", hint="--set widest=1")
+        if not 0 <= self.reach <= 2:
+            raise UsageError(f"`reach` is from 0 to 2 levels, not {self.reach:g}", hint="leave `reach` out")
 
 
 class AutoRound:
@@ -90,24 +95,14 @@ class _Rounding:
     """Offsets and ranges under signed gradient descent."""
 
     def __init__(self, block: LearnedBlock, config: AutoRoundConfig) -> None:
-        self.block, self.widest = block, config.widest
-        self.rate = config.rate or 1 / max(config.steps, 1)
-        self.range_rate = config.range_rate or self.rate
-        self.with_ranges = config.learn_ranges
+        self.block, self.steps = block, [step for grid in block.grids.values() for step in _steps(grid, config)]
         for leaf in self.leaves:
             leaf.requires_grad_(True)
 
     @property
     def leaves(self) -> list[Tensor]:
         """Offsets and factors of all grids, in the order in which ``update`` takes their gradients."""
-        return list(chain.from_iterable(self._of(grid) for grid in self.block.grids.values()))
-
-    def _of(self, grid: LearnedGrid) -> Iterator[Tensor]:
-        yield grid.offset
-        if self.with_ranges:
-            yield grid.high
-            if grid.low is not grid.high:
-                yield grid.low
+        return [step.leaf for step in self.steps]
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return what stands for each weight."""
@@ -115,9 +110,25 @@ class _Rounding:
 
     def update(self, gradients: Sequence[Tensor], left: Float[Tensor, ""]) -> None:
         """Move everything against the sign of its gradient."""
-        offsets = {id(grid.offset) for grid in self.block.grids.values()}
-        for leaf, gradient in zip(self.leaves, gradients, strict=True):
-            if id(leaf) in offsets:
-                leaf.sub_(gradient.sign() * (left * self.rate)).clamp_(-0.5, 0.5)
-            else:
-                leaf.sub_(gradient.sign() * (left * self.range_rate)).clamp_(_LEAST_RANGE, self.widest)
+        for step, gradient in zip(self.steps, gradients, strict=True):
+            step.leaf.sub_(gradient.sign() * (left * step.rate)).clamp_(step.least, step.most)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A tensor that is learned, its first step, and its limits."""
+
+    leaf: Tensor
+    rate: float
+    least: float
+    most: float
+
+
+def _steps(grid: LearnedGrid, config: AutoRoundConfig) -> Iterator[_Step]:
+    """Yield what is learned of a grid: offsets, then the factors of each end of the ranges."""
+    gaps, steps = grid.groups.levels.values.diff(), max(config.steps, 1)
+    reach = config.reach or (0.5 if bool((gaps == gaps[0]).all()) else 1.0)
+    yield _Step(grid.offset, config.rate or 2 * reach / steps, -reach, reach)
+    if config.learn_ranges:
+        for end in (grid.high,) if grid.low is grid.high else (grid.high, grid.low):
+            yield _Step(end, config.range_rate or 1 / steps, _LEAST_RANGE, config.widest)

@@ -101,6 +101,6 @@ def _levels(fmt: Format) -> Callable[[GroupParameters], Tensor]:
 
     def levels(parameters: GroupParameters) -> Tensor:
         own = codes.to(parameters.scale.device)
-        return fmt.decode(own.expand(*parameters.scale.shape, -1), parameters)
+        return fmt.decode(own.expand(*parameters.scale.shape, -1), parameters).sort(-1).values  # scales may be negative
 
     return levels

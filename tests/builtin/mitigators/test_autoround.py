@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from qtool.builtin.mitigators.rtn import RTN, ClipOptions, round_nearest
 from qtool.engine.block_problem import BlockProblem, BlockResult
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, UsageError
+from qtool.numerics.levels import levels
 from qtool.numerics.losses import relative_loss
 from qtool.numerics.second_level import fit_second_level
 from qtool.steps.subjects import open_subject
@@ -58,11 +60,13 @@ class TestOneStep:
         assert len(hand.run) == 3  # judged, learned from, judged
         return hand.run[2]
 
-    @pytest.mark.parametrize("options", [{"rate": 0.2, "range_rate": 0.05}, {"rate": 0.03}, {"learn_ranges": False}])
+    @pytest.mark.parametrize(
+        "options", [{"rate": 0.2, "range_rate": 0.05}, {"rate": 0.03, "range_rate": 0.03}, {"learn_ranges": False}]
+    )
     def test_symmetric(self, options: dict[str, float]) -> None:
         hand = HandBlock("int3-g16-sfp32")
         rate = options.get("rate", 1.0)
-        range_rate = options.get("range_rate", rate) if options.get("learn_ranges", True) else 0.0
+        range_rate = options.get("range_rate", 0.0)
         start = {name: round_nearest(one).parameters[0].scale.flatten() for name, one in hand.problems.items()}
         leaves: dict[str, tuple[Tensor, Tensor]] = {}
         for name, one in hand.problems.items():
@@ -124,6 +128,24 @@ class TestOneStep:
             # A gradient that is 0 but for rounding may go either way, and with it a whole group.
             near = (found[name] - expected[name].detach()).abs() < 1e-5
             assert near.double().mean() > 0.98
+
+    @pytest.mark.parametrize(("text", "reach"), [("int4-g16-sfp32", 0.5), ("fp4-g16-sfp32", 1.0)])
+    def test_offsets_reach_further_where_levels_are_not_even(self, text: str, reach: float) -> None:
+        """From step one on, the last, every offset is at its limit; each sign is that of a gradient by hand."""
+        hand = HandBlock(text)
+        starts = {name: round_nearest(one) for name, one in hand.problems.items()}
+        leaves = {name: start.weight(hand.problems[name].grid).requires_grad_(True) for name, start in starts.items()}
+        loss = (by_hand(leaves, hand.states) - hand.targets(range(8))).square().mean()
+        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        found = self.stepped(hand, learn_ranges=False)
+        for name, one in hand.problems.items():
+            (own,), (part,) = starts[name].parameters, one.grid.parts
+            steps, table = grouped(one.weight, 16) / own.scale.flatten().unsqueeze(-1), levels(part.format)
+            place = torch.from_numpy(np.interp(steps, table, range(len(table))))
+            place -= reach * grouped(gradients[name], 16).sign()
+            expected = table[place.round().clamp(0, len(table) - 1).long()] * own.scale.flatten().unsqueeze(-1)
+            inside = (steps > table[0]) & (steps < table[-1])
+            torch.testing.assert_close(grouped(found[name], 16)[inside], expected[inside], rtol=1e-5, atol=1e-6)
 
     def test_ranges_may_grow_where_that_is_allowed(self) -> None:
         ranges = []
