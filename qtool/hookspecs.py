@@ -7,13 +7,13 @@ records, and a record's target is imported only when it is used, so that ``qtool
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import typer
 
@@ -32,11 +32,14 @@ class Entry:
         name: What users type, with dashes.
         target: ``package.module:Object``. A class is instantiated without arguments; anything else is used as it is.
         summary: One line for ``qtool plugins``.
+        others: What is the same, or this with other options, under the names that papers give it, and what to type for
+            it: users who type such a name are told.
     """
 
     name: str
     target: str
     summary: str
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @hookspec

@@ -93,13 +93,15 @@ class Plugins:
         found = self.offers[kind].get(name)
         if found is None:
             near = difflib.get_close_matches(name, self.offers[kind], n=1)
+            known = {other: hint for one in self.offers[kind].values() for other, hint in one.entry.others.items()}
+            nearest = f"did you mean `{near[0]}`?" if near else f"qtool plugins {kind}"
             raise UsageError(
                 f"no {_singular(kind)} is called `{name}`",
                 facts=(
                     ("known", ", ".join(sorted(self.offers[kind]))),
                     *((f"broken plugin {plugin}", reason) for plugin, reason in self.broken.items()),
                 ),
-                hint=f"did you mean `{near[0]}`?" if near else f"qtool plugins {kind}",
+                hint=known.get(name, nearest),
             )
         return found
 

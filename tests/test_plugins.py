@@ -164,6 +164,8 @@ class Asked:
         Asked("transforms", "quarto", "no transform is called `quarto`", "did you mean `quarot`?"),
         Asked("families", "lama", "no family is called `lama`", "did you mean `llama`?"),
         Asked("statistics", "hesian", "no statistic is called `hesian`", "did you mean `hessian`?"),
+        Asked("mitigators", "babai", "no mitigator is called `babai`", "--method beam --set beams=1, which is GPTQ"),
+        Asked("mitigators", "llm-int8", "no mitigator is called `llm-int8`", "--method rtn --scheme LLM-INT8"),
         Asked("mitigators", "xyz", "no mitigator is called `xyz`", "qtool plugins mitigators"),
         Asked("mitigators", "", "no mitigator is called ``", "qtool plugins mitigators"),
     ],

@@ -10,8 +10,8 @@ from qtool.scheme import Preset
 _HERE = "qtool.builtin"
 
 
-def _entry(name: str, target: str, summary: str) -> Entry:
-    return Entry(name, f"{_HERE}.{target}", summary)
+def _entry(name: str, target: str, summary: str, **others: str) -> Entry:
+    return Entry(name, f"{_HERE}.{target}", summary, others)
 
 
 @hookimpl
@@ -44,7 +44,12 @@ def register_transforms() -> Sequence[Entry]:
 def register_mitigators() -> Sequence[Entry]:
     """Offer qtool's mitigators."""
     return [
-        _entry("rtn", "mitigators.rtn:RTN", "round to nearest, with an optional clip search"),
+        _entry(
+            "rtn",
+            "mitigators.rtn:RTN",
+            "round to nearest, with an optional clip search",
+            **{"llm-int8": "--method rtn --scheme LLM-INT8"},
+        ),
         _entry("gptq", "mitigators.gptq:GPTQ", "error feedback through the inverse Hessian (2210.17323)"),
         _entry(
             "guidedquant", "mitigators.guidedquant:GuidedQuant", "GPTQ on Hessians weighed by gradients (2505.07004)"
@@ -52,7 +57,12 @@ def register_mitigators() -> Sequence[Entry]:
         _entry("gptaq", "mitigators.gptaq:GPTAQ", "GPTQ towards the full-precision stream's outputs (2504.02692)"),
         _entry("foem", "mitigators.foem:FOEM", "GPTQ with a first-order term, which undoes drift (2507.11017)"),
         _entry("qronos", "mitigators.qronos:Qronos", "GPTQ on a weight solved for the quantized stream (2505.11695)"),
-        _entry("beam", "mitigators.beam:Beam", "GPTQ's system searched with several candidates a row (2602.05902)"),
+        _entry(
+            "beam",
+            "mitigators.beam:Beam",
+            "GPTQ's system searched with several candidates a row (2602.05902)",
+            babai="--method beam --set beams=1, which is GPTQ",
+        ),
         _entry("ldlq", "mitigators.ldlq:LDLQ", "GPTQ as QuIP has it, with greedy passes behind (2307.13304)"),
         _entry("obq", "mitigators.obq:OBQ", "the greedy order that GPTQ gave up; small layers (2208.11580)"),
         _entry("spqr", "mitigators.spqr:SpQR", "GPTQ with outliers in 16 bits and scales of two levels (2306.03078)"),
@@ -63,7 +73,13 @@ def register_mitigators() -> Sequence[Entry]:
         _entry("qtool-best-int4", "mitigators.qtool_best:BEST_INT4", "GPTQ, then learned from blocks; integers"),
         _entry("qtool-best-fp4", "mitigators.qtool_best:BEST_FP4", "swept scales, GPTQ, then learned; for FP4"),
         _entry("cd", "mitigators.cd:CD", "coordinate descent on the codes of another method (2309.01885)"),
-        _entry("lorc", "mitigators.lorc:LoRC", "rank-k SVD of the weight error, as LQER (2303.08302, 2402.02446)"),
+        _entry(
+            "lorc",
+            "mitigators.lorc:LoRC",
+            "rank-k SVD of the weight error, as LQER (2303.08302, 2402.02446)",
+            lqer="--method lorc, which is LQER's correction",
+            lrec="--method lorc, or qera for the least output error",
+        ),
         _entry("l2qer", "mitigators.l2qer:L2QER", "rank-k correction under mean magnitudes (2402.02446)"),
         _entry("qera", "mitigators.qera:QERA", "rank-k correction with the least output error (2410.06040)"),
         _entry("qera-approx", "mitigators.qera_approx:QERAApprox", "QERA under the Hessian's diagonal (2410.06040)"),

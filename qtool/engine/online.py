@@ -72,7 +72,7 @@ class _Rotated(torch.autograd.Function):
 
 
 def with_kernels(operators: Sequence[Operator], plugins: Plugins, device: torch.device) -> tuple[Turns, ...]:
-    """Return the operators, those replaced that a kernel on offer runs on this device.
+    """Return the operators with their tensors on a device, those replaced that a kernel on offer runs there.
 
     Of several kernels that support the device the one with the lowest ``preference`` runs, then by name.
     """
@@ -80,6 +80,15 @@ def with_kernels(operators: Sequence[Operator], plugins: Plugins, device: torch.
     kernels: list[Kernel] = [plugins.load("kernels", name) for name in names]
     usable = [kernel for kernel in kernels if kernel.operation == "sylvester" and kernel.supports(device)]
     best = min(usable, key=lambda kernel: kernel.preference, default=None)
+    placed = [_on(operator, device) for operator in operators]
     if best is None:
-        return tuple(operators)
-    return tuple(KernelHadamard(o, best) if isinstance(o, Hadamard | HeadMix) else o for o in operators)
+        return tuple(placed)
+    return tuple(KernelHadamard(o, best) if isinstance(o, Hadamard | HeadMix) else o for o in placed)
+
+
+def _on(operator: Operator, device: torch.device) -> Operator:
+    """Return an operator whose tensors are on a device."""
+    tensors, params = operator.state()
+    if all(tensor.device == device for tensor in tensors.values()):
+        return operator
+    return type(operator).from_state({name: tensor.to(device) for name, tensor in tensors.items()}, params)

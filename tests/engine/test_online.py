@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pluggy
 import pytest
 import torch
@@ -12,11 +14,13 @@ from qtool.hookspecs import Entry
 from qtool.kernels.fast_hadamard import FastHadamard
 from qtool.kernels.triton_hadamard import TritonHadamard
 from qtool.numerics.hadamard import hadamard_rotate, random_signs
-from qtool.numerics.operators import Diag, Hadamard, HeadMix, Operator
+from qtool.numerics.operators import Hadamard, HeadMix, JsonScalar, Operator
 from qtool.plugins import Offer, Plugins, Provider
 from tests.oracles.hadamard import sylvester_oracle
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
+ELSEWHERE = torch.device("meta")
+"""A device that is not the CPU, on any machine."""
 
 
 def signs(n: int) -> Tensor:
@@ -45,12 +49,22 @@ class Dense:
         self.orders: list[int] = []
 
     def supports(self, device: torch.device) -> bool:
-        return device.type == "cuda"
+        return device.type != "cpu"
 
     def run(self, x: Tensor) -> Tensor:
         n = x.shape[-1]
         self.orders.append(n)
         return x @ sylvester_oracle(n).to(x) / n**0.5
+
+
+@dataclass
+class Holding(Operator):
+    """As much of an operator as holds a tensor."""
+
+    tensor: Tensor
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, JsonScalar]]:
+        return {"tensor": self.tensor}, {}
 
 
 class Another(Dense):
@@ -96,12 +110,12 @@ def test_the_kernel_runs_the_power_of_two(operator: Hadamard | HeadMix, orders: 
 
 
 def test_every_hadamard_and_head_mix_is_replaced_and_nothing_else() -> None:
-    kernel, diagonal = Dense(), Diag(torch.ones(40))
-    operators: list[Operator] = [Hadamard(40), diagonal, Hadamard(40, block_size=8).inverse(), HeadMix(8, 5)]
-    found = with_kernels(operators, offering(one=kernel), GPU)
+    kernel, other = Dense(), Holding(torch.ones(40, device=ELSEWHERE))
+    operators: list[Operator] = [Hadamard(40), other, Hadamard(40, block_size=8).inverse(), HeadMix(8, 5)]
+    found = with_kernels(operators, offering(one=kernel), ELSEWHERE)
     assert [one.kernel if isinstance(one, KernelHadamard) else one for one in found] == [
         kernel,
-        diagonal,
+        other,
         kernel,
         kernel,
     ]
@@ -141,3 +155,13 @@ def test_what_runs_on_a_gpu_follows_from_what_is_installed(
     assert (type(found.kernel) if isinstance(found, KernelHadamard) else None) is expected
     assert with_kernels([Hadamard(8)], plugins, CPU)[0].act(torch.eye(8)).equal(hadamard_rotate(torch.eye(8)))
     assert not any(isinstance(one, KernelHadamard) for one in with_kernels(OPERATORS, plugins, CPU))
+
+
+def test_operators_are_put_on_the_device() -> None:
+    """Else each run would copy them, and a recording of one would fail."""
+    here = Holding(torch.ones(3))
+    (moved,) = with_kernels([here], offering(), ELSEWHERE)
+    assert isinstance(moved, Holding)
+    assert moved.tensor.device == ELSEWHERE
+    (kept,) = with_kernels([here], offering(), CPU)
+    assert kept is here

@@ -9,9 +9,9 @@ from __future__ import annotations
 from qtool.scheme import Preset
 
 PRESETS: tuple[Preset, ...] = (
-    Preset("W4A16", "int4-sym-g128", None, None, "INT4 weights in groups of 128"),
-    Preset("W3A16", "int3-sym-g128", None, None, "INT3 weights in groups of 128"),
-    Preset("W2A16", "int2-sym-g128", None, None, "INT2 weights in groups of 128"),
+    Preset("W4A16", "int4-sym-g128-signed_full", None, None, "INT4 weights in groups of 128"),
+    Preset("W3A16", "int3-sym-g128-signed_full", None, None, "INT3 weights in groups of 128"),
+    Preset("W2A16", "int2-sym-g128-signed_full", None, None, "INT2 weights in groups of 128"),
     Preset("W8A16", "int8-sym-channel", None, None, "INT8 weights per output row"),
     Preset(
         "W8A8",
