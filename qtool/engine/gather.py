@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -113,6 +113,13 @@ class PairedStatistic(Protocol):
         """Return an accumulator for a site whose input has ``n`` channels."""
 
 
+@runtime_checkable
+class ProductStatistic(Protocol):
+    """A statistic of what linears multiply with their weights: of inputs as they are rounded, where they are."""
+
+    of_products: Literal[True]
+
+
 SiteStatistic = Statistic | PairedStatistic
 AnyStatistic = SiteStatistic | GradientStatistic
 
@@ -147,10 +154,17 @@ class SiteObserver:
         site: Id of the site, for messages.
         statistics: What to gather, by name.
         gathering: What the accumulators are told.
+        source: Says what the input is rounded to; None where it is not.
     """
 
-    def __init__(self, site: str, statistics: Mapping[str, SiteStatistic], gathering: Gathering) -> None:
-        self.site, self.statistics, self.gathering = site, statistics, gathering
+    def __init__(
+        self,
+        site: str,
+        statistics: Mapping[str, SiteStatistic],
+        gathering: Gathering,
+        source: SiteInput | None = None,
+    ) -> None:
+        self.site, self.statistics, self.gathering, self.source = site, statistics, gathering, source
         self.accumulators: dict[str, Accumulator | PairedAccumulator] = {}
         self.exact: deque[Tensor] = deque()
         self.tokens = 0
@@ -166,12 +180,19 @@ class SiteObserver:
                 for name, statistic in self.statistics.items()
             }
         exact = self.exact.popleft().float() if self.exact else None
-        for accumulator in self.accumulators.values():
+        multiplied = self._multiplied(x)
+        for name, accumulator in self.accumulators.items():
+            shown = multiplied if isinstance(self.statistics[name], ProductStatistic) else x
             if not isinstance(accumulator, PairedAccumulator):
-                accumulator.update(x)
+                accumulator.update(shown)
             elif exact is not None:
-                accumulator.update_pair(x, exact)
+                accumulator.update_pair(shown, exact)
         self.tokens += x.shape[0]
+
+    def _multiplied(self, x: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
+        """Return what linears multiply with their weights."""
+        source = self.source
+        return x if source is None or source.rounding is None else source.multiplied().float()
 
     def remember(self, exact: Float[Tensor, "tokens n"]) -> None:
         """Take in what the next tokens are in full precision."""
@@ -223,7 +244,8 @@ def observing(
         The observers by site name.
     """
     observers = {
-        name: SiteObserver(f"layers.{layer}.{name}", wanted[name], gathering.at(layer, name)) for name in wanted
+        name: SiteObserver(f"layers.{layer}.{name}", wanted[name], gathering.at(layer, name), sites[name])
+        for name in wanted
     }
     try:
         for name, observer in observers.items():

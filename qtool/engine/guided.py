@@ -7,6 +7,7 @@ statistics of the site, and go by the name of the linear, since each has its own
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ class GuidedHessians:
     """
 
     version = 1
+    of_products: Literal[True] = True
 
     def __init__(self, saliency: Float[Tensor, "tokens groups"]) -> None:
         self.saliency = saliency

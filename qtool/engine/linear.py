@@ -116,9 +116,22 @@ class SiteInput(nn.Module):
     def both(self, x: Float[Tensor, "*batch n"]) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
         """Return the values rounded, and as they are before that, to one reader."""
         seen = self._at(x)
+        return self._read(seen, self._multiplied(seen), x), _shaped(seen.operated, x)
+
+    def multiplied(self) -> Float[Tensor, "tokens n"]:
+        """Return what the values that are being observed are rounded to, a row a token: for observers only.
+
+        Raises:
+            TypeError: Nothing is being observed.
+        """
+        if self._seen is None:
+            raise TypeError(self._seen)
+        return self._multiplied(self._seen).reshape(-1, self._seen.operated.shape[-1])
+
+    def _multiplied(self, seen: _Seen) -> Float[Tensor, "*batch n"]:
         if seen.rounded is None:
             seen.rounded = self._rounded(seen.operated)
-        return self._read(seen, seen.rounded, x), _shaped(seen.operated, x)
+        return seen.rounded
 
     def operated(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return the values behind the operators, not rounded: what routers and gates read."""
@@ -145,10 +158,9 @@ class SiteInput(nn.Module):
         """Return what is known of a tensor, after operators and observer have had it."""
         if self._seen is None or not self._seen.holds(x):
             self._seen = None  # before the work, so that two tensors are never held at once
-            operated = self.turned(x)
+            self._seen = _Seen(x, self.turned(x), self.readers)
             if self.observer is not None:
-                self.observer(operated.reshape(-1, operated.shape[-1]))
-            self._seen = _Seen(x, operated, self.readers)
+                self.observer(self._seen.operated.reshape(-1, self._seen.operated.shape[-1]))
         return self._seen
 
     def _read(self, seen: _Seen, result: Tensor, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:

@@ -56,8 +56,8 @@ class MitigateRequest:
             ``none``: carried statistics, no forward pass.
         true_sequential: Four passes a block, so that each linear sees the quantized ones before it in its block; None
             for where a method compares the inputs of linears with those in full precision.
-        round_activations: Whether the activations that are propagated are quantized as the scheme says; None for where
-            a method learns from whole blocks (measured in ``recipes/README.md``).
+        round_activations: Whether the activations that are propagated are quantized as the scheme says, and moments are
+            of them; None for where a method learns from whole blocks (measured in ``recipes/README.md``).
         token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm`` where Hessians are
             gathered on the way, and that of the statistics where those are carried.
         experts: Which tokens an expert's statistics are of: ``all``, or those ``routed`` to it; empty takes the choice

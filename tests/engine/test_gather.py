@@ -287,6 +287,19 @@ class TestObservers:
         assert site(x).eq(0).all()
         assert torch.equal(seen[0], x.flatten(0, 1))
 
+    def test_moments_are_of_what_is_multiplied_and_the_rest_is_not(self, plugins: Plugins) -> None:
+        site, x = SiteInput(), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+        site.rounding = lambda values: values.round()  # type: ignore[assignment]
+        wanted = {name: plugins.load("statistics", name) for name in ("hessian", "absmax", "mean_abs")}
+        with observing({"attn_in": site}, 0, {"attn_in": wanted}, Gathering(6, TokenWeight())) as observers:
+            site(x[:1])
+            site(x[1:])
+            found = observers["attn_in"].result().entries
+        rows = x.flatten(0, 1)
+        torch.testing.assert_close(found["hessian"], rows.round().T @ rows.round() / 6)
+        assert torch.equal(found["absmax"], rows.abs().amax(0))
+        torch.testing.assert_close(found["mean_abs"], rows.abs().mean(0))
+
 
 class TestSecondMoments:
     @pytest.mark.parametrize("n", [1, 5, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 7])

@@ -63,6 +63,10 @@ class Holding(Operator):
 
     tensor: Tensor
 
+    @property
+    def dim(self) -> int:
+        return len(self.tensor)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, JsonScalar]]:
         return {"tensor": self.tensor}, {}
 

@@ -7,6 +7,8 @@ All three weigh a token alike, by the norm of ``x``.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -85,6 +87,7 @@ class Cross:
     """The statistic ``cross``: ``C``, the weighted mean of f xᵀ, first index full precision."""
 
     version = 1
+    of_products: Literal[True] = True
 
     def start_pair(self, n: int, gathering: Gathering, device: torch.device) -> CrossAccumulator:
         """Return an accumulator for a site."""
@@ -100,6 +103,7 @@ class FullHessian:
     """The statistic ``full_hessian``: ``F``, the weighted mean of f fᵀ."""
 
     version = 1
+    of_products: Literal[True] = True
 
     def start_pair(self, n: int, gathering: Gathering, device: torch.device) -> CrossAccumulator:
         """Return an accumulator for a site."""
@@ -115,6 +119,7 @@ class HeldOut:
     """The statistic ``held_out``: what the last tenth of the windows adds to ``H`` and to ``C``."""
 
     version = 1
+    of_products: Literal[True] = True
 
     def start_pair(self, n: int, gathering: Gathering, device: torch.device) -> HeldOutAccumulator:
         """Return an accumulator for a site."""

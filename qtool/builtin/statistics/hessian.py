@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -39,6 +41,7 @@ class Hessian:
     """The statistic ``hessian``."""
 
     version = 1
+    of_products: Literal[True] = True
 
     def start(self, n: int, gathering: Gathering, device: torch.device) -> HessianAccumulator:
         """Return an accumulator for a site."""

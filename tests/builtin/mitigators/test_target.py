@@ -228,7 +228,7 @@ class TestCompositions:
             mitigate(self.asked(tiny, "gptq+target+cd"), tiny.workspace)
 
     def test_no_way_gives_the_codes_of_gptq(self, tiny: TinyModel) -> None:
-        plain, _ = mitigate(self.asked(tiny, "gptq"), tiny.workspace)
+        plain, _ = mitigate(replace(self.asked(tiny, "gptq"), true_sequential=True), tiny.workspace)
         none, _ = mitigate(self.asked(tiny, "target+gptq", "none", alpha="0"), tiny.workspace)
         some, _ = mitigate(self.asked(tiny, "target+gptq", "some"), tiny.workspace)
         assert set(plain.names()) == set(none.names())
@@ -243,12 +243,14 @@ class TestCompositions:
         settings = {"steps": "4"} if "autoround" in method else {}
         artifact, _ = mitigate(self.asked(tiny, method, **settings), tiny.workspace)
         shifts = [report["target_shift"] for report in artifact.manifest.details["layers"].values()]
-        assert max(shifts[:7]) == 0.0  # in front of the first block both streams are one
+        assert max(shifts[:3]) == 0.0  # in front of the first block both streams are one
+        assert (max(shifts[3:7]) > 0) == (method != "target+autoround")  # behind q, k and v that are rounded no longer
         assert max(shifts[7:]) > 0
 
     def test_a_method_that_sees_whole_blocks_starts_from_it(self, tiny: TinyModel) -> None:
         """AutoRound without steps is rounding to nearest."""
-        nearest, _ = mitigate(self.asked(tiny, "target+rtn", "all", alpha="1"), tiny.workspace)
+        asked = replace(self.asked(tiny, "target+rtn", "all", alpha="1"), true_sequential=False)
+        nearest, _ = mitigate(asked, tiny.workspace)
         block, _ = mitigate(self.asked(tiny, "target+autoround", "block", alpha="1", steps="0"), tiny.workspace)
         plain, _ = mitigate(self.asked(tiny, "rtn", "plain"), tiny.workspace)
         names = [name for name in nearest.names() if name.endswith(".codes")]
