@@ -42,7 +42,7 @@ def labels_of(opened: Opened, workspace: Workspace) -> dict[str, str]:
         return labels
     if artifact.manifest.kind == "checkpoint":
         return labels | _checkpoint_labels(artifact.manifest)
-    made_by = list(_makers(artifact, workspace))
+    made_by = list(makers_of(artifact, workspace))
     manifests = {one.step.name: one for one in made_by}
     if "transform" in manifests:
         labels["transform"] = manifests["transform"].step.method
@@ -63,7 +63,7 @@ def _segments(plan: Plan) -> str:
     return "; ".join(f"{what} at {', '.join(dict.fromkeys(sites))}" for what, sites in places.items())
 
 
-def _makers(artifact: Artifact, workspace: Workspace) -> Iterator[Manifest]:
+def makers_of(artifact: Artifact, workspace: Workspace) -> Iterator[Manifest]:
     """Yield the manifests of an artifact and of what it was made from; statistics may be gone by now."""
     yield artifact.manifest
     inputs = artifact.manifest.inputs

@@ -16,7 +16,8 @@ from qtool.engine.exporter import Exported, Exporter
 from qtool.errors import ArtifactError, PluginError, UsageError
 from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL
-from qtool.steps.labels import labels_of, parameter_counts
+from qtool.steps.labels import labels_of, makers_of, parameter_counts
+from qtool.steps.model_card import CARD, measurements_about, model_card
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
 
@@ -105,6 +106,10 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
         final = replace(manifest, details={**manifest.details, **_details(exported, opened)}, about=about)
         final = final.with_tensors(digests)
         write_atomically(temporary / CHECKPOINT_MANIFEST, final.to_text())
+        if opened.artifact is not None:
+            makers = list(makers_of(opened.artifact, workspace))[::-1]
+            card = model_card(final, makers, measurements_about(opened.artifact, workspace))
+            write_atomically(temporary / CARD, card)
         with disk_errors(path):
             _give_name(temporary, path)
     finally:

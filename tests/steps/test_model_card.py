@@ -1,0 +1,57 @@
+"""The card of a checkpoint tells what was done, measured and typed, and is no part of the checkpoint's identity."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtool.artifacts.store import Artifact
+from qtool.steps.eval import EvalRequest, evaluate
+from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.pack import PackRequest, pack
+from qtool.steps.schemes import read_scheme
+from tests.steps.conftest import Desk
+
+
+def quantized(desk: Desk, monkeypatch: pytest.MonkeyPatch, weights: str = "int4-g8") -> Artifact:
+    monkeypatch.setattr("sys.argv", ["/bin/qtool", "calibrate", "a model", "--data", "a text"])
+    statistics = desk.calibrate()
+    monkeypatch.setattr("sys.argv", ["/bin/qtool", "mitigate", "--method", "gptq"])
+    scheme = read_scheme("", {"weights": weights}, desk.workspace.plugins)
+    return mitigate(MitigateRequest(str(statistics.path), "gptq", scheme, {"clip": "none"}), desk.workspace)[0]
+
+
+def test_it_tells_what_was_done_measured_and_typed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, other = quantized(desk, monkeypatch), quantized(desk, monkeypatch, "int8-g8")
+    values = []
+    for one in (artifact, other):
+        request = EvalRequest(str(one.path), perplexity=(str(desk.text),), seq_len=16, max_windows=3)
+        measured, _ = evaluate(request, desk.workspace)
+        values.append(measured.manifest.details["values"])
+    monkeypatch.setattr("sys.argv", ["/bin/qtool", "pack", "q.safetensors", "--to", "hf"])
+    checkpoint, _ = pack(PackRequest(str(artifact.path), "hf"), desk.workspace)
+    card = (checkpoint.path / "README.md").read_text()
+    assert (
+        "qtool calibrate 'a model' --data 'a text'\nqtool mitigate --method gptq\nqtool pack q.safetensors --to hf\n"
+        in card
+    )
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in card.splitlines() if line.startswith("| ")}
+    assert {("mitigator", "gptq"), ("weights", "int4-sym-g8-sbf16"), ("settings", "gptq.clip=none")} <= rows
+    assert ("transformers", checkpoint.manifest.details["consumers"]["transformers"]) in rows
+    (metric,) = values[0]
+    ((_, found),) = [row for row in rows if row[0] == metric]  # of this artifact, and not of the other
+    assert found.startswith(f"{values[0][metric]:.4g} ± ")
+    assert f"{checkpoint.manifest.details['bits']['linears']:.3f} bits a weight" in card
+
+
+def test_where_nothing_was_measured_it_says_so_and_identity_stays(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = quantized(desk, monkeypatch)
+    monkeypatch.setattr("sys.argv", ["/bin/python", "a script"])
+    first, _ = pack(PackRequest(str(artifact.path), "hf", desk.workspace.home / "one"), desk.workspace)
+    text = (first.path / "README.md").read_text()
+    assert "no evaluation of it was found beside it" in text
+    assert "# pack hf, by a recipe or from Python" in text
+    evaluate(EvalRequest(str(artifact.path), perplexity=(str(desk.text),), seq_len=16, max_windows=3), desk.workspace)
+    second, _ = pack(PackRequest(str(artifact.path), "hf", desk.workspace.home / "two"), desk.workspace)
+    assert (second.path / "README.md").read_text() != text
+    assert second.manifest.id == first.manifest.id
+    assert "README.md" not in second.manifest.tensors
