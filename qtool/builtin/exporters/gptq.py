@@ -26,7 +26,7 @@ from qtool.scheme import TensorScheme
 _V2 = "gptq_v2"
 _WORD = 32  # bits
 _VLLM_GROUPS = (-1, 32, 64, 128)
-VLLM = "by the code of vLLM 0.32"
+VLLM = "by the code of vLLM 0.32; its CPU kernel for 4 bits was run"
 TRANSFORMERS = "by the code of transformers 5.23, not run"
 
 
