@@ -64,9 +64,9 @@ def with_stored_shapes(
     """
     for linear in model.graph.linears:
         if linear.expert in (None, 0):
-            child = module.get_submodule(linear.name)
+            child = cast(nn.Linear, module.get_submodule(linear.name))
             stored = nn.Module()
-            for name, shape in shapes(cast(nn.Linear, child)).items():
+            for name, shape in shapes(child).items():
                 stored.register_buffer(name, torch.empty(shape, device="meta"))
             if child.bias is not None:
                 stored.register_buffer("bias", child.bias)
