@@ -194,7 +194,7 @@ def _consumers(algorithm: Algorithm) -> dict[str, str]:
         "W4A16_NVFP4": "W4A16: activations are not quantized",
         "FP8_PER_CHANNEL_PER_TOKEN": "W8A8 from SM89 on: dynamic FP8 activations per token; before it W8A16",
     }[algorithm]
-    lost = f"{UNREADABLE}: transformers 5.23 knows no `modelopt` and takes codes for weights"
+    lost = f"{UNREADABLE}: transformers 5.23 knows no `modelopt`: shapes do not fit, or codes are taken for weights"
     return {"transformers": lost, "vllm": f"{run} (by the code of vLLM 0.32, not run)"}
 
 
