@@ -118,8 +118,12 @@ def register_presets() -> Sequence[Preset]:
 def register_exporters() -> Sequence[Entry]:
     """Offer qtool's exporters."""
     return [
+        _entry("awq", "exporters.awq:AWQ", "AWQ's layout `gemm`, 4 bits: vLLM, transformers with GPTQModel"),
         _entry("compressed-tensors", "exporters.compressed_tensors:CompressedTensors", "vLLM, SGLang, transformers"),
+        _entry("gptq", "exporters.gptq:GPTQ", "GPTQ, 2, 3, 4, 8 bits: vLLM, transformers with GPTQModel, ExLlama"),
+        _entry("gptq-v2", "exporters.gptq:GPTQv2", "the same with zero points as they are, not less one"),
         _entry("hf", "exporters.hf:HuggingFace", "dequantised bf16 safetensors for anything that loads transformers"),
+        _entry("modelopt", "exporters.modelopt:ModelOpt", "ModelOpt's NVFP4 and FP8: vLLM, SGLang, TensorRT-LLM"),
     ]
 
 

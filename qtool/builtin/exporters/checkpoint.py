@@ -34,6 +34,7 @@ from qtool.model.source import Model
 TEXT = "text_config"
 """Where the config of a model with several towers has that of its text tower."""
 BATCH_BYTES = 1_000_000_000
+_NO_WEIGHTS = ("bias", "input_")
 # What goes with the weights as it is: how to generate, how to tokenize, and under which licence.
 COPIED = (
     "generation_config.json",
@@ -54,8 +55,8 @@ COPIED = (
 LinearTensors = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Makes what is stored of a linear, named below it, from the linear and its block's folded tensors.
 
-What it names ``weight…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one. Of a linear that
-stays in full precision, what it makes replaces the folded tensors, and is cast like all others.
+All of it but ``bias…`` and ``input_…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one. Of a
+linear that stays in full precision, what it makes replaces the folded tensors, and is cast like all others.
 """
 
 
@@ -105,7 +106,7 @@ def write_checkpoint(
                 state |= {f"{module}.{name}": tensor for name, tensor in stored.items()}
                 continue
             made |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
-            linears += sum(tensor.nbytes for name, tensor in stored.items() if name.startswith("weight"))
+            linears += sum(tensor.nbytes for name, tensor in stored.items() if not name.startswith(_NO_WEIGHTS))
             del state[f"{module}.weight"]
         others = {f"{graph.block_name(layer)}.{name}": tensor for name, tensor in state.items()}
         _refuse_new_biases(subject, others | made)

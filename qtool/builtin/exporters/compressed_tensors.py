@@ -14,21 +14,30 @@ from compressed_tensors.quantization import QuantizationScheme, apply_quantizati
 from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
-from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
+from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
 from qtool.builtin.exporters.consumers import compressed_consumers
 from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
-from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
+from qtool.builtin.exporters.read_back import (
+    CheckpointReader,
+    empty_model,
+    weight_difference,
+    with_linear_experts,
+)
+from qtool.builtin.exporters.refusals import (
+    check_global_scales,
+    input_multiplier,
+    quantized_weights,
+    refuse_all_but_codes,
+)
 from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
-from qtool.model.graph import OUTPUT, LinearSite
+from qtool.model.graph import LinearSite
 from qtool.model.source import Model
-from qtool.scheme import TensorScheme
 
 # The library does not pack the zero points of a model without weights; their shapes show when they are decoded.
 _ZERO_POINT = ".weight_zero_point"
@@ -47,26 +56,20 @@ class CompressedTensors:
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
-        layout, weights = choose_layout(subject.scheme), _weights(subject)
+        layout, weights = choose_layout(subject.scheme), quantized_weights(subject)
         checkpoint_dtype(weights, subject.model.dtype)
-        _refuse_stacked(subject.model)
-        _refuse_segments(subject)
-        _refuse_online(subject)
-        refuse_compensation(subject)
-        _refuse_adapters(subject)
-        _refuse_outliers(subject)
-        _refuse_other_parameters(subject)
+        refuse_all_but_codes(subject, "compressed-tensors")
         if subject.scheme.scale_per_head:
             raise UsageError(
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
                 hint="--scheme W4A4, or pack --to hf",
             )
         if layout == "nvfp4-pack-quantized":
-            _check_global_scales(subject)
+            check_global_scales(subject)
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
-        layout, weights = choose_layout(subject.scheme), _weights(subject)
+        layout, weights = choose_layout(subject.scheme), quantized_weights(subject)
         dtype = checkpoint_dtype(weights, subject.model.dtype)
         config = quantization_config(subject.scheme, layout, not_quantized(subject.model))
 
@@ -101,115 +104,11 @@ class CompressedTensors:
             decoded = _decode(tensors, scheme, linear.name)
             ours = _as_consumer(subject, linear, layout, tensors)
             if decoded.shape != ours.shape or not torch.equal(decoded, ours.to(decoded.dtype)):
-                raise _difference(linear.name, decoded, ours)
-
-
-def _weights(subject: Subject) -> TensorScheme:
-    """Return the scheme of the weights of a quantized subject."""
-    if subject.quantized is None or subject.scheme.weights is None:
-        raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
-    return subject.scheme.weights
-
-
-def _refuse_stacked(model: Model) -> None:
-    stacked = next((place.name for place in model.places.values() if place.expert is not None), None)
-    if stacked is not None:
-        raise UsageError(
-            "compressed-tensors has no layout for one tensor of all experts, which the loaders of this family look for",
-            facts=(("first", stacked), ("family", model.family.name)),
-            hint="qtool pack SOURCE --to hf, which stacks the dequantized experts again",
-        )
-
-
-def _refuse_segments(subject: Subject) -> None:
-    apart = next((site for site, plan in subject.plan.sites.items() if plan.segments), None)
-    if apart is not None:
-        formats = ", ".join(segment.format for segment in subject.plan.at(apart).segments)
-        raise UsageError(
-            "the plan sets channels apart, and compressed-tensors has one format for all inputs of a linear",
-            facts=(("first", f"{apart} ({formats})"),),
-            hint="qtool pack SOURCE --to hf, which writes dense weights",
-        )
-
-
-def _refuse_online(subject: Subject) -> None:
-    sites = ((subject.model.graph.site(site_id), plan) for site_id, plan in subject.plan.sites.items())
-    online = sorted({site.kind for site, plan in sites if plan.online or (site.kind == OUTPUT and plan.operators)})
-    if online:
-        raise UsageError(
-            "the plan runs operators in the forward pass, which these checkpoints do not carry yet",
-            facts=(("sites", ", ".join(online)),),
-            hint="qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or pack --to hf",
-        )
-
-
-def _refuse_adapters(subject: Subject) -> None:
-    slots = subject.quantized.header.slots if subject.quantized is not None else ()
-    found = next((name for name in slots if ".adapter." in name), None)
-    if found is not None:
-        raise UsageError(
-            "compressed-tensors has no low-rank corrections",
-            facts=(("first", found.partition(".adapter.")[0]),),
-            hint="qtool mitigate without the low-rank method, or qtool pack SOURCE --to hf, which merges them",
-        )
-
-
-def _refuse_outliers(subject: Subject) -> None:
-    slots = subject.quantized.header.slots if subject.quantized is not None else ()
-    found = next((name for name in slots if f"{OUTLIERS}." in name), None)
-    if found is not None:
-        raise UsageError(
-            "compressed-tensors has no outliers in front of its codes",
-            facts=(("first", found.partition(f"{OUTLIERS}.")[0]),),
-            hint="qtool mitigate with another method, or qtool pack SOURCE --to hf, which writes dense weights",
-        )
-
-
-def _refuse_other_parameters(subject: Subject) -> None:
-    """Refuse scales and zero points that are codes of a second level, and zero points that are no codes."""
-    slots = subject.quantized.header.slots if subject.quantized is not None else {}
-    for name, slot in slots.items():
-        real = name.endswith(".zero_point") and slot.dtype != "U8"
-        if real or name.endswith((".scale.codes", ".zero_point.codes")):
-            raise UsageError(
-                "compressed-tensors has no scales of two levels, and its zero points are whole numbers",
-                facts=(("first", name),),
-                hint="qtool mitigate with another method, or qtool pack SOURCE --to hf, which writes dense weights",
-            )
-
-
-def _check_global_scales(subject: Subject) -> None:
-    """Refuse siblings with different multipliers, which fused layers would share, and inputs without one."""
-    known: dict[tuple[str, str], Tensor] = {}
-    for linear in subject.model.graph.linears:
-        scale = _multiplier(subject, f"{linear.name}.global_scale")
-        if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
-            raise UsageError(
-                "linears that read one input have different global scales, and consumers fuse them",
-                facts=(("input", linear.reads), ("linear", linear.name)),
-                hint="use a mitigator that keeps the global scale it is given",
-            )
-        if subject.scheme.activations is not None and _input_multiplier(subject, linear) is None:
-            raise UsageError(
-                "the activations were not calibrated, and NVFP4 needs a global scale for each input",
-                facts=(("input", linear.reads),),
-                hint="qtool calibrate MODEL --gather hessian,absmax, then mitigate again",
-            )
-
-
-def _input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
-    return _multiplier(subject, f"{linear.reads}{INPUT_GLOBAL_SCALE}")
-
-
-def _multiplier(subject: Subject, name: str) -> Tensor | None:
-    """Read a tensor-level multiplier by its name in the artifact, None without one."""
-    if subject.quantized is None or name not in subject.quantized.header.slots:
-        return None
-    return subject.quantized.tensor(name)
+                raise weight_difference(linear.name, decoded, ours)
 
 
 def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
-    multiplier = _input_multiplier(subject, linear) if subject.scheme.activations is not None else None
+    multiplier = input_multiplier(subject, linear) if subject.scheme.activations is not None else None
     return {} if multiplier is None else {"input_global_scale": global_divisor(multiplier)}
 
 
@@ -268,20 +167,7 @@ def _as_consumer(subject: Subject, linear: LinearSite, layout: Layout, tensors: 
     if layout == "nvfp4-pack-quantized" and multiplier is not None:
         divisor = tensors["weight_global_scale"]
         if abs(float(divisor.double() * multiplier.double()) - 1) > _RECIPROCAL_ERROR:
-            raise _difference(f"{linear.name} (global scale)", 1 / divisor, multiplier)
+            raise weight_difference(f"{linear.name} (global scale)", 1 / divisor, multiplier)
         step = parameters.scale / divisor
         found = replace(found, parameters=(replace(parameters, scale=step, global_scale=None),))
     return found.weight(subject.weight_grid(linear))
-
-
-def _difference(name: str, decoded: Tensor, ours: Tensor) -> ArtifactError:
-    facts: tuple[tuple[str, object], ...] = (("ours", tuple(ours.shape)), ("read back", tuple(decoded.shape)))
-    if decoded.shape == ours.shape:
-        far = (decoded.double() - ours.double()).abs()
-        differ = int((decoded != ours.to(decoded.dtype)).sum())
-        facts = (("values that differ", differ), ("by up to", f"{far.max():.3g}"))
-    return ArtifactError(
-        f"the weight of `{name}` that was written is not the one that was quantized",
-        facts=facts,
-        hint="pack again; if it happens again, report it",
-    )

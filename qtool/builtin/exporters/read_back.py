@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -49,6 +50,42 @@ def with_linear_experts(module: nn.Module, model: Model) -> nn.Module:
         owner, _, leaf = f"{graph.block_name(layer)}.{experts.module}".rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.ModuleList([first]))
     return module
+
+
+def with_stored_shapes(
+    module: nn.Module, model: Model, shapes: Callable[[nn.Linear], Mapping[str, tuple[int, ...]]]
+) -> nn.Module:
+    """Put modules with the tensors that a checkpoint has, and the bias, in place of the linears that are quantized.
+
+    Args:
+        module: A model without weights, with linears as its experts. Modified.
+        model: The original model.
+        shapes: Names and shapes of what stands for the weight of a linear.
+    """
+    for linear in model.graph.linears:
+        if linear.expert in (None, 0):
+            child = cast(nn.Linear, module.get_submodule(linear.name))
+            stored = nn.Module()
+            for name, shape in shapes(child).items():
+                stored.register_buffer(name, torch.empty(shape, device="meta"))
+            if child.bias is not None:
+                stored.register_buffer("bias", child.bias)
+            module.set_submodule(linear.name, stored)
+    return module
+
+
+def weight_difference(name: str, decoded: Tensor, ours: Tensor) -> ArtifactError:
+    """Return the error that names a weight which reads back as another, in numbers."""
+    facts: tuple[tuple[str, object], ...] = (("ours", tuple(ours.shape)), ("read back", tuple(decoded.shape)))
+    if decoded.shape == ours.shape:
+        far = (decoded.double() - ours.double()).abs()
+        differ = int((decoded != ours.to(decoded.dtype)).sum())
+        facts = (("values that differ", differ), ("by up to", f"{far.max():.3g}"))
+    return ArtifactError(
+        f"the weight of `{name}` that was written is not the one that was quantized",
+        facts=facts,
+        hint="pack again; if it happens again, report it",
+    )
 
 
 class CheckpointReader:

@@ -1,0 +1,93 @@
+"""AWQ checkpoints in the layout ``gemm``: 4-bit codes in words along the output axis, in an order of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int32, UInt8
+from torch import Tensor
+
+from qtool.builtin.exporters.compressed_tensors import not_quantized
+from qtool.builtin.exporters.ct_tensors import pack_words
+from qtool.builtin.exporters.gptq import TRANSFORMERS, VLLM
+from qtool.builtin.exporters.words import IntegerWords, group_size, rounded_scales
+from qtool.engine.exporter import UNREADABLE
+from qtool.engine.subject import Subject
+from qtool.errors import UsageError
+from qtool.model.graph import LinearSite
+from qtool.scheme import TensorScheme
+
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight neighbouring outputs each nibble of a word holds, from the lowest on."""
+_LANES = len(_ORDER)
+
+
+class AWQ(IntegerWords):
+    """``qweight``, ``qzeros`` and ``scales``; symmetric weights have the zero point 8, since readers ask for one."""
+
+    layout = "awq"
+    bits = (4,)
+
+    def tensors(
+        self, codes: UInt8[Tensor, "out in"], zeros: UInt8[Tensor, "out groups"], bits: int
+    ) -> dict[str, Tensor]:
+        """Return ``qweight`` and ``qzeros``, both in words along the outputs."""
+        return {"qweight": _pack(codes), "qzeros": _pack(zeros)}
+
+    def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a linear's tensors."""
+        size = config["group_size"]
+        groups = 1 if size == -1 else n_in // size
+        words = n_out // _LANES
+        return {"qweight": (n_in, words), "qzeros": (groups, words), "scales": (groups, n_out)}
+
+    def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Float[Tensor, "out in"]:
+        """Return the weight, each output read from its own place in a word."""
+        codes, zeros = _outputs(tensors["qweight"]), _outputs(tensors["qzeros"])
+        size = config["group_size"]
+        groups = torch.arange(len(codes)) // (len(codes) if size == -1 else size)
+        return ((codes - zeros[groups]).float() * tensors["scales"].float()[groups]).T.contiguous()
+
+    def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
+        """Return the ``quantization_config``."""
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group_size(weights),
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": sorted(not_quantized(subject.model)),
+        }
+
+    def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:
+        """Return what transformers (through GPTQModel) and vLLM execute."""
+        text = "W4A16: activations are not quantized"
+        read = f"{text}; needs GPTQModel"
+        if experts:
+            read = f"{UNREADABLE}: GPTQModel replaces linears, and transformers has all experts in one tensor"
+        return {"transformers": f"{read} ({TRANSFORMERS})", "vllm": f"{text}{rounded_scales(weights, dtype)} ({VLLM})"}
+
+    def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
+        """Refuse a linear whose outputs do not fill whole words."""
+        if len(zeros) % _LANES:
+            raise UsageError(
+                f"awq stores eight outputs to a word, which does not divide those of `{linear.name}`",
+                facts=(("outputs", len(zeros)),),
+                hint="qtool pack SOURCE --to compressed-tensors",
+            )
+
+
+def _pack(codes: UInt8[Tensor, "out n"]) -> Int32[Tensor, "n words"]:
+    """Return codes transposed, eight outputs to a word."""
+    lanes = codes.T.reshape(codes.shape[1], -1, _LANES)[..., list(_ORDER)]
+    return pack_words(lanes.reshape(codes.shape[1], -1), 4)
+
+
+def _outputs(words: Int32[Tensor, "n words"]) -> Int32[Tensor, "n out"]:
+    """Return the code of each output: of eight, even ones lie in the low half of a word, odd ones in the high half."""
+    column = torch.arange(words.shape[1] * _LANES)
+    lane = column % _LANES
+    shift = 16 * (lane % 2) + 4 * (lane // 2)
+    return words[:, column // _LANES] >> shift.int() & 0xF

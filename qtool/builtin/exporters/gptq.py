@@ -1,0 +1,130 @@
+"""GPTQ checkpoints: codes of 2, 3, 4 or 8 bits in words along the input axis.
+
+Of the two versions of the layout the first (``checkpoint_format: gptq``) stores zero points less one, the second
+(``gptq_v2``) as they are. Both are a dense little-endian stream of bits, so codes of 3 bits straddle words: 32 of them
+take 3. Codes are in the order of the inputs (``desc_act`` is false) whatever order a method rounded them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32, UInt8
+from torch import Tensor
+
+from qtool.builtin.exporters.ct_tensors import pack_words
+from qtool.builtin.exporters.words import IntegerWords, group_size, rounded_scales
+from qtool.engine.exporter import UNREADABLE
+from qtool.engine.subject import Subject
+from qtool.errors import UsageError
+from qtool.model.graph import LinearSite
+from qtool.scheme import TensorScheme
+
+_V2 = "gptq_v2"
+_WORD = 32  # bits
+_VLLM_GROUPS = (-1, 32, 64, 128)
+VLLM = "by the code of vLLM 0.32; its CPU kernel for 4 bits was run"
+TRANSFORMERS = "by the code of transformers 5.23, not run"
+
+
+class GPTQv2(IntegerWords):
+    """``qweight``, ``qzeros``, ``scales`` and ``g_idx``, zero points as they are."""
+
+    layout = _V2
+    bits = (2, 3, 4, 8)
+    offset = 0
+
+    def tensors(
+        self, codes: UInt8[Tensor, "out in"], zeros: UInt8[Tensor, "out groups"], bits: int
+    ) -> dict[str, Tensor]:
+        """Return ``qweight`` in words along the inputs, ``qzeros`` along the outputs, and the group of each input."""
+        n_in, groups = codes.shape[1], zeros.shape[1]
+        return {
+            "qweight": pack_words(codes, bits).T.contiguous(),
+            "qzeros": pack_words((zeros - self.offset).T.contiguous(), bits),
+            "g_idx": torch.arange(n_in, dtype=torch.int32) // (n_in // groups),
+        }
+
+    def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a linear's tensors."""
+        bits, size = config["bits"], config["group_size"]
+        groups = 1 if size == -1 else n_in // size
+        return {
+            "qweight": (n_in * bits // _WORD, n_out),
+            "qzeros": (groups, n_out * bits // _WORD),
+            "scales": (groups, n_out),
+            "g_idx": (n_in,),
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Float[Tensor, "out in"]:
+        """Return the weight, unpacked bit by bit."""
+        bits, offset = config["bits"], 0 if config["checkpoint_format"] == _V2 else 1
+        codes = _from_stream(tensors["qweight"].T.contiguous(), bits)
+        zeros = (_from_stream(tensors["qzeros"], bits) + offset).T
+        scales, groups = tensors["scales"].float().T, tensors["g_idx"].long()
+        return ((codes - zeros[:, groups]).float() * scales[:, groups]).contiguous()
+
+    def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
+        """Return the ``quantization_config``."""
+        return {
+            "quant_method": "gptq",
+            "bits": subject.plugins.format(weights.format).bits,
+            "group_size": group_size(weights),
+            "sym": weights.symmetric,
+            "desc_act": False,
+            "lm_head": False,
+            "checkpoint_format": self.layout,
+            "pack_dtype": "int32",
+        }
+
+    def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:
+        """Return what transformers (through optimum and GPTQModel) and vLLM execute."""
+        bits = int(weights.format.removeprefix("int"))
+        text = f"W{bits}A16: activations are not quantized"
+        read = f"{text}; needs optimum and GPTQModel"
+        if experts:
+            read = f"{UNREADABLE}: GPTQModel replaces linears, and transformers has all experts in one tensor"
+        run = f"{text}{rounded_scales(weights, dtype)}"
+        if not weights.symmetric or bits not in (4, 8):
+            run = "refused: it wants symmetric weights of 4 or 8 bits"
+        elif group_size(weights) not in _VLLM_GROUPS:
+            run = "refused: it wants groups of 32, 64 or 128, or one scale a row"
+        return {"transformers": f"{read} ({TRANSFORMERS})", "vllm": f"{run} ({VLLM})"}
+
+    def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
+        """Refuse a linear whose inputs or outputs do not fill whole words."""
+        step, n_out = _WORD if bits == 3 else _WORD // bits, len(zeros)
+        if n_in % step or n_out % step:
+            raise UsageError(
+                f"{self.layout} stores whole words, which the codes of `{linear.name}` do not fill",
+                facts=(("codes to fill them", step), ("outputs", n_out), ("inputs", n_in)),
+                hint="qtool pack SOURCE --to compressed-tensors",
+            )
+
+
+class GPTQ(GPTQv2):
+    """The same, zero points less one: what most readers know."""
+
+    layout = "gptq"
+    offset = 1
+
+    def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
+        """Refuse zero points of 0 too, which wrap round: readers disagree whether they are 0 or ``2**bits``."""
+        super().check_linear(linear, zeros, n_in, bits)
+        found = int((zeros == 0).sum())
+        if found:
+            raise UsageError(
+                "gptq stores zero points less one, and one of 0 would wrap round",
+                facts=(("first", linear.name), ("groups", f"{found} of {zeros.numel()}")),
+                hint="qtool pack SOURCE --to gptq-v2, which stores them as they are",
+            )
+
+
+def _from_stream(words: Int32[Tensor, "rows words"], bits: int) -> Int32[Tensor, "rows n"]:
+    """Read rows of codes, the lowest bit of the first word first."""
+    stream = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
+    codes = stream.reshape(len(stream), -1, bits).astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
+    return torch.from_numpy(codes)

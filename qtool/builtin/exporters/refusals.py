@@ -1,0 +1,146 @@
+"""What a checkpoint of codes and scales has no place for, refused before any work in the name of its layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.builtin.exporters.checkpoint import refuse_compensation
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
+from qtool.engine.subject import Subject
+from qtool.errors import UsageError
+from qtool.model.graph import OUTPUT, LinearSite
+from qtool.scheme import TensorScheme
+
+
+def quantized_weights(subject: Subject) -> TensorScheme:
+    """Return the scheme of the weights of a quantized subject.
+
+    Raises:
+        UsageError: It is not quantized.
+    """
+    if subject.quantized is None or subject.scheme.weights is None:
+        raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
+    return subject.scheme.weights
+
+
+def refuse_all_but_codes(subject: Subject, layout: str) -> None:
+    """Refuse what goes beyond one code a weight and one set of scales a linear.
+
+    Args:
+        subject: A quantized subject.
+        layout: What the layout is called.
+
+    Raises:
+        UsageError: One tensor of all experts, channels set apart, operators in the forward pass, something added to the
+            outputs of blocks, low-rank corrections, outliers, or scales of two levels; names the first.
+    """
+    _refuse_stacked(subject, layout)
+    _refuse_segments(subject, layout)
+    _refuse_online(subject)
+    refuse_compensation(subject)
+    _refuse_adapters(subject, layout)
+    _refuse_outliers(subject, layout)
+    _refuse_other_parameters(subject, layout)
+
+
+def check_global_scales(subject: Subject) -> None:
+    """Refuse siblings with different multipliers, which fused layers would share, and inputs without one.
+
+    Raises:
+        UsageError: Names the first.
+    """
+    known: dict[tuple[str, str], Tensor] = {}
+    for linear in subject.model.graph.linears:
+        scale = _multiplier(subject, f"{linear.name}.global_scale")
+        if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
+            raise UsageError(
+                "linears that read one input have different global scales, and consumers fuse them",
+                facts=(("input", linear.reads), ("linear", linear.name)),
+                hint="use a mitigator that keeps the global scale it is given",
+            )
+        if subject.scheme.activations is not None and input_multiplier(subject, linear) is None:
+            raise UsageError(
+                "the activations were not calibrated, and NVFP4 needs a global scale for each input",
+                facts=(("input", linear.reads),),
+                hint="qtool calibrate MODEL --gather hessian,absmax, then mitigate again",
+            )
+
+
+def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
+    """Return the calibrated tensor-level multiplier of what a linear reads, None without one."""
+    return _multiplier(subject, f"{linear.reads}{INPUT_GLOBAL_SCALE}")
+
+
+def _refuse_stacked(subject: Subject, layout: str) -> None:
+    stacked = next((place.name for place in subject.model.places.values() if place.expert is not None), None)
+    if stacked is not None:
+        raise UsageError(
+            f"{layout} has no layout for one tensor of all experts, which the loaders of this family look for",
+            facts=(("first", stacked), ("family", subject.model.family.name)),
+            hint="qtool pack SOURCE --to hf, which stacks the dequantized experts again",
+        )
+
+
+def _refuse_segments(subject: Subject, layout: str) -> None:
+    apart = next((site for site, plan in subject.plan.sites.items() if plan.segments), None)
+    if apart is not None:
+        formats = ", ".join(segment.format for segment in subject.plan.at(apart).segments)
+        raise UsageError(
+            f"the plan sets channels apart, and {layout} has one format for all inputs of a linear",
+            facts=(("first", f"{apart} ({formats})"),),
+            hint="qtool pack SOURCE --to hf, which writes dense weights",
+        )
+
+
+def _refuse_online(subject: Subject) -> None:
+    sites = ((subject.model.graph.site(site_id), plan) for site_id, plan in subject.plan.sites.items())
+    online = sorted({site.kind for site, plan in sites if plan.online or (site.kind == OUTPUT and plan.operators)})
+    if online:
+        raise UsageError(
+            "the plan runs operators in the forward pass, which these checkpoints do not carry yet",
+            facts=(("sites", ", ".join(online)),),
+            hint="qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or pack --to hf",
+        )
+
+
+def _refuse_adapters(subject: Subject, layout: str) -> None:
+    slots = subject.quantized.header.slots if subject.quantized is not None else ()
+    found = next((name for name in slots if ".adapter." in name), None)
+    if found is not None:
+        raise UsageError(
+            f"{layout} has no low-rank corrections",
+            facts=(("first", found.partition(".adapter.")[0]),),
+            hint="qtool mitigate without the low-rank method, or qtool pack SOURCE --to hf, which merges them",
+        )
+
+
+def _refuse_outliers(subject: Subject, layout: str) -> None:
+    slots = subject.quantized.header.slots if subject.quantized is not None else ()
+    found = next((name for name in slots if f"{OUTLIERS}." in name), None)
+    if found is not None:
+        raise UsageError(
+            f"{layout} has no outliers in front of its codes",
+            facts=(("first", found.partition(f"{OUTLIERS}.")[0]),),
+            hint="qtool mitigate with another method, or qtool pack SOURCE --to hf, which writes dense weights",
+        )
+
+
+def _refuse_other_parameters(subject: Subject, layout: str) -> None:
+    """Refuse scales and zero points that are codes of a second level, and zero points that are no codes."""
+    slots = subject.quantized.header.slots if subject.quantized is not None else {}
+    for name, slot in slots.items():
+        real = name.endswith(".zero_point") and slot.dtype != "U8"
+        if real or name.endswith((".scale.codes", ".zero_point.codes")):
+            raise UsageError(
+                f"{layout} has no scales of two levels, and its zero points are whole numbers",
+                facts=(("first", name),),
+                hint="qtool mitigate with another method, or qtool pack SOURCE --to hf, which writes dense weights",
+            )
+
+
+def _multiplier(subject: Subject, name: str) -> Tensor | None:
+    """Read a tensor-level multiplier by its name in the artifact, None without one."""
+    if subject.quantized is None or name not in subject.quantized.header.slots:
+        return None
+    return subject.quantized.tensor(name)

@@ -1,0 +1,234 @@
+"""Integer weights as GPTQ and AWQ lay them out: codes and zero points in 32-bit words, scales in float16 beside them.
+
+Both are for weights only, and both have the matrices of a linear transposed. Symmetric codes, which qtool offsets by
+``2^(b-1)``, have that zero point in every group. Scales keep their sign. Nothing is rounded on writing: a scale that
+float16 cannot hold exactly is refused.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
+from qtool.builtin.exporters.read_back import (
+    CheckpointReader,
+    empty_model,
+    weight_difference,
+    with_linear_experts,
+    with_stored_shapes,
+)
+from qtool.builtin.exporters.refusals import quantized_weights, refuse_all_but_codes
+from qtool.engine.exporter import Exported
+from qtool.engine.problem import QuantizedLinear
+from qtool.engine.subject import Subject
+from qtool.errors import ArtifactError, NumericalError, SchemeError, UsageError
+from qtool.model.graph import LinearSite
+from qtool.numerics.packing import unpack_codes
+from qtool.numerics.scales import decode_scale
+from qtool.scheme import GroupParameters, TensorScheme
+
+_SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_UNREADABLE = (KeyError, IndexError, ValueError, RuntimeError)
+
+
+class IntegerWords(ABC):
+    """Writes one layout of integers in words; what sets the layouts apart is left to them.
+
+    Class attributes: ``version``, ``layout`` (what it is called) and ``bits`` (those that it has codes of).
+    """
+
+    version = 1
+    layout: ClassVar[str]
+    bits: ClassVar[tuple[int, ...]]
+
+    @abstractmethod
+    def tensors(
+        self, codes: UInt8[Tensor, "out in"], zeros: UInt8[Tensor, "out groups"], bits: int
+    ) -> dict[str, Tensor]:
+        """Return codes and zero points as they are stored, named below the linear."""
+
+    @abstractmethod
+    def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a linear's tensors, without its bias, as a reader of the config expects them."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Float[Tensor, "out in"]:
+        """Return the float32 weight that a reader of the config decodes; shares no code with ``tensors``."""
+
+    @abstractmethod
+    def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
+        """Return the ``quantization_config``."""
+
+    @abstractmethod
+    def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:
+        """Return what loads the checkpoint and what each loader executes, in words."""
+
+    @abstractmethod
+    def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
+        """Refuse a linear whose codes do not fill whole words, or whose zero points the layout cannot hold.
+
+        Raises:
+            UsageError: Names the linear.
+        """
+
+    def check(self, subject: Subject) -> None:
+        """Refuse schemes, shapes, scales and zero points that the layout cannot hold, and what no consumer reads.
+
+        Raises:
+            UsageError: Names what does not fit and the nearest that does.
+            NumericalError: A scale that float16 cannot hold.
+        """
+        weights = quantized_weights(subject)
+        bits = self._check_scheme(subject)
+        refuse_all_but_codes(subject, self.layout)
+        experts = subject.model.graph.dims.experts > 0
+        said = self.consumers(weights, _model_dtype(weights, subject.model.dtype), experts=experts)
+        if experts and said["vllm"].startswith("refused"):
+            raise UsageError(
+                f"no consumer reads these experts from {self.layout}",
+                facts=(("vllm", said["vllm"]), ("transformers", said["transformers"])),
+                hint="qtool pack SOURCE --to compressed-tensors",
+            )
+        for linear in subject.model.graph.linears:
+            scale, zeros = _stored_parameters(subject, linear, bits)
+            _check_scales(linear, scale, weights)
+            self.check_linear(linear, zeros, subject.model.places[f"{linear.name}.weight"].shape[1], bits)
+
+    def write(self, subject: Subject, directory: Path) -> Exported:
+        """Write the checkpoint into an empty folder."""
+        weights = quantized_weights(subject)
+        bits, dtype = subject.plugins.format(weights.format).bits, _model_dtype(weights, subject.model.dtype)
+
+        def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            if linear.spec.kept:
+                return {}
+            found: QuantizedLinear = subject.linear(linear)
+            (parameters,) = found.parameters
+            tensors = self.tensors(found.codes, zero_points(parameters, bits), bits)
+            return tensors | {"scales": parameters.scale.half().T.contiguous()}
+
+        config = self.config(weights, subject)
+        sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
+        details: dict[str, object] = {"layout": self.layout, "dtype": str(dtype).removeprefix("torch.")}
+        details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
+        experts = subject.model.graph.dims.experts > 0
+        return Exported(self.consumers(weights, dtype, experts=experts), details)
+
+    def verify(self, subject: Subject, directory: Path) -> None:
+        """Unpack every linear as the written config says, bit by bit, and compare it with ours.
+
+        Names and shapes are compared with the model of the config with such linears.
+
+        Raises:
+            ArtifactError: Names the first weight that differs.
+        """
+        model = subject.model
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+        said, plain = config.quantization_config, deepcopy(config)
+        del plain.quantization_config
+        module = with_linear_experts(empty_model(plain, model), model)
+        reader = CheckpointReader(directory, model)
+        reader.compare(with_stored_shapes(module, model, lambda child: self._shapes_of(child, said)))
+        for linear in model.graph.linears:
+            ours = subject.linear(linear).weight(subject.weight_grid(linear))
+            try:
+                read = self.decode(reader.module(linear.name), said)
+            except _UNREADABLE as error:
+                reason = str(error).split("\n")[0]
+                raise ArtifactError(f"cannot unpack `{linear.name}`", facts=(("reason", reason),)) from error
+            if read.shape != ours.shape or not torch.equal(read, ours):
+                raise weight_difference(linear.name, read, ours)
+
+    def _shapes_of(self, linear: nn.Linear, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return self.shapes(linear.out_features, linear.in_features, config)
+
+    def _check_scheme(self, subject: Subject) -> int:
+        """Refuse a scheme that the layout cannot say, and return the bits of its codes."""
+        scheme, weights = subject.scheme, quantized_weights(subject)
+        if scheme.activations is not None or scheme.kv is not None:
+            raise SchemeError(
+                f"{self.layout} is for weights only, and its consumers would run the rest in 16 bits",
+                facts=(("scheme", scheme),),
+                hint="qtool pack SOURCE --to compressed-tensors, or --weights alone",
+            )
+        bits = subject.plugins.format(weights.format).bits
+        has = ", ".join(str(own) for own in self.bits)
+        if weights.format != f"int{bits}":
+            raise SchemeError(
+                f"{self.layout} has integers only",
+                facts=(("weights", weights), ("bits", has)),
+                hint="qtool pack SOURCE --to compressed-tensors",
+            )
+        if bits not in self.bits:
+            nearest = replace(weights, format=f"int{next((own for own in self.bits if own > bits), self.bits[-1])}")
+            raise _refusal(f"{self.layout} has codes of {has} bits", weights, nearest)
+        if weights.strategy == "tensor":
+            rows = replace(weights, strategy="channel")
+            raise _refusal(f"{self.layout} has no scale for a whole tensor", weights, rows)
+        if weights.scale not in _SIXTEEN_BIT:
+            nearest = replace(weights, scale="fp16")
+            raise _refusal(f"{self.layout} has float16 scales, which hold bf16 and fp16 ones", weights, nearest)
+        return bits
+
+
+def zero_points(parameters: GroupParameters, bits: int) -> UInt8[Tensor, "out groups"]:
+    """Return the codes that stand for zero: of symmetric integers the middle of the grid."""
+    if parameters.zero_point is None:
+        return torch.full_like(parameters.scale, 2 ** (bits - 1), dtype=torch.uint8)
+    return parameters.zero_point.to(torch.uint8)
+
+
+def group_size(weights: TensorScheme) -> int:
+    """Return the group size as these layouts spell it: -1 for a scale an output row."""
+    return -1 if weights.group_size is None else weights.group_size
+
+
+def rounded_scales(weights: TensorScheme, dtype: torch.dtype) -> str:
+    """Return what a loader that casts scales to the dtype of the model does to them, in words; empty if nothing."""
+    if weights.scale == "fp16" and dtype == torch.bfloat16:
+        return "; scales are rounded to bfloat16 unless it is run with --dtype float16"
+    return ""
+
+
+def _model_dtype(weights: TensorScheme, stored: torch.dtype) -> torch.dtype:
+    """Return what is not quantized is stored in: the model's own 16 bits, or those of the scales."""
+    return stored if stored in _SIXTEEN_BIT.values() else _SIXTEEN_BIT[weights.scale]
+
+
+def _stored_parameters(
+    subject: Subject, linear: LinearSite, bits: int
+) -> tuple[Float[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:
+    """Read the scales and zero points of a linear, and not its codes."""
+    artifact, weights = subject.quantized, quantized_weights(subject)
+    if artifact is None:
+        raise LookupError(linear.name)
+    scale = decode_scale(artifact.tensor(f"{linear.name}.scale"), weights.scale)
+    if weights.symmetric:
+        return scale, zero_points(GroupParameters(scale), bits)
+    return scale, unpack_codes(artifact.tensor(f"{linear.name}.zero_point"), bits, scale.shape[-1])
+
+
+def _check_scales(linear: LinearSite, scale: Float[Tensor, "out groups"], weights: TensorScheme) -> None:
+    """Refuse scales that float16 does not hold exactly."""
+    lost = scale.half().float() != scale
+    if bool(lost.any()):
+        largest = float(scale[lost].abs().max())
+        raise NumericalError(
+            f"float16 cannot hold scales of `{linear.name}`",
+            facts=(("scales", int(lost.sum())), ("of", scale.numel()), ("largest of them", f"{largest:.3g}")),
+            hint=f"nearest that fits: --weights {replace(weights, scale='fp16')}",
+        )
+
+
+def _refusal(reason: str, weights: TensorScheme, nearest: TensorScheme) -> SchemeError:
+    return SchemeError(reason, facts=(("weights", weights),), hint=f"nearest that fits: --weights {nearest}")
