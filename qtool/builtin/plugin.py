@@ -119,6 +119,8 @@ def register_exporters() -> Sequence[Entry]:
     """Offer qtool's exporters."""
     return [
         _entry("compressed-tensors", "exporters.compressed_tensors:CompressedTensors", "vLLM, SGLang, transformers"),
+        _entry("gguf", "exporters.gguf:GGUF", "llama.cpp: codes and scales as they are, in one of its types"),
+        _entry("gguf-f16", "exporters.gguf:GGUFHalf", "llama.cpp: weights dequantised to float16"),
         _entry("hf", "exporters.hf:HuggingFace", "dequantised bf16 safetensors for anything that loads transformers"),
     ]
 

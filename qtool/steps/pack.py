@@ -20,7 +20,7 @@ from qtool.steps.labels import labels_of, parameter_counts
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
 
-READERS = ("transformers", "compressed-tensors", "safetensors")
+READERS = ("transformers", "compressed-tensors", "gguf", "safetensors")
 
 
 @dataclass(frozen=True)
