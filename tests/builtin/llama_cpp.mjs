@@ -26,5 +26,5 @@ if (generate > 0)
         followed.push(token);
         if (followed.length >= generate) break;
     }
-console.log(JSON.stringify({logits, followed, tokenized: text === undefined ? [] : model.tokenize(text)}));
+console.log(JSON.stringify({logits, followed, tokenized: text == null ? [] : model.tokenize(text)}));
 await llama.dispose();

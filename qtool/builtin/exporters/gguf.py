@@ -22,6 +22,7 @@ from qtool.builtin.exporters.gguf_architecture import (
     architecture_of,
     check_architecture,
     check_biases,
+    check_tensor_scales,
     rope_factors,
     row_order,
     tensor_names,
@@ -67,6 +68,8 @@ class GGUF:
         refuse_compensation(subject)
         _refuse_beside_codes(subject)
         _check_model(subject)
+        if kind == "NVFP4":
+            check_tensor_scales(subject)
         for linear in subject.model.graph.linears:
             check_values(linear.name, subject.linear(linear), weights, kind)
 

@@ -34,18 +34,22 @@ class Architecture:
         name: ``general.architecture``.
         neighbours: Queries and keys turn in pairs of neighbours there, so their rows are reordered.
         biases: Linears of a block whose bias it reads.
+        wide: Whether all heads of queries together may be wider, or less wide, than the residual.
         own_head: Whether a head of its own is read; otherwise the embedding stands for it.
         activations: Functions of the MLP that it computes.
         full_every: One block in so many attends to everything, the others to a window; 0: there are no windows.
+        tensor_scales: Whether it multiplies by the scale of an NVFP4 tensor; where it does not, it says nothing.
         large: Number of blocks of the one size whose queries are scaled by hidden size over heads.
     """
 
     name: str
     neighbours: bool = False
     biases: tuple[str, ...] = ()
+    wide: bool = True
     own_head: bool = True
     activations: tuple[str, ...] = ("silu",)
     full_every: int = 0
+    tensor_scales: bool = False
     large: int = 0
 
 
@@ -53,13 +57,14 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _LLAMA = Architecture(
     "llama",
     neighbours=True,
+    tensor_scales=True,
     biases=(*_QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Architecture("qwen2", biases=_QKV),
-    "qwen3": Architecture("qwen3"),
+    "qwen2": Architecture("qwen2", biases=_QKV, wide=False),
+    "qwen3": Architecture("qwen3", tensor_scales=True),
     "gemma": Architecture("gemma", own_head=False, activations=_GELU),
     "gemma2": Architecture("gemma2", own_head=False, activations=_GELU, full_every=2, large=46),
     "gemma3_text": Architecture("gemma3", activations=_GELU, full_every=6, large=62),
@@ -100,6 +105,7 @@ def check_architecture(subject: Subject) -> None:
         f"the activation `{activation}`": activation not in found.activations,
         f"RoPE of the type `{rope['rope_type']}`": rope["rope_type"] not in known,
         "heads of which positions turn only a part": dims.turned != dims.head_dim,
+        "heads that are not as wide as the residual": not found.wide and dims.num_heads * dims.head_dim != dims.hidden,
         "these blocks with sliding windows": _windows(config) != _windows_of(found, dims.num_layers),
         f"queries scaled by {scalar} ** -0.5 instead of {heads} ** -0.5": scalar != heads,
         "a head beside the embedding": not found.own_head
@@ -112,6 +118,20 @@ def check_architecture(subject: Subject) -> None:
         prefix = f"{model.graph.block_name(layer)}."
         own = [name.removeprefix(prefix) for name in model.places if name.startswith(prefix)]
         check_biases(found, own if subject.plan.empty else list(subject.folded(layer, torch.float32)))
+
+
+def check_tensor_scales(subject: Subject) -> None:
+    """Refuse NVFP4 where llama.cpp does not multiply by the scale of a tensor, or stops beside a bias.
+
+    Raises:
+        UsageError: Names the nearest scheme that it runs.
+    """
+    model, found = subject.model, architecture_of(subject.model)
+    in_mlp = next((linear.name for linear in model.graph.linears if ".mlp." in linear.name), "")
+    biased = any(model.has(f"{one.name}.bias") for one in model.graph.linears if ".mlp." in one.name)
+    if not found.tensor_scales or biased:
+        reason = f"beside biases of an MLP (`{in_mlp}.bias`)" if biased else f"of `{found.name}`"
+        raise UsageError(f"llama.cpp does not run NVFP4 {reason}", hint="nearest that fits: --weights mxfp4")
 
 
 def check_biases(found: Architecture, names: list[str]) -> None:

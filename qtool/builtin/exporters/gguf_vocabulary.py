@@ -42,6 +42,8 @@ def add_vocabulary(writer: Any, model: Model) -> None:  # noqa: ANN401 - the pac
     if vocabulary["type"] != "BPE":
         raise _refusal(model, f"a tokenizer of the type `{vocabulary['type']}`, not BPE")
     merges = [tuple(one.split(" ")) if isinstance(one, str) else tuple(one) for one in vocabulary["merges"]]
+    if not merges:
+        raise _refusal(model, "a tokenizer without merges, which it does not load")
     tokens, types = _tokens(model, described)
     if vocabulary.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
