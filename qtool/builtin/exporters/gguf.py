@@ -197,16 +197,16 @@ def _reordered(item: Item, order: Tensor | None) -> Item:
 
 def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, file_type: int) -> Sizes:
     model = subject.model
-    file = TensorFile(directory / FILE, architecture_of(model).name)
-    add_keys(file.keys, model)
-    file.keys.add_file_type(file_type)
-    file.keys.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_vocabulary(file.keys, model)
     linears = 0
-    for name, item, of_linear in _tensors(subject, made, dtype):
-        size = file.add(name, item)
-        linears += size if of_linear else 0
-    file.finish()
+    with TensorFile(directory / FILE, architecture_of(model).name) as file:
+        add_keys(file.keys, model)
+        file.keys.add_file_type(file_type)
+        file.keys.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_vocabulary(file.keys, model)
+        for name, item, of_linear in _tensors(subject, made, dtype):
+            size = file.add(name, item)
+            linears += size if of_linear else 0
+        file.finish()
     return Sizes(linears, file.total)
 
 

@@ -32,6 +32,8 @@ class Blocks:
 class TensorFile:
     """Gathers tensors on disk beside the file, whose head speaks of all of them, and copies them behind it.
 
+    A context manager, so that no file stays open when something is refused on the way.
+
     Args:
         path: The file.
         architecture: ``general.architecture``.
@@ -44,6 +46,15 @@ class TensorFile:
         self._spool = path.with_name(f".{path.name}.tensors")
         self._places: list[tuple[int, int]] = []
         self._output = self._spool.open("wb")
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._output.close()
+        for file in self.keys.fout or ():
+            file.close()
+        self._spool.unlink(missing_ok=True)
 
     def add(self, name: str, tensor: Tensor | Blocks) -> int:
         """Take a tensor in, in blocks or as floats.
@@ -64,7 +75,7 @@ class TensorFile:
         return int(raw.nbytes)
 
     def finish(self) -> None:
-        """Write the file and remove what was gathered.
+        """Write the file from what was gathered.
 
         Raises:
             ResourceError: The disk is full.
@@ -77,7 +88,6 @@ class TensorFile:
             for start, size in self._places:
                 self.keys.write_tensor_data(np.memmap(self._spool, np.uint8, "r", start, (size,)))
             self.keys.close()
-            self._spool.unlink()
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, str, Float[Tensor, "*shape"]]]:
