@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -26,7 +23,6 @@ from qtool.builtin.exporters.gguf import FILE, GGUF, GGUFHalf
 from qtool.builtin.exporters.gguf_blocks import stored_blocks
 from qtool.builtin.exporters.gguf_types import choose_type
 from qtool.builtin.exporters.gguf_vocabulary import split_name
-from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
@@ -158,7 +154,7 @@ def test_every_code_and_scale_is_decoded_by_the_official_package_as_by_qtool(plu
     form, kind = plugins.format(scheme.format), choose_type(scheme)
     levels, size = 2**form.bits, scheme.group_size or 0
     scales = {
-        "mxfp4": 2.0 ** torch.arange(-127, 128).float(),
+        "mxfp4": 2.0 ** torch.arange(-127, 125).float(),
         "nvfp4": torch.arange(1, 0x7F).to(torch.uint8).view(torch.float8_e4m3fn).float(),
     }.get(weights, torch.tensor([-3.5, -(2.0**-24), 2.0**-20, 0.123, 1.0, 65504 / 256]).half().float())
     columns = max(levels, 64)
@@ -282,7 +278,7 @@ def test_a_scheme_that_no_type_holds_is_met_with_the_nearest(
 
 def test_what_llama_cpp_does_not_run_is_refused(make: Make) -> None:
     plain = make(Q4_0)
-    sites = {"layers.0.up_down": SitePlan((Hadamard(128, 128),), 0)}
+    sites = {"layers.0.up_down": SitePlan((Hadamard(128),), 0)}
     apart = {"layers.0.up_down": SitePlan((), 0, (Segment(32, "int8"),))}
     cases: list[tuple[Subject, str]] = [
         (replace(plain, plan=Plan(sites)), "operators in the forward pass"),
