@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ from qtool.artifacts.store import ArtifactWriter
 from qtool.builtin.exporters.gguf import FILE, GGUF, GGUFHalf
 from qtool.builtin.exporters.gguf_blocks import stored_blocks
 from qtool.builtin.exporters.gguf_types import choose_type
-from qtool.builtin.exporters.gguf_vocabulary import split_name
+from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary, split_name
 from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
@@ -402,3 +402,41 @@ def test_the_split_into_words_is_named_or_refused(
         return
     with pytest.raises(ModelError, match="cannot read text"):
         split_name(model, described)
+
+
+def test_norms_and_biases_are_float32_as_llama_cpp_reads_them(make: Make, tmp_path: Path) -> None:
+    subject = make(Q4_0, "gemma")
+    written(GGUF(), subject, tmp_path / "gemma")
+    stored = read(tmp_path / "gemma")
+    ours = subject.model.tensor("model.layers.1.post_attention_layernorm.weight")
+    assert np.array_equal(stored["blk.1.ffn_norm.weight"].data, (1 + ours).float().numpy())
+    assert "output.weight" not in stored
+    subject = make(HALF, "llama with biases")
+    written(GGUF(), subject, tmp_path / "llama")
+    stored = read(tmp_path / "llama")
+    bias = subject.model.tensor("model.layers.0.self_attn.k_proj.bias").float()
+    ordered = torch.stack([bias[32 * head + half * 16 + i] for head, i, half in rows(2)])
+    assert np.array_equal(stored["blk.0.attn_k.bias"].data, ordered.numpy())
+    ours = subject.model.tensor("model.layers.0.mlp.up_proj.bias").float()
+    assert np.array_equal(stored["blk.0.ffn_up.bias"].data, ours.numpy())
+    assert np.array_equal(stored["output.weight"].data, subject.model.tensor("lm_head.weight").half().numpy())
+
+
+def test_a_vocabulary_of_pieces_has_scores_in_the_order_of_its_merges(make: Make, tmp_path: Path) -> None:
+    texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    merges = [("a", "b"), ("▁", "ab")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    model = make(Q4_0, changes=(("vocab_size", 264),)).model
+    writer = gguf.GGUFWriter(None, "llama")
+    add_vocabulary(writer, replace(model, path=tmp_path))
+    keys = {name.removeprefix("tokenizer.ggml."): one.value for name, one in writer.kv_data[0].items()}
+    assert keys["model"] == "llama"
+    assert keys["tokens"] == [*texts, "[PAD262]", "[PAD263]"]
+    assert keys["add_space_prefix"]
+    scores = dict(zip(keys["tokens"], keys["scores"], strict=True))
+    assert scores["ab"] > scores["▁ab"] > scores["a"]
+    kinds = dict(zip(keys["tokens"], keys["token_type"], strict=True))
+    assert [kinds[text] for text in ("<unk>", "<0x41>", "ab", "[PAD262]")] == [2, 6, 1, 5]

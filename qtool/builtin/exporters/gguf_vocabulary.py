@@ -36,7 +36,7 @@ def add_vocabulary(writer: Any, model: Model) -> None:  # noqa: ANN401 - the pac
         ModelError: The model has none, or llama.cpp has no such tokenizer.
     """
     tokenizer: Any = model.tokenizer()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "none"}}
     vocabulary = described["model"]
     if vocabulary["type"] != "BPE":
