@@ -23,6 +23,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from qtool.builtin.models.smollm2 import SmolLM2
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.subject import Subject
+from qtool.errors import ResourceError
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -123,7 +124,10 @@ def divergence(ours: Tensor, theirs: Tensor) -> float:
 def test_smollm2_has_the_probabilities_that_qtool_measures(
     node_llama_cpp: Path, workspace: Workspace, cache: Path, weights: str, to: str, largest: float, kl: float
 ) -> None:
-    model = SmolLM2().fetch(Path(os.environ.get("QTOOL_TEST_CACHE", cache)))
+    try:
+        model = SmolLM2().fetch(Path(os.environ.get("QTOOL_TEST_CACHE", cache)))
+    except ResourceError as error:
+        pytest.skip(f"llama.cpp was not run: SmolLM2 cannot be fetched ({error})")
     subject, file = packed(model, weights, to, workspace)
     tokenizer: Any = subject.model.tokenizer()
     tokens = tokenizer(TEXT).input_ids
