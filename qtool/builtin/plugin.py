@@ -122,6 +122,8 @@ def register_exporters() -> Sequence[Entry]:
         _entry("compressed-tensors", "exporters.compressed_tensors:CompressedTensors", "vLLM, SGLang, transformers"),
         _entry("gptq", "exporters.gptq:GPTQ", "GPTQ, 2, 3, 4, 8 bits: vLLM, transformers with GPTQModel, ExLlama"),
         _entry("gptq-v2", "exporters.gptq:GPTQv2", "the same with zero points as they are, not less one"),
+        _entry("gguf", "exporters.gguf:GGUF", "llama.cpp: codes and scales as they are, in one of its types"),
+        _entry("gguf-f16", "exporters.gguf:GGUFHalf", "llama.cpp: weights dequantised to float16"),
         _entry("hf", "exporters.hf:HuggingFace", "dequantised bf16 safetensors for anything that loads transformers"),
         _entry("modelopt", "exporters.modelopt:ModelOpt", "ModelOpt's NVFP4 and FP8: vLLM, SGLang, TensorRT-LLM"),
     ]

@@ -21,7 +21,7 @@ from qtool.steps.model_card import CARD, measurements_about, model_card
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
 
-READERS = ("transformers", "compressed-tensors", "safetensors")
+READERS = ("transformers", "compressed-tensors", "gguf", "safetensors")
 
 
 @dataclass(frozen=True)

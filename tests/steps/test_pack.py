@@ -115,7 +115,7 @@ def test_a_checkpoint_says_what_it_is(quantize: Quantize, workspace: Workspace, 
     assert details["labels"]["mitigator"] == "rtn"
     assert details["labels"]["weights"] == "int4-sym-g16-sbf16"
     assert details["consumers"]["transformers"].startswith("W4A16")
-    assert set(details["read_back_with"]) == {"transformers", "compressed-tensors", "safetensors"}
+    assert set(details["read_back_with"]) == {"transformers", "compressed-tensors", "gguf", "safetensors"}
 
 
 def test_bits_are_counted_from_the_bytes_that_were_written(quantize: Quantize, workspace: Workspace) -> None:

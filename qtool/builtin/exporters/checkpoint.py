@@ -95,7 +95,7 @@ def write_checkpoint(
     model, graph = subject.model, subject.model.graph
     cast = _Cast(model, dtype)
     shards, linears = Shards(directory), 0
-    ends = _stored_ends(subject, dtype)
+    ends = stored_ends(subject, dtype)
     shards.add(as_stored(model, cast(ends)))
     for layer in range(graph.dims.num_layers):
         state = subject.folded(layer, torch.float32)
@@ -181,7 +181,7 @@ def _batches(model: Model, names: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _stored_ends(subject: Subject, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_ends(subject: Subject, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return embedding, final norm, head and what else writes the residual, without a head that is still tied."""
     ends, model = subject.ends(dtype), subject.model
     head, tied = f"{model.family.head}.weight", model.graph.dims.tied

@@ -15,6 +15,7 @@ from qtool.scheme import ModelScheme, TensorScheme
 
 TRANSFORMERS = "transformers 5.23 with compressed-tensors 0.20"
 VLLM = "by the code of vLLM 0.33, not run"
+LLAMA_CPP = "llama.cpp of node-llama-cpp 3.22, run on a CPU"
 
 
 def compressed_consumers(
@@ -152,3 +153,21 @@ def _dynamic(activations: TensorScheme) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def llama_cpp_consumers(kind: str, weight_bits: int, scheme: ModelScheme, dtype: torch.dtype) -> dict[str, str]:
+    """Return what llama.cpp executes of a GGUF file: the weights, and activations in ways of its own.
+
+    Args:
+        kind: Type of the linears: ``F16`` or one in blocks.
+        weight_bits: Bits of the codes that the weights came from.
+        scheme: What else the artifact quantizes, and the file does not.
+        dtype: What embedding and head are stored in.
+    """
+    if kind == "F16":
+        own = "dequantized to float16; activations are NOT quantized, but rounded to float16 by CPUs"
+    else:
+        own = f"as {kind}; activations are NOT quantized but by its own kernels, by CPUs to 8 bits in blocks of 32"
+    lost = f" (without the {scheme.activations.format} activations of the artifact)" if scheme.activations else ""
+    text = f"W{weight_bits}A16: weights only, {own}; embedding and head in {_name(dtype)}"
+    return {"llama.cpp": f"{text}{lost} ({LLAMA_CPP})"}

@@ -1,0 +1,321 @@
+"""GGUF files for llama.cpp: codes and scales transcoded as they are, or everything dequantized to float16.
+
+Norms and biases are float32, as llama.cpp wants them; embedding and head are bfloat16 for a model in bfloat16 and
+float16 for any other. Beside an NVFP4 weight lie its tensor's scale and, of calibrated inputs, theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import gguf
+import torch
+from torch import Tensor
+
+from qtool.builtin.exporters.checkpoint import Sizes, left_alone_counts, refuse_compensation, stored_ends
+from qtool.builtin.exporters.consumers import llama_cpp_consumers
+from qtool.builtin.exporters.gguf_architecture import (
+    add_keys,
+    architecture_of,
+    check_architecture,
+    check_biases,
+    check_tensor_scales,
+    rope_factors,
+    row_order,
+    tensor_names,
+)
+from qtool.builtin.exporters.gguf_blocks import stored_blocks
+from qtool.builtin.exporters.gguf_file import Blocks, TensorFile, read_tensors
+from qtool.builtin.exporters.gguf_types import check_values, choose_type
+from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
+from qtool.builtin.exporters.hf import dense
+from qtool.engine.exporter import Exported
+from qtool.engine.problem import QuantizedLinear
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
+from qtool.engine.subject import Subject
+from qtool.errors import ArtifactError, SchemeError, UsageError
+from qtool.model.graph import OUTPUT, LinearSite
+from qtool.scheme import TensorScheme
+
+FILE = "model.gguf"
+_FOLDED = "qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or qtool pack SOURCE --to gguf-f16"
+
+Item: TypeAlias = Tensor | Blocks
+Made: TypeAlias = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Item]]
+"""Makes what is stored of a linear, named below it, in our order of rows; a ``bias`` replaces the folded one."""
+
+
+class GGUF:
+    """Writes Q4_0, Q4_1, Q8_0, MXFP4 or NVFP4, whichever holds the scheme; never rounds."""
+
+    version = 1
+
+    def check(self, subject: Subject) -> None:
+        """Refuse schemes that no type holds, values that it would round, and whatever llama.cpp does not run.
+
+        Raises:
+            UsageError: Names what does not fit and the nearest that does.
+            ModelError: llama.cpp cannot read text as the model does.
+        """
+        weights = _weights(subject)
+        kind = choose_type(weights)
+        _refuse_cache(subject)
+        _refuse_online(subject)
+        _refuse_segments(subject)
+        refuse_compensation(subject)
+        _refuse_beside_codes(subject)
+        _check_model(subject)
+        if kind == "NVFP4":
+            check_tensor_scales(subject)
+        for linear in subject.model.graph.linears:
+            check_values(linear.name, subject.linear(linear), weights, kind)
+
+    def write(self, subject: Subject, directory: Path) -> Exported:
+        """Write the file into an empty folder."""
+        weights = _weights(subject)
+        kind = choose_type(weights)
+
+        def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
+            del state
+            found = subject.linear(linear)
+            return {"weight": Blocks(kind, stored_blocks(found, kind)), **_scales(subject, linear, found)}
+
+        sizes = _write(subject, directory, made, dtype=_dtype(subject), file_type=_FILE_TYPES[kind])
+        return _exported(subject, kind, _dtype(subject), sizes)
+
+    def verify(self, subject: Subject, directory: Path) -> None:
+        """Decode every tensor with the official package and compare it with ours, bit for bit.
+
+        The scale of an NVFP4 tensor is compared by itself, since its reader multiplies by it behind the product.
+
+        Raises:
+            ArtifactError: Names the first tensor that differs.
+        """
+
+        def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
+            del state
+            found = subject.linear(linear)
+            (parameters,) = found.parameters
+            alone = replace(found, parameters=(replace(parameters, global_scale=None),))
+            return {"weight": alone.weight(subject.weight_grid(linear)), **_scales(subject, linear, found)}
+
+        _compare(subject, directory, made, dtype=_dtype(subject), kind=choose_type(_weights(subject)))
+
+
+class GGUFHalf:
+    """Writes every matrix in float16: linears decoded, corrections merged, online operators undone."""
+
+    version = 1
+
+    def check(self, subject: Subject) -> None:
+        """Refuse what is not quantized, and whatever llama.cpp does not run.
+
+        Raises:
+            UsageError: There are no codes, or the model is one that llama.cpp runs as something else.
+            ModelError: llama.cpp cannot read text as the model does.
+        """
+        _weights(subject)
+        _refuse_cache(subject)
+        refuse_compensation(subject)
+        _check_model(subject)
+
+    def write(self, subject: Subject, directory: Path) -> Exported:
+        """Write the file into an empty folder."""
+        file_type = gguf.LlamaFileType.MOSTLY_F16
+        sizes = _write(subject, directory, _half(subject), dtype=torch.float16, file_type=file_type)
+        return _exported(subject, "F16", torch.float16, sizes)
+
+    def verify(self, subject: Subject, directory: Path) -> None:
+        """Read every tensor back with the official package and compare it with ours in float16, bit for bit.
+
+        Raises:
+            ArtifactError: Names the first tensor that differs.
+        """
+        _compare(subject, directory, _half(subject), dtype=torch.float16, kind="F16")
+
+
+_FILE_TYPES = {
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "MXFP4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
+    "NVFP4": gguf.LlamaFileType.MOSTLY_NVFP4,
+}
+
+
+def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple[str, Item, bool]]:
+    """Yield every tensor as the file has it: its name there, what it holds, and whether it is a linear's weight."""
+    model, graph = subject.model, subject.model.graph
+    names, found = tensor_names(model), architecture_of(model)
+    for name, tensor in (stored_ends(subject, torch.float32) | rope_factors(model)).items():
+        module, _, leaf = name.rpartition(".")
+        yield f"{names.get(module, module)}.{leaf}", _float(subject, name, tensor, dtype), False
+    for layer in range(graph.dims.num_layers):
+        state = subject.folded(layer, torch.float32)
+        check_biases(found, list(state))
+        for linear in graph.linears_of(layer):
+            module = linear.spec.module
+            own = {"bias": state[f"{module}.bias"]} if f"{module}.bias" in state else {}
+            order = row_order(model, linear.name)
+            for leaf, item in {**own, **made(linear, state)}.items():
+                full = item if isinstance(item, Blocks) else _float(subject, f"{linear.name}.{leaf}", item, dtype)
+                yield f"{names[linear.name]}.{leaf}", _reordered(full, order), leaf != "bias"
+            state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] != module}
+        for name, tensor in state.items():
+            module, _, leaf = f"{graph.block_name(layer)}.{name}".rpartition(".")
+            yield f"{names[module]}.{leaf}", _float(subject, f"{module}.{leaf}", tensor, dtype), False
+
+
+def _float(subject: Subject, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of floats as it is stored; the weight of a norm with what the family adds to it.
+
+    Raises:
+        UsageError: It has values that float16 does not.
+    """
+    if tensor.ndim < 2:
+        offset = subject.model.family.final_norm.offset if name.endswith("norm.weight") else 0.0
+        return (tensor.double() + offset).float().reshape(-1)
+    stored = tensor.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise UsageError(
+            f"`{name}` has values that float16 does not have",
+            facts=(("largest", f"{tensor.abs().max():.3g}"),),
+            hint="qtool pack SOURCE --to hf, which keeps bfloat16",
+        )
+    return stored
+
+
+def _reordered(item: Item, order: Tensor | None) -> Item:
+    """Return the rows of a linear in the order of the file; single numbers as they are."""
+    if isinstance(item, Blocks):
+        return item if order is None else Blocks(item.kind, item.rows[order])
+    return item if order is None or item.numel() == 1 else item[order]
+
+
+def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, file_type: int) -> Sizes:
+    model = subject.model
+    linears = 0
+    with TensorFile(directory / FILE, architecture_of(model).name) as file:
+        add_keys(file.keys, model)
+        file.keys.add_file_type(file_type)
+        file.keys.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_vocabulary(file.keys, model)
+        for name, item, of_linear in _tensors(subject, made, dtype):
+            size = file.add(name, item)
+            linears += size if of_linear else 0
+        file.finish()
+    return Sizes(linears, file.total)
+
+
+def _compare(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, kind: str) -> None:
+    """Compare a file with what it was made from.
+
+    Raises:
+        ArtifactError: Names the first tensor that differs, is missing or too many.
+    """
+    read = {name: (stored, values) for name, stored, values in read_tensors(directory / FILE)}
+    for name, item, of_linear in _tensors(subject, made, torch.float32):
+        stored, values = read.pop(name, ("none", torch.empty(0)))
+        ours = item if isinstance(item, Tensor) else torch.empty(0)
+        if of_linear and ours.ndim > 1:
+            wanted, ours = kind, ours.half().float() if kind == "F16" else ours
+        else:
+            wanted = "F32" if ours.ndim < 2 else {torch.float16: "F16"}.get(dtype, "BF16")
+            ours = ours if wanted == "F32" else ours.to(dtype).float()
+        if stored != wanted or ours.shape != values.shape or not torch.equal(values, ours):
+            same = ours.shape == values.shape
+            facts: tuple[tuple[str, object], ...] = (("type", wanted), ("read back", stored))
+            facts += (("values that differ", int((values != ours).sum()) if same else tuple(values.shape)),)
+            hint = "pack again; if it happens again, report it"
+            raise ArtifactError(f"`{name}` that was written is not what was quantized", facts=facts, hint=hint)
+    if read:
+        raise ArtifactError("the file has tensors that nobody wrote", facts=(("first", next(iter(read))),))
+
+
+def _half(subject: Subject) -> Made:
+    def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
+        weight, bias = dense(subject, linear, state.get(f"{linear.spec.module}.bias"))
+        return {"weight": weight.float()} if bias is None else {"weight": weight.float(), "bias": bias}
+
+    return made
+
+
+def _scales(subject: Subject, linear: LinearSite, found: QuantizedLinear) -> dict[str, Item]:
+    """Return what multiplies an NVFP4 weight, and its inputs where they were calibrated."""
+    (parameters,) = found.parameters
+    if parameters.global_scale is None or subject.quantized is None:
+        return {}
+    name = f"{linear.reads}{INPUT_GLOBAL_SCALE}"
+    inputs = {"input_scale": subject.quantized.tensor(name)} if name in subject.quantized.header.slots else {}
+    return {"scale": parameters.global_scale, **inputs}
+
+
+def _exported(subject: Subject, kind: str, dtype: torch.dtype, sizes: Sizes) -> Exported:
+    bits = subject.plugins.format(_weights(subject).format).bits
+    details: dict[str, object] = {"layout": kind, "dtype": str(dtype).removeprefix("torch.")}
+    details |= {"bytes": vars(sizes), "left_out": left_alone_counts(subject.model)}
+    return Exported(llama_cpp_consumers(kind, bits, subject.scheme, dtype), details)
+
+
+def _dtype(subject: Subject) -> torch.dtype:
+    """Return what embedding and head are stored in."""
+    return torch.bfloat16 if subject.model.dtype == torch.bfloat16 else torch.float16
+
+
+def _weights(subject: Subject) -> TensorScheme:
+    """Return the scheme of the weights of a quantized subject."""
+    if subject.quantized is None or subject.scheme.weights is None:
+        raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
+    return subject.scheme.weights
+
+
+def _check_model(subject: Subject) -> None:
+    check_architecture(subject)
+    add_vocabulary(gguf.GGUFWriter(None, architecture_of(subject.model).name), subject.model)
+
+
+def _refuse_cache(subject: Subject) -> None:
+    kv = subject.scheme.kv
+    if kv is not None:
+        raise SchemeError(
+            "a GGUF file does not say how its KV cache is quantized: that is an option of llama.cpp",
+            facts=(("kv", kv),),
+            hint="qtool mitigate without --kv, and llama.cpp with --cache-type-k and --cache-type-v",
+        )
+
+
+def _refuse_online(subject: Subject) -> None:
+    sites = ((subject.model.graph.site(site_id), plan) for site_id, plan in subject.plan.sites.items())
+    online = sorted({site.kind for site, plan in sites if plan.online or (site.kind == OUTPUT and plan.operators)})
+    if online:
+        raise UsageError(
+            "the plan runs operators in the forward pass, which llama.cpp does not",
+            facts=(("sites", ", ".join(online)),),
+            hint=_FOLDED,
+        )
+
+
+def _refuse_segments(subject: Subject) -> None:
+    apart = next((site for site, plan in subject.plan.sites.items() if plan.segments), None)
+    if apart is not None:
+        raise UsageError(
+            "the plan sets channels apart, and a tensor of GGUF has one type",
+            facts=(("first", apart),),
+            hint="qtool pack SOURCE --to gguf-f16",
+        )
+
+
+def _refuse_beside_codes(subject: Subject) -> None:
+    """Refuse adapters and outliers, which lie beside the codes of a linear."""
+    slots = subject.quantized.header.slots if subject.quantized is not None else ()
+    for mark, what in ((".adapter.", "low-rank corrections"), (f"{OUTLIERS}.", "outliers in front of codes")):
+        found = next((name for name in slots if mark in name), None)
+        if found is not None:
+            raise UsageError(
+                f"a GGUF model has no {what}",
+                facts=(("first", found.partition(mark)[0]),),
+                hint="qtool mitigate with another method, or qtool pack SOURCE --to gguf-f16, which merges them",
+            )

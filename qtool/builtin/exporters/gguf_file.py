@@ -1,0 +1,105 @@
+"""Writing a GGUF file one tensor at a time, with the official package, and reading it back with its decoders."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qtool.artifacts.store import disk_errors
+from qtool.builtin.exporters.gguf_types import Kind
+from qtool.errors import ArtifactError
+
+_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor in blocks: its type, and the bytes of each row."""
+
+    kind: Kind
+    rows: UInt8[Tensor, "out bytes"]
+
+
+class TensorFile:
+    """Gathers tensors on disk beside the file, whose head speaks of all of them, and copies them behind it.
+
+    A context manager, so that no file stays open when something is refused on the way.
+
+    Args:
+        path: The file.
+        architecture: ``general.architecture``.
+    """
+
+    def __init__(self, path: Path, architecture: str) -> None:
+        self.path = path
+        self.keys: Any = gguf.GGUFWriter(path, architecture)
+        self.total = 0
+        self._spool = path.with_name(f".{path.name}.tensors")
+        self._places: list[tuple[int, int]] = []
+        self._output = self._spool.open("wb")
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._output.close()
+        for file in self.keys.fout or ():
+            file.close()
+        self._spool.unlink(missing_ok=True)
+
+    def add(self, name: str, tensor: Tensor | Blocks) -> int:
+        """Take a tensor in, in blocks or as floats.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            ResourceError: The disk is full.
+        """
+        kind, rows = (tensor.kind, tensor.rows) if isinstance(tensor, Blocks) else (_FLOATS[tensor.dtype], tensor)
+        raw = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
+        with disk_errors(self.path):
+            raw.tofile(self._output)
+        self.keys.add_tensor_info(name, raw.shape, raw.dtype, raw.nbytes, gguf.GGMLQuantizationType[kind])
+        self._places.append((self.total, raw.nbytes))
+        self.total += raw.nbytes
+        return int(raw.nbytes)
+
+    def finish(self) -> None:
+        """Write the file from what was gathered.
+
+        Raises:
+            ResourceError: The disk is full.
+        """
+        self._output.close()
+        with disk_errors(self.path):
+            self.keys.write_header_to_file()
+            self.keys.write_kv_data_to_file()
+            self.keys.write_ti_data_to_file()
+            for start, size in self._places:
+                self.keys.write_tensor_data(np.memmap(self._spool, np.uint8, "r", start, (size,)))
+            self.keys.close()
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, str, Float[Tensor, "*shape"]]]:
+    """Yield name, type and decoded float32 values of every tensor of a file.
+
+    Raises:
+        ArtifactError: It cannot be read.
+    """
+    try:
+        for tensor in gguf.GGUFReader(path).tensors:
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            values = np.asarray(gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type), dtype=np.float32)
+            yield tensor.name, tensor.tensor_type.name, torch.from_numpy(values.reshape(shape).copy())
+    except (ValueError, KeyError, IndexError, struct.error) as error:
+        raise ArtifactError(f"`{path.name}` cannot be read back", facts=(("reason", error),)) from error

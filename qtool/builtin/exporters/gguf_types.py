@@ -1,0 +1,103 @@
+"""Which type of GGUF holds a scheme without rounding anything, and the refusal of what none holds.
+
+Scales of a block are stored once for each 32 values (16 of NVFP4), so a scale that more values share is repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, NoReturn, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.engine.problem import QuantizedLinear
+from qtool.errors import SchemeError
+from qtool.numerics.scales import encode_scale
+from qtool.scheme import TensorScheme
+
+Kind: TypeAlias = Literal["Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"]
+
+SCALED = {"Q4_0": 32, "Q4_1": 32, "Q8_0": 32, "MXFP4": 32, "NVFP4": 16}
+"""Neighbours that share a scale in each type."""
+BLOCKS = SCALED | {"NVFP4": 64}
+"""Values to a block of each type; a block of NVFP4 has four scales."""
+
+FOUR_BITS = "int4-sym-g32-sfp16-signed_full"
+EIGHT_BITS = "int8-sym-g32-sfp16"
+_FP4 = {"e8m0": "MXFP4", "e4m3": "NVFP4"}
+_LARGEST_SCALE_BYTE = 0x7E  # E4M3 without sign; 0x7F is decoded to 0
+
+
+def choose_type(weights: TensorScheme) -> Kind:
+    """Return the type that holds codes and scales of a scheme as they are.
+
+    Raises:
+        SchemeError: None does; the hint names the nearest scheme that one holds.
+    """
+    kind: Kind
+    if weights.format == "int4":
+        kind = "Q4_0" if weights.symmetric else "Q4_1"
+    elif weights.format == "int8":
+        kind = "Q8_0"
+    elif weights.format in ("fp4", "mxfp4", "nvfp4") and weights.scale in _FP4:
+        kind = "MXFP4" if weights.scale == "e8m0" else "NVFP4"
+    elif weights.format in ("fp4", "nvfp4", "mxfp4"):
+        _refuse("FP4 is held as MXFP4 or NVFP4 only", weights, "nvfp4")
+    else:
+        few = weights.format in ("int2", "int3")
+        _refuse(f"GGUF has no type for `{weights.format}`", weights, FOUR_BITS if few else EIGHT_BITS)
+    if not weights.symmetric and kind != "Q4_1":
+        _refuse(f"{kind} has no zero points", weights, replace(weights, symmetric=True))
+    if weights.strategy == "group" and (weights.group_size or 1) % SCALED[kind]:
+        nearest = replace(weights, group_size=SCALED[kind])
+        _refuse(f"{kind} has a scale for {SCALED[kind]} values", weights, nearest)
+    return kind
+
+
+def check_values(name: str, found: QuantizedLinear, weights: TensorScheme, kind: Kind) -> None:
+    """Refuse scales and offsets that the type would round.
+
+    Args:
+        name: Name of the linear, for the message.
+        found: Codes, scales, zero points.
+        weights: Scheme of the weights.
+        kind: What ``choose_type`` gives for the scheme.
+
+    Raises:
+        SchemeError: Names the nearest scheme that is held.
+    """
+    (parameters,) = found.parameters
+    n_in = found.codes.shape[1]
+    if n_in % BLOCKS[kind]:
+        raise SchemeError(
+            f"blocks of {BLOCKS[kind]} values do not divide the input of `{name}`",
+            facts=(("input size", n_in), ("type", kind)),
+            hint="qtool pack SOURCE --to gguf-f16",
+        )
+    if kind == "NVFP4":
+        codes = encode_scale(parameters.scale, "e4m3").view(torch.uint8)
+        if not bool(((codes > 0) & (codes <= _LARGEST_SCALE_BYTE)).all()):
+            _refuse("NVFP4 of GGUF has scales above 0 only", weights, "nvfp4", name)
+        return
+    if kind == "MXFP4":
+        return
+    if not exact_in_half(parameters.scale):
+        _refuse(f"{kind} has float16 scales, and these have more digits", weights, replace(weights, scale="fp16"), name)
+    if kind == "Q4_1" and parameters.zero_point is not None:
+        whole = bool((parameters.zero_point.frac() == 0).all())
+        if not whole or not exact_in_half(-parameters.scale.double() * parameters.zero_point.double()):
+            _refuse("Q4_1 has `-scale * zero_point` in float16, and these have more digits", weights, FOUR_BITS, name)
+
+
+def exact_in_half(values: Float[Tensor, "*any"]) -> bool:
+    """Say whether float16 has every value."""
+    return torch.equal(values.half().to(values.dtype), values)
+
+
+def _refuse(reason: str, weights: TensorScheme, nearest: TensorScheme | str, first: str = "") -> NoReturn:
+    facts: tuple[tuple[str, object], ...] = (("weights", weights),)
+    if first:
+        facts += (("first", first),)
+    raise SchemeError(reason, facts=facts, hint=f"nearest that fits: --weights {nearest}")
