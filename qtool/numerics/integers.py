@@ -40,7 +40,7 @@ def fit_symmetric(
         range_rule: ``tight``, ``full``, ``half`` or ``signed_full``, in this order; powers of two follow
             ``exponent_rule`` instead.
         scale_format: How the scale is stored.
-        exponent_rule: Rounding of power-of-two scales.
+        exponent_rule: Rounding of power-of-two scales; see ``shared_exponents``.
         clip: Fraction of the range that is kept, above 0; beyond 1 steps are wider than the range asks for.
 
     Returns:

@@ -1,14 +1,24 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 
 from qtool.builtin.formats.presets import PRESETS
 from qtool.errors import SchemeError
-from qtool.scheme import Format, ModelScheme, Preset, TensorScheme, parse_model_scheme
-from tests.builtin.format_cases import FORMATS, error_of, read
+from qtool.scheme import (
+    ExponentRule,
+    Format,
+    ModelScheme,
+    Preset,
+    RangeRule,
+    ScaleFormat,
+    TensorScheme,
+    parse_model_scheme,
+)
+from tests.builtin.format_cases import FORMATS, WRITTEN, error_of, read
 
 
 @pytest.mark.parametrize(
@@ -23,6 +33,15 @@ from tests.builtin.format_cases import FORMATS, error_of, read
         ("nvfp4", "fp4-g16"),
         ("fp4-asym-g16", "fp8"),
         ("mxfp4-floor", "mxfp4"),
+        ("mxfp4", "mxfp4-search"),
+        ("nvfp4", "nvfp4-four_over_six"),
+        ("fp4-g16-se2m1", "fp4-g16-sint4"),
+        ("fp4-g16-sint4", "nvfp4"),
+        ("nvfp4", "fp4-g16-sue5m3-c0.999"),
+        ("mxfp4", "mxfp6_e3m2"),
+        ("mxfp6_e3m2", "mxfp6_e2m3"),
+        ("mxfp6_e2m3", "mxfp8"),
+        ("fp8_e5m2", "fp8"),
     ],
 )
 def test_more_bits_finer_groups_and_better_scales_are_closer(worse: str, better: str) -> None:
@@ -85,6 +104,15 @@ def test_the_presets_mean_what_the_ecosystem_means() -> None:
         ("nvfp4-asym", "no zero point", "nvfp4-sym-g16-se4m3"),
         ("mxfp4-g16", "32 values", "fp4-sym-g16-se8m0"),
         ("mxfp4-sfp32", "32 values", "fp4-sym-g32-sfp32"),
+        ("mxfp8-g16", "32 values", "fp8-sym-g16-se8m0"),
+        ("mxfp6_e2m3-sfp16", "32 values", "fp6_e2m3-sym-g32-sfp16"),
+        ("mxfp6_e3m2-asym", "no zero point", "mxfp6_e3m2-sym-g32-se8m0"),
+        ("fp6_e3m2-se4m3", "no e4m3 scales", "fp6_e3m2-sym-channel-sfp32"),
+        ("int4-sint4", "no int4 scales", "int4-sym-channel-sbf16"),
+        ("fp4-asym-g16-se2m1", "without zero points", "fp4-sym-g16-se2m1"),
+        ("nvfp4-search", "rounds e8m0 scales", "nvfp4-sym-g16-se4m3"),
+        ("mxfp4-four_over_six", "FP4 with e4m3 scales", "mxfp4-sym-g32-se8m0"),
+        ("int8-four_over_six", "FP4 with e4m3 scales", "int8-sym-channel"),
     ],
 )
 def test_what_means_nothing_is_refused(text: str, message: str, hint: str) -> None:
@@ -96,13 +124,13 @@ def test_what_means_nothing_is_refused(text: str, message: str, hint: str) -> No
 def test_the_nearest_scheme_of_a_refusal_always_works() -> None:
     refused = 0
     parts = itertools.product(
-        ("int4", "fp4", "mxfp4", "nvfp4", "fp8"),
+        ("int4", "fp4", "mxfp4", "nvfp4", "fp8", "mxfp6_e2m3"),
         (True, False),
         ("tensor", "channel", "token", "group"),
         (None, 16, 32),
-        ("fp32", "fp16", "bf16", "e4m3", "e8m0"),
-        ("tight", "full", "half", "signed_full"),
-        ("even", "floor", "rceil"),
+        get_args(ScaleFormat),
+        get_args(RangeRule),
+        get_args(ExponentRule),
     )
     for scheme in itertools.starmap(TensorScheme, parts):
         try:
@@ -122,19 +150,7 @@ def test_every_format_keeps_the_contract() -> None:
         form.check(form.defaults)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "int4",
-        "int4-full",
-        "int4-half-g64",
-        "int8-asym-token-sfp32",
-        "fp4",
-        "fp4-g16-se4m3",
-        "mxfp4-floor",
-        "fp8-tensor",
-    ],
-)
+@pytest.mark.parametrize("text", [*FORMATS, *WRITTEN])
 def test_what_a_scheme_prints_reads_back(text: str) -> None:
     scheme = read(text)[1]
     assert read(str(scheme))[1] == scheme

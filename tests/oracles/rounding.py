@@ -43,6 +43,8 @@ def float_value(code: int, exponent_bits: int, mantissa_bits: int, bias: int) ->
 
 
 E2M1_VALUES = [float_value(code, 2, 1, 1) for code in range(16)]
+E2M3_VALUES = [float_value(code, 2, 3, 1) for code in range(64)]
+E3M2_VALUES = [float_value(code, 3, 2, 3) for code in range(64)]
 # S.1111.111 is the only NaN of E4M3fn; it has no infinities.
 E4M3_VALUES = [math.nan if code % 128 == 127 else float_value(code, 4, 3, 7) for code in range(256)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from qtool.builtin.formats.candidates import closest, range_factors
 from qtool.builtin.formats.checks import nearest_scheme, refuse_unless_empty
 from qtool.numerics.integers import (
     decode_integers,
@@ -13,7 +14,9 @@ from qtool.numerics.integers import (
     fit_symmetric,
     round_integers,
 )
-from qtool.scheme import GroupParameters, TensorScheme
+from qtool.scheme import GroupParameters, RangeRule, TensorScheme
+
+_RULES: tuple[RangeRule, ...] = ("full", "half", "signed_full")
 
 
 def _defaults(name: str) -> TensorScheme:
@@ -33,9 +36,9 @@ class Integer:
     version = 1
 
     def check(self, scheme: TensorScheme) -> None:
-        """Refuse E4M3 scales, which are FP4's, and zero points beside power-of-two scales."""
+        """Refuse short scales, which are FP4's, and zero points beside power-of-two scales."""
         scales = ("fp32", "fp16", "bf16", "e8m0")
-        nearest, reasons = nearest_scheme(scheme, self.defaults, scales=scales, zero_points=True, range_rules=True)
+        nearest, reasons = nearest_scheme(scheme, self.defaults, scales=scales, zero_points=True, range_rules=_RULES)
         refuse_unless_empty(scheme, reasons, nearest)
 
     def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> None:
@@ -53,15 +56,18 @@ class Integer:
         if not scheme.symmetric:
             scale, zero_point = fit_asymmetric(groups, num_bits=self.bits, scale_format=scheme.scale, clip=clip)
             return GroupParameters(scale, zero_point)
-        scale = fit_symmetric(
-            groups,
-            num_bits=self.bits,
-            range_rule=scheme.range_rule,
-            scale_format=scheme.scale,
-            exponent_rule=scheme.exponent_rule,
-            clip=clip,
-        )
-        return GroupParameters(scale)
+        fitted = [
+            fit_symmetric(
+                groups,
+                num_bits=self.bits,
+                range_rule=scheme.range_rule,
+                scale_format=scheme.scale,
+                exponent_rule=scheme.exponent_rule,
+                clip=clip * factor,
+            )
+            for factor in range_factors(scheme)
+        ]
+        return closest(groups, [GroupParameters(scale) for scale in fitted], self.round)
 
     def encode(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> UInt8[Tensor, "*rows group"]:
         """Round values to codes, ties to even."""
