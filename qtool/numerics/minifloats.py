@@ -83,7 +83,9 @@ class Minifloat:
         # Below, the code counts the least value; above, this is never more than the other.
         steps = magnitude.div_(self.min_value).clamp_(max=2**self.mantissa_bits).int()
         codes = torch.maximum(fields, steps).to(torch.uint8)
-        return codes | x.signbit().to(torch.uint8) << (self.exponent_bits + self.mantissa_bits) if self.signed else codes
+        return (
+            codes | x.signbit().to(torch.uint8) << (self.exponent_bits + self.mantissa_bits) if self.signed else codes
+        )
 
     def decode(self, codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return the float32 values of codes."""

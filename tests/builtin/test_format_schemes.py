@@ -42,6 +42,8 @@ from tests.builtin.format_cases import FORMATS, WRITTEN, error_of, fit, read
         ("mxfp6_e3m2", "mxfp6_e2m3"),
         ("mxfp6_e2m3", "mxfp8"),
         ("fp8_e5m2", "fp8"),
+        ("fp4-g64", "nf4"),
+        ("int4-g64-sfp32", "nf4"),
     ],
 )
 def test_more_bits_finer_groups_and_better_scales_are_closer(worse: str, better: str) -> None:
@@ -123,6 +125,9 @@ def test_the_presets_mean_what_the_ecosystem_means() -> None:
         ("fp6_e3m2-se4m3", "no e4m3 scales", "fp6_e3m2-sym-channel-sfp32"),
         ("int4-sint4", "no int4 scales", "int4-sym-channel-sbf16"),
         ("fp4-asym-g16-se2m1", "without zero points", "fp4-sym-g16-se2m1"),
+        ("nf4-asym", "no zero point", "nf4-sym-g64-sfp32"),
+        ("nf4-se4m3", "no e4m3 scales", "nf4-sym-g64-sfp32"),
+        ("nf4-full", "rule for symmetric integers", "nf4-sym-g64-sfp32"),
         ("nvfp4-search", "rounds e8m0 scales", "nvfp4-sym-g16-se4m3"),
         ("mxfp4-four_over_six", "FP4 with e4m3 scales", "mxfp4-sym-g32-se8m0"),
         ("int8-four_over_six", "FP4 with e4m3 scales", "int8-sym-channel"),

@@ -192,7 +192,7 @@ def test_mxfp8_and_mxfp6_are_the_oracle(text: str, values: list[float], emax: in
 
 def test_the_search_for_an_exponent_takes_the_least_error_of_three() -> None:
     x = values_of(8, 64)
-    form, groups, parameters = fit("mxfp4-search", x)
+    _form, groups, parameters = fit("mxfp4-search", x)
     _, _, base = fit("mxfp4", x)
     moved = 0
     for row, group in itertools.product(range(8), range(2)):
@@ -208,7 +208,7 @@ def test_the_search_for_an_exponent_takes_the_least_error_of_three() -> None:
 
 def test_four_over_six_takes_the_lesser_error_of_two() -> None:
     x = values_of(8, 64)
-    form, groups, parameters = fit("nvfp4-four_over_six", x)
+    _form, groups, parameters = fit("nvfp4-four_over_six", x)
     multiplier = oracle.store_scale(float(x.abs().max()) / (6 * 256), "float32")
     assert float(parameters.global_scale) == multiplier
     chosen = []
@@ -223,6 +223,23 @@ def test_four_over_six_takes_the_lesser_error_of_two() -> None:
         assert float(parameters.scale[row, group]) == best
         chosen.append(errors[best][1])
     assert {4, 6} == set(chosen)
+
+
+def test_nf4_rounds_to_the_nearest_of_its_16_values_and_ties_to_even() -> None:
+    form, groups, parameters = fit("nf4", values_of(8, 128))
+    assert torch.equal(parameters.scale, groups.abs().amax(-1))
+    one = GroupParameters(torch.ones(1))
+    values = form.decode(torch.arange(16).to(torch.uint8).unsqueeze(0), one)[0].double()
+    assert values.tolist() == pytest.approx(oracle.nf4_values(), abs=2e-6)
+    scaled = (groups / parameters.scale.unsqueeze(-1)).double().unsqueeze(-1)
+    assert torch.equal(form.encode(groups, parameters).long(), (scaled - values).abs().argmin(-1))
+    middles = (values[1:] + values[:-1]) / 2
+    for offset in (-1, 0, 1):
+        probes = middles.float() if offset == 0 else torch.nextafter(middles.float(), torch.tensor(offset * torch.inf))
+        distance = (probes.double().unsqueeze(-1) - values).abs()
+        least = distance == distance.amin(-1, keepdim=True)
+        expected = [min(row.nonzero().flatten().tolist(), key=lambda code: code % 2) for row in least]
+        assert form.encode(probes.unsqueeze(0), one)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("rule", ["floor", "rceil"])

@@ -30,7 +30,12 @@ def refuse_unless_empty(scheme: TensorScheme, reasons: Sequence[str], nearest: T
 
 
 def nearest_scheme(
-    scheme: TensorScheme, defaults: TensorScheme, *, scales: Sequence[str], zero_points: bool, range_rules: Sequence[RangeRule]
+    scheme: TensorScheme,
+    defaults: TensorScheme,
+    *,
+    scales: Sequence[str],
+    zero_points: bool,
+    range_rules: Sequence[RangeRule],
 ) -> tuple[TensorScheme, list[str]]:
     """Find the parts of a scheme that its format does not have.
 
