@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Strategy = Literal["tensor", "channel", "token", "group"]
 ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e2m1", "int4", "e8m0"]
-RangeRule = Literal["tight", "full", "half", "signed_full", "four_over_six"]
+RangeRule = Literal["tight", "full", "half", "signed_full", "narrow", "four_over_six"]
 ExponentRule = Literal["even", "floor", "rceil", "search"]
 
 VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token"}
@@ -47,7 +47,8 @@ class TensorScheme:
         range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of
             max/7 and -min/8; ``full`` is amax/7, which leaves the code -8 unused; ``half`` is amax/7.5, which clips
             the largest value by half a step where it is positive. ``signed_full`` is v/-8 for the value v of the
-            largest magnitude, so the scale has a sign, and what the other end has beyond 7/8 of it is clipped. FP4
+            largest magnitude, so the scale has a sign, and what the other end has beyond 7/8 of it is clipped.
+            ``narrow`` is ``full`` without the code -8, whatever clipping and error feedback ask for. FP4
             with E4M3 scales: ``four_over_six`` puts the largest value of each group at 6 or at 4, whichever has the
             lesser squared error. Other formats have ``tight`` only.
         exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
@@ -261,6 +262,14 @@ class Format(Protocol):
 
     def round(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
         """Return ``decode(encode(groups))`` in the dtype of ``groups``, without forming the codes."""
+
+
+@runtime_checkable
+class RuledFormat(Protocol):
+    """A format whose codes, and not only its fits, follow a rule of the scheme."""
+
+    def under(self, scheme: TensorScheme) -> Format:
+        """Return the format with the codes that it has under a scheme."""
 
 
 _GROUP = re.compile(r"g(\d+)")

@@ -42,6 +42,8 @@ WRITTEN = [
     "fp4-g16-sue5m3",
     "fp4-g16-se2m1",
     "fp4-g32-sint4",
+    "int4-g32-narrow",
+    "int8-narrow",
     "mxfp4-search",
     "nf4",
     "nf4-g32-se8m0-search",
@@ -52,7 +54,8 @@ WRITTEN = [
 
 def read(text: str) -> tuple[Integer | Floats | NF4, TensorScheme]:
     scheme = parse_tensor_scheme(text, FORMATS.__getitem__)
-    return FORMATS[scheme.format], scheme
+    form = FORMATS[scheme.format]
+    return form.under(scheme) if isinstance(form, Integer) else form, scheme
 
 
 def values_of(*shape: int, seed: int = 0) -> torch.Tensor:

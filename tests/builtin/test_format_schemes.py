@@ -125,6 +125,7 @@ def test_the_presets_mean_what_the_ecosystem_means() -> None:
         ("fp6_e3m2-se4m3", "no e4m3 scales", "fp6_e3m2-sym-channel-sfp32"),
         ("int4-sint4", "no int4 scales", "int4-sym-channel-sbf16"),
         ("fp4-asym-g16-se2m1", "without zero points", "fp4-sym-g16-se2m1"),
+        ("int4-asym-narrow", "rule for symmetric integers", "int4-asym-channel-sbf16"),
         ("nf4-asym", "no zero point", "nf4-sym-g64-sfp32"),
         ("nf4-se4m3", "no e4m3 scales", "nf4-sym-g64-sfp32"),
         ("nf4-full", "rule for symmetric integers", "nf4-sym-g64-sfp32"),

@@ -8,6 +8,7 @@ import torch
 
 from qtool.errors import SchemeError
 from qtool.numerics.groups import from_groups, to_groups
+from qtool.numerics.levels import levels
 from qtool.numerics.scales import decode_scale, encode_scale
 from qtool.scheme import GroupParameters
 from tests.builtin.format_cases import WRITTEN, fit, read, values_of
@@ -240,6 +241,20 @@ def test_nf4_rounds_to_the_nearest_of_its_16_values_and_ties_to_even() -> None:
         least = distance == distance.amin(-1, keepdim=True)
         expected = [min(row.nonzero().flatten().tolist(), key=lambda code: code % 2) for row in least]
         assert form.encode(probes.unsqueeze(0), one)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_narrow_integers_never_have_the_lowest_code(bits: int) -> None:
+    x = values_of(6, 128)
+    form, groups, parameters = fit(f"int{bits}-g32-narrow-sfp32", x, clip=0.3)
+    full, _, whole = fit(f"int{bits}-g32-full-sfp32", x, clip=0.3)
+    assert torch.equal(parameters.scale, whole.scale)
+    codes, usual = form.encode(groups, parameters), full.encode(groups, whole)
+    assert int(usual.min()) == 0
+    assert torch.equal(codes, usual.clamp(min=1))
+    assert torch.equal(form.round(groups, parameters), form.decode(codes, parameters))
+    assert len(levels(form)) == 2**bits - 1
+    assert levels(form).tolist() == [-value for value in reversed(levels(form).tolist())]
 
 
 @pytest.mark.parametrize("rule", ["floor", "rceil"])

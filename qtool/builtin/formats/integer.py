@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from qtool.numerics.integers import (
 )
 from qtool.scheme import GroupParameters, RangeRule, TensorScheme
 
-_RULES: tuple[RangeRule, ...] = ("full", "half", "signed_full")
+_RULES: tuple[RangeRule, ...] = ("full", "half", "signed_full", "narrow")
 
 
 def _defaults(name: str) -> TensorScheme:
@@ -34,6 +37,11 @@ class Integer:
     bits: int
     defaults: TensorScheme
     version = 1
+    narrow = False
+
+    def under(self, scheme: TensorScheme) -> Integer:
+        """Return the format without its lowest code if the scheme says so."""
+        return _narrowed(self) if scheme.range_rule == "narrow" else self
 
     def check(self, scheme: TensorScheme) -> None:
         """Refuse short scales, which are FP4's, and zero points beside power-of-two scales."""
@@ -71,7 +79,7 @@ class Integer:
 
     def encode(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> UInt8[Tensor, "*rows group"]:
         """Round values to codes, ties to even."""
-        return encode_integers(groups, parameters.step(), parameters.zero_point, self.bits)
+        return encode_integers(groups, parameters.step(), parameters.zero_point, self.bits, narrow=self.narrow)
 
     def decode(self, codes: UInt8[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
         """Return the float32 values that codes stand for."""
@@ -79,7 +87,25 @@ class Integer:
 
     def round(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
         """Return the decoded values of the codes of ``groups``, in their dtype."""
-        return round_integers(groups, parameters.step(), parameters.zero_point, self.bits)
+        return round_integers(groups, parameters.step(), parameters.zero_point, self.bits, narrow=self.narrow)
+
+
+class _Narrow(Integer):
+    """Symmetric integers whose lowest code stands for nothing, so that no search of levels finds it."""
+
+    narrow = True
+
+    def __init__(self, of: Integer) -> None:
+        self.name, self.bits, self.defaults = of.name, of.bits, of.defaults
+
+    def decode(self, codes: UInt8[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
+        """Return the float32 values that codes stand for, NaN for code 0."""
+        return super().decode(codes, parameters).masked_fill_(codes == 0, torch.nan)
+
+
+@cache
+def _narrowed(of: Integer) -> Integer:
+    return of if of.narrow else _Narrow(of)
 
 
 class Int2(Integer):
