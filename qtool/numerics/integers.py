@@ -147,5 +147,7 @@ def round_integers(
         middle = 2 ** (num_bits - 1)
         rounded = rounded.round_().clamp_(int(narrow) - middle, middle - 1)
     else:
-        rounded = _nearest(rounded, zero_point, num_bits).clamp_(int(narrow), 2**num_bits - 1).sub_(zero_point.unsqueeze(-1))
+        rounded = (
+            _nearest(rounded, zero_point, num_bits).clamp_(int(narrow), 2**num_bits - 1).sub_(zero_point.unsqueeze(-1))
+        )
     return rounded.mul_(steps).to(groups.dtype)
