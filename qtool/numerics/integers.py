@@ -37,8 +37,8 @@ def fit_symmetric(
     Args:
         groups: Values; the last axis shares a scale. Not modified.
         num_bits: Bits of a code, 2 to 8.
-        range_rule: ``tight``, ``full``, ``half`` or ``signed_full``, in this order; ``narrow`` is as ``full``. Powers of two
-            follow ``exponent_rule`` instead.
+        range_rule: ``tight``, ``full``, ``half`` or ``signed_full``, in this order; ``narrow`` is as ``full``. Powers of
+            two follow ``exponent_rule`` instead.
         scale_format: How the scale is stored.
         exponent_rule: Rounding of power-of-two scales; see ``shared_exponents``.
         clip: Fraction of the range that is kept, above 0; beyond 1 steps are wider than the range asks for.

@@ -54,7 +54,7 @@ class Minifloat:
     @property
     def min_value(self) -> float:
         """The least value above 0."""
-        return self.min_normal / 2**self.mantissa_bits
+        return math.ldexp(self.min_normal, -self.mantissa_bits)
 
     def round(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Round to the nearest finite value, in float32: ties to the even code, saturating; NaN stays NaN.
