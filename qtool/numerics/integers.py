@@ -37,7 +37,7 @@ def fit_symmetric(
     Args:
         groups: Values; the last axis shares a scale. Not modified.
         num_bits: Bits of a code, 2 to 8.
-        range_rule: ``tight``, ``full``, ``half`` or ``signed_full``, in this order; ``narrow`` is as ``full``. Powers of
+        range_rule: ``tight``, ``full``, ``half`` or ``signed_full``, in this order; ``narrow`` as ``full``. Powers of
             two follow ``exponent_rule`` instead.
         scale_format: How the scale is stored.
         exponent_rule: Rounding of power-of-two scales; see ``shared_exponents``.

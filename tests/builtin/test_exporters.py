@@ -33,7 +33,7 @@ from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, UsageError
+from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.plan import Plan, Proposal
 from qtool.numerics.hadamard import random_signs
 from qtool.numerics.operators import Diag, Hadamard, Operator, Shift
@@ -42,6 +42,7 @@ from qtool.scheme import ModelScheme, TensorScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
+from tests.builtin.format_cases import read
 
 CPU = torch.device("cpu")
 CODED = (("lorc.rank", "8"), ("lorc.dtype", "int8"), ("lorc.reads", "full"))
