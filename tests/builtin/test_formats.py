@@ -207,6 +207,16 @@ def test_the_search_for_an_exponent_takes_the_least_error_of_three() -> None:
     assert moved
 
 
+def test_the_search_goes_up_where_the_rule_is_too_low() -> None:
+    """Only E4M3 has room for that: 464 to 480 are nearer to 480 than to 448, and ``even`` goes up from 480."""
+    block = torch.zeros(1, 32)
+    block[0, :2] = torch.tensor([479.0, 1.0])
+    for text, scale, value in (("mxfp8", 1.0, 448.0), ("mxfp8-search", 2.0, 480.0)):
+        form, groups, parameters = fit(text, block)
+        assert parameters.scale.tolist() == [[scale]]
+        assert float(form.round(groups, parameters).max()) == value
+
+
 def test_four_over_six_takes_the_lesser_error_of_two() -> None:
     x = values_of(8, 64)
     _form, groups, parameters = fit("nvfp4-four_over_six", x)
