@@ -6,7 +6,7 @@ A *model scheme* has one tensor scheme each for weights, activations and the KV 
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-tight|-full|-half][-even|-floor|-rceil]
+    <format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-<range rule>][-<exponent rule>]
         [-c<fraction of the range>][-o<magnitude of outliers>]
 """
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Strategy = Literal["tensor", "channel", "token", "group"]
-ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "e8m0"]
-RangeRule = Literal["tight", "full", "half", "signed_full"]
-ExponentRule = Literal["even", "floor", "rceil"]
+ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e2m1", "int4", "e8m0"]
+RangeRule = Literal["tight", "full", "half", "signed_full", "narrow", "four_over_six"]
+ExponentRule = Literal["even", "floor", "rceil", "search"]
 
 VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token"}
 """What a vector of the last axis is in each part of a model: an output row, or what one token has."""
@@ -42,14 +42,18 @@ class TensorScheme:
         strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
             (``token``), or ``group_size`` neighbours along the input axis (``group``).
         group_size: Values to a scale, for the strategy ``group`` only.
-        scale: Storage format of the scale; codes are chosen against the rounded scale.
+        scale: Storage format of the scale; codes are chosen against the rounded scale. The short ones (``e4m3``,
+            ``ue5m3``, ``e2m1``, and ``int4`` from 1 to 15) are multiples of a float32 that the whole tensor shares.
         range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of
             max/7 and -min/8; ``full`` is amax/7, which leaves the code -8 unused; ``half`` is amax/7.5, which clips
             the largest value by half a step where it is positive. ``signed_full`` is v/-8 for the value v of the
-            largest magnitude, so the scale has a sign, and what the other end has beyond 7/8 of it is clipped. Other
-            formats have ``tight`` only.
+            largest magnitude, so the scale has a sign, and what the other end has beyond 7/8 of it is clipped.
+            ``narrow`` is ``full`` without the code -8, whatever clipping and error feedback ask for. FP4
+            with E4M3 scales: ``four_over_six`` puts the largest value of each group at 6 or at 4, whichever has the
+            lesser squared error. Other formats have ``tight`` only.
         exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
-            (OCP MX), ``rceil`` (never saturates).
+            (OCP MX), ``rceil`` (never saturates), ``search`` (``even`` or a power of two beside it, whichever has the
+            lesser squared error).
         clip: Fraction of each group's range that is kept, from 0.01 to 1; what lies outside saturates. A method that
             searches the range of weights starts from it.
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
@@ -260,6 +264,14 @@ class Format(Protocol):
         """Return ``decode(encode(groups))`` in the dtype of ``groups``, without forming the codes."""
 
 
+@runtime_checkable
+class RuledFormat(Protocol):
+    """A format whose codes, and not only its fits, follow a rule of the scheme."""
+
+    def under(self, scheme: TensorScheme) -> Format:
+        """Return the format with the codes that it has under a scheme."""
+
+
 _GROUP = re.compile(r"g(\d+)")
 _CLIP = re.compile(r"c(\d*\.?\d+)")
 _OUTLIERS = re.compile(r"o(\d*\.?\d+)")
@@ -303,7 +315,7 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
     if part in get_args(RangeRule):
         return replace(scheme, range_rule=part)  # type: ignore[arg-type]
-    if part in ("even", "floor", "rceil"):
+    if part in get_args(ExponentRule):
         return replace(scheme, exponent_rule=part)  # type: ignore[arg-type]
     if kept := _CLIP.fullmatch(part):
         return replace(scheme, clip=float(kept[1]))

@@ -99,10 +99,17 @@ def register_formats() -> Sequence[Entry]:
     ]
     return [
         *integers,
-        _entry("fp4", "formats.fp4:E2M1", "E2M1 with scales in FP32, E4M3 or E8M0"),
+        _entry("fp4", "formats.fp4:E2M1", "E2M1 with scales in floats of 32 to 8 bits, powers of two, or 4 bits"),
         _entry("mxfp4", "formats.fp4:MXFP4", "OCP MX: E2M1 in blocks of 32 with power-of-two scales"),
         _entry("nvfp4", "formats.fp4:NVFP4", "E2M1 in blocks of 16 with E4M3 scales and a tensor scale"),
+        _entry("nf4", "formats.nf4:NF4", "16 values that suit normal weights, with scales to 64 values (2305.14314)"),
+        _entry("fp6_e2m3", "formats.fp6:E2M3", "6-bit floats E2M3, 7.5 at most"),
+        _entry("fp6_e3m2", "formats.fp6:E3M2", "6-bit floats E3M2, 28 at most"),
+        _entry("mxfp6_e2m3", "formats.fp6:MXFP6E2M3", "OCP MX: E2M3 in blocks of 32 with power-of-two scales"),
+        _entry("mxfp6_e3m2", "formats.fp6:MXFP6E3M2", "OCP MX: E3M2 in blocks of 32 with power-of-two scales"),
         _entry("fp8", "formats.fp8:E4M3", "E4M3 with scales to a channel, token or tensor"),
+        _entry("fp8_e5m2", "formats.fp8:E5M2", "E5M2, likewise"),
+        _entry("mxfp8", "formats.fp8:MXFP8", "OCP MX: E4M3 in blocks of 32 with power-of-two scales"),
     ]
 
 

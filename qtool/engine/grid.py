@@ -17,7 +17,7 @@ from torch import Tensor
 from qtool.errors import SchemeError
 from qtool.model.plan import Segment
 from qtool.numerics.groups import from_groups, to_groups
-from qtool.scheme import Format, GroupParameters, TensorScheme
+from qtool.scheme import Format, GroupParameters, RuledFormat, TensorScheme
 
 GlobalScales = tuple[Tensor | None, ...]
 """Tensor-level multipliers, one a part; None where the part's format has none."""
@@ -70,7 +70,7 @@ class Grid:
     @classmethod
     def of(cls, scheme: TensorScheme, fmt: Format) -> Grid:
         """Return the grid of one scheme for all columns."""
-        return cls((GridPart(scheme, fmt),))
+        return cls((_part(scheme, fmt),))
 
     @classmethod
     def segmented(cls, scheme: TensorScheme, segments: Sequence[Segment], lookup: Callable[[str], Format]) -> Grid:
@@ -82,8 +82,8 @@ class Grid:
             lookup: Finds a format by name.
         """
         apart = [(segment.channels, lookup(segment.format)) for segment in segments]
-        parts = [GridPart(scheme_in(scheme, fmt), fmt, channels) for channels, fmt in apart]
-        return cls((GridPart(scheme, lookup(scheme.format)), *parts))
+        parts = [_part(scheme_in(scheme, fmt), fmt, channels) for channels, fmt in apart]
+        return cls((_part(scheme, lookup(scheme.format)), *parts))
 
     @property
     def only(self) -> GridPart | None:
@@ -134,6 +134,10 @@ class Grid:
             values = codes[:, columns]
             decoded.append(from_groups(part.format.decode(part.groups(values), own), values.shape))
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded, dim=-1)
+
+
+def _part(scheme: TensorScheme, fmt: Format, channels: int | None = None) -> GridPart:
+    return GridPart(scheme, fmt.under(scheme) if isinstance(fmt, RuledFormat) else fmt, channels)
 
 
 def scheme_in(scheme: TensorScheme, fmt: Format) -> TensorScheme:

@@ -7,7 +7,7 @@ set apart ``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 b
 codes themselves are ``.scale.codes``, ``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a
 block), and zero points likewise. What is added to a block's output is ``<block>.compensation.bias`` and, where it has
 them, ``.scale``, ``.down`` and ``.up``. Codes are a dense bit stream along the input axis, those of scales along the
-rows, so the bytes stored are the bytes that bits per weight counts.
+rows, so the bytes stored are the bytes that bits per weight counts. Scales of 4 bits are one dense stream, row by row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qtool.engine.grid import GlobalScales, Grid, GridPart
 from qtool.engine.problem import Adapter, QuantizedLinear, Reads
 from qtool.numerics.outliers import Outliers
 from qtool.numerics.packing import pack_codes, unpack_codes
-from qtool.numerics.scales import decode_scale, encode_scale
+from qtool.numerics.scales import PACKED, decode_scale, encode_scale
 from qtool.numerics.second_level import decode_second_level
 from qtool.scheme import GroupParameters, SecondLevel
 
@@ -63,7 +63,7 @@ def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid)
     codes, parameters = [], []
     for prefix, (columns, part) in zip(_names(name, grid), grid.places(n_in), strict=True):
         codes.append(unpack_codes(tensors[f"{prefix}.codes"], part.format.bits, columns.stop - columns.start))
-        parameters.append(_read_parameters(prefix, tensors, part, len(codes[-1])))
+        parameters.append(_read_parameters(prefix, tensors, part, codes[-1]))
     return QuantizedLinear(
         codes[0] if len(codes) == 1 else torch.cat(codes, dim=1),
         tuple(parameters),
@@ -149,7 +149,9 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     if parameters.scale_codes is not None:
         tensors |= _second_level_tensors(f"{name}.scale", parameters.scale_codes)
     else:
-        tensors[f"{name}.scale"] = encode_scale(parameters.scale, part.scheme.scale)
+        stored = encode_scale(parameters.scale, part.scheme.scale)
+        packed = part.scheme.scale in PACKED
+        tensors[f"{name}.scale"] = pack_codes(stored.reshape(1, -1), 4) if packed else stored
     zero_point = parameters.zero_point
     if parameters.zero_point_codes is not None:
         tensors |= _second_level_tensors(f"{name}.zero_point", parameters.zero_point_codes)
@@ -162,12 +164,16 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     return tensors
 
 
-def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, rows: int) -> GroupParameters:
-    """Read the parameters of one part."""
+def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, codes: Tensor) -> GroupParameters:
+    """Read the parameters of one part, whose codes have been read."""
+    rows, shape = len(codes), part.groups(codes).shape[:-1]
     scale_codes = _read_second_level(f"{name}.scale", tensors, rows)
     zero_point_codes = _read_second_level(f"{name}.zero_point", tensors, rows)
     if scale_codes is None:
-        scale = decode_scale(tensors[f"{name}.scale"], part.scheme.scale)
+        stored = tensors[f"{name}.scale"]
+        if part.scheme.scale in PACKED:
+            stored = unpack_codes(stored, 4, shape.numel()).reshape(shape)
+        scale = decode_scale(stored, part.scheme.scale)
     else:
         scale = decode_second_level(scale_codes)
     zero_point = tensors.get(f"{name}.zero_point")

@@ -1,8 +1,8 @@
 """Integer codes: ``value = scale * (code - zero_point)`` with codes in ``[0, 2^b - 1]``.
 
 Symmetric integers have ``z = 2^(b-1)``, that is the signed range ``[-qmax - 1, qmax]`` with ``qmax = 2^(b-1) - 1``. The
-lowest code is legal under every range rule, whether or not a fit reaches it: values may lie outside the fitted range
-(clipping, error feedback). Who writes a checkpoint for a kernel that cannot take -128 has to look for it.
+lowest code is legal under every range rule but ``narrow``, whether or not a fit reaches it: values may lie outside the
+fitted range (clipping, error feedback). Checkpoints for kernels that cannot take -128 are made under ``narrow``.
 
 ``tight`` uses both ends and clips neither. ``signed_full`` turns the grid, by the sign of the scale, so that the longer
 end is at the largest value: measured, it is the best rule for few bits (``recipes/README.md``). Under ``half`` both
@@ -37,10 +37,10 @@ def fit_symmetric(
     Args:
         groups: Values; the last axis shares a scale. Not modified.
         num_bits: Bits of a code, 2 to 8.
-        range_rule: ``tight``, ``full``, ``half`` or ``signed_full``, in this order; powers of two follow
-            ``exponent_rule`` instead.
+        range_rule: ``tight``, ``full``, ``half`` or ``signed_full``, in this order; ``narrow`` as ``full``. Powers of
+            two follow ``exponent_rule`` instead.
         scale_format: How the scale is stored.
-        exponent_rule: Rounding of power-of-two scales.
+        exponent_rule: Rounding of power-of-two scales; see ``shared_exponents``.
         clip: Fraction of the range that is kept, above 0; beyond 1 steps are wider than the range asks for.
 
     Returns:
@@ -87,6 +87,8 @@ def encode_integers(
     step: Float[Tensor, "*rows"],
     zero_point: Float[Tensor, "*rows"] | None,
     num_bits: int,
+    *,
+    narrow: bool = False,
 ) -> UInt8[Tensor, "*rows group"]:
     """Return ``clamp(round(x / step + zero_point), 0, 2^b - 1)``.
 
@@ -97,12 +99,13 @@ def encode_integers(
         step: Value of one code.
         zero_point: Where 0 is among the codes, whole or not; None for symmetric codes.
         num_bits: Bits of a code.
+        narrow: Whether the lowest code stays unused.
 
     Returns:
         Codes.
     """
     codes = _nearest(groups.float() / step.unsqueeze(-1), zero_point, num_bits)
-    return codes.clamp_(0, 2**num_bits - 1).to(torch.uint8)
+    return codes.clamp_(int(narrow), 2**num_bits - 1).to(torch.uint8)
 
 
 def _nearest(
@@ -134,13 +137,17 @@ def round_integers(
     step: Float[Tensor, "*rows"],
     zero_point: Float[Tensor, "*rows"] | None,
     num_bits: int,
+    *,
+    narrow: bool = False,
 ) -> Float[Tensor, "*rows group"]:
     """Return what decoding the codes of ``groups`` would, in their dtype; arguments as for ``encode_integers``."""
     steps = step.unsqueeze(-1)
     rounded = groups.float() / steps
     if zero_point is None:
         middle = 2 ** (num_bits - 1)
-        rounded = rounded.round_().clamp_(-middle, middle - 1)
+        rounded = rounded.round_().clamp_(int(narrow) - middle, middle - 1)
     else:
-        rounded = _nearest(rounded, zero_point, num_bits).clamp_(0, 2**num_bits - 1).sub_(zero_point.unsqueeze(-1))
+        rounded = (
+            _nearest(rounded, zero_point, num_bits).clamp_(int(narrow), 2**num_bits - 1).sub_(zero_point.unsqueeze(-1))
+        )
     return rounded.mul_(steps).to(groups.dtype)

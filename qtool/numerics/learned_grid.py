@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from qtool.numerics.scales import store_scale
+from qtool.numerics.scales import LARGEST_SHORT, store_scale
 from qtool.numerics.soft_levels import Levels, positions, soft_round
 from qtool.numerics.straight_through import straight_through
 from qtool.scheme import ScaleFormat
@@ -119,5 +119,5 @@ class LearnedGrid:
         return scaled if zero_point is None else scaled + zero_point.unsqueeze(-1)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        one = torch.ones((), device=scale.device) if self.groups.scale_format == "e4m3" else None
+        one = torch.ones((), device=scale.device) if self.groups.scale_format in LARGEST_SHORT else None
         return straight_through(scale, store_scale(scale.detach(), self.groups.scale_format, global_scale=one))

@@ -151,12 +151,15 @@ def code_bytes(subject: Subject) -> dict[str, int]:
 
 
 def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
-    """Return the bytes that a weight takes as it is stored, from those of one and of two rows: the rest is alike."""
-    one, two = (
+    """Return the bytes that a weight takes as it is stored, from those of two and of four rows: the rest is alike.
+
+    Pairs, because two rows may share a byte of scales.
+    """
+    two, four = (
         sum(tensor.nbytes for tensor in linear_tensors("", _rounded(torch.rand(count, n), grid), grid).values())
-        for count in (1, 2)
+        for count in (2, 4)
     )
-    return one + (rows - 1) * (two - one)
+    return two - (rows - 2) * (two - four) // 2
 
 
 def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:

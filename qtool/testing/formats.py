@@ -50,5 +50,6 @@ def _check_ties(fmt: Format, parameters: GroupParameters) -> None:
     levels = torch.tensor(sorted(set(levels[torch.isfinite(levels)].tolist())))
     ties = (levels[1:] + levels[:-1]) / 2
     up = fmt.round(ties[None], unit)[0] > ties
-    if (up[1:] == up[:-1]).any():
+    exact = ties.double() == (levels[1:].double() + levels[:-1].double()) / 2  # others are nearer to one of the two
+    if ((up[1:] == up[:-1]) & exact[1:] & exact[:-1]).any():
         raise CheckError(f"`{fmt.name}`: a value between two levels does not go to the even one")

@@ -33,7 +33,7 @@ from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, UsageError
+from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.plan import Plan, Proposal
 from qtool.numerics.hadamard import random_signs
 from qtool.numerics.operators import Diag, Hadamard, Operator, Shift
@@ -42,6 +42,7 @@ from qtool.scheme import ModelScheme, TensorScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
+from tests.builtin.format_cases import read
 
 CPU = torch.device("cpu")
 CODED = (("lorc.rank", "8"), ("lorc.dtype", "int8"), ("lorc.reads", "full"))
@@ -680,3 +681,36 @@ def test_shards_are_numbered_and_load_like_one_file(
         assert torch.equal(load_file(tmp_path / "many" / index["weight_map"][name])[name], tensor)
     assert not [file for file in (tmp_path / "many").iterdir() if file.name.startswith(".")]
     assert torch.equal(executed(tmp_path / "many"), executed(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "hint"),
+    [
+        ("mxfp8", None, "qtool pack SOURCE --to hf"),
+        ("mxfp6_e2m3", "mxfp6_e2m3", "qtool pack SOURCE --to hf"),
+        ("nf4", None, "qtool pack SOURCE --to hf"),
+        ("fp8_e5m2", None, "qtool pack SOURCE --to hf"),
+        ("fp4-g16-se2m1", None, "nearest that fits: --weights nvfp4"),
+        ("fp4-g32-sint4", None, "nearest that fits: --weights nvfp4"),
+        ("fp4-g16-sue5m3", None, "nearest that fits: --weights nvfp4"),
+        ("nvfp4", "nvfp4-four_over_six", "nearest that fits: --activations nvfp4"),
+        ("mxfp4", "mxfp4-search", "nearest that fits: --activations mxfp4"),
+    ],
+)
+def test_formats_without_a_layout_name_the_nearest(weights: str, activations: str | None, hint: str) -> None:
+    parts = [None if text is None else read(text)[1] for text in (weights, activations)]
+    with pytest.raises(SchemeError) as caught:
+        choose_layout(ModelScheme(*parts))
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("weights", "layout"),
+    [
+        ("nvfp4-four_over_six", "nvfp4-pack-quantized"),
+        ("mxfp4-search", "mxfp4-pack-quantized"),
+        ("int4-g32-narrow", "pack-quantized"),
+    ],
+)
+def test_rules_of_weights_are_no_matter_of_layouts(weights: str, layout: str) -> None:
+    assert choose_layout(ModelScheme(weights=read(weights)[1])) == layout

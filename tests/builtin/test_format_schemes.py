@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 
 from qtool.builtin.formats.presets import PRESETS
 from qtool.errors import SchemeError
-from qtool.scheme import Format, ModelScheme, Preset, TensorScheme, parse_model_scheme
-from tests.builtin.format_cases import FORMATS, error_of, read
+from qtool.scheme import (
+    ExponentRule,
+    Format,
+    GroupParameters,
+    ModelScheme,
+    Preset,
+    RangeRule,
+    ScaleFormat,
+    TensorScheme,
+    parse_model_scheme,
+)
+from tests.builtin.format_cases import FORMATS, WRITTEN, error_of, fit, read
 
 
 @pytest.mark.parametrize(
@@ -23,6 +34,16 @@ from tests.builtin.format_cases import FORMATS, error_of, read
         ("nvfp4", "fp4-g16"),
         ("fp4-asym-g16", "fp8"),
         ("mxfp4-floor", "mxfp4"),
+        ("mxfp4", "mxfp4-search"),
+        ("nvfp4", "nvfp4-four_over_six"),
+        ("fp4-g16-se2m1", "fp4-g16-sint4"),
+        ("fp4-g16-sint4", "nvfp4"),
+        ("mxfp4", "mxfp6_e3m2"),
+        ("mxfp6_e3m2", "mxfp6_e2m3"),
+        ("mxfp6_e2m3", "mxfp8"),
+        ("fp8_e5m2", "fp8"),
+        ("fp4-g64", "nf4"),
+        ("int4-g64-sfp32", "nf4"),
     ],
 )
 def test_more_bits_finer_groups_and_better_scales_are_closer(worse: str, better: str) -> None:
@@ -33,9 +54,22 @@ def test_more_bits_finer_groups_and_better_scales_are_closer(worse: str, better:
 def test_the_relative_errors_on_a_gaussian_are_the_published_ones() -> None:
     x = torch.randn(256, 2048, generator=torch.Generator().manual_seed(1))
     expected = {"int4-g16-sfp32-full": 8.53, "int4-g128-sfp32-half": 11.12, "fp4-g128": 10.90, "fp4": 11.69}
-    expected |= {"mxfp4-floor": 11.52, "mxfp4": 11.19, "mxfp4-rceil": 11.54, "nvfp4": 9.50}
+    expected |= {"mxfp4-floor": 11.52, "mxfp4": 11.19, "mxfp4-rceil": 11.54, "nvfp4": 9.50, "nvfp4-four_over_six": 8.70}
     measured = {text: 100 * error_of(text, x) for text in expected}
     assert measured == pytest.approx(expected, abs=0.05)
+
+
+def test_scales_with_more_exponents_hold_blocks_that_others_lose() -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(2)) * torch.logspace(-7, 0, 8).unsqueeze(-1)
+    e4m3, ue5m3 = (fit(text, x) for text in ("nvfp4", "fp4-g16-sue5m3"))
+
+    def errors(found: tuple[Format, torch.Tensor, GroupParameters]) -> list[float]:
+        form, groups, parameters = found
+        return ((form.round(groups, parameters) - groups).norm(dim=(1, 2)) / groups.norm(dim=(1, 2))).tolist()
+
+    assert errors(e4m3)[0] == 1
+    assert max(errors(ue5m3)[:2]) < 0.2
+    assert errors(e4m3)[4:] == errors(ue5m3)[4:]
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
@@ -85,6 +119,19 @@ def test_the_presets_mean_what_the_ecosystem_means() -> None:
         ("nvfp4-asym", "no zero point", "nvfp4-sym-g16-se4m3"),
         ("mxfp4-g16", "32 values", "fp4-sym-g16-se8m0"),
         ("mxfp4-sfp32", "32 values", "fp4-sym-g32-sfp32"),
+        ("mxfp8-g16", "32 values", "fp8-sym-g16-se8m0"),
+        ("mxfp6_e2m3-sfp16", "32 values", "fp6_e2m3-sym-g32-sfp16"),
+        ("mxfp6_e3m2-asym", "no zero point", "mxfp6_e3m2-sym-g32-se8m0"),
+        ("fp6_e3m2-se4m3", "no e4m3 scales", "fp6_e3m2-sym-channel-sfp32"),
+        ("int4-sint4", "no int4 scales", "int4-sym-channel-sbf16"),
+        ("fp4-asym-g16-se2m1", "without zero points", "fp4-sym-g16-se2m1"),
+        ("int4-asym-narrow", "rule for symmetric integers", "int4-asym-channel-sbf16"),
+        ("nf4-asym", "no zero point", "nf4-sym-g64-sfp32"),
+        ("nf4-se4m3", "no e4m3 scales", "nf4-sym-g64-sfp32"),
+        ("nf4-full", "rule for symmetric integers", "nf4-sym-g64-sfp32"),
+        ("nvfp4-search", "rounds e8m0 scales", "nvfp4-sym-g16-se4m3"),
+        ("mxfp4-four_over_six", "FP4 with e4m3 scales", "mxfp4-sym-g32-se8m0"),
+        ("int8-four_over_six", "FP4 with e4m3 scales", "int8-sym-channel"),
     ],
 )
 def test_what_means_nothing_is_refused(text: str, message: str, hint: str) -> None:
@@ -96,13 +143,13 @@ def test_what_means_nothing_is_refused(text: str, message: str, hint: str) -> No
 def test_the_nearest_scheme_of_a_refusal_always_works() -> None:
     refused = 0
     parts = itertools.product(
-        ("int4", "fp4", "mxfp4", "nvfp4", "fp8"),
+        ("int4", "fp4", "mxfp4", "nvfp4", "fp8", "mxfp6_e2m3"),
         (True, False),
         ("tensor", "channel", "token", "group"),
         (None, 16, 32),
-        ("fp32", "fp16", "bf16", "e4m3", "e8m0"),
-        ("tight", "full", "half", "signed_full"),
-        ("even", "floor", "rceil"),
+        get_args(ScaleFormat),
+        get_args(RangeRule),
+        get_args(ExponentRule),
     )
     for scheme in itertools.starmap(TensorScheme, parts):
         try:
@@ -122,19 +169,7 @@ def test_every_format_keeps_the_contract() -> None:
         form.check(form.defaults)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "int4",
-        "int4-full",
-        "int4-half-g64",
-        "int8-asym-token-sfp32",
-        "fp4",
-        "fp4-g16-se4m3",
-        "mxfp4-floor",
-        "fp8-tensor",
-    ],
-)
+@pytest.mark.parametrize("text", [*FORMATS, *WRITTEN])
 def test_what_a_scheme_prints_reads_back(text: str) -> None:
     scheme = read(text)[1]
     assert read(str(scheme))[1] == scheme

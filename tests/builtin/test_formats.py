@@ -8,7 +8,9 @@ import torch
 
 from qtool.errors import SchemeError
 from qtool.numerics.groups import from_groups, to_groups
-from qtool.numerics.scales import encode_scale
+from qtool.numerics.levels import levels
+from qtool.numerics.scales import decode_scale, encode_scale
+from qtool.scheme import GroupParameters
 from tests.builtin.format_cases import WRITTEN, fit, read, values_of
 from tests.oracles import rounding as oracle
 
@@ -21,7 +23,7 @@ def test_rounding_is_decoding_the_codes_and_is_idempotent(text: str) -> None:
     assert torch.equal(form.round(groups, parameters), values)
     assert torch.equal(form.round(values, parameters), values)
     assert int(codes.max()) < 2**form.bits
-    assert (values - groups).norm() < groups.norm() * max(1.8 * 2.0 ** (1 - form.bits), 0.05)
+    assert (values - groups).norm() < groups.norm() * max(1.8 * 2.0 ** (1 - form.bits), 0.08)
 
 
 @pytest.mark.parametrize("text", WRITTEN)
@@ -29,8 +31,8 @@ def test_all_codes_round_trip(text: str) -> None:
     form, _, parameters = fit(text, values_of(6, 128))
     rows = parameters.scale.shape
     codes = torch.arange(2**form.bits).to(torch.uint8)
-    if form.name == "fp8":
-        codes = codes[codes % 128 != 127]
+    codes = codes[form.decode(codes.unsqueeze(0), GroupParameters(torch.ones(1)))[0].isfinite()]
+    assert len(codes) >= 2**form.bits - 8
     codes = codes.expand(*rows, -1)
     again = form.encode(form.decode(codes, parameters), parameters)
     if parameters.zero_point is not None and form.name == "fp4":
@@ -44,9 +46,10 @@ def test_stored_scales_are_what_was_fitted(text: str) -> None:
     _, scheme = read(text)
     _, _, parameters = fit(text, values_of(6, 128))
     stored = encode_scale(parameters.scale, scheme.scale)
-    widened = stored.view(torch.float8_e8m0fnu) if scheme.scale == "e8m0" else stored
-    assert torch.equal(widened.float(), parameters.scale)
-    assert (parameters.global_scale is not None) == (scheme.scale == "e4m3")
+    assert torch.equal(decode_scale(stored, scheme.scale), parameters.scale)
+    if scheme.scale == "e8m0":
+        assert torch.equal(stored.view(torch.float8_e8m0fnu).float(), parameters.scale)
+    assert (parameters.global_scale is not None) == (scheme.scale in ("e4m3", "ue5m3", "e2m1", "int4"))
 
 
 @pytest.mark.parametrize("text", WRITTEN)
@@ -88,7 +91,7 @@ def test_rounding_keeps_the_dtype_and_its_input(text: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("text", WRITTEN)
 def test_clip_narrows_the_range(text: str) -> None:
     form, groups, parameters = fit(text, values_of(6, 128))
-    _, _, clipped = fit(text, values_of(6, 128), clip=0.4)
+    _, _, clipped = fit(text, values_of(6, 128), clip=0.1 if "search" in text else 0.4)
     assert (clipped.step() <= parameters.step()).all()
     reach = [form.round(groups, p).abs().amax() for p in (clipped, parameters)]
     assert reach[0] < reach[1]
@@ -172,6 +175,96 @@ def test_power_of_two_scales_of_integers_follow_their_rule(
     for value, scale in zip(amax.tolist(), fitted, strict=True):
         exponent = oracle.mx_exponent([value], rule, element_emax=emax, element_max=largest, mantissa_bits=bits)
         assert scale == 2.0**exponent
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "emax"),
+    [("mxfp8", oracle.E4M3_VALUES, 8), ("mxfp6_e2m3", oracle.E2M3_VALUES, 2), ("mxfp6_e3m2", oracle.E3M2_VALUES, 4)],
+)
+def test_mxfp8_and_mxfp6_are_the_oracle(text: str, values: list[float], emax: int) -> None:
+    form, groups, parameters = fit(f"{text}-floor", values_of(8, 64))
+    codes = form.encode(groups, parameters)
+    for row, group in itertools.product(range(8), range(2)):
+        block = groups[row, group].tolist()
+        exponent = oracle.mx_exponent(block, "floor", element_emax=emax)
+        assert float(parameters.scale[row, group]) == 2.0**exponent
+        assert codes[row, group].tolist() == [oracle.nearest_code(value / 2.0**exponent, values) for value in block]
+
+
+def test_the_search_for_an_exponent_takes_the_least_error_of_three() -> None:
+    x = values_of(8, 64)
+    _form, groups, parameters = fit("mxfp4-search", x)
+    _, _, base = fit("mxfp4", x)
+    moved = 0
+    for row, group in itertools.product(range(8), range(2)):
+        block, start = groups[row, group].tolist(), float(base.scale[row, group])
+        errors = {}
+        for scale in (start, start / 2, start * 2):
+            rounded = [scale * oracle.decode_e2m1(oracle.encode_e2m1(value / scale)) for value in block]
+            errors[scale] = sum((a - b) ** 2 for a, b in zip(block, rounded, strict=True))
+        assert float(parameters.scale[row, group]) == min(errors, key=lambda scale: errors[scale])
+        moved += float(parameters.scale[row, group]) != start
+    assert moved
+
+
+def test_the_search_goes_up_where_the_rule_is_too_low() -> None:
+    """Only E4M3 has room for that: 464 to 480 are nearer to 480 than to 448, and ``even`` goes up from 480."""
+    block = torch.zeros(1, 32)
+    block[0, :2] = torch.tensor([479.0, 1.0])
+    for text, scale, value in (("mxfp8", 1.0, 448.0), ("mxfp8-search", 2.0, 480.0)):
+        form, groups, parameters = fit(text, block)
+        assert parameters.scale.tolist() == [[scale]]
+        assert float(form.round(groups, parameters).max()) == value
+
+
+def test_four_over_six_takes_the_lesser_error_of_two() -> None:
+    x = values_of(8, 64)
+    _form, groups, parameters = fit("nvfp4-four_over_six", x)
+    multiplier = oracle.store_scale(float(x.abs().max()) / (6 * 256), "float32")
+    assert float(parameters.global_scale) == multiplier
+    chosen = []
+    for row, group in itertools.product(range(8), range(4)):
+        block, errors = groups[row, group].tolist(), {}
+        for largest in (6, 4):
+            scale = oracle.store_scale(max(map(abs, block)) / largest / multiplier, "e4m3")
+            step = scale * multiplier
+            rounded = [step * oracle.decode_e2m1(oracle.encode_e2m1(value / step)) for value in block]
+            errors[scale] = (sum((a - b) ** 2 for a, b in zip(block, rounded, strict=True)), largest)
+        best = min(errors, key=lambda scale: errors[scale])
+        assert float(parameters.scale[row, group]) == best
+        chosen.append(errors[best][1])
+    assert {4, 6} == set(chosen)
+
+
+def test_nf4_rounds_to_the_nearest_of_its_16_values_and_ties_to_even() -> None:
+    form, groups, parameters = fit("nf4", values_of(8, 128))
+    assert torch.equal(parameters.scale, groups.abs().amax(-1))
+    one = GroupParameters(torch.ones(1))
+    values = form.decode(torch.arange(16).to(torch.uint8).unsqueeze(0), one)[0].double()
+    assert values.tolist() == pytest.approx(oracle.nf4_values(), abs=2e-6)
+    scaled = (groups / parameters.scale.unsqueeze(-1)).double().unsqueeze(-1)
+    assert torch.equal(form.encode(groups, parameters).long(), (scaled - values).abs().argmin(-1))
+    middles = (values[1:] + values[:-1]) / 2
+    for offset in (-1, 0, 1):
+        probes = middles.float() if offset == 0 else torch.nextafter(middles.float(), torch.tensor(offset * torch.inf))
+        distance = (probes.double().unsqueeze(-1) - values).abs()
+        least = distance == distance.amin(-1, keepdim=True)
+        expected = [min(row.nonzero().flatten().tolist(), key=lambda code: code % 2) for row in least]
+        assert form.encode(probes.unsqueeze(0), one)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_narrow_integers_never_have_the_lowest_code(bits: int) -> None:
+    x = values_of(6, 128)
+    form, groups, parameters = fit(f"int{bits}-g32-narrow-sfp32", x, clip=0.3)
+    full, _, whole = fit(f"int{bits}-g32-full-sfp32", x, clip=0.3)
+    assert torch.equal(parameters.scale, whole.scale)
+    codes, usual = form.encode(groups, parameters), full.encode(groups, whole)
+    assert int(usual.min()) == 0
+    assert torch.equal(codes, usual.clamp(min=1))
+    assert torch.equal(form.round(groups, parameters), form.decode(codes, parameters))
+    assert len(levels(form)) == 2**bits - 1
+    assert levels(form).tolist() == [-value for value in reversed(levels(form).tolist())]
 
 
 @pytest.mark.parametrize("rule", ["floor", "rceil"])

@@ -14,18 +14,26 @@ from qtool.builtin.mitigators.obq import OBQ, OBQConfig
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions
 from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem, QuantizedLinear
+from qtool.engine.stored import linear_tensors
 from qtool.numerics.clipping import clip_grid, search_clip
+from qtool.numerics.levels import levels
 from qtool.scheme import GroupParameters
 from tests.builtin.format_cases import FORMATS, WRITTEN, fit, read, values_of
 from tests.oracles.rounding import E4M3_VALUES, decode_e2m1, encode_e2m1
 
 SWEEP: dict[str, Any] = {"clip": "search", "clip_norm": 2.0, "clip_metric": "mse"}
-# Of a step, by format: half the widest gap between neighbours.
-HALF_GAPS = {"fp4": 1.0, "mxfp4": 1.0, "nvfp4": 1.0, "fp8": 16.0}
+# Those that try several ranges keep the best of what they are told to.
+SINGLE = [text for text in WRITTEN if "search" not in text and "four_over_six" not in text]
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def student(rows: int, columns: int) -> Tensor:
+    """Return values of Student's t distribution with 4 degrees of freedom."""
+    squares = torch.stack([gaussian(rows, columns, seed) for seed in range(1, 5)]).square().mean(0)
+    return gaussian(rows, columns) / squares.sqrt()
 
 
 def layer(text: str, weight: Tensor) -> LayerProblem:
@@ -41,7 +49,7 @@ def error(of: LayerProblem, result: QuantizedLinear) -> float:
     return float((result.weight(of.grid) - of.weight).double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("text", WRITTEN)
+@pytest.mark.parametrize("text", SINGLE)
 class TestFormats:
     def test_twice_the_range_is_fitted_as_twice_the_values(self, text: str) -> None:
         x = values_of(12, 64)
@@ -58,7 +66,7 @@ class TestFormats:
         if wide.global_scale is None:
             assert bool((wide.scale > whole.scale).all())
         rounded = form.round(groups, wide)
-        limit = (HALF_GAPS.get(form.name, 0.5) + 1e-3) * wide.step().unsqueeze(-1)
+        limit = (float(levels(form).diff().max()) / 2 + 1e-3) * wide.step().unsqueeze(-1)
         assert bool(((rounded - groups).abs() <= limit).all())
         codes = form.encode(groups, wide)
         assert int(codes.max()) < 2**form.bits
@@ -127,6 +135,31 @@ class TestSweep:
         # A power of two cannot use what lies between.
         mx = layer("mxfp4", gaussian(256, 256))
         assert error(mx, solved(mx, **SWEEP, clip_ceiling=1.75)) > 0.99 * error(mx, solved(mx))
+
+    @pytest.mark.parametrize(("tails", "most"), [("normal", 0.88), ("student", 0.91)])
+    def test_the_default_sweep_is_as_good_as_all_scales_there_are_at_the_same_bits(
+        self, tails: str, most: float
+    ) -> None:
+        """80 fractions from 1.75 to 0.21.
+
+        Relative errors of absmax, four-over-six and the sweep, in percent: 9.58, 8.73 and 8.16 on normal values; 9.10,
+        8.62 and 8.19 on those of Student's t with 4 degrees of freedom. All 126 scales give 8.16 and 8.19: 12 percent
+        off the error of absmax cannot be had on the latter.
+        """
+        weight = student(256, 512) if tails == "student" else gaussian(256, 512)
+        of, chosen = layer("nvfp4", weight), layer("nvfp4-four_over_six", weight)
+        plain, swept = solved(of), solved(of, clip="search", clip_norm=2.0, clip_ceiling=1.75)
+        assert error(of, swept) <= most * error(of, plain)
+        assert error(of, swept) < error(chosen, solved(chosen)) < 0.97 * error(of, plain)
+        multiplier = plain.parameters[0].global_scale
+        assert multiplier is not None
+        blocks = weight[:4].reshape(-1, 16).double()
+        best = sum(enumerated(block, float(multiplier)) for block in blocks.tolist())
+        assert float((swept.weight(of.grid)[:4] - weight[:4]).double().square().sum()) == pytest.approx(best, rel=1e-4)
+        stored = [linear_tensors("layer", result, of.grid) for result in (plain, swept)]
+        sizes = {"layer.codes": 256 * 512 // 2, "layer.scale": 256 * 512 // 16, "layer.global_scale": 4}
+        for tensors in stored:
+            assert {name: one.nbytes for name, one in tensors.items()} == sizes
 
     def test_both_ends_are_used(self) -> None:
         of = layer("nvfp4", gaussian(64, 64))

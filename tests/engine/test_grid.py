@@ -15,6 +15,7 @@ from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear
 from qtool.engine.stored import input_scales, linear_tensors, read_input_scales, read_linear
 from qtool.errors import SchemeError
 from qtool.model.plan import Segment
+from qtool.numerics.minifloats import E2M1
 from qtool.plugins import Plugins
 from qtool.scheme import parse_tensor_scheme
 
@@ -52,6 +53,31 @@ def nearest(weight: Tensor, grid: Grid) -> QuantizedLinear:
 def test_a_scheme_in_another_format_keeps_what_that_carries(text: str, name: str, expected: str) -> None:
     scheme = parse_tensor_scheme(text, PLUGINS.format)
     assert str(scheme_in(scheme, PLUGINS.format(name))) == expected
+
+
+@pytest.mark.parametrize("text", ["fp4-g16-se2m1", "fp4-g32-sint4"])
+@pytest.mark.parametrize("rows", [1, 5, 6])
+def test_scales_of_four_bits_take_four_bits(text: str, rows: int) -> None:
+    grid, n = grid_of(text), 96
+    part = grid.parts[0]
+    assert part.scheme.group_size is not None
+    solved = nearest(drawn(rows, n), grid)
+    stored = linear_tensors("layer", solved, grid)
+    groups = rows * n // part.scheme.group_size
+    assert {name: tensor.nbytes for name, tensor in stored.items()} == {
+        "layer.codes": rows * n // 2,
+        "layer.scale": (groups + 1) // 2,
+        "layer.global_scale": 4,
+    }
+    values = solved.parameters[0].scale.flatten()
+    codes = [(E2M1.values.index(value) if "e2m1" in text else int(value)) for value in values.tolist()]
+    padded = [*codes, 0][: groups + groups % 2]
+    assert stored["layer.scale"].flatten().tolist() == [
+        low | high << 4 for low, high in zip(padded[::2], padded[1::2], strict=True)
+    ]
+    again = read_linear("layer", n, stored, grid)
+    assert torch.equal(again.weight(grid), solved.weight(grid))
+    assert torch.equal(again.parameters[0].scale, solved.parameters[0].scale)
 
 
 def test_places_are_neighbours_and_the_first_part_takes_what_is_left() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,14 +9,15 @@ import torch
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 
 from qtool.numerics.minifloats import (
-    decode_e2m1,
-    decode_e4m3,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    UE5M3,
+    Minifloat,
     decode_e8m0,
-    encode_e2m1,
-    encode_e4m3,
     encode_e8m0,
-    round_e2m1,
-    round_e4m3,
     shared_exponents,
 )
 from tests.oracles import rounding as oracle
@@ -45,34 +48,34 @@ def all_bytes() -> torch.Tensor:
 
 E2M1_PROBES = torch.cat([around(torch.tensor([*E2M1_TIES, 6.0, 7.0, 0.0, 1e-40, torch.inf])), spread()])
 E4M3_PROBES = torch.cat(
-    [around(midpoints(decode_e4m3(all_bytes()))), around(torch.tensor([448.0, 464.0, 480.0, 1e9, torch.inf])), spread()]
+    [around(midpoints(E4M3.decode(all_bytes()))), around(torch.tensor([448.0, 464.0, 480.0, 1e9, torch.inf])), spread()]
 )
 
 
 @pytest.mark.parametrize(("value", "rounded"), E2M1_TIES.items())
 def test_e2m1_ties_go_to_the_even_code(value: float, rounded: float) -> None:
-    assert round_e2m1(torch.tensor([value, -value])).tolist() == [rounded, -rounded]
-    assert decode_e2m1(encode_e2m1(torch.tensor([value, -value]))).tolist() == [rounded, -rounded]
+    assert E2M1.round(torch.tensor([value, -value])).tolist() == [rounded, -rounded]
+    assert E2M1.decode(E2M1.encode(torch.tensor([value, -value]))).tolist() == [rounded, -rounded]
 
 
 def test_e2m1_codes_are_those_of_ml_dtypes() -> None:
     expected = E2M1_PROBES.numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-    assert np.array_equal(encode_e2m1(E2M1_PROBES).numpy(), expected)
+    assert np.array_equal(E2M1.encode(E2M1_PROBES).numpy(), expected)
 
 
 def test_e2m1_codes_are_those_of_an_exhaustive_search() -> None:
     probes = E2M1_PROBES[:: max(1, E2M1_PROBES.numel() // 2000)]
-    assert encode_e2m1(probes).tolist() == [oracle.encode_e2m1(value) for value in probes.tolist()]
+    assert E2M1.encode(probes).tolist() == [oracle.encode_e2m1(value) for value in probes.tolist()]
 
 
 def test_e2m1_rounding_is_decoding_the_code() -> None:
-    assert torch.equal(round_e2m1(E2M1_PROBES), decode_e2m1(encode_e2m1(E2M1_PROBES)))
+    assert torch.equal(E2M1.round(E2M1_PROBES), E2M1.decode(E2M1.encode(E2M1_PROBES)))
 
 
 def test_all_e2m1_codes_round_trip() -> None:
     codes = torch.arange(16).to(torch.uint8)
-    values = decode_e2m1(codes)
-    assert torch.equal(encode_e2m1(values), codes)
+    values = E2M1.decode(codes)
+    assert torch.equal(E2M1.encode(values), codes)
     assert np.array_equal(values.numpy(), codes.numpy().view(ml_dtypes.float4_e2m1fn).astype(np.float32))
     assert values[8].signbit()
 
@@ -80,7 +83,7 @@ def test_all_e2m1_codes_round_trip() -> None:
 def test_e2m1_rounding_keeps_nan_and_its_input() -> None:
     x = torch.tensor([torch.nan, 2.2, -9.0])
     before = x.clone()
-    rounded = round_e2m1(x)
+    rounded = E2M1.round(x)
     assert rounded[0].isnan()
     assert rounded[1:].tolist() == [2.0, -6.0]
     assert torch.equal(x[1:], before[1:])
@@ -89,23 +92,91 @@ def test_e2m1_rounding_keeps_nan_and_its_input() -> None:
 def test_e4m3_codes_are_those_of_ml_dtypes_after_saturation() -> None:
     saturated = E4M3_PROBES.clamp(-448, 448).numpy()
     expected = saturated.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-    assert np.array_equal(encode_e4m3(E4M3_PROBES).numpy(), expected)
-    assert torch.equal(round_e4m3(E4M3_PROBES), decode_e4m3(encode_e4m3(E4M3_PROBES)))
+    assert np.array_equal(E4M3.encode(E4M3_PROBES).numpy(), expected)
+    assert torch.equal(E4M3.round(E4M3_PROBES), E4M3.decode(E4M3.encode(E4M3_PROBES)))
 
 
 def test_e4m3_codes_are_those_of_an_exhaustive_search() -> None:
     probes = E4M3_PROBES[::97]
-    assert encode_e4m3(probes).tolist() == [oracle.encode_e4m3(value) for value in probes.tolist()]
+    assert E4M3.encode(probes).tolist() == [oracle.encode_e4m3(value) for value in probes.tolist()]
 
 
 def test_all_finite_e4m3_codes_round_trip() -> None:
     codes = all_bytes()
-    values = decode_e4m3(codes)
+    values = E4M3.decode(codes)
     assert codes[values.isnan()].tolist() == [127, 255]
-    assert torch.equal(encode_e4m3(values)[~values.isnan()], codes[~values.isnan()])
+    assert torch.equal(E4M3.encode(values)[~values.isnan()], codes[~values.isnan()])
     assert np.array_equal(
         values.numpy(), codes.numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32), equal_nan=True
     )
+
+
+KINDS = [
+    (E2M1, ml_dtypes.float4_e2m1fn),
+    (E2M3, ml_dtypes.float6_e2m3fn),
+    (E3M2, ml_dtypes.float6_e3m2fn),
+    (E4M3, ml_dtypes.float8_e4m3fn),
+    (E5M2, ml_dtypes.float8_e5m2),
+]
+
+
+def codes_of(kind: Minifloat) -> torch.Tensor:
+    return torch.arange(2 ** (kind.exponent_bits + kind.mantissa_bits + kind.signed)).to(torch.uint8)
+
+
+def probes_of(kind: Minifloat) -> torch.Tensor:
+    """Return all midpoints and their neighbours, what saturates, and random values of many magnitudes."""
+    return torch.cat(
+        [
+            around(midpoints(kind.decode(codes_of(kind)))),
+            around(kind.max_value * torch.tensor([1.0, 1.03, 1.07, 1.5, 1e6, torch.inf])),
+            spread() * kind.max_value / 100,
+            torch.tensor([0.0, -0.0, 1e-40, -1e-40]),
+        ]
+    )
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_every_code_decodes_as_in_ml_dtypes(kind: Minifloat, dtype: type) -> None:
+    codes = codes_of(kind)
+    theirs = codes.numpy().view(dtype).astype(np.float32)
+    assert np.array_equal(kind.decode(codes).numpy(), theirs, equal_nan=True)
+    finite = kind.decode(codes).isfinite()
+    assert torch.equal(kind.encode(kind.decode(codes))[finite], codes[finite])
+    assert float(kind.decode(codes)[finite].max()) == kind.max_value
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_values_encode_as_in_ml_dtypes_after_saturation(kind: Minifloat, dtype: type) -> None:
+    probes = probes_of(kind)
+    expected = probes.clamp(-kind.max_value, kind.max_value).numpy().astype(dtype).view(np.uint8)
+    assert np.array_equal(kind.encode(probes).numpy(), expected)
+    assert torch.equal(kind.round(probes), kind.decode(kind.encode(probes)))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+def test_torchs_own_bytes_are_those_of_the_formula(kind: Minifloat, dtype: type) -> None:
+    plain = replace(kind, native=None)
+    assert torch.equal(plain.encode(probes_of(kind)), kind.encode(probes_of(kind)))
+    finite = kind.decode(codes_of(kind)).isfinite()
+    assert torch.equal(plain.decode(codes_of(kind))[finite], kind.decode(codes_of(kind))[finite])
+    assert not plain.decode(codes_of(kind))[~finite].isfinite().any()
+
+
+def test_a_float_without_a_sign_has_one_more_bit_of_exponent() -> None:
+    codes = codes_of(UE5M3)
+    values = UE5M3.decode(codes)
+    expected = torch.tensor([oracle.float_value(code, 5, 3, 15) for code in range(256)])
+    assert values[255].isnan()
+    assert torch.equal(values[:255], expected[:255])
+    assert torch.equal(UE5M3.encode(values[:255]), codes[:255])
+    probes = probes_of(UE5M3).abs()
+    shared = probes[(probes >= 2.0**-14) & (probes <= 57344)]
+    theirs = shared.numpy().astype(ml_dtypes.float8_e4m3).astype(np.float32)
+    inside = (shared >= 2.0**-6) & (shared < 240)
+    assert np.array_equal(UE5M3.round(shared[inside]).numpy(), theirs[inside.numpy()])
+    assert torch.equal(UE5M3.round(probes), UE5M3.decode(UE5M3.encode(probes)))
+    assert UE5M3.encode(torch.tensor([-1.0, -0.0, 1e9])).tolist() == [0, 0, 254]
 
 
 def test_all_e8m0_codes_round_trip() -> None:

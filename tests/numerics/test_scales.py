@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qtool.errors import SchemeError
-from qtool.numerics.minifloats import decode_e4m3, decode_e8m0
+from qtool.numerics.minifloats import E2M1, E4M3, UE5M3, decode_e8m0
 from qtool.numerics.scales import (
+    LARGEST_SHORT,
     decode_scale,
     encode_scale,
     fit_scale,
@@ -16,13 +17,13 @@ from qtool.numerics.scales import (
 )
 from tests.oracles import rounding as oracle
 
-FORMATS = ["fp32", "fp16", "bf16", "e4m3", "e8m0"]
+FORMATS = ["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e2m1", "int4", "e8m0"]
 DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "e4m3": torch.float8_e4m3fn,
-    "e8m0": torch.uint8,
+    **dict.fromkeys(("ue5m3", "e2m1", "int4", "e8m0"), torch.uint8),
 }
 
 
@@ -31,7 +32,7 @@ def positive(seed: int = 0) -> torch.Tensor:
 
 
 def global_of(scale_format: str) -> torch.Tensor | None:
-    return torch.tensor(1 / 256) if scale_format == "e4m3" else None
+    return torch.tensor(1 / 256) if scale_format in LARGEST_SHORT else None
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,30 @@ def test_a_step_takes_the_nearest_power_of_two() -> None:
     assert store_scale(step, "e8m0").tolist() == [1.0, 1.0, 2.0, 0.5, 1.0, 2.0**-127]
 
 
+def test_four_bit_scales_are_the_nearest_of_their_values() -> None:
+    scale, global_scale = positive(), torch.tensor(3.0 / 6)
+    for scale_format, values in (("e2m1", E2M1.values[1:8]), ("int4", range(1, 16)), ("ue5m3", UE5M3.values[1:255])):
+        relative, table = scale / global_scale, torch.tensor([*values]).float()
+        expected = (relative.unsqueeze(-1) - table).abs().amin(-1)
+        stored = store_scale(scale, scale_format, global_scale=global_scale)
+        assert torch.equal((stored - relative).abs(), expected)
+        assert set(encode_scale(table, scale_format).tolist()) == set(range(1, len(table) + 1))
+
+
+def test_int4_scales_have_no_zero_and_ties_go_to_even() -> None:
+    scale = torch.tensor([0.2, 0.5, 1.5, 2.5, 15.4, 99.0])
+    assert store_scale(scale, "int4", global_scale=torch.tensor(1.0)).tolist() == [1, 1, 2, 2, 15, 15]
+
+
+@pytest.mark.parametrize(("scale_format", "largest"), [("e2m1", 6), ("int4", 15), ("ue5m3", 114688), ("e4m3", 448)])
+def test_the_multiplier_gives_the_largest_block_the_largest_scale(scale_format: str, largest: float) -> None:
+    amax = torch.tensor([0.0371, 0.01])
+    multiplier = fp4_global_scale(amax[0], scale_format)
+    scale = fit_scale(amax, max_value=6.0, scale_format=scale_format, global_scale=multiplier)
+    assert scale[0] == largest
+    assert float(multiplier) == pytest.approx(0.0371 / 6 / largest)
+
+
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_storing_twice_changes_nothing(scale_format: str) -> None:
     global_scale = global_of(scale_format)
@@ -72,8 +97,8 @@ def test_what_is_stored_decodes_to_the_scale_bit_for_bit(scale_format: str) -> N
 
 def test_stored_bytes_decode_as_their_formats_say() -> None:
     codes = torch.arange(1, 127).to(torch.uint8)
-    assert torch.equal(decode_scale(codes.view(torch.float8_e4m3fn), "e4m3"), decode_e4m3(codes))
-    assert torch.equal(encode_scale(decode_e4m3(codes), "e4m3").view(torch.uint8), codes)
+    assert torch.equal(decode_scale(codes.view(torch.float8_e4m3fn), "e4m3"), E4M3.decode(codes))
+    assert torch.equal(encode_scale(E4M3.decode(codes), "e4m3").view(torch.uint8), codes)
     assert torch.equal(encode_scale(decode_e8m0(codes), "e8m0"), codes)
 
 

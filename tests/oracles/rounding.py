@@ -43,8 +43,21 @@ def float_value(code: int, exponent_bits: int, mantissa_bits: int, bias: int) ->
 
 
 E2M1_VALUES = [float_value(code, 2, 1, 1) for code in range(16)]
+E2M3_VALUES = [float_value(code, 2, 3, 1) for code in range(64)]
+E3M2_VALUES = [float_value(code, 3, 2, 3) for code in range(64)]
 # S.1111.111 is the only NaN of E4M3fn; it has no infinities.
 E4M3_VALUES = [math.nan if code % 128 == 127 else float_value(code, 4, 3, 7) for code in range(256)]
+
+
+def nf4_values() -> list[float]:
+    """Return NF4's values as QLoRA derives them: quantiles of the normal distribution, eight above 0 and seven below.
+
+    ``0.9677083`` is the paper's released code's: half way between ``1 - 1/32`` and ``1 - 1/30``.
+    """
+    above, below = (
+        torch.special.ndtri(torch.linspace(0.9677083, 0.5, n + 1, dtype=torch.float64))[:-1] for n in (8, 7)
+    )
+    return [*(-below / above[0]).tolist(), 0.0, *(above.flip(0) / above[0]).tolist()]
 
 
 def nearest_code(value: float, table: Sequence[float]) -> int:

@@ -123,7 +123,7 @@ def _check_activations(layout: Layout, activations: TensorScheme) -> None:
     if layout in _BLOCKS.values():
         own = layout.partition("-")[0]
         fits = bits == 4 and element == "float" and _BLOCKS.get(where) == layout and activations.symmetric
-        if not fits or activations.exponent_rule != "even":
+        if not fits or (activations.exponent_rule, activations.range_rule) != ("even", "tight"):
             raise _refusal(f"{own.upper()} weights go with {own.upper()} activations", "activations", activations, own)
     elif layout == "float-quantized":
         if (element, bits) != ("float", 8) or activations.strategy == "group":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qtool.errors import SchemeError
-from qtool.scheme import TensorScheme
+from qtool.scheme import RangeRule, TensorScheme
 
 LEAST_CLIP = 0.01
 """The least fraction of a range that can be kept: less has never helped, and is mostly a percentage by mistake."""
@@ -30,7 +30,12 @@ def refuse_unless_empty(scheme: TensorScheme, reasons: Sequence[str], nearest: T
 
 
 def nearest_scheme(
-    scheme: TensorScheme, defaults: TensorScheme, *, scales: Sequence[str], zero_points: bool, range_rules: bool
+    scheme: TensorScheme,
+    defaults: TensorScheme,
+    *,
+    scales: Sequence[str],
+    zero_points: bool,
+    range_rules: Sequence[RangeRule],
 ) -> tuple[TensorScheme, list[str]]:
     """Find the parts of a scheme that its format does not have.
 
@@ -39,7 +44,7 @@ def nearest_scheme(
         defaults: The format's defaults.
         scales: Scale formats that the format takes.
         zero_points: Whether it can be asymmetric.
-        range_rules: Whether it has a choice besides ``tight``.
+        range_rules: What it has besides ``tight``.
 
     Returns:
         The scheme with those parts put right, and what is wrong with each: nothing for a scheme that works.
@@ -60,8 +65,9 @@ def nearest_scheme(
     if nearest.exponent_rule != "even" and nearest.scale != "e8m0":
         reasons.append(f"`{nearest.exponent_rule}` rounds e8m0 scales, and these are {nearest.scale}")
         nearest = replace(nearest, exponent_rule="even")
-    if nearest.range_rule != "tight" and not (range_rules and nearest.symmetric):
-        reasons.append(f"`{nearest.range_rule}` is a rule for symmetric integers")
+    if nearest.range_rule != "tight" and not (nearest.range_rule in range_rules and _has_rules(nearest)):
+        what = "FP4 with e4m3 scales" if nearest.range_rule == "four_over_six" else "symmetric integers"
+        reasons.append(f"`{nearest.range_rule}` is a rule for {what}")
         nearest = replace(nearest, range_rule="tight")
     if not LEAST_CLIP <= nearest.clip <= 1:
         reasons.append(f"the fraction of the range that is kept is from {LEAST_CLIP} to 1, not {nearest.clip:g}")
@@ -70,3 +76,8 @@ def nearest_scheme(
         reasons.append(f"outliers are of a magnitude from 0.001 to 1000000 on, not {nearest.outlier_threshold:g}")
         nearest = replace(nearest, outlier_threshold=6.0)
     return nearest, reasons
+
+
+def _has_rules(scheme: TensorScheme) -> bool:
+    """Say whether a rule for the range means something, given symmetry and scales."""
+    return scheme.symmetric and (scheme.range_rule != "four_over_six" or scheme.scale == "e4m3")

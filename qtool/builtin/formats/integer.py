@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from qtool.builtin.formats.candidates import closest, range_factors
 from qtool.builtin.formats.checks import nearest_scheme, refuse_unless_empty
 from qtool.numerics.integers import (
     decode_integers,
@@ -13,7 +17,9 @@ from qtool.numerics.integers import (
     fit_symmetric,
     round_integers,
 )
-from qtool.scheme import GroupParameters, TensorScheme
+from qtool.scheme import GroupParameters, RangeRule, TensorScheme
+
+_RULES: tuple[RangeRule, ...] = ("full", "half", "signed_full", "narrow")
 
 
 def _defaults(name: str) -> TensorScheme:
@@ -31,11 +37,16 @@ class Integer:
     bits: int
     defaults: TensorScheme
     version = 1
+    narrow = False
+
+    def under(self, scheme: TensorScheme) -> Integer:
+        """Return the format without its lowest code if the scheme says so."""
+        return _narrowed(self) if scheme.range_rule == "narrow" else self
 
     def check(self, scheme: TensorScheme) -> None:
-        """Refuse E4M3 scales, which are FP4's, and zero points beside power-of-two scales."""
+        """Refuse short scales, which are FP4's, and zero points beside power-of-two scales."""
         scales = ("fp32", "fp16", "bf16", "e8m0")
-        nearest, reasons = nearest_scheme(scheme, self.defaults, scales=scales, zero_points=True, range_rules=True)
+        nearest, reasons = nearest_scheme(scheme, self.defaults, scales=scales, zero_points=True, range_rules=_RULES)
         refuse_unless_empty(scheme, reasons, nearest)
 
     def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> None:
@@ -53,19 +64,22 @@ class Integer:
         if not scheme.symmetric:
             scale, zero_point = fit_asymmetric(groups, num_bits=self.bits, scale_format=scheme.scale, clip=clip)
             return GroupParameters(scale, zero_point)
-        scale = fit_symmetric(
-            groups,
-            num_bits=self.bits,
-            range_rule=scheme.range_rule,
-            scale_format=scheme.scale,
-            exponent_rule=scheme.exponent_rule,
-            clip=clip,
-        )
-        return GroupParameters(scale)
+        fitted = [
+            fit_symmetric(
+                groups,
+                num_bits=self.bits,
+                range_rule=scheme.range_rule,
+                scale_format=scheme.scale,
+                exponent_rule=scheme.exponent_rule,
+                clip=clip * factor,
+            )
+            for factor in range_factors(scheme)
+        ]
+        return closest(groups, [GroupParameters(scale) for scale in fitted], self.round)
 
     def encode(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> UInt8[Tensor, "*rows group"]:
         """Round values to codes, ties to even."""
-        return encode_integers(groups, parameters.step(), parameters.zero_point, self.bits)
+        return encode_integers(groups, parameters.step(), parameters.zero_point, self.bits, narrow=self.narrow)
 
     def decode(self, codes: UInt8[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
         """Return the float32 values that codes stand for."""
@@ -73,7 +87,25 @@ class Integer:
 
     def round(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
         """Return the decoded values of the codes of ``groups``, in their dtype."""
-        return round_integers(groups, parameters.step(), parameters.zero_point, self.bits)
+        return round_integers(groups, parameters.step(), parameters.zero_point, self.bits, narrow=self.narrow)
+
+
+class _Narrow(Integer):
+    """Symmetric integers whose lowest code stands for nothing, so that no search of levels finds it."""
+
+    narrow = True
+
+    def __init__(self, of: Integer) -> None:
+        self.name, self.bits, self.defaults = of.name, of.bits, of.defaults
+
+    def decode(self, codes: UInt8[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
+        """Return the float32 values that codes stand for, NaN for code 0."""
+        return super().decode(codes, parameters).masked_fill_(codes == 0, torch.nan)
+
+
+@cache
+def _narrowed(of: Integer) -> Integer:
+    return of if of.narrow else _Narrow(of)
 
 
 class Int2(Integer):
