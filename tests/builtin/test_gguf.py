@@ -352,7 +352,7 @@ def test_a_packed_file_says_what_it_is(make: Make, workspace: Workspace, tmp_pat
     assert subject.quantized is not None
     request = PackRequest(str(subject.quantized.path), "gguf", tmp_path / "out")
     checkpoint, _ = pack(request, workspace)
-    assert sorted(path.name for path in checkpoint.path.iterdir()) == [FILE, "qtool.json"]
+    assert sorted(path.name for path in checkpoint.path.iterdir()) == ["README.md", FILE, "qtool.json"]
     assert checkpoint.manifest.details["bits"]["linears"] == 4.5
     fields = gguf.GGUFReader(checkpoint.path / FILE).fields
     assert fields["general.architecture"].contents() == "llama"

@@ -185,7 +185,7 @@ CASES: Mapping[str, Case] = {
         "for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     ),
     "a scheme's format": Case(
-        "mitigate @plan --method rtn --weights inf4", 2, "no format is called `inf4`", "did you mean `int4`?"
+        "mitigate @plan --method rtn --weights intt4", 2, "no format is called `intt4`", "did you mean `int4`?"
     ),
     "a scheme of a token for weights": Case(
         "mitigate @plan --method rtn --weights fp8-token", 2, "`token` means nothing for weights",

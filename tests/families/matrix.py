@@ -9,21 +9,23 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from qtool.artifacts.manifest import Manifest, Step
-from qtool.artifacts.store import ArtifactWriter
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
-from qtool.errors import UsageError
+from qtool.errors import ModelError, UsageError
 from qtool.model.family import Family
 from qtool.model.graph import RESIDUAL, ModelGraph, Site
 from qtool.model.plan import Plan, Proposal
-from qtool.model.source import open_model, read_dimensions
+from qtool.model.source import read_dimensions
 from qtool.numerics.operators import Diag, Hadamard, Operator, Perm
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, parse_tensor_scheme
+from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.schemes import read_scheme
+from qtool.steps.subjects import open_subject
+from qtool.steps.workspace import Workspace
 from qtool.testing import family_configs, save_tiny_model
 
 PATH = Path(__file__).parents[2] / "recipes" / "families.md"
+SCHEMES = (("", "int4-sfp16"), ("FP8_DYNAMIC", ""))
 HEADER = ("family", "model types", "norm fold", "R1", "R2", "R3", "R4", "scales", "orders", "MoE", "export")
 INTRODUCTION = """# Families
 
@@ -37,7 +39,8 @@ What qtool's planner and exporters say of every family that comes with it. Writt
   one that treats the channels alike that turn together.
 - *orders*: sites where a permutation of channels is folded.
 - *MoE*: routers and gates stay in full precision and are transformed with what they read.
-- *export*: exporters that hold the family's weights, in 4 bits without operators in the forward pass.
+- *export*: exporters that hold the family's weights, in INT4 or FP8 by row, without operators in the forward pass.
+  `gguf` and `gguf-f16`, which want the tokenizer as well, hold Llama, Mistral, Qwen2, Qwen3 and Gemma 1 to 3 (text).
 
 """
 
@@ -121,20 +124,21 @@ def _exporters(family: Family, config: PreTrainedConfig, plugins: Plugins) -> li
     """Return the exporters that do not refuse a quantized model of the family."""
     with tempfile.TemporaryDirectory() as root:
         save_tiny_model(Path(root) / "model", config, loader=family.loader)
-        model = open_model(Path(root) / "model", {family.name: family}, cache=Path(root) / "cache")
-        manifest = Manifest("quantized", Step("mitigate", "rtn", 1, "qtool"), {}, model.id, family.name)
-        scheme = ModelScheme(weights=parse_tensor_scheme("int4", plugins.format))
-        writer = ArtifactWriter(Path(root) / "empty.safetensors", manifest)
-        writer.begin()
-        writer.add("nothing", {"nothing": torch.zeros(1)})
-        subject = Subject(model, plugins, Plan(), scheme, writer.finish(manifest))
-        return [name for name in sorted(plugins.offers["exporters"]) if _holds(plugins, name, subject)]
+        workspace = Workspace(plugins, Path(root) / "home", Path(root) / "cache")
+        workspace.home.mkdir()
+        found: set[str] = set()
+        for preset, weights in SCHEMES:
+            scheme = read_scheme(preset, {"weights": weights}, plugins)
+            made, _ = mitigate(MitigateRequest(str(Path(root) / "model"), "rtn", scheme), workspace)
+            subject = open_subject(str(made.path), workspace).subject
+            found |= {name for name in plugins.offers["exporters"] if _holds(plugins, name, subject)}
+        return sorted(found)
 
 
 def _holds(plugins: Plugins, exporter: str, subject: Subject) -> bool:
     try:
         plugins.load("exporters", exporter).check(subject)
-    except UsageError:
+    except (UsageError, ModelError):
         return False
     return True
 

@@ -108,7 +108,9 @@ def test_a_checkpoint_says_what_it_is(quantize: Quantize, workspace: Workspace, 
     assert manifest.inputs.keys() == {"model", "quantized"}
     assert manifest.inputs["quantized"].id == open_artifact(Path(quantized)).manifest.id
     assert manifest.tensors == {
-        file.name: digest_file(file) for file in checkpoint.path.iterdir() if file.name != "qtool.json"
+        file.name: digest_file(file)
+        for file in checkpoint.path.iterdir()
+        if file.name not in ("qtool.json", "README.md")
     }
     details = manifest.details
     assert details["to"] == to

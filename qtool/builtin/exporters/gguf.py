@@ -216,23 +216,25 @@ def _compare(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtyp
     Raises:
         ArtifactError: Names the first tensor that differs, is missing or too many.
     """
-    read = {name: (stored, values) for name, stored, values in read_tensors(directory / FILE)}
+    nothing = ("", "none", torch.empty(0))
+    read = read_tensors(directory / FILE)  # in the order of writing, one at a time
     for name, item, of_linear in _tensors(subject, made, torch.float32):
-        stored, values = read.pop(name, ("none", torch.empty(0)))
+        found, stored, values = next(read, nothing)
         ours = item if isinstance(item, Tensor) else torch.empty(0)
         if of_linear and ours.ndim > 1:
             wanted, ours = kind, ours.half().float() if kind == "F16" else ours
         else:
             wanted = "F32" if ours.ndim < 2 else {torch.float16: "F16"}.get(dtype, "BF16")
             ours = ours if wanted == "F32" else ours.to(dtype).float()
-        if stored != wanted or ours.shape != values.shape or not torch.equal(values, ours):
+        if found != name or stored != wanted or ours.shape != values.shape or not torch.equal(values, ours):
             same = ours.shape == values.shape
-            facts: tuple[tuple[str, object], ...] = (("type", wanted), ("read back", stored))
+            back = stored if found == name else f"`{found}`"
+            facts: tuple[tuple[str, object], ...] = (("type", wanted), ("read back", back))
             facts += (("values that differ", int((values != ours).sum()) if same else tuple(values.shape)),)
             hint = "pack again; if it happens again, report it"
             raise ArtifactError(f"`{name}` that was written is not what was quantized", facts=facts, hint=hint)
-    if read:
-        raise ArtifactError("the file has tensors that nobody wrote", facts=(("first", next(iter(read))),))
+    if (more := next(read, nothing)) is not nothing:
+        raise ArtifactError("the file has tensors that nobody wrote", facts=(("first", more[0]),))
 
 
 def _half(subject: Subject) -> Made:
