@@ -269,7 +269,7 @@ class _Work:
         provider = ", ".join(dict.fromkeys(one.provider for one in self.configured))
         return Manifest(
             kind="quantized",
-            step=Step("mitigate", request.method, 1, provider, config),
+            step=Step("mitigate", request.method, 2, provider, config),
             inputs=inputs,
             subject=self.model.id,
             family=self.model.family.name,

@@ -147,6 +147,18 @@ class TestOneStep:
             inside = (steps > table[0]) & (steps < table[-1])
             torch.testing.assert_close(grouped(found[name], 16)[inside], expected[inside], rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize(("text", "rate"), [("int4-g16", 0.05), ("nvfp4", 0.1)])
+    def test_by_default_the_steps_together_just_reach_the_limit(self, text: str, rate: float) -> None:
+        found = [
+            AutoRound().refine(
+                HandBlock(text).problem(), AutoRoundConfig(steps=20, batch=8, learn_ranges=False, rate=own)
+            )
+            for own in (0.0, rate, rate / 2)
+        ]
+        for name, plain in found[0].linears.items():
+            assert torch.equal(plain.codes, found[1].linears[name].codes)
+        assert any(not torch.equal(one.codes, found[2].linears[name].codes) for name, one in found[0].linears.items())
+
     def test_ranges_may_grow_where_that_is_allowed(self) -> None:
         ranges = []
         for widest in (1.0, 1.5):

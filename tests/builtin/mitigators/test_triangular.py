@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.builtin.formats.integer import Int3
 from qtool.builtin.mitigators.beam import Beam, BeamConfig
 from qtool.builtin.mitigators.foem import FOEM, FOEMConfig
 from qtool.builtin.mitigators.gptaq import GPTAQ, GPTAQConfig
@@ -17,7 +18,9 @@ from qtool.builtin.mitigators.rtn import RTN, ClipOptions, round_nearest
 from qtool.engine.problem import QuantizedLinear, SiblingMitigator
 from qtool.errors import NumericalError, ShapeError, UsageError
 from qtool.numerics.losses import relative_loss
+from qtool.scheme import TensorScheme
 from qtool.testing import check_mitigator
+from qtool.testing.mitigators import correlated_problem
 from tests.builtin.mitigators.triangular_cases import FORMATS, cross_loss, one_stream, problem, rounded, scheme_of
 from tests.oracles.gptq import Order, dampen, visiting_order
 from tests.oracles.triangular import beam_oracle, foem_oracle, gptaq_oracle, qronos_oracle
@@ -282,3 +285,13 @@ def test_bad_options_are_refused_in_a_sentence(config: type, options: dict[str, 
     with pytest.raises(UsageError) as raised:
         config(**options)
     assert message in str(raised.value)
+
+
+def test_beam_does_not_mind_the_sign_of_a_scale() -> None:
+    """Of the negative weight the scales are negative, and the codes the same."""
+    scheme = TensorScheme("int3", strategy="group", group_size=8, range_rule="signed_full")
+    of = correlated_problem(Int3(), scheme, seed=5, n_out=12, n_in=32)
+    found, mirrored = (Beam().quantize(one, BeamConfig()) for one in (of, replace(of, weight=-of.weight, memory={})))
+    assert torch.equal(found.parameters[0].scale, -mirrored.parameters[0].scale)
+    assert torch.equal(found.codes, mirrored.codes)
+    assert found.report["improved_rows"] > 0
