@@ -53,14 +53,15 @@ def mitigate(
         bool | None,
         typer.Option(
             "--round-activations/--no-round-activations",
-            help="Propagate activations as the scheme quantizes them. [default: where a method sees whole blocks]",
+            help="Propagate activations as the scheme quantizes them. "
+            "[default: where a method sees whole blocks, and for gptaq and lrc]",
         ),
     ] = None,
     token_weight: Annotated[
         str | None,
         typer.Option(
             metavar="RULE[,SITE=RULE]",
-            help="uniform, inverse-norm[:P], clip[:K] or gradient. [default: inverse-norm, or as statistics carry it]",
+            help="uniform, inverse-norm[:P], clip[:K], gradient. [default: inverse-norm:0.5, or as statistics have it]",
         ),
     ] = None,
     experts: Annotated[

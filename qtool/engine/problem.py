@@ -134,7 +134,8 @@ class Mitigator(Protocol):
 
     Class attributes: ``version`` (raised whenever output bits change), ``needs`` (statistics of the layer's input
     that it reads: ``hessian`` and the like) and ``Config`` (a frozen dataclass of its options; those that need more
-    statistics say so in a property ``needs``).
+    statistics say so in a property ``needs``). A method that does better where propagated activations are rounded as
+    the scheme says, and statistics are of those, also has ``rounded_inputs = True``.
     """
 
     version: int

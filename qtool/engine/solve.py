@@ -41,6 +41,11 @@ class Method:
         """Whether it sees a whole block at once."""
         return isinstance(self.mitigator, BlockMitigator)
 
+    @property
+    def rounded_inputs(self) -> bool:
+        """Whether it does better where propagated activations are rounded as the scheme says."""
+        return self.of_block or bool(getattr(self.mitigator, "rounded_inputs", False))
+
 
 @dataclass
 class Solution:

@@ -71,6 +71,7 @@ class LearnedGrid:
         self.offset = torch.zeros_like(groups.weight)
         self.high = torch.ones_like(groups.scale)
         self._integer_zeros = groups.has_integer_zeros
+        self._top = float(groups.levels.values[-1])
         self.low = torch.ones_like(groups.scale) if self._integer_zeros else self.high
         self.anchor = torch.zeros_like(groups.weight)
         if start is not None:
@@ -89,11 +90,10 @@ class LearnedGrid:
         if not self._integer_zeros:
             scale = self._stored(groups.scale * self.high)
             return scale, groups.zero_point * (groups.scale / scale)
-        top = groups.levels.values[-1]
-        above, below = (top - groups.zero_point) * self.high, groups.zero_point * self.low
-        scale = self._stored(groups.scale * ((above + below) / top))
+        above, below = (self._top - groups.zero_point) * self.high, groups.zero_point * self.low
+        scale = self._stored(groups.scale * ((above + below) / self._top))
         zero_point = below * (groups.scale / scale)
-        return scale, straight_through(zero_point, zero_point.detach().round().clamp(0, float(top)))
+        return scale, straight_through(zero_point, zero_point.detach().round().clamp(0, self._top))
 
     def values(self) -> Float[Tensor, "groups size"]:
         """Return what stands for the weights, differentiable in offsets and factors."""

@@ -39,7 +39,7 @@ from qtool.steps.workspace import Workspace, measured
 
 Propagate = Literal["quantized", "none"]
 PROPAGATE: tuple[Propagate, ...] = ("quantized", "none")
-SOLVED_WITH = "inverse-norm"
+SOLVED_WITH = "inverse-norm:0.5"
 """Weight of a token in Hessians that are gathered for solving (measured in ``recipes/README.md``)."""
 
 
@@ -57,8 +57,8 @@ class MitigateRequest:
         true_sequential: Four passes a block, so that each linear sees the quantized ones before it in its block; None
             for where a method compares the inputs of linears with those in full precision.
         round_activations: Whether the activations that are propagated are quantized as the scheme says, and moments are
-            of them; None for where a method learns from whole blocks (measured in ``recipes/README.md``).
-        token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm`` where Hessians are
+            of them; None for where a method does better so (measured in ``recipes/README.md``).
+        token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm:0.5`` where Hessians are
             gathered on the way, and that of the statistics where those are carried.
         experts: Which tokens an expert's statistics are of: ``all``, or those ``routed`` to it; empty takes the choice
             of the statistics.
@@ -247,7 +247,7 @@ class _Work:
     def rounds(self) -> bool:
         """Whether the activations that are propagated are rounded."""
         given = self.request.round_activations
-        return any(method.of_block for method in self.block.solver.methods) if given is None else given
+        return any(method.rounded_inputs for method in self.block.solver.methods) if given is None else given
 
     def manifest(self) -> Manifest:
         """Return the manifest without tensors."""

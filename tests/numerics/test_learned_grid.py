@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtool.builtin.formats.fp4 import E2M1, NVFP4
 from qtool.builtin.formats.integer import Int3, Int4
@@ -66,6 +69,25 @@ def moved(grid: LearnedGrid, seed: int, most: float = 1.2) -> None:
     grid.offset = torch.rand(COUNT, SIZE, generator=generator) - 0.5
     grid.high = torch.rand(COUNT, generator=generator) * (most - 0.01) + 0.01
     grid.low = torch.rand(COUNT, generator=generator) * (most - 0.01) + 0.01 if grid.low is not grid.high else grid.high
+
+
+class NothingRead(TorchDispatchMode):
+    """Refuses what would read a tensor on the host, which cannot be recorded on a GPU."""
+
+    def __torch_dispatch__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a tensor is read on the host"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("made", EVERY)
+def test_a_step_of_descent_reads_nothing_on_the_host(made: Callable[[], Groups]) -> None:
+    grid = LearnedGrid(made())
+    leaves = list({id(leaf): leaf.requires_grad_(True) for leaf in (grid.offset, grid.high, grid.low)}.values())
+    with NothingRead():
+        gradients = torch.autograd.grad(grid.values().square().sum(), leaves)
+    assert all(bool(gradient.abs().sum() > 0) for gradient in gradients)
 
 
 @pytest.mark.parametrize("made", EVERY)

@@ -97,7 +97,7 @@ class TestKeys:
         ]
         assert len({mitigate(one, desk.workspace)[0].manifest.key for one in asked}) == len(asked)
 
-    @pytest.mark.parametrize("change", [{"batch": 1}, {"strict": False}, {"token_weight": "inverse-norm:1"}])
+    @pytest.mark.parametrize("change", [{"batch": 1}, {"strict": False}, {"token_weight": "inverse-norm:0.5"}])
     def test_the_same_question_in_other_words_has_the_same(self, desk: Desk, change: Mapping[str, Any]) -> None:
         asked = MitigateRequest(str(desk.calibrate().path), "gptq", weights(desk))
         mitigate(asked, desk.workspace)
@@ -325,7 +325,7 @@ class TestPropagation:
         plain, _ = mitigate(replace(base, token_weight="uniform"), desk.workspace)
         other, _ = mitigate(base, desk.workspace)
         assert plain.manifest.step.config["token_weight"] == "uniform"
-        assert other.manifest.step.config["token_weight"] == "inverse-norm:1"
+        assert other.manifest.step.config["token_weight"] == "inverse-norm:0.5"
         carried, _ = mitigate(replace(base, propagate="none"), desk.workspace)
         assert carried.manifest.step.config["token_weight"] == "uniform"
         name = "model.layers.0.mlp.down_proj.codes"
@@ -333,6 +333,26 @@ class TestPropagation:
         with pytest.raises(UsageError, match="keep the token weight that they were gathered with") as refused:
             mitigate(replace(base, token_weight="inverse-norm", propagate="none"), desk.workspace)
         assert refused.value.hint == "qtool calibrate MODEL --token-weight inverse-norm"
+
+    @pytest.mark.parametrize(
+        ("method", "settings", "rounds"),
+        [
+            ("gptq", {}, False),
+            ("target+gptq", {}, False),
+            ("qronos", {}, False),
+            ("gptaq", {}, True),
+            ("lrc", {"rank": "2", "iterations": "1"}, True),
+            ("rtn+autoround", {"autoround.steps": "1"}, True),
+        ],
+    )
+    def test_what_is_propagated_is_rounded_where_a_method_does_better_so(
+        self, desk: Desk, method: str, settings: Mapping[str, str], rounds: bool
+    ) -> None:
+        rounded = scheme(desk.workspace, weights="int4", activations="int8-sym-token")
+        artifact, _ = mitigate(
+            MitigateRequest(str(desk.calibrate().path), method, rounded, settings=settings), desk.workspace
+        )
+        assert artifact.manifest.step.config["round_activations"] is rounds
 
 
 class TestSharedScales:

@@ -48,6 +48,7 @@ class GPTAQ:
 
     version = 1
     needs: tuple[str, ...] = ("hessian", CROSS)
+    rounded_inputs = True
     Config = GPTAQConfig
 
     def quantize(self, problem: LayerProblem, config: GPTAQConfig) -> QuantizedLinear:

@@ -55,6 +55,7 @@ class LRC:
 
     version = 1
     needs: tuple[str, ...] = ("hessian", "cross", "full_hessian")
+    rounded_inputs = True
     Config = LRCConfig
 
     def quantize(self, problem: LayerProblem, config: LRCConfig) -> QuantizedLinear:

@@ -9,4 +9,4 @@ from __future__ import annotations
 from qtool.engine.composition import Composition
 
 BEST_INT4 = Composition("gptq+autoround", {"autoround.widest": "1.2"})
-BEST_FP4 = Composition("gptq+autoround", {"gptq.clip_ceiling": "1.75", "autoround.widest": "1.2"})
+BEST_FP4 = Composition("gptq+autoround", {"gptq.clip_ceiling": "1.75", "autoround.widest": "1.5"})
