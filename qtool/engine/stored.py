@@ -20,6 +20,8 @@ from torch import Tensor
 from qtool.engine.block_problem import Compensation
 from qtool.engine.grid import GlobalScales, Grid, GridPart
 from qtool.engine.problem import Adapter, QuantizedLinear, Reads
+from qtool.errors import SchemeError
+from qtool.numerics.groups import repeat_rows
 from qtool.numerics.outliers import Outliers
 from qtool.numerics.packing import pack_codes, unpack_codes
 from qtool.numerics.scales import PACKED, decode_scale, encode_scale
@@ -149,7 +151,7 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     if parameters.scale_codes is not None:
         tensors |= _second_level_tensors(f"{name}.scale", parameters.scale_codes)
     else:
-        stored = encode_scale(parameters.scale, part.scheme.scale)
+        stored = encode_scale(_one_a_block(name, parameters.scale, part), part.scheme.scale)
         packed = part.scheme.scale in PACKED
         tensors[f"{name}.scale"] = pack_codes(stored.reshape(1, -1), 4) if packed else stored
     zero_point = parameters.zero_point
@@ -164,6 +166,23 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     return tensors
 
 
+def _one_a_block(name: str, scale: Tensor, part: GridPart) -> Tensor:
+    """Return the scales that are stored of those of each row.
+
+    Raises:
+        SchemeError: Rows of a block have scales of their own: the method does not know that they share one.
+    """
+    rows = part.block_rows
+    stored = scale[::rows] if rows > 1 else scale
+    if rows > 1 and not torch.equal(repeat_rows(stored, rows, len(scale)), scale):
+        raise SchemeError(
+            f"the method gave the rows of `{name}` scales of their own, and a block has one",
+            facts=(("scheme", part.scheme),),
+            hint="--method rtn or --method gptq",
+        )
+    return stored
+
+
 def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, codes: Tensor) -> GroupParameters:
     """Read the parameters of one part, whose codes have been read."""
     rows, shape = len(codes), part.groups(codes).shape[:-1]
@@ -173,7 +192,7 @@ def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, c
         stored = tensors[f"{name}.scale"]
         if part.scheme.scale in PACKED:
             stored = unpack_codes(stored, 4, shape.numel()).reshape(shape)
-        scale = decode_scale(stored, part.scheme.scale)
+        scale = part.repeated(decode_scale(stored, part.scheme.scale), rows)
     else:
         scale = decode_second_level(scale_codes)
     zero_point = tensors.get(f"{name}.zero_point")

@@ -51,6 +51,9 @@ PRESETS: tuple[Preset, ...] = (
     Preset("FP8", "fp8-tensor", "fp8-tensor", None, "FP8 weights and inputs, one scale a tensor"),
     Preset("FP8_DYNAMIC", "fp8-channel", "fp8-token", None, "FP8 weights per output row, FP8 inputs per token"),
     Preset(
+        "FP8_BLOCK", "fp8-b128", "fp8-g128", None, "DeepSeek's: FP8 weights in squares of 128, inputs in groups of 128"
+    ),
+    Preset(
         "QUAROT-W4A4KV4",
         "int4-sym-channel-full",
         "int4-sym-token-sfp32-full-c0.9",
