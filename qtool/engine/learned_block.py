@@ -60,7 +60,7 @@ class LearnedBlock:
         for name, problem in problems.items():
             start, places = starts[name], problem.grid.places(problem.weight.shape[1])
             for (columns, part), parameters in zip(places, start.parameters, strict=True):
-                _check_learnable(name, part)
+                _check_learnable(name, part, parameters)
                 weight, codes = problem.weight[:, columns], start.codes[:, columns]
                 groups = part.groups(weight).flatten(0, -2)
                 kind = (part.scheme, groups.shape[-1])
@@ -105,7 +105,7 @@ class LearnedBlock:
         }
 
 
-def _check_learnable(name: str, part: GridPart) -> None:
+def _check_learnable(name: str, part: GridPart, parameters: GroupParameters) -> None:
     """Refuse scales that rows share in blocks, which are learned a row at a time, and a second scale of a group.
 
     Raises:
@@ -116,6 +116,13 @@ def _check_learnable(name: str, part: GridPart) -> None:
             f"ranges are learned for each row, and the rows of `{name}` share theirs in blocks",
             facts=(("scheme", part.scheme),),
             hint="--method gptq, or --weights fp8-channel",
+        )
+
+    if parameters.negative is not None:
+        raise SchemeError(
+            f"ranges are learned with one scale a group, and the groups of `{name}` have two",
+            facts=(("scheme", part.scheme),),
+            hint="--method gptq, or --weights mxfp4",
         )
 
 

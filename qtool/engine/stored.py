@@ -1,13 +1,14 @@
 """How quantized linears lie in an artifact: dense codes, scales in their storage format, outliers, adapters.
 
-Names are ``<linear>.codes``, ``.scale``, ``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``,
-``.outliers.row_ptr``, ``.outliers.col``, ``.outliers.values``, and ``<site>.input_global_scale``; of channels that are
-set apart ``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and
-``.adapter.up_scale``; that of one which reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are
-codes themselves are ``.scale.codes``, ``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a
-block), and zero points likewise. What is added to a block's output is ``<block>.compensation.bias`` and, where it has
-them, ``.scale``, ``.down`` and ``.up``. Codes are a dense bit stream along the input axis, those of scales along the
-rows, so the bytes stored are the bytes that bits per weight counts. Scales of 4 bits are one dense stream, row by row.
+Names are ``<linear>.codes``, ``.scale``, ``.negative_scale`` (where negative values have one of their own),
+``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, ``.outliers.row_ptr``, ``.outliers.col``,
+``.outliers.values``, and ``<site>.input_global_scale``; of channels that are set apart ``<linear>.segments.<i>.codes``
+and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and ``.adapter.up_scale``; that of one which
+reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are codes themselves are ``.scale.codes``,
+``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a block), and zero points likewise. What is
+added to a block's output is ``<block>.compensation.bias`` and, where it has them, ``.scale``, ``.down`` and ``.up``.
+Codes are a dense bit stream along the input axis, those of scales along the rows, so the bytes stored are the bytes
+that bits per weight counts. Scales of 4 bits are one dense stream, row by row.
 """
 
 from __future__ import annotations
@@ -154,6 +155,8 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
         stored = encode_scale(_one_a_block(name, parameters.scale, part), part.scheme.scale)
         packed = part.scheme.scale in PACKED
         tensors[f"{name}.scale"] = pack_codes(stored.reshape(1, -1), 4) if packed else stored
+    if parameters.negative is not None:
+        tensors[f"{name}.negative_scale"] = encode_scale(parameters.negative, part.scheme.scale)
     zero_point = parameters.zero_point
     if parameters.zero_point_codes is not None:
         tensors |= _second_level_tensors(f"{name}.zero_point", parameters.zero_point_codes)
@@ -195,6 +198,7 @@ def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, c
         scale = part.repeated(decode_scale(stored, part.scheme.scale), rows)
     else:
         scale = decode_second_level(scale_codes)
+    negative = tensors.get(f"{name}.negative_scale")
     zero_point = tensors.get(f"{name}.zero_point")
     if zero_point_codes is not None:
         zero_point = decode_second_level(zero_point_codes)
@@ -206,6 +210,7 @@ def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, c
         global_scale=tensors.get(f"{name}.global_scale"),
         scale_codes=scale_codes,
         zero_point_codes=zero_point_codes,
+        negative=None if negative is None else decode_scale(negative, part.scheme.scale),
     )
 
 

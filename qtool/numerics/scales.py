@@ -3,7 +3,7 @@
 A scale is rounded to its storage format before any code is chosen with it, it is never 0, and a group of zeros gets
 scale 1. E4M3 alone cannot hold the scales of small weights (its least is 2^-9), so it always comes with a global scale,
 and so do the other short formats: UE5M3, which spends E4M3's sign on its exponent, and E2M1 and INT4 (1 to 15), whose
-multiplier makes the largest scale of a tensor 6 or 15.
+multiplier makes the largest scale of a tensor 6 or 15. E5M2 has the range of float16 and comes alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from qtool.numerics.minifloats import (
 )
 from qtool.scheme import ExponentRule, ScaleFormat
 
-_FLOATS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FLOATS: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e5m2": torch.float8_e5m2,
+}
 _MINIFLOATS: Mapping[str, Minifloat] = {"e4m3": E4M3, "ue5m3": UE5M3, "e2m1": E2M1}
 LARGEST_SHORT: Mapping[str, float] = {**{name: kind.max_value for name, kind in _MINIFLOATS.items()}, "int4": 15.0}
 """Largest scale of the formats that have a tensor-level multiplier above them."""
@@ -37,6 +42,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "fp32": (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max),
     "fp16": (2.0**-24, torch.finfo(torch.float16).max),
     "bf16": (torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max),
+    "e5m2": (2.0**-16, torch.finfo(torch.float8_e5m2).max),
     **{name: (kind.min_value, kind.max_value) for name, kind in _MINIFLOATS.items()},
     "int4": (1.0, 15.0),
     "e8m0": (2.0**-127, 2.0**127),

@@ -66,7 +66,10 @@ class TestFormats:
         if wide.global_scale is None:
             assert bool((wide.scale > whole.scale).all())
         rounded = form.round(groups, wide)
-        limit = (float(levels(form).diff().max()) / 2 + 1e-3) * wide.step().unsqueeze(-1)
+        step = wide.step().unsqueeze(-1)
+        if wide.negative is not None:
+            step = torch.where(groups < 0, wide.negative.unsqueeze(-1), step)
+        limit = (float(levels(form).diff().max()) / 2 + 1e-3) * step
         assert bool(((rounded - groups).abs() <= limit).all())
         codes = form.encode(groups, wide)
         assert int(codes.max()) < 2**form.bits
