@@ -24,6 +24,7 @@ def register_transforms() -> Sequence[Entry]:
         _entry("cat", "transforms.cat:CAT", "closed-form affine blocks, geometric mean (2603.04359)"),
         _entry("duquant", "transforms.duquant:DuQuant", "greedy block rotations and a zig-zag order (2406.01721)"),
         _entry("identity", "transforms.identity:Identity", "leave the model as it is"),
+        _entry("llm-fp4", "transforms.llm_fp4:LLMFP4", "exponents of channels shifted into the weights (2310.16836)"),
         _entry(
             "outlier-suppression-plus",
             "transforms.outlier_suppression_plus:OutlierSuppressionPlus",
