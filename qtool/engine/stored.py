@@ -25,7 +25,7 @@ from qtool.errors import SchemeError
 from qtool.numerics.groups import repeat_rows
 from qtool.numerics.outliers import Outliers
 from qtool.numerics.packing import pack_codes, unpack_codes
-from qtool.numerics.scales import PACKED, decode_scale, encode_scale
+from qtool.numerics.scales import PACKED, count_subnormal, decode_scale, encode_scale
 from qtool.numerics.second_level import decode_second_level
 from qtool.scheme import GroupParameters, SecondLevel
 
@@ -49,6 +49,16 @@ def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, 
     if linear.outliers is not None:
         tensors |= _outlier_tensors(f"{name}{OUTLIERS}", linear.outliers, linear.codes.shape[1])
     return tensors
+
+
+def subnormal_scales(linear: QuantizedLinear, grid: Grid) -> int:
+    """Count the scales of a quantized linear that their format holds with few bits; see ``count_subnormal``."""
+    count = 0
+    for part, own in zip(grid.parts, linear.parameters, strict=True):
+        if own.scale_codes is None:
+            count += count_subnormal(own.scale[:: part.block_rows], part.scheme.scale)
+            count += 0 if own.negative is None else count_subnormal(own.negative, part.scheme.scale)
+    return count
 
 
 def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:

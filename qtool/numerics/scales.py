@@ -47,6 +47,12 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "int4": (1.0, 15.0),
     "e8m0": (2.0**-127, 2.0**127),
 }
+_LEAST_NORMAL: Mapping[str, float] = {
+    "fp16": torch.finfo(torch.float16).tiny,
+    "e5m2": torch.finfo(torch.float8_e5m2).tiny,
+    "e4m3": E4M3.min_normal,
+    "ue5m3": UE5M3.min_normal,
+}
 # Keeps global times block scale a normal float32, so that no device flushes a step to zero.
 _LEAST_GLOBAL_SCALE = 2.0**-100
 
@@ -104,6 +110,17 @@ def store_scale(
     relative = scale.float() if global_scale is None else scale.float() / global_scale
     stored = decode_scale(encode_scale(relative.abs().clamp(*_LIMITS[scale_format]), scale_format), scale_format)
     return stored.copysign(relative).masked_fill(scale == 0, 1.0)
+
+
+def count_subnormal(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> int:
+    """Count stored scales whose mantissa is cut short, or which are the least that there is, since 0 is none.
+
+    Scales of 4 bits do not count: they have hardly a mantissa to lose.
+    """
+    if scale_format in PACKED:
+        return 0
+    magnitude, least = scale.abs(), _LIMITS[scale_format][0]
+    return int(((magnitude < _LEAST_NORMAL.get(scale_format, 0.0)) | (magnitude <= least)).sum())
 
 
 def encode_scale(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> Shaped[Tensor, "*rows"]:

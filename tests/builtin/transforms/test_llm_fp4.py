@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,9 +103,10 @@ class TestPlan:
         assert torch.equal(diag.state()[0]["s"], torch.exp2(exponent_shifts(heads.amax(1), 3)))
 
     def test_without_absmax_it_says_what_to_gather(self, tiny: TinyModel) -> None:
-        bare = {site: SiteStatistics(1, {"hessian": torch.eye(24)}) for site in tiny.statistics}
+        context = context_of(tiny.subject, tiny.statistics)
+        bare = {site: SiteStatistics(1, {"hessian": torch.eye(24)}) for site in context.statistics}
         with pytest.raises(ArtifactError, match=r"lack `absmax` at `layers\.0\."):
-            LLMFP4().plan(context_of(tiny.subject, bare), LLMFP4Config())
+            LLMFP4().plan(replace(context, statistics=bare), LLMFP4Config())
 
 
 def test_the_search_for_a_clip_is_that_for_a_bias() -> None:
