@@ -142,7 +142,7 @@ def _search_piece(
 
 def _choose(where: Tensor, chosen: GroupParameters, otherwise: GroupParameters) -> GroupParameters:
     """Take a group's parameters from ``chosen`` or from ``otherwise``."""
-    return combine_parameters([chosen, otherwise], lambda both: torch.where(where, *both))
+    return combine_parameters([chosen, otherwise], lambda both: torch.where(where, both[0], both[1]))
 
 
 def _join(found: Sequence[ClippedFit]) -> ClippedFit:

@@ -76,7 +76,7 @@ def to_blocks(groups: Shaped[Tensor, "out groups side"], rows: int) -> Shaped[Te
         The blocks; ``repeat_rows`` gives what is fitted to them back to each row.
     """
     filled = pad(groups, (0, 0, 0, 0, 0, -len(groups) % rows))
-    return filled.unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)
+    return filled.reshape(-1, rows, *groups.shape[1:]).transpose(1, 2).flatten(2)
 
 
 def repeat_rows(of_blocks: Shaped[Tensor, "blocks groups"], rows: int, n_out: int) -> Shaped[Tensor, "out groups"]:
@@ -85,7 +85,7 @@ def repeat_rows(of_blocks: Shaped[Tensor, "blocks groups"], rows: int, n_out: in
 
 
 def combine_parameters(
-    parts: Sequence[GroupParameters], combine: Callable[[Sequence[Tensor]], Tensor]
+    parts: Sequence[GroupParameters], combine: Callable[[list[Tensor]], Tensor]
 ) -> GroupParameters:
     """Combine parameters, tensor by tensor: those with one entry a group; the multiplier is that of the first.
 
