@@ -167,7 +167,7 @@ def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
         pair = 2 * (stored(side) - two) // (side - 2)
         block = stored(side + 2) - two - side * pair // 2
         two += block * (-(-rows // side) - 1)
-    return two + (rows - 2) * pair // 2
+    return two - -(rows - 2) * pair // 2
 
 
 def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:

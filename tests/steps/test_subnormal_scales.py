@@ -22,7 +22,7 @@ NAME = "model.layers.1.mlp.up_proj"
         ("int4-g8-sfp16", 1e-3),  # few bits left
         ("int4-g8-sfp16", 1e-9),  # below the least
         ("fp4-g8-se4m3", 1e-5),
-        ("amxfp4-g24", 1e-9),
+        ("amxfp4-channel", 1e-9),
         ("int4-g8-sbf16", 1e-38),
         ("int4-g8-se8m0", 1e-38),
     ],
