@@ -703,6 +703,7 @@ def test_shards_are_numbered_and_load_like_one_file(
     ("weights", "activations", "hint"),
     [
         ("mxfp8", None, "qtool pack SOURCE --to hf"),
+        ("amxfp4", None, "qtool pack SOURCE --to hf"),
         ("mxfp6_e2m3", "mxfp6_e2m3", "qtool pack SOURCE --to hf"),
         ("nf4", None, "qtool pack SOURCE --to hf"),
         ("fp8_e5m2", None, "qtool pack SOURCE --to hf"),
