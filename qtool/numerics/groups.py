@@ -84,9 +84,7 @@ def repeat_rows(of_blocks: Shaped[Tensor, "blocks groups"], rows: int, n_out: in
     return of_blocks.repeat_interleave(rows, 0)[:n_out]
 
 
-def combine_parameters(
-    parts: Sequence[GroupParameters], combine: Callable[[list[Tensor]], Tensor]
-) -> GroupParameters:
+def combine_parameters(parts: Sequence[GroupParameters], combine: Callable[[list[Tensor]], Tensor]) -> GroupParameters:
     """Combine parameters, tensor by tensor: those with one entry a group; the multiplier is that of the first.
 
     Args:

@@ -102,6 +102,20 @@ class TestPlan:
         (diag,) = found[site.id]
         assert torch.equal(diag.state()[0]["s"], torch.exp2(exponent_shifts(heads.amax(1), 3)))
 
+    def test_a_value_head_has_the_largest_of_the_query_heads_that_share_it(self, tiny: TinyModel) -> None:
+        context = context_of(tiny.subject, tiny.statistics)
+        site = context.graph.site("layers.0.vo")
+        n = len(context.statistics[site.id].entries["absmax"])
+        absmax = torch.full((n,), 1.0)
+        absmax[-1] = 8.0  # of the last query head of the last value head
+        statistics = {f"layers.{layer}.vo": SiteStatistics(1, {"absmax": absmax}) for layer in range(2)}
+        given = replace(context, statistics=statistics)
+        assert n > site.heads * site.dim
+        (diag,) = LLMFP4().plan(given, LLMFP4Config(sites="vo")).operators[site.id]
+        expected = torch.full((site.heads * site.dim,), 8.0)
+        expected[-1] = 1.0
+        assert torch.equal(diag.state()[0]["s"].flatten(), expected)
+
     def test_without_absmax_it_says_what_to_gather(self, tiny: TinyModel) -> None:
         context = context_of(tiny.subject, tiny.statistics)
         bare = {site: SiteStatistics(1, {"hessian": torch.eye(24)}) for site in context.statistics}
