@@ -6,7 +6,7 @@ A *model scheme* has one tensor scheme each for weights, activations and the KV 
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-<range rule>][-<exponent rule>]
+    <format>[-sym|-asym][-tensor|-channel|-token|-g<N>|-b<N>][-s<scale format>][-<range rule>][-<exponent rule>]
         [-c<fraction of the range>][-o<magnitude of outliers>]
 """
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Integer, UInt8
     from torch import Tensor
 
-Strategy = Literal["tensor", "channel", "token", "group"]
-ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e2m1", "int4", "e8m0"]
+Strategy = Literal["tensor", "channel", "token", "group", "block"]
+ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e5m2", "e2m1", "int4", "e8m0"]
 RangeRule = Literal["tight", "full", "half", "signed_full", "narrow", "four_over_six"]
 ExponentRule = Literal["even", "floor", "rceil", "search"]
 
@@ -40,8 +40,9 @@ class TensorScheme:
         format: Name of the format plugin, e.g. ``int4``.
         symmetric: Zero is at the middle of the grid and no zero point is stored.
         strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
-            (``token``), or ``group_size`` neighbours along the input axis (``group``).
-        group_size: Values to a scale, for the strategy ``group`` only.
+            (``token``), ``group_size`` neighbours along the input axis (``group``), or those of as many output rows
+            (``block``: a square of a weight; those at the ends of the axes may be smaller).
+        group_size: Values to a scale, for the strategy ``group``; the side of a ``block``.
         scale: Storage format of the scale; codes are chosen against the rounded scale. The short ones (``e4m3``,
             ``ue5m3``, ``e2m1``, and ``int4`` from 1 to 15) are multiples of a float32 that the whole tensor shares.
         range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of
@@ -71,7 +72,7 @@ class TensorScheme:
     outlier_threshold: float | None = None
 
     def __str__(self) -> str:
-        where = f"g{self.group_size}" if self.strategy == "group" else self.strategy
+        where = f"{self.strategy[0]}{self.group_size}" if self.strategy in ("group", "block") else self.strategy
         parts = [self.format, "sym" if self.symmetric else "asym", where, f"s{self.scale}"]
         if self.range_rule != "tight":
             parts.append(self.range_rule)
@@ -84,18 +85,20 @@ class TensorScheme:
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:
-        """Return how many scales a vector of ``n`` values has; refuse a size that the group does not divide.
+        """Return how many scales a vector of ``n`` values has; refuse a size that the group, not a block, must divide.
 
         Args:
             n: Length of the input axis.
             layer: Name of the layer, for the message.
 
         Returns:
-            1, or ``n / group_size`` for groups.
+            1, or ``n / group_size`` for groups, rounded up for blocks.
 
         Raises:
             SchemeError: ``group_size`` does not divide ``n``.
         """
+        if self.strategy == "block" and self.group_size:
+            return -(-n // self.group_size)
         if self.strategy != "group":
             return 1
         if self.group_size is None or n % self.group_size:
@@ -149,6 +152,12 @@ class ModelScheme:
                     facts=(("scheme", part),),
                     hint=f"nearest that works: --{name} {replace(part, outlier_threshold=None)}",
                 )
+            if part is not None and part.strategy == "block" and name != "weights":
+                raise SchemeError(
+                    f"blocks are of weights: of {name} a token has groups",
+                    facts=(("scheme", part),),
+                    hint=f"nearest that works: --{name} {replace(part, strategy='group')}",
+                )
             if part is not None and part.strategy in ("channel", "token") and part.strategy != vector:
                 nearest = replace(part, strategy=vector)
                 raise SchemeError(
@@ -194,7 +203,7 @@ class GroupParameters:
     ``scale`` and ``zero_point`` have one entry a group (the groups' shape without its last axis); ``zero_point`` is
     in units of codes; ``global_scale`` is a scalar that multiplies every scale (second level of E4M3 scales).
     Scales and zero points that are codes themselves come with ``scale_codes`` and ``zero_point_codes``, which are then
-    what is stored.
+    what is stored. ``negative`` is the scale of the negative values where those have one of their own.
     """
 
     scale: Float[Tensor, "*rows"]
@@ -202,6 +211,7 @@ class GroupParameters:
     global_scale: Float[Tensor, ""] | None = None
     scale_codes: SecondLevel | None = None
     zero_point_codes: SecondLevel | None = None
+    negative: Float[Tensor, "*rows"] | None = None
 
     def step(self) -> Float[Tensor, "*rows"]:
         """Return the value of one code step: ``scale`` times ``global_scale``."""
@@ -273,6 +283,7 @@ class RuledFormat(Protocol):
 
 
 _GROUP = re.compile(r"g(\d+)")
+_BLOCK = re.compile(r"b(\d+)")
 _CLIP = re.compile(r"c(\d*\.?\d+)")
 _OUTLIERS = re.compile(r"o(\d*\.?\d+)")
 
@@ -311,6 +322,8 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
     if (group := _GROUP.fullmatch(part)) and int(group[1]) > 0:
         return replace(scheme, strategy="group", group_size=int(group[1]))
+    if (block := _BLOCK.fullmatch(part)) and int(block[1]) > 0:
+        return replace(scheme, strategy="block", group_size=int(block[1]))
     if part.startswith("s") and part[1:] in get_args(ScaleFormat):
         return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
     if part in get_args(RangeRule):
@@ -323,7 +336,9 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, outlier_threshold=float(outliers[1]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
-        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-g<N>][-s<scale format>][-c<fraction>]"),),
+        facts=(
+            ("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-g<N>|-b<N>][-s<scale format>][-c<fraction>]"),
+        ),
         hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     )
 

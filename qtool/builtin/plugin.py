@@ -24,6 +24,7 @@ def register_transforms() -> Sequence[Entry]:
         _entry("cat", "transforms.cat:CAT", "closed-form affine blocks, geometric mean (2603.04359)"),
         _entry("duquant", "transforms.duquant:DuQuant", "greedy block rotations and a zig-zag order (2406.01721)"),
         _entry("identity", "transforms.identity:Identity", "leave the model as it is"),
+        _entry("llm-fp4", "transforms.llm_fp4:LLMFP4", "exponents of channels shifted into the weights (2310.16836)"),
         _entry(
             "outlier-suppression-plus",
             "transforms.outlier_suppression_plus:OutlierSuppressionPlus",
@@ -102,6 +103,7 @@ def register_formats() -> Sequence[Entry]:
         _entry("fp4", "formats.fp4:E2M1", "E2M1 with scales in floats of 32 to 8 bits, powers of two, or 4 bits"),
         _entry("mxfp4", "formats.fp4:MXFP4", "OCP MX: E2M1 in blocks of 32 with power-of-two scales"),
         _entry("nvfp4", "formats.fp4:NVFP4", "E2M1 in blocks of 16 with E4M3 scales and a tensor scale"),
+        _entry("amxfp4", "formats.amxfp4:AMXFP4", "E2M1 in blocks of 32 with a scale for each sign (2411.09909)"),
         _entry("nf4", "formats.nf4:NF4", "16 values that suit normal weights, with scales to 64 values (2305.14314)"),
         _entry("fp6_e2m3", "formats.fp6:E2M3", "6-bit floats E2M3, 7.5 at most"),
         _entry("fp6_e3m2", "formats.fp6:E3M2", "6-bit floats E3M2, 28 at most"),

@@ -26,6 +26,7 @@ from qtool.engine.stored import (
     read_compensation,
     read_input_scales,
     read_linear,
+    subnormal_scales,
 )
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import UsageError
@@ -207,8 +208,10 @@ class BlockSolver:
         graph = self.solver.graph
         sites = {linear.name: linear for linear in graph.linears}
         for name, linear in solved.solution.linears.items():
-            tensors |= linear_tensors(name, linear, self.solver.grid_of(sites[name]))
+            grid = self.solver.grid_of(sites[name])
+            tensors |= linear_tensors(name, linear, grid)
             counters.update(linear.counters)
+            counters[f"subnormal_scales {name}"] = subnormal_scales(linear, grid)
         if solved.compensation is not None:
             layer = sites[next(iter(solved.solution.linears))].layer
             tensors |= compensation_tensors(graph.block_name(layer), solved.compensation)

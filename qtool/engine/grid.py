@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtool.errors import SchemeError
 from qtool.model.plan import Segment
-from qtool.numerics.groups import from_groups, to_groups
+from qtool.numerics.groups import each_parameter, from_groups, repeat_rows, to_blocks, to_groups
 from qtool.scheme import Format, GroupParameters, RuledFormat, TensorScheme
 
 GlobalScales = tuple[Tensor | None, ...]
@@ -37,8 +37,44 @@ class GridPart:
     format: Format
     channels: int | None = None
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows of a weight share a scale."""
+        return self.scheme.strategy in ("tensor", "block")
+
+    @property
+    def block_rows(self) -> int:
+        """How many rows of a weight share the scales of their groups."""
+        return self.scheme.group_size or 1 if self.scheme.strategy == "block" else 1
+
+    @property
+    def each_group(self) -> GridPart:
+        """The part that fits each group by itself; for blocks, those that ``together`` makes."""
+        return replace(self, scheme=replace(self.scheme, strategy="group")) if self.block_rows > 1 else self
+
+    def together(self, groups: Shaped[Tensor, "*rows group"]) -> Shaped[Tensor, "*blocks values"]:
+        """Arrange groups so that the last axis holds all values that share a scale."""
+        return to_blocks(groups, self.block_rows) if self.block_rows > 1 else groups
+
+    def a_row_each(self, parameters: GroupParameters, n_out: int) -> GroupParameters:
+        """Return parameters of what ``together`` makes with one entry for each group of ``n_out`` rows."""
+        return parameters if self.block_rows == 1 else each_parameter(parameters, lambda own: self.repeated(own, n_out))
+
+    def repeated(self, values: Shaped[Tensor, "*blocks"], n_out: int) -> Shaped[Tensor, "*rows"]:
+        """Return one tensor as ``a_row_each`` does."""
+        return repeat_rows(values, self.block_rows, n_out) if self.block_rows > 1 else values
+
+    def runs(self, n: int) -> list[tuple[int, int]]:
+        """Return the widths of neighbouring columns, ``n`` in all, with groups of one size, and that size.
+
+        Only blocks, which may be cut off at the end, have more than one run.
+        """
+        size = self.scheme.group_size or n
+        whole = n - n % size
+        return [run for run in ((whole, size), (n - whole, n - whole)) if run[0]]
+
     def groups(self, x: Shaped[Tensor, "*batch n"]) -> Shaped[Tensor, "*rows group"]:
-        """Arrange values of the part so that the last axis shares a scale."""
+        """Arrange values of the part so that the last axis shares a scale; see ``to_groups``."""
         return to_groups(x, self.scheme.strategy, self.scheme.group_size)
 
     def global_scale(self, amax: Float[Tensor, ""]) -> Float[Tensor, ""] | None:
@@ -53,7 +89,10 @@ class GridPart:
     def fit(
         self, groups: Float[Tensor, "*rows group"], *, global_scale: Tensor | None, clip: float = 1.0
     ) -> GroupParameters:
-        """Fit groups to a fraction of the range that the scheme keeps."""
+        """Fit groups to a fraction of the range that the scheme keeps; those of a block together."""
+        if self.block_rows > 1:
+            found = self.each_group.fit(self.together(groups), global_scale=global_scale, clip=clip)
+            return self.a_row_each(found, len(groups))
         return self.format.fit(groups, self.scheme, global_scale=global_scale, clip=clip * self.scheme.clip)
 
 

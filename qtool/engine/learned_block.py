@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtool.engine.grid import GridPart
 from qtool.engine.problem import LayerProblem, QuantizedLinear
+from qtool.errors import SchemeError
 from qtool.numerics.groups import from_groups
 from qtool.numerics.learned_grid import Groups, LearnedGrid
 from qtool.numerics.soft_levels import levels_of
@@ -59,6 +60,7 @@ class LearnedBlock:
         for name, problem in problems.items():
             start, places = starts[name], problem.grid.places(problem.weight.shape[1])
             for (columns, part), parameters in zip(places, start.parameters, strict=True):
+                _check_learnable(name, part, parameters)
                 weight, codes = problem.weight[:, columns], start.codes[:, columns]
                 groups = part.groups(weight).flatten(0, -2)
                 kind = (part.scheme, groups.shape[-1])
@@ -101,6 +103,27 @@ class LearnedBlock:
             )
             for name, start in self.starts.items()
         }
+
+
+def _check_learnable(name: str, part: GridPart, parameters: GroupParameters) -> None:
+    """Refuse scales that rows share in blocks, which are learned a row at a time, and a second scale of a group.
+
+    Raises:
+        SchemeError: The part has such scales.
+    """
+    if part.block_rows > 1:
+        raise SchemeError(
+            f"ranges are learned for each row, and the rows of `{name}` share theirs in blocks",
+            facts=(("scheme", part.scheme),),
+            hint="--method gptq, or --weights fp8-channel",
+        )
+
+    if parameters.negative is not None:
+        raise SchemeError(
+            f"ranges are learned with one scale a group, and the groups of `{name}` have two",
+            facts=(("scheme", part.scheme),),
+            hint="--method gptq, or --weights mxfp4",
+        )
 
 
 def _grid(members: list[tuple[Tensor, Tensor, GroupParameters, GridPart]]) -> LearnedGrid:

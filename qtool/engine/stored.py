@@ -1,13 +1,14 @@
 """How quantized linears lie in an artifact: dense codes, scales in their storage format, outliers, adapters.
 
-Names are ``<linear>.codes``, ``.scale``, ``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``,
-``.outliers.row_ptr``, ``.outliers.col``, ``.outliers.values``, and ``<site>.input_global_scale``; of channels that are
-set apart ``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and
-``.adapter.up_scale``; that of one which reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are
-codes themselves are ``.scale.codes``, ``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a
-block), and zero points likewise. What is added to a block's output is ``<block>.compensation.bias`` and, where it has
-them, ``.scale``, ``.down`` and ``.up``. Codes are a dense bit stream along the input axis, those of scales along the
-rows, so the bytes stored are the bytes that bits per weight counts. Scales of 4 bits are one dense stream, row by row.
+Names are ``<linear>.codes``, ``.scale``, ``.negative_scale`` (where negative values have one of their own),
+``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, ``.outliers.row_ptr``, ``.outliers.col``,
+``.outliers.values``, and ``<site>.input_global_scale``; of channels that are set apart ``<linear>.segments.<i>.codes``
+and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and ``.adapter.up_scale``; that of one which
+reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are codes themselves are ``.scale.codes``,
+``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a block), and zero points likewise. What is
+added to a block's output is ``<block>.compensation.bias`` and, where it has them, ``.scale``, ``.down`` and ``.up``.
+Codes are a dense bit stream along the input axis, those of scales along the rows, so the bytes stored are the bytes
+that bits per weight counts. Scales of 4 bits are one dense stream, row by row.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch import Tensor
 from qtool.engine.block_problem import Compensation
 from qtool.engine.grid import GlobalScales, Grid, GridPart
 from qtool.engine.problem import Adapter, QuantizedLinear, Reads
+from qtool.errors import SchemeError
+from qtool.numerics.groups import repeat_rows
 from qtool.numerics.outliers import Outliers
 from qtool.numerics.packing import pack_codes, unpack_codes
-from qtool.numerics.scales import PACKED, decode_scale, encode_scale
+from qtool.numerics.scales import PACKED, count_subnormal, decode_scale, encode_scale
 from qtool.numerics.second_level import decode_second_level
 from qtool.scheme import GroupParameters, SecondLevel
 
@@ -46,6 +49,16 @@ def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, 
     if linear.outliers is not None:
         tensors |= _outlier_tensors(f"{name}{OUTLIERS}", linear.outliers, linear.codes.shape[1])
     return tensors
+
+
+def subnormal_scales(linear: QuantizedLinear, grid: Grid) -> int:
+    """Count the scales of a quantized linear that their format holds with few bits; see ``count_subnormal``."""
+    count = 0
+    for part, own in zip(grid.parts, linear.parameters, strict=True):
+        if own.scale_codes is None:
+            count += count_subnormal(own.scale[:: part.block_rows], part.scheme.scale)
+            count += 0 if own.negative is None else count_subnormal(own.negative, part.scheme.scale)
+    return count
 
 
 def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:
@@ -149,9 +162,11 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     if parameters.scale_codes is not None:
         tensors |= _second_level_tensors(f"{name}.scale", parameters.scale_codes)
     else:
-        stored = encode_scale(parameters.scale, part.scheme.scale)
+        stored = encode_scale(_one_a_block(name, parameters.scale, part), part.scheme.scale)
         packed = part.scheme.scale in PACKED
         tensors[f"{name}.scale"] = pack_codes(stored.reshape(1, -1), 4) if packed else stored
+    if parameters.negative is not None:
+        tensors[f"{name}.negative_scale"] = encode_scale(parameters.negative, part.scheme.scale)
     zero_point = parameters.zero_point
     if parameters.zero_point_codes is not None:
         tensors |= _second_level_tensors(f"{name}.zero_point", parameters.zero_point_codes)
@@ -164,6 +179,23 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     return tensors
 
 
+def _one_a_block(name: str, scale: Tensor, part: GridPart) -> Tensor:
+    """Return the scales that are stored of those of each row.
+
+    Raises:
+        SchemeError: Rows of a block have scales of their own: the method does not know that they share one.
+    """
+    rows = part.block_rows
+    stored = scale[::rows] if rows > 1 else scale
+    if rows > 1 and not torch.equal(repeat_rows(stored, rows, len(scale)), scale):
+        raise SchemeError(
+            f"the method gave the rows of `{name}` scales of their own, and a block has one",
+            facts=(("scheme", part.scheme),),
+            hint="--method rtn or --method gptq",
+        )
+    return stored
+
+
 def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, codes: Tensor) -> GroupParameters:
     """Read the parameters of one part, whose codes have been read."""
     rows, shape = len(codes), part.groups(codes).shape[:-1]
@@ -173,9 +205,10 @@ def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, c
         stored = tensors[f"{name}.scale"]
         if part.scheme.scale in PACKED:
             stored = unpack_codes(stored, 4, shape.numel()).reshape(shape)
-        scale = decode_scale(stored, part.scheme.scale)
+        scale = part.repeated(decode_scale(stored, part.scheme.scale), rows)
     else:
         scale = decode_second_level(scale_codes)
+    negative = tensors.get(f"{name}.negative_scale")
     zero_point = tensors.get(f"{name}.zero_point")
     if zero_point_codes is not None:
         zero_point = decode_second_level(zero_point_codes)
@@ -187,6 +220,7 @@ def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, c
         global_scale=tensors.get(f"{name}.global_scale"),
         scale_codes=scale_codes,
         zero_point_codes=zero_point_codes,
+        negative=None if negative is None else decode_scale(negative, part.scheme.scale),
     )
 
 

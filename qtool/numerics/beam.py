@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qtool.errors import ShapeError
 from qtool.numerics.frozen_grid import FrozenColumns
+from qtool.numerics.groups import each_parameter
 from qtool.numerics.levels import second_nearest
 from qtool.numerics.triangular import InverseFactor
 from qtool.scheme import GroupParameters
@@ -133,9 +134,7 @@ def _branches(
     values: Float[Tensor, "rows beams"], part: BranchingColumns, group: int
 ) -> tuple[Float[Tensor, "rows branches"], Float[Tensor, "rows branches"]]:
     """Return the nearest level of each value and then the second nearest of each, and what is left of the values."""
-    own = part.frozen.parameters
-    zero_point = None if own.zero_point is None else own.zero_point[:, group]
-    parameters = GroupParameters(own.scale[:, group], zero_point, own.global_scale)
+    parameters = each_parameter(part.frozen.parameters, lambda own: own[:, group])
     nearest = part.frozen.round(values, parameters)
     second = second_nearest(part.levels(parameters).to(values.dtype), values, nearest)
     return torch.cat([nearest, second], dim=1), torch.cat([values - nearest, values - second], dim=1)
@@ -164,8 +163,6 @@ def _rows(grid: Sequence[BranchingColumns], start: int, stop: int) -> list[Branc
     """Return the grid of some rows."""
     parts = []
     for part in grid:
-        own = part.frozen.parameters
-        zero_point = None if own.zero_point is None else own.zero_point[start:stop]
-        parameters = GroupParameters(own.scale[start:stop], zero_point, own.global_scale)
+        parameters = each_parameter(part.frozen.parameters, lambda own: own[start:stop])
         parts.append(replace(part, frozen=replace(part.frozen, parameters=parameters)))
     return parts

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.numerics.groups import combine_parameters
 from qtool.scheme import GroupParameters
 
 FitRound: TypeAlias = Callable[[Tensor, float], tuple[GroupParameters, Tensor]]
@@ -141,20 +142,10 @@ def _search_piece(
 
 def _choose(where: Tensor, chosen: GroupParameters, otherwise: GroupParameters) -> GroupParameters:
     """Take a group's parameters from ``chosen`` or from ``otherwise``."""
-    zero_point = chosen.zero_point
-    if zero_point is not None and otherwise.zero_point is not None:
-        zero_point = torch.where(where, zero_point, otherwise.zero_point)
-    return GroupParameters(torch.where(where, chosen.scale, otherwise.scale), zero_point, chosen.global_scale)
+    return combine_parameters([chosen, otherwise], lambda both: torch.where(where, both[0], both[1]))
 
 
 def _join(found: Sequence[ClippedFit]) -> ClippedFit:
     """Put the pieces' results together again."""
-    zero_points = [piece.parameters.zero_point for piece in found]
-    parameters = GroupParameters(
-        torch.cat([piece.parameters.scale for piece in found]),
-        torch.cat([zero_point for zero_point in zero_points if zero_point is not None])
-        if zero_points[0] is not None
-        else None,
-        found[0].parameters.global_scale,
-    )
+    parameters = combine_parameters([piece.parameters for piece in found], torch.cat)
     return ClippedFit(parameters, torch.cat([piece.ratio for piece in found]))

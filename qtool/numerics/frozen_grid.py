@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.numerics.groups import each_parameter
 from qtool.scheme import GroupParameters
 
 RoundColumn: TypeAlias = Callable[[Tensor], Tensor]
@@ -40,14 +42,9 @@ def column_rounders(grid: Sequence[FrozenColumns]) -> list[RoundColumn]:
 
 
 def _rounders(part: FrozenColumns) -> Iterator[RoundColumn]:
-    whole, zero_points = part.parameters, None
-    scales = whole.scale.T.contiguous()
-    if whole.zero_point is not None:
-        zero_points = whole.zero_point.T.contiguous()
+    turned = each_parameter(part.parameters, lambda own: own.T.contiguous())
     for col in range(part.columns):
-        group = col // part.group_size
-        zero_point = None if zero_points is None else zero_points[group]
-        yield partial(_round_column, part, GroupParameters(scales[group], zero_point, whole.global_scale))
+        yield partial(_round_column, part, each_parameter(turned, itemgetter(col // part.group_size)))
 
 
 def _round_column(part: FrozenColumns, parameters: GroupParameters, column: Float[Tensor, " out"]) -> Tensor:
@@ -67,11 +64,8 @@ def round_rows(grid: Sequence[FrozenColumns], values: Float[Tensor, "rows in"], 
     """
     rows, rounded, left = slice(start, start + len(values)), [], 0
     for part in grid:
-        own, zero_point = part.parameters, part.parameters.zero_point
         groups = values[:, left : left + part.columns].reshape(len(values), -1, part.group_size)
-        parameters = GroupParameters(
-            own.scale[rows], None if zero_point is None else zero_point[rows], own.global_scale
-        )
+        parameters = each_parameter(part.parameters, itemgetter(rows))
         rounded.append(part.round(groups, parameters).reshape(len(values), part.columns))
         left += part.columns
     return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=1)

@@ -15,7 +15,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
 from typing import Literal, TypeAlias
 
 import torch
@@ -23,7 +25,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from qtool.errors import ShapeError, UsageError
-from qtool.numerics.groups import from_groups, to_groups
+from qtool.numerics.groups import combine_parameters, each_parameter, from_groups, to_groups
 from qtool.numerics.triangular import InverseFactor, factorize_inverse
 from qtool.scheme import GroupParameters
 
@@ -214,11 +216,8 @@ def gptq_round(
 def _fitted(part: ColumnGrid, values: Float[Tensor, "out columns"], start: int) -> list[GroupParameters]:
     """Fit the groups that columns from ``start`` on are made of all at once; return the parameters of each."""
     joined = part.fit(to_groups(values, "group", part.group_size), start)
-    zero_points = None if joined.zero_point is None else joined.zero_point.T.contiguous()
-    return [
-        GroupParameters(scale, None if zero_points is None else zero_points[index], joined.global_scale)
-        for index, scale in enumerate(joined.scale.T.contiguous())
-    ]
+    turned = each_parameter(joined, lambda own: own.T.contiguous())
+    return [each_parameter(turned, itemgetter(index)) for index in range(len(turned.scale))]
 
 
 def _groups(grid: Sequence[ColumnGrid], n_in: int) -> list[_Group]:
@@ -375,9 +374,4 @@ def _panels(start: int, stop: int, starts: Sequence[int]) -> Iterator[tuple[int,
 
 def _join(fitted: Sequence[GroupParameters]) -> GroupParameters:
     """Put the groups' parameters side by side, ``[out, groups]``."""
-    zero_points = [group.zero_point for group in fitted if group.zero_point is not None]
-    return GroupParameters(
-        torch.stack([group.scale for group in fitted], dim=-1),
-        torch.stack(zero_points, dim=-1) if zero_points else None,
-        fitted[0].global_scale,
-    )
+    return combine_parameters(fitted, partial(torch.stack, dim=-1))

@@ -2,17 +2,22 @@
 
 A weight is ``[out, in]`` and an activation ``[*batch, n]``; both are grouped along their last axis, so an output row
 (``channel``) and a token's vector (``token``) are the same thing here: one group of the whole axis.
+
+The rows of a block (``block``) are groups of its side, which have equal parameters: they are fitted together, as
+``to_blocks`` lays them, and otherwise are groups like any other. What an axis lacks of whole blocks is filled with 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qtool.errors import ShapeError
-from qtool.scheme import Strategy
+from qtool.scheme import GroupParameters, Strategy
 
 
 def to_groups(
@@ -23,8 +28,8 @@ def to_groups(
     Args:
         x: Values or codes. Not modified; the result is a view of it where its strides allow.
         strategy: ``tensor`` gives ``[1, numel]``, ``channel`` and ``token`` give ``[*batch, 1, n]``, ``group`` gives
-            ``[*batch, n / group_size, group_size]``.
-        group_size: Neighbours that share a scale, for ``group`` only.
+            ``[*batch, n / group_size, group_size]``, and so does ``block``, with 0 in what the last one lacks.
+        group_size: Neighbours that share a scale, for ``group`` and ``block`` only.
 
     Returns:
         The groups; ``from_groups`` undoes it.
@@ -34,7 +39,9 @@ def to_groups(
     """
     if strategy == "tensor":
         return x.reshape(1, -1)
-    if strategy != "group":
+    if strategy == "block" and group_size:
+        x = pad(x, (0, -x.shape[-1] % group_size))
+    elif strategy != "group":
         return x.unsqueeze(-2)
     if not group_size or x.shape[-1] % group_size:
         raise ShapeError(
@@ -44,7 +51,7 @@ def to_groups(
 
 
 def from_groups(groups: Shaped[Tensor, "*rows group"], shape: Sequence[int]) -> Shaped[Tensor, "*batch n"]:
-    """Put groups back into the shape that ``to_groups`` was given.
+    """Put groups back into the shape that ``to_groups`` was given, without what it filled up.
 
     Args:
         groups: What ``to_groups`` returned, or anything of that shape. Not modified.
@@ -53,7 +60,54 @@ def from_groups(groups: Shaped[Tensor, "*rows group"], shape: Sequence[int]) -> 
     Returns:
         The values in their own shape.
     """
+    if groups.numel() != prod(shape):
+        groups = groups.flatten(-2)[..., : shape[-1]]
     return groups.reshape(tuple(shape))
+
+
+def to_blocks(groups: Shaped[Tensor, "out groups side"], rows: int) -> Shaped[Tensor, "blocks groups values"]:
+    """Arrange the groups of ``rows`` neighbouring rows so that the last axis holds all of their values.
+
+    Args:
+        groups: Groups of each row. Not modified.
+        rows: Rows of a block; what the last block lacks is filled with 0.
+
+    Returns:
+        The blocks; ``repeat_rows`` gives what is fitted to them back to each row.
+    """
+    filled = pad(groups, (0, 0, 0, 0, 0, -len(groups) % rows))
+    return filled.reshape(-1, rows, *groups.shape[1:]).transpose(1, 2).flatten(2)
+
+
+def repeat_rows(of_blocks: Shaped[Tensor, "blocks groups"], rows: int, n_out: int) -> Shaped[Tensor, "out groups"]:
+    """Return for each of ``n_out`` rows what its block of ``rows`` has."""
+    return of_blocks.repeat_interleave(rows, 0)[:n_out]
+
+
+def combine_parameters(parts: Sequence[GroupParameters], combine: Callable[[list[Tensor]], Tensor]) -> GroupParameters:
+    """Combine parameters, tensor by tensor: those with one entry a group; the multiplier is that of the first.
+
+    Args:
+        parts: Parameters with the same tensors. Second levels of scales do not go through.
+        combine: Makes one tensor of those of the parts.
+    """
+    first = parts[0]
+
+    def combined(name: str) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else combine(found)
+
+    return GroupParameters(
+        combine([part.scale for part in parts]),
+        combined("zero_point"),
+        first.global_scale,
+        negative=combined("negative"),
+    )
+
+
+def each_parameter(parameters: GroupParameters, change: Callable[[Tensor], Tensor]) -> GroupParameters:
+    """Return parameters with each tensor of one entry a group changed."""
+    return combine_parameters([parameters], lambda found: change(found[0]))
 
 
 def largest_magnitude(groups: Float[Tensor, "*rows group"]) -> Float[Tensor, "*rows"]:

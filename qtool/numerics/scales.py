@@ -3,7 +3,7 @@
 A scale is rounded to its storage format before any code is chosen with it, it is never 0, and a group of zeros gets
 scale 1. E4M3 alone cannot hold the scales of small weights (its least is 2^-9), so it always comes with a global scale,
 and so do the other short formats: UE5M3, which spends E4M3's sign on its exponent, and E2M1 and INT4 (1 to 15), whose
-multiplier makes the largest scale of a tensor 6 or 15.
+multiplier makes the largest scale of a tensor 6 or 15. E5M2 has the range of float16 and comes alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from qtool.numerics.minifloats import (
 )
 from qtool.scheme import ExponentRule, ScaleFormat
 
-_FLOATS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_FLOATS: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e5m2": torch.float8_e5m2,
+}
 _MINIFLOATS: Mapping[str, Minifloat] = {"e4m3": E4M3, "ue5m3": UE5M3, "e2m1": E2M1}
 LARGEST_SHORT: Mapping[str, float] = {**{name: kind.max_value for name, kind in _MINIFLOATS.items()}, "int4": 15.0}
 """Largest scale of the formats that have a tensor-level multiplier above them."""
@@ -37,9 +42,16 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "fp32": (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max),
     "fp16": (2.0**-24, torch.finfo(torch.float16).max),
     "bf16": (torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max),
+    "e5m2": (2.0**-16, torch.finfo(torch.float8_e5m2).max),
     **{name: (kind.min_value, kind.max_value) for name, kind in _MINIFLOATS.items()},
     "int4": (1.0, 15.0),
     "e8m0": (2.0**-127, 2.0**127),
+}
+_LEAST_NORMAL: Mapping[str, float] = {
+    "fp16": torch.finfo(torch.float16).tiny,
+    "e5m2": torch.finfo(torch.float8_e5m2).tiny,
+    "e4m3": E4M3.min_normal,
+    "ue5m3": UE5M3.min_normal,
 }
 # Keeps global times block scale a normal float32, so that no device flushes a step to zero.
 _LEAST_GLOBAL_SCALE = 2.0**-100
@@ -98,6 +110,17 @@ def store_scale(
     relative = scale.float() if global_scale is None else scale.float() / global_scale
     stored = decode_scale(encode_scale(relative.abs().clamp(*_LIMITS[scale_format]), scale_format), scale_format)
     return stored.copysign(relative).masked_fill(scale == 0, 1.0)
+
+
+def count_subnormal(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> int:
+    """Count stored scales whose mantissa is cut short, or which are the least that there is, since 0 is none.
+
+    Scales of 4 bits do not count: they have hardly a mantissa to lose.
+    """
+    if scale_format in PACKED:
+        return 0
+    magnitude, least = scale.abs(), _LIMITS[scale_format][0]
+    return int(((magnitude < _LEAST_NORMAL.get(scale_format, 0.0)) | (magnitude <= least)).sum())
 
 
 def encode_scale(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> Shaped[Tensor, "*rows"]:

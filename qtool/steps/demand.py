@@ -21,6 +21,7 @@ from qtool.engine.subject import Subject
 from qtool.model.graph import EXPERTS, ModelGraph
 from qtool.model.plan import Plan
 from qtool.model.source import Model
+from qtool.numerics.groups import from_groups
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
@@ -151,15 +152,22 @@ def code_bytes(subject: Subject) -> dict[str, int]:
 
 
 def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
-    """Return the bytes that a weight takes as it is stored, from those of two and of four rows: the rest is alike.
+    """Return the bytes that a weight takes as it is stored, from those of a few rows: the rest is alike.
 
-    Pairs, because two rows may share a byte of scales.
+    Pairs, because two rows may share a byte of scales; and rows of one more block, where rows share scales.
     """
-    two, four = (
-        sum(tensor.nbytes for tensor in linear_tensors("", _rounded(torch.rand(count, n), grid), grid).values())
-        for count in (2, 4)
-    )
-    return two - (rows - 2) * (two - four) // 2
+
+    def stored(count: int) -> int:
+        weight = _rounded(torch.rand(count, n), grid)
+        return sum(tensor.nbytes for tensor in linear_tensors("", weight, grid).values())
+
+    two, side = stored(2), max(part.block_rows for part in grid.parts)
+    pair = stored(4) - two if side == 1 else 0
+    if side > 1:
+        pair = 2 * (stored(side) - two) // (side - 2)
+        block = stored(side + 2) - two - side * pair // 2
+        two += block * (-(-rows // side) - 1)
+    return two - -(rows - 2) * pair // 2
 
 
 def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:
@@ -169,7 +177,7 @@ def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:
         values = weight[:, columns]
         groups = part.groups(values)
         parameters.append(part.fit(groups, global_scale=part.global_scale(values.amax())))
-        codes.append(part.format.encode(groups, parameters[-1]).reshape(values.shape))
+        codes.append(from_groups(part.format.encode(groups, parameters[-1]), values.shape))
     return QuantizedLinear(torch.cat(codes, dim=1), tuple(parameters))
 
 

@@ -22,6 +22,7 @@ COUNTERS: Mapping[str, str] = {
     "fallback_rtn": "linears that were rounded to nearest, since their Hessian could not be factorized",
     "float64_factors": "linears whose Hessian was factorized in float64, since float32 failed",
     "raised_dampening": "linears whose Hessian took more damping than was asked for",
+    "subnormal_scales": "scales of this linear that are too small for their format; it holds them roughly",
     "shrunk_experts": "experts with few tokens; their statistics were shrunk toward shared ones",
 }
 """What the counters of qtool's own methods count."""
@@ -51,7 +52,9 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
     columns = sorted(names, key=lambda name: (not name.startswith(_LOSSES), not name.endswith("_rtn"), name))
     means = _over_experts(reports)
     rows = [(linear, *(means[linear].get(c) for c in columns)) for linear in sorted(means, key=natural)]
-    counters = [(name, count, COUNTERS.get(name)) for name, count in sorted(manifest.counters.items())]
+    counters = [
+        (name, count, COUNTERS.get(name.partition(" ")[0])) for name, count in sorted(manifest.counters.items())
+    ]
     return facts, {
         "losses": Table(("linear", *columns), rows),
         "losses_by_module": _by_module(reports),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qtool.builtin.formats.amxfp4 import AMXFP4
 from qtool.builtin.formats.floats import Floats
 from qtool.builtin.formats.fp4 import E2M1, MXFP4, NVFP4
 from qtool.builtin.formats.fp6 import E2M3, E3M2, MXFP6E2M3, MXFP6E3M2
@@ -14,7 +15,7 @@ from qtool.numerics.groups import to_groups
 from qtool.scheme import GroupParameters, TensorScheme, parse_tensor_scheme
 
 CLASSES = (Int2, Int3, Int4, Int5, Int6, Int7, Int8, E2M1, MXFP4, NVFP4, E4M3)
-CLASSES += (E5M2, MXFP8, E2M3, E3M2, MXFP6E2M3, MXFP6E3M2, NF4)
+CLASSES += (E5M2, MXFP8, E2M3, E3M2, MXFP6E2M3, MXFP6E3M2, NF4, AMXFP4)
 FORMATS = {cls.name: cls() for cls in CLASSES}
 WRITTEN = [
     *(f"int{b}-{rest}" for b in range(2, 9) for rest in ("sym-g32", "sym-full", "asym-g16-sfp16", "asym-token-sfp32")),
@@ -49,6 +50,10 @@ WRITTEN = [
     "nf4-g32-se8m0-search",
     "int4-g32-se8m0-search",
     "nvfp4-four_over_six",
+    "amxfp4",
+    "amxfp4-g16-sfp32",
+    "amxfp4-se8m0",
+    "amxfp4-se8m0-search",
 ]
 
 

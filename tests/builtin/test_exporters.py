@@ -173,6 +173,7 @@ WEIGHT_ONLY = (
     "int8-sym-channel",
     "fp8-channel-sbf16",
     "fp8-tensor",
+    "fp8-b48-sbf16",
 )
 
 
@@ -207,6 +208,7 @@ def test_what_is_decoded_to_bfloat16_computes_the_same_in_bfloat16(
         ("int8-sym-g32", "int8-sym-g32-sfp32-half", "pack-quantized"),
         ("fp8-channel-sbf16", "fp8-token", "float-quantized"),
         ("fp8-tensor", "fp8-tensor", "float-quantized"),
+        ("fp8-b32-sbf16", "fp8-g32", "float-quantized"),
     ],
 )
 def test_transformers_quantizes_activations_as_qtool_does(
@@ -270,7 +272,7 @@ SYMMETRIC = [f"int{bits}-sym-{'channel' if bits % 2 else 'g32'}" for bits in ran
 ASYMMETRIC = ["int4-asym-g32", "int3-asym-channel", "int5-asym-g16", "int8-asym-channel"]
 
 
-@pytest.mark.parametrize("weights", [*SYMMETRIC, *ASYMMETRIC, "nvfp4", "mxfp4", "fp8-tensor", "fp8-channel"])
+@pytest.mark.parametrize("weights", [*SYMMETRIC, *ASYMMETRIC, "nvfp4", "mxfp4", "fp8-tensor", "fp8-channel", "fp8-b48"])
 def test_the_bytes_are_those_that_the_library_writes(
     make: Make, plugins: Plugins, tmp_path: Path, weights: str
 ) -> None:
@@ -286,7 +288,7 @@ def test_the_bytes_are_those_that_the_library_writes(
         found = subject.linear(linear)
         (parameters,) = found.parameters
         decoded = found.weight(subject.weight_grid(linear))
-        given = {"weight": decoded, "weight_scale": parameters.scale}
+        given = {"weight": decoded, "weight_scale": parameters.scale[:: 48 if "b48" in weights else 1]}
         if parameters.zero_point is not None:
             given["weight_zero_point"] = (parameters.zero_point - 2 ** (int(weights[3]) - 1)).to(torch.int8)
         if parameters.global_scale is not None:
@@ -331,6 +333,7 @@ def test_words_hold_codes_from_the_lowest_bit_on(rows: int, n: int, bits: int) -
         ("NVFP4A16", "nvfp4", ""),
         ("MXFP4", "mxfp4", "mxfp4"),
         ("MXFP4A16", "mxfp4", ""),
+        ("FP8_BLOCK", "fp8-b128", "fp8-g128"),
     ],
 )
 def test_the_config_says_what_the_librarys_presets_say(
@@ -342,7 +345,17 @@ def test_the_config_says_what_the_librarys_presets_say(
     theirs = preset_name_to_scheme(preset, ["Linear"])
     for mine, other in ((ours.weights, theirs.weights), (ours.input_activations, theirs.input_activations)):
         assert (mine is None) == (other is None)
-        for name in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "scale_dtype"):
+        fields = (
+            "num_bits",
+            "type",
+            "symmetric",
+            "strategy",
+            "group_size",
+            "block_structure",
+            "dynamic",
+            "scale_dtype",
+        )
+        for name in fields:
             assert getattr(mine, name, None) == getattr(other, name, None), name
     assert config["format"] == config["config_groups"]["group_0"]["format"] == ours.format
 
@@ -370,6 +383,7 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
         ("int8-sym-channel", "int8-sym-tensor", "refused: it wants INT8 activations per token"),
         ("fp8-channel", "", "W8A16: activations are not quantized (by"),
         ("fp8-tensor", "fp8-tensor", "W8A8 from SM89 on: dynamic FP8 activations per token"),
+        ("fp8-b128", "fp8-g128", "W8A8 from SM89 on: dynamic FP8 activations per group of 128"),
         ("nvfp4", "", "W4A16: activations are not quantized (by"),
         ("nvfp4", "nvfp4", "W4A4 on Blackwell; before it W4A16, unless --linear-backend emulation"),
         ("mxfp4", "", "W4A4 from SM100 on, whatever the config says of activations; before it W4A16 (by"),
@@ -459,6 +473,8 @@ REFUSED = [
     ("int4-sym-g32", "fp8-token", "", "integer activations", "--activations int8-sym-token"),
     ("int8-sym-channel", "int8-sym-token-o6", "", "quantize all columns", "--activations int8-sym-token-sbf16"),
     ("fp8-channel", "int8-sym-token", "", "FP8 activations", "--activations fp8-token"),
+    ("fp8-b32", "fp8-token", "", "in blocks of 32", "--activations fp8-g32"),
+    ("fp8-channel", "fp8-g32", "", "one scale a token", "--activations fp8-token"),
     ("mxfp4", "mxfp4-floor", "", "MXFP4 activations", "--activations mxfp4"),
     ("mxfp4", "int8-sym-token", "", "MXFP4 activations", "--activations mxfp4"),
     ("int4-sym-g32", "", "int8-sym-token", "KV cache is FP8", "--kv fp8-tensor"),
@@ -687,6 +703,7 @@ def test_shards_are_numbered_and_load_like_one_file(
     ("weights", "activations", "hint"),
     [
         ("mxfp8", None, "qtool pack SOURCE --to hf"),
+        ("amxfp4", None, "qtool pack SOURCE --to hf"),
         ("mxfp6_e2m3", "mxfp6_e2m3", "qtool pack SOURCE --to hf"),
         ("nf4", None, "qtool pack SOURCE --to hf"),
         ("fp8_e5m2", None, "qtool pack SOURCE --to hf"),

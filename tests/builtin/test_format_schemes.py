@@ -131,6 +131,8 @@ def test_the_presets_mean_what_the_ecosystem_means() -> None:
         ("nf4-full", "rule for symmetric integers", "nf4-sym-g64-sfp32"),
         ("nvfp4-search", "rounds e8m0 scales", "nvfp4-sym-g16-se4m3"),
         ("mxfp4-four_over_six", "FP4 with e4m3 scales", "mxfp4-sym-g32-se8m0"),
+        ("int4-b128", "no scales of several rows", "int4-sym-g128"),
+        ("mxfp8-b128", "32 values", "fp8-sym-b128-se8m0"),
         ("int8-four_over_six", "FP4 with e4m3 scales", "int8-sym-channel"),
     ],
 )
@@ -145,7 +147,7 @@ def test_the_nearest_scheme_of_a_refusal_always_works() -> None:
     parts = itertools.product(
         ("int4", "fp4", "mxfp4", "nvfp4", "fp8", "mxfp6_e2m3"),
         (True, False),
-        ("tensor", "channel", "token", "group"),
+        ("tensor", "channel", "token", "group", "block"),
         (None, 16, 32),
         get_args(ScaleFormat),
         get_args(RangeRule),

@@ -12,6 +12,7 @@ from qtool.numerics.levels import levels
 from qtool.numerics.scales import decode_scale, encode_scale
 from qtool.scheme import GroupParameters
 from tests.builtin.format_cases import WRITTEN, fit, read, values_of
+from tests.oracles import amxfp4
 from tests.oracles import rounding as oracle
 
 
@@ -134,6 +135,37 @@ def test_mxfp4_is_the_oracle(rule: oracle.ExponentRule) -> None:
         scale_code, expected = oracle.encode_mxfp4(groups[row, group].tolist(), rule)
         assert int(encode_scale(parameters.scale, "e8m0")[row, group]) == scale_code
         assert codes[row, group].tolist() == expected
+
+
+@pytest.mark.parametrize("text", ["amxfp4", "amxfp4-se8m0"])
+def test_amxfp4_is_the_oracle(text: str) -> None:
+    x = values_of(8, 64)
+    x[:4] += x[:4].abs().amax(1, keepdim=True)  # some groups are on one side of zero, and others lean to it
+    x[0, :32], x[1, 0], x[2, 32:] = -x[0, :32], 0.0, 0.0
+    form, groups, parameters = fit(text, x)
+    codes = form.encode(groups, parameters)
+    values, lean = form.decode(codes, parameters), 0
+    assert parameters.negative is not None
+    for row, group in itertools.product(range(8), range(2)):
+        block = groups[row, group].tolist()
+        above, below = amxfp4.shared_scales(block, power_of_two=text.endswith("e8m0"))
+        assert (float(parameters.scale[row, group]), float(parameters.negative[row, group])) == (above, below)
+        expected, decoded = amxfp4.round_block(block, power_of_two=text.endswith("e8m0"))
+        assert codes[row, group].tolist() == expected
+        assert values[row, group].tolist() == decoded
+        lean += above != below
+    assert lean > 8
+
+
+def test_amxfp4_follows_groups_that_lean_to_one_side() -> None:
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) + 1.5
+    errors = {}
+    for text in ("amxfp4-sfp32", "fp4-g32"):
+        form, groups, parameters = fit(text, x)
+        rounded = form.round(groups, parameters)
+        errors[text] = {sign: float((rounded - groups)[groups * sign > 0].norm()) for sign in (1, -1)}
+    assert errors["amxfp4-sfp32"][1] == errors["fp4-g32"][1]
+    assert errors["amxfp4-sfp32"][-1] < 0.5 * errors["fp4-g32"][-1]
 
 
 def test_nvfp4_is_the_oracle() -> None:

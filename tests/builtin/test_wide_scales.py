@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +67,10 @@ class TestFormats:
         if wide.global_scale is None:
             assert bool((wide.scale > whole.scale).all())
         rounded = form.round(groups, wide)
-        limit = (float(levels(form).diff().max()) / 2 + 1e-3) * wide.step().unsqueeze(-1)
+        step = wide.step().unsqueeze(-1)
+        if wide.negative is not None:
+            step = torch.where(groups < 0, wide.negative.unsqueeze(-1), step)
+        limit = (float(levels(form).diff().max()) / 2 + 1e-3) * step
         assert bool(((rounded - groups).abs() <= limit).all())
         codes = form.encode(groups, wide)
         assert int(codes.max()) < 2**form.bits
@@ -96,13 +100,14 @@ def test_a_scale_that_e4m3_does_not_hold_saturates() -> None:
     assert torch.equal(form.round(groups, wide).reshape(-1, 16)[top], form.round(groups, whole).reshape(-1, 16)[top])
 
 
-def enumerated(block: list[float], global_scale: float) -> float:
-    """Try all 126 positive scales of E4M3 on one block; return the least sum of squares."""
+def enumerated(block: list[float], global_scale: float, weights: Sequence[float] = (1.0,) * 16) -> float:
+    """Try all 126 positive scales of E4M3 on one block; return the least sum of squares, weighed."""
     assert len(E4M3_VALUES[1:127]) == 126
     errors = []
     for scale in E4M3_VALUES[1:127]:
         step = scale * global_scale
-        errors.append(sum((decode_e2m1(encode_e2m1(value / step)) * step - value) ** 2 for value in block))
+        rounded = [decode_e2m1(encode_e2m1(value / step)) * step for value in block]
+        errors.append(sum(w * (q - v) ** 2 for w, q, v in zip(weights, rounded, block, strict=True)))
     return min(errors)
 
 
@@ -160,6 +165,22 @@ class TestSweep:
         sizes = {"layer.codes": 256 * 512 // 2, "layer.scale": 256 * 512 // 16, "layer.global_scale": 4}
         for tensors in stored:
             assert {name: one.nbytes for name, one in tensors.items()} == sizes
+
+    def test_a_sweep_by_the_hessian_is_as_good_as_all_scales_there_are(self) -> None:
+        """Weighed by its diagonal; without a ceiling scales above the range are not tried, and the error is larger."""
+        importance = torch.logspace(-2, 1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(3))]
+        of = replace(layer("nvfp4", gaussian(16, 64)), hessian=torch.diag(importance))
+        by_hessian: dict[str, Any] = {"clip": "search", "clip_norm": 2.0, "clip_metric": "hessian"}
+        swept, narrow = solved(of, **by_hessian, clip_ceiling=1.75), solved(of, **by_hessian)
+        unweighed = solved(of, **SWEEP, clip_ceiling=1.75)
+        multiplier = swept.parameters[0].global_scale
+        assert multiplier is not None
+        blocks = zip(of.weight.reshape(-1, 16).double().tolist(), importance.repeat(16).reshape(-1, 16), strict=True)
+        best = sum(enumerated(block, float(multiplier), weights.tolist()) for block, weights in blocks)
+        found = float(((swept.weight(of.grid) - of.weight).square() * importance).double().sum())
+        assert found == pytest.approx(best, rel=1e-3)
+        assert swept.report["loss"] < 0.97 * narrow.report["loss"]
+        assert swept.report["loss"] < 0.97 * unweighed.report["loss"]
 
     def test_both_ends_are_used(self) -> None:
         of = layer("nvfp4", gaussian(64, 64))

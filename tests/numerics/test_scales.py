@@ -17,12 +17,13 @@ from qtool.numerics.scales import (
 )
 from tests.oracles import rounding as oracle
 
-FORMATS = ["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e2m1", "int4", "e8m0"]
+FORMATS = ["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e5m2", "e2m1", "int4", "e8m0"]
 DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
     **dict.fromkeys(("ue5m3", "e2m1", "int4", "e8m0"), torch.uint8),
 }
 
@@ -36,7 +37,8 @@ def global_of(scale_format: str) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize(
-    ("scale_format", "dtype"), [("fp32", np.float32), ("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)]
+    ("scale_format", "dtype"),
+    [("fp32", np.float32), ("fp16", np.float16), ("bf16", ml_dtypes.bfloat16), ("e5m2", ml_dtypes.float8_e5m2)],
 )
 def test_float_scales_round_as_numpy_does(scale_format: str, dtype: type) -> None:
     scale = positive()
@@ -119,6 +121,15 @@ def test_zero_and_tiny_ranges_fit_a_finite_scale(scale_format: str) -> None:
     assert scale[0] == 1
     assert scale.isfinite().all()
     assert (scale > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("scale_format", "least", "largest"), [("fp16", 2.0**-24, 65504.0), ("e5m2", 2.0**-16, 57344.0)]
+)
+def test_narrow_floats_keep_their_subnormals(scale_format: str, least: float, largest: float) -> None:
+    """What would be stored as 0 is the least instead."""
+    scale = torch.tensor([least / 4, least, least * 3, largest * 9])
+    assert store_scale(scale, scale_format).tolist() == [least, least, least * 3, largest]
 
 
 def test_nan_is_not_hidden() -> None:

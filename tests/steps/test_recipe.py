@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from qtool.errors import UsageError
 from qtool.plugins import Plugins
 from qtool.steps.cells import CellChoice, cells_of
 from qtool.steps.recipe import CalibrateOptions, Choice, Match, Recipe, SchemeChoice, read_recipe
+from qtool.steps.schemes import read_scheme
 from qtool.steps.tasks import tasks_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -200,7 +202,43 @@ def test_the_recipe_of_transforms_has_every_transform_of_qtool() -> None:
     recipe, plugins = read_recipe(RECIPES / "transforms.yaml"), Plugins.discover()
     offered = {n for n, one in plugins.offers["transforms"].items() if str(one.provider).startswith("qtool ")}
     assert {one.method for one in recipe.matrix.transform} == {*offered, "smoothquant+quarot"}
-    assert len(cells_of(recipe)) == 16 * 2 * 3
+    assert len(cells_of(recipe)) == 17 * 2 * 3
+
+
+def test_the_recipe_of_formats_has_every_column_of_the_tables() -> None:
+    """Tables XIII (8 columns of 4 mitigations), XIV (4 of 3 for 2 transforms), XV (4 more of 4), and 4 of our own."""
+    recipe, plugins = read_recipe(RECIPES / "formats.yaml"), Plugins.discover()
+    cells = cells_of(recipe)
+    by_transform = Counter(str(cell.transform) for cell in cells)
+    assert by_transform == {"identity": (8 + 4) * 4 + 3, "smoothquant": 4 * 3, "quarot": 4 * 3, "llm-fp4": 1}
+    behind = {str(cell.scheme) for cell in cells if str(cell.transform) == "quarot"}
+    assert behind == {"INT4 channel", "FP4 channel", "MXFP4", "NVFP4"}
+    schemes = [
+        read_scheme(one.scheme, {"weights": one.weights, "activations": one.activations}, plugins)
+        for one in recipe.matrix.scheme
+    ]
+    columns = {(str(scheme.weights), str(scheme.activations)) for scheme in schemes}
+    symmetric = {
+        (text, text)
+        for text in (
+            "int4-sym-g16-sfp32",
+            "fp4-sym-g16-sfp32",
+            "mxfp4-sym-g32-se8m0",
+            "fp4-sym-g32-se4m3",
+            "fp4-sym-g16-se8m0",
+            "nvfp4-sym-g16-se4m3",
+            "fp4-sym-g16-se2m1",
+            "fp4-sym-g16-sint4",
+        )
+    }
+    assert columns == symmetric | {
+        ("int4-sym-channel-sfp32", "int4-asym-token-sfp32"),
+        ("fp4-sym-channel-sfp32", "fp4-asym-token-sfp32"),
+        ("fp4-sym-g16-se2m1", "fp4-sym-g16-se4m3"),
+        ("fp4-sym-g16-sint4", "fp4-sym-g16-se4m3"),
+    }
+    measures = sum(task.measures for task in tasks_of(recipe, plugins))
+    assert measures == len(cells) + recipe.full_precision
 
 
 def test_the_example_in_the_recipes_readme_can_be_run(tmp_path: Path) -> None:

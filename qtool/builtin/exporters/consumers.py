@@ -95,6 +95,8 @@ def _vllm(weights: TensorScheme, activations: TensorScheme | None, layout: Layou
         return _vllm_packed(weights, activations, alone)
     if activations is None:
         return alone
+    if layout == "float-quantized" and weights.strategy == "block":
+        return f"W8A8 from SM89 on: {_dynamic(activations)}; before it W8A16"
     if layout == "float-quantized":
         return "W8A8 from SM89 on: dynamic FP8 activations per token; before it W8A16"
     if activations.strategy not in ("token", "channel"):

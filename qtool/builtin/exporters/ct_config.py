@@ -64,14 +64,16 @@ def _arguments(scheme: TensorScheme, *, dynamic: bool | str) -> dict[str, Any]:
         strategy = "token" if dynamic else "channel"
     elif strategy == "group" and scheme.scale == "e4m3":
         strategy = "tensor_group"
-    arguments = {
+    arguments: dict[str, Any] = {
         "num_bits": bits,
         "type": element,
         "symmetric": scheme.symmetric,
         "strategy": strategy,
-        "group_size": scheme.group_size,
+        "group_size": None if strategy == "block" else scheme.group_size,
         "dynamic": dynamic,
     }
+    if strategy == "block":
+        arguments["block_structure"] = [scheme.group_size, scheme.group_size]
     if scheme.scale in _SCALE_DTYPES:
         arguments["scale_dtype"] = _SCALE_DTYPES[scheme.scale]
     return arguments

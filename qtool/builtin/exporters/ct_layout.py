@@ -49,7 +49,7 @@ def choose_layout(scheme: ModelScheme) -> Layout:
         raise SchemeError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     layout = _weight_layout(weights, activations)
     if activations is not None:
-        _check_activations(layout, activations)
+        _check_activations(layout, activations, weights.group_size if weights.strategy == "block" else None)
     _check_cache(scheme.kv)
     return layout
 
@@ -95,7 +95,8 @@ def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> L
         return layout
     if element == "float":
         if weights.strategy == "group" or weights.scale not in _FLOAT_SCALES:
-            raise _refusal("FP8 weights have one scale a row or a tensor", "weights", weights, "fp8-channel-sbf16")
+            reason = "FP8 weights have one scale a row, a tensor, or a block of rows and columns"
+            raise _refusal(reason, "weights", weights, "fp8-channel-sbf16")
         return "float-quantized"
     eight = activations is not None and activations.format == weights.format == "int8"
     rows = replace(weights, strategy="channel", group_size=None)
@@ -111,8 +112,8 @@ def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> L
     return "pack-quantized"
 
 
-def _check_activations(layout: Layout, activations: TensorScheme) -> None:
-    """Refuse activations that cannot be said beside a layout."""
+def _check_activations(layout: Layout, activations: TensorScheme, block: int | None) -> None:
+    """Refuse activations that cannot be said beside a layout; ``block`` is the side of the weights' blocks, if any."""
     if activations.clip != 1:
         raise _clipped("activations", activations)
     if activations.outlier_threshold is not None:
@@ -126,7 +127,12 @@ def _check_activations(layout: Layout, activations: TensorScheme) -> None:
         if not fits or (activations.exponent_rule, activations.range_rule) != ("even", "tight"):
             raise _refusal(f"{own.upper()} weights go with {own.upper()} activations", "activations", activations, own)
     elif layout == "float-quantized":
-        if (element, bits) != ("float", 8) or activations.strategy == "group":
+        if block is not None:
+            fits = (element, bits, activations.group_size) == ("float", 8, block) and activations.scale in _FLOAT_SCALES
+            if not fits or activations.strategy != "group":
+                reason = f"FP8 weights in blocks of {block} go with FP8 activations in groups of as many"
+                raise _refusal(reason, "activations", activations, f"fp8-g{block}")
+        elif (element, bits) != ("float", 8) or activations.strategy == "group":
             reason = "FP8 weights go with FP8 activations, one scale a token or a tensor"
             raise _refusal(reason, "activations", activations, "fp8-token")
     elif element != "int":

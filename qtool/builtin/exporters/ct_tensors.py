@@ -20,7 +20,7 @@ def stored_tensors(found: QuantizedLinear, scheme: TensorScheme, layout: Layout)
 
     Codes are unsigned here and in packed layouts; ``int-quantized`` has signed bytes. A zero point is stored as the
     code that stands for zero, so both sides agree on it. compressed-tensors divides by its global scale, so it gets
-    the reciprocal of the multiplier.
+    the reciprocal of the multiplier. Of the rows of a block one scale is stored.
 
     Args:
         found: Codes, scales, zero points.
@@ -28,7 +28,8 @@ def stored_tensors(found: QuantizedLinear, scheme: TensorScheme, layout: Layout)
         layout: One that ``choose_layout`` gives for the scheme.
     """
     (parameters,) = found.parameters
-    tensors = {"weight_scale": encode_scale(parameters.scale, scheme.scale)}
+    rows = scheme.group_size if scheme.strategy == "block" else 1
+    tensors = {"weight_scale": encode_scale(parameters.scale[::rows], scheme.scale)}
     if layout == "int-quantized":
         tensors["weight"] = _signed(found.codes)
     elif layout == "float-quantized":

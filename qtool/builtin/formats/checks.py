@@ -36,6 +36,7 @@ def nearest_scheme(
     scales: Sequence[str],
     zero_points: bool,
     range_rules: Sequence[RangeRule],
+    blocks: bool = False,
 ) -> tuple[TensorScheme, list[str]]:
     """Find the parts of a scheme that its format does not have.
 
@@ -45,6 +46,7 @@ def nearest_scheme(
         scales: Scale formats that the format takes.
         zero_points: Whether it can be asymmetric.
         range_rules: What it has besides ``tight``.
+        blocks: Whether rows can share scales.
 
     Returns:
         The scheme with those parts put right, and what is wrong with each: nothing for a scheme that works.
@@ -53,7 +55,10 @@ def nearest_scheme(
     if nearest.scale not in scales:
         reasons.append(f"`{scheme.format}` has no {scheme.scale} scales, only {', '.join(scales)}")
         nearest = replace(nearest, scale=defaults.scale)
-    if (nearest.strategy == "group") != (nearest.group_size is not None):
+    if nearest.strategy == "block" and not blocks:
+        reasons.append(f"`{scheme.format}` has no scales of several rows: FP8 weights have")
+        nearest = replace(nearest, strategy="group")
+    if (nearest.strategy in ("group", "block")) != (nearest.group_size is not None):
         reasons.append("the strategy `group` and a group size go together")
         nearest = replace(nearest, strategy="group", group_size=nearest.group_size or defaults.group_size or 128)
     if not nearest.symmetric and not zero_points:

@@ -31,6 +31,7 @@ class Floats:
     scales: tuple[ScaleFormat, ...] = ("fp32", "fp16", "bf16", "e8m0")
     zero_points: bool = False
     range_rules: tuple[RangeRule, ...] = ()
+    blocks: bool = False
 
     def check(self, scheme: TensorScheme) -> None:
         """Refuse zero points, scales and rules that the format does not have."""
@@ -40,7 +41,12 @@ class Floats:
     def _nearest(self, scheme: TensorScheme) -> tuple[TensorScheme, list[str]]:
         """Return the nearest scheme that works, and what is wrong with this one."""
         return nearest_scheme(
-            scheme, self.defaults, scales=self.scales, zero_points=self.zero_points, range_rules=self.range_rules
+            scheme,
+            self.defaults,
+            scales=self.scales,
+            zero_points=self.zero_points,
+            range_rules=self.range_rules,
+            blocks=self.blocks,
         )
 
     def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> Float[Tensor, ""] | None:

@@ -1,4 +1,8 @@
-"""8-bit floats E4M3fn and E5M2, Micikevicius et al. 2022, arXiv:2209.05433; E4M3fn in blocks is MXFP8 (OCP MX v1.0)."""
+"""8-bit floats E4M3fn and E5M2, Micikevicius et al. 2022, arXiv:2209.05433; E4M3fn in blocks is MXFP8 (OCP MX v1.0).
+
+Weights can have a scale for each square of 128 rows and columns, beside inputs with one for 128 channels of a token
+(DeepSeek-AI 2024, DeepSeek-V3, arXiv:2412.19437, section 3.3.2): ``fp8-b128`` and ``fp8-g128``.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ class E4M3(Floats):
     bits: int = 8
     defaults: TensorScheme = TensorScheme(format="fp8")
     element = minifloats.E4M3
+    blocks = True
 
 
 class E5M2(Floats):
@@ -23,6 +28,7 @@ class E5M2(Floats):
     bits: int = 8
     defaults: TensorScheme = TensorScheme(format="fp8_e5m2")
     element = minifloats.E5M2
+    blocks = True
 
 
 class MXFP8(Block, E4M3):

@@ -46,10 +46,15 @@ PRESETS: tuple[Preset, ...] = (
     Preset("NVFP4A16", "nvfp4", None, None, "NVFP4 weights"),
     Preset("MXFP4", "mxfp4", "mxfp4", None, "MXFP4 weights and inputs"),
     Preset("MXFP4A16", "mxfp4", None, None, "MXFP4 weights"),
+    Preset("AMXFP4", "amxfp4", "amxfp4", None, "AMXFP4 weights and inputs: MXFP4 with a scale for each sign"),
+    Preset("AMXFP4A16", "amxfp4", None, None, "AMXFP4 weights"),
     Preset("MXFP6", "mxfp6_e2m3", "mxfp6_e2m3", None, "MXFP6 weights and inputs, of E2M3"),
     Preset("MXFP8", "mxfp8", "mxfp8", None, "MXFP8 weights and inputs"),
     Preset("FP8", "fp8-tensor", "fp8-tensor", None, "FP8 weights and inputs, one scale a tensor"),
     Preset("FP8_DYNAMIC", "fp8-channel", "fp8-token", None, "FP8 weights per output row, FP8 inputs per token"),
+    Preset(
+        "FP8_BLOCK", "fp8-b128", "fp8-g128", None, "DeepSeek's: FP8 weights in squares of 128, inputs in groups of 128"
+    ),
     Preset(
         "QUAROT-W4A4KV4",
         "int4-sym-channel-full",

@@ -74,10 +74,13 @@ def _searched(problem: LayerProblem, start: QuantizedLinear, config: BeamConfig)
         return start
     factor: InverseFactor = problem.memory[factor_key(problem, config)]
     weight = problem.weight.masked_fill(problem.need_hessian().diagonal() == 0, 0.0)
-    grid = [
-        BranchingColumns(frozen, _levels(part.format))
-        for frozen, part in zip(frozen_columns(problem, start.parameters), problem.grid.parts, strict=True)
+    formats = [
+        part.format
+        for columns, part in problem.grid.places(weight.shape[1])
+        for _ in part.runs(columns.stop - columns.start)
     ]
+    frozen = frozen_columns(problem, start.parameters)
+    grid = [BranchingColumns(own, _levels(fmt)) for own, fmt in zip(frozen, formats, strict=True)]
     values = beam_round(weight, factor, grid=grid, beams=config.beams)
 
     def loss(found: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ the largest gain of CDQuant, Nair and Suggala 2024, arXiv:2406.17542, which give
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,6 +19,7 @@ from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
 from qtool.numerics.coordinate_descent import coordinate_descent
 from qtool.numerics.frozen_grid import FrozenColumns
+from qtool.numerics.groups import each_parameter, from_groups
 from qtool.scheme import GroupParameters
 
 
@@ -120,13 +122,13 @@ def frozen_columns(problem: LayerProblem, parameters: tuple[GroupParameters, ...
     n_out, n_in = problem.weight.shape
     parts = []
     for (columns, part), own in zip(problem.grid.places(n_in), parameters, strict=True):
-        width, zero_point = columns.stop - columns.start, own.zero_point
-        a_row_each = GroupParameters(
-            own.scale.reshape(-1, own.scale.shape[-1]).expand(n_out, -1),
-            None if zero_point is None else zero_point.reshape(-1, zero_point.shape[-1]).expand(n_out, -1),
-            own.global_scale,
-        )
-        parts.append(FrozenColumns(width, part.scheme.group_size or width, a_row_each, part.format.round))
+        a_row_each = each_parameter(own, lambda one: one.reshape(-1, one.shape[-1]).expand(n_out, -1))
+        first = 0
+        for width, size in part.runs(columns.stop - columns.start):
+            last = first + width // size
+            run = each_parameter(a_row_each, itemgetter((slice(None), slice(first, last))))
+            parts.append(FrozenColumns(width, size, run, part.format.round))
+            first = last
     return parts
 
 
@@ -137,5 +139,5 @@ def encoded(
     codes = []
     for (columns, part), own in zip(problem.grid.places(values.shape[1]), parameters, strict=True):
         part_values = values[:, columns]
-        codes.append(part.format.encode(part.groups(part_values), own).reshape(part_values.shape))
+        codes.append(from_groups(part.format.encode(part.groups(part_values), own), part_values.shape))
     return codes[0] if len(codes) == 1 else torch.cat(codes, dim=1)

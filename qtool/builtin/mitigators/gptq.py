@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -34,6 +35,7 @@ from qtool.engine.grid import GridPart
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, ShapeError, UsageError
 from qtool.numerics.gptq import ColumnGrid, GPTQResult, factorize_visits, gptq_round
+from qtool.numerics.groups import combine_parameters, each_parameter
 from qtool.numerics.triangular import InverseFactor
 from qtool.scheme import GroupParameters
 
@@ -131,7 +133,7 @@ def solve_siblings(
         NumericalError: The weight or the Hessian is not finite.
         UsageError: Another method came first, or no Hessian was gathered.
     """
-    if len(problems) > 1 and any(_is_whole(part) for part in problems[0].grid.parts):  # each has its own scale
+    if len(problems) > 1 and any(part.shares_rows for part in problems[0].grid.parts):  # each has its own
         return [solve_siblings([problem], config, method, steer)[0] for problem in problems]
     for problem in problems:
         refuse_previous(problem, method)
@@ -161,9 +163,12 @@ def _apart(problems: Sequence[LayerProblem], solved: GPTQResult, ratios: Sequenc
     results, stop = [], 0
     for problem in problems:
         start, stop = stop, stop + len(problem.weight)
+        solved_parts = (_rows(own, start, stop) for own in solved.parameters)
         parameters = tuple(
-            _as_stored(_rows(own, start, stop), part)
-            for own, part in zip(solved.parameters, problem.grid.parts, strict=True)
+            _as_stored(
+                combine_parameters([next(solved_parts) for _ in part.runs(columns.stop - columns.start)], _beside), part
+            )
+            for columns, part in problem.grid.places(problem.weight.shape[1])
         )
         report = {"dampening_frac": solved.dampening_frac, **clip_report([ratio[start:stop] for ratio in ratios])}
         codes = solved.codes[start:stop].clone()
@@ -171,13 +176,11 @@ def _apart(problems: Sequence[LayerProblem], solved: GPTQResult, ratios: Sequenc
     return results
 
 
+_beside = partial(torch.cat, dim=-1)
+
+
 def _rows(parameters: GroupParameters, start: int, stop: int) -> GroupParameters:
-    zero_point = parameters.zero_point
-    return GroupParameters(
-        parameters.scale[start:stop].clone(),
-        None if zero_point is None else zero_point[start:stop].clone(),
-        parameters.global_scale,
-    )
+    return each_parameter(parameters, lambda own: own[start:stop].clone())
 
 
 def _losses(problem: LayerProblem, result: QuantizedLinear) -> dict[str, float]:
@@ -211,13 +214,14 @@ def _solve(problem: LayerProblem, config: GPTQConfig, ratios: list[Tensor], stee
     places = problem.grid.places(len(hessian))
     grid = [
         ColumnGrid(
-            group_size=part.scheme.group_size or columns.stop - columns.start,
+            group_size=size,
             fit=_fitter(part, multiplier, hessian, config, ratios),
             round=part.format.round,
             encode=part.format.encode,
-            columns=part.channels,
+            columns=width,
         )
         for (columns, part), multiplier in zip(places, tensor_multipliers(problem), strict=True)
+        for width, size in part.runs(columns.stop - columns.start)
     ]
     key = factor_key(problem, config)
     if key not in problem.memory:
@@ -265,22 +269,14 @@ def _is_whole(part: GridPart) -> bool:
 
 def _a_row_each(parameters: GroupParameters, rows: int) -> GroupParameters:
     """Repeat a tensor's parameters for each row of its only group."""
-    zero_point = parameters.zero_point
-    return GroupParameters(
-        parameters.scale.expand(rows, 1),
-        None if zero_point is None else zero_point.expand(rows, 1),
-        parameters.global_scale,
-    )
+    return each_parameter(parameters, lambda own: own.expand(rows, 1))
 
 
 def _as_stored(parameters: GroupParameters, part: GridPart) -> GroupParameters:
     """Undo ``_a_row_each``; other parameters are already as the codes' groups need them."""
     if not _is_whole(part):
         return parameters
-    zero_point = parameters.zero_point
-    return GroupParameters(
-        parameters.scale[0].clone(), None if zero_point is None else zero_point[0].clone(), parameters.global_scale
-    )
+    return each_parameter(parameters, lambda own: own[0].clone())
 
 
 def _counters(config: GPTQConfig, hessian: Float[Tensor, "in in"], solved: GPTQResult | None) -> dict[str, int]:

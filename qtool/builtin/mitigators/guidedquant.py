@@ -17,6 +17,7 @@ from qtool.builtin.mitigators.rtn import check_problem, loss_report, refuse_prev
 from qtool.engine.guided import GUIDED
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import SchemeError, ShapeError, UsageError
+from qtool.numerics.groups import combine_parameters
 from qtool.numerics.losses import loss_ratio, output_energy
 from qtool.numerics.saliency import row_groups
 from qtool.scheme import GroupParameters
@@ -46,9 +47,9 @@ class GuidedQuant:
             raise UsageError(
                 f"no saliency was gathered for `{problem.name}`", hint="qtool calibrate MODEL --gather hessian,saliency"
             )
-        if any(part.scheme.strategy == "tensor" for part in problem.grid.parts):
+        if any(part.shares_rows for part in problem.grid.parts):
             raise SchemeError(
-                "all rows share a scale, and `guidedquant` fits those of each group of rows by themselves",
+                "rows share a scale, and `guidedquant` fits those of each group of rows by themselves",
                 facts=(("scheme", problem.grid.parts[0].scheme),),
                 hint="--weights int4-sym-channel",
             )
@@ -91,12 +92,7 @@ def _joined(problem: LayerProblem, problems: list[LayerProblem], results: list[Q
 
 def _stacked(parts: tuple[GroupParameters, ...]) -> GroupParameters:
     """Put the parameters of groups of rows under each other; the tensor-level multiplier is one for all."""
-    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
-    return GroupParameters(
-        torch.cat([part.scale for part in parts]),
-        torch.cat(zero_points) if zero_points else None,
-        parts[0].global_scale,
-    )
+    return combine_parameters(parts, torch.cat)
 
 
 def _mean(problems: list[LayerProblem], results: list[QuantizedLinear], name: str) -> float:

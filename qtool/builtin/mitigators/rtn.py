@@ -15,11 +15,13 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qtool.engine.grid import GlobalScales, GridPart
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, ShapeError, UsageError
 from qtool.numerics.clipping import ClippedFit, clip_grid, search_clip
+from qtool.numerics.groups import from_groups
 from qtool.numerics.losses import loss_ratio, output_energy
 from qtool.numerics.second_moments import diagonal_blocks
 from qtool.scheme import GroupParameters
@@ -145,24 +147,40 @@ def fit_groups(
 
     Returns:
         Parameters and clip ratios.
+
+    Raises:
+        UsageError: The metric `output`, for blocks of several rows.
     """
     if options.clip == "none":
         whole = part.fit(groups, global_scale=global_scale)
         return ClippedFit(whole, torch.ones_like(whole.scale))
+    each, together = part.each_group, part.together
 
     def fit_round(values: Tensor, clip: float) -> tuple[GroupParameters, Tensor]:
-        parameters = part.fit(values, global_scale=global_scale, clip=clip)
+        parameters = each.fit(values, global_scale=global_scale, clip=clip)
         return parameters, part.format.round(values, parameters)
 
     weights = moments = None
     if hessian is not None and options.clip_metric == "hessian":
-        n_in = len(hessian)
-        rows = hessian.diagonal().to(groups.dtype).expand(groups.numel() // n_in, n_in)
-        weights = rows.reshape(groups.shape)
+        diagonal = hessian.diagonal().to(groups.dtype)
+        n_in = len(diagonal)
+        if part.block_rows > 1:  # the last group may be filled up
+            n_in = groups[0].numel()
+            diagonal = pad(diagonal, (0, n_in - len(diagonal)))
+        weights = together(diagonal.expand(groups.numel() // n_in, n_in).reshape(groups.shape))
     elif hessian is not None and options.clip_metric == "output":
+        if part.block_rows > 1:
+            raise UsageError(
+                "the metric `output` is for groups of single rows, and these scales are of blocks",
+                facts=(("scheme", part.scheme),),
+                hint="--set clip_metric=hessian",
+            )
         moments = diagonal_blocks(hessian.to(groups.dtype), part.scheme.group_size or len(hessian))
     ratios = clip_grid(options.clip_grid, options.clip_floor, options.clip_ceiling)
-    return search_clip(groups, fit_round, ratios=ratios, norm=options.clip_norm, weights=weights, moments=moments)
+    found = search_clip(
+        together(groups), fit_round, ratios=ratios, norm=options.clip_norm, weights=weights, moments=moments
+    )
+    return ClippedFit(part.a_row_each(found.parameters, len(groups)), part.repeated(found.ratio, len(groups)))
 
 
 def round_nearest(problem: LayerProblem, options: ClipOptions | None = None) -> QuantizedLinear:
@@ -184,7 +202,7 @@ def round_nearest(problem: LayerProblem, options: ClipOptions | None = None) -> 
         groups = part.groups(values)
         own = None if hessian is None else hessian[columns, columns]
         found.append(fit_groups(part, groups, options, global_scale=multiplier, hessian=own))
-        codes.append(part.format.encode(groups, found[-1].parameters).reshape(values.shape))
+        codes.append(from_groups(part.format.encode(groups, found[-1].parameters), values.shape))
     joined = codes[0] if len(codes) == 1 else torch.cat(codes, dim=1)
     parameters = tuple(one.parameters for one in found)
     return QuantizedLinear(joined, parameters, report=clip_report([one.ratio for one in found]))

@@ -34,6 +34,7 @@ REFUSED = [
     (ModelOpt(), ("mxfp4",), "NVFP4 and FP8", "--scheme NVFP4"),
     (ModelOpt(), ("fp8-tensor", "fp8-tensor"), "calibrated inputs", "--scheme FP8_DYNAMIC"),
     (ModelOpt(), ("fp8-channel",), "calibrated inputs", "--scheme FP8_DYNAMIC"),
+    (ModelOpt(), ("fp8-b32", "fp8-g32"), "calibrated inputs", "--scheme FP8_DYNAMIC"),
     (ModelOpt(), ("nvfp4", "mxfp4"), "NVFP4 activations", "--activations nvfp4"),
     (ModelOpt(), ("nvfp4", "", "fp8-tensor"), "no cache", "without a cache"),
 ]

@@ -1,0 +1,42 @@
+"""LLM-FP4's quantizer one value at a time, with real exponent biases (Liu et al. 2023, arXiv:2310.16836)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+EXPONENT_BITS, MANTISSA_BITS = 2, 1
+
+
+def bias_of(amax: float) -> float:
+    """Return ``b = 2^E - log2(amax) + log2(2 - 2^-M) - 1``, at which ``amax`` is the largest value."""
+    return 2**EXPONENT_BITS - math.log2(amax) + math.log2(2 - 2.0**-MANTISSA_BITS) - 1
+
+
+def quantize(x: float, bias: float) -> float:
+    """Return ``round(x / s) s`` with ``s = 2^(max(floor(log2|x| + b), 1) - M - b)``, within the largest value."""
+    limit = (2 - 2.0**-MANTISSA_BITS) * 2.0 ** (2**EXPONENT_BITS - 1 - bias)
+    clipped = math.copysign(min(abs(x), limit), x)
+    if clipped == 0:
+        return 0.0
+    scale = 2.0 ** (max(math.floor(math.log2(abs(clipped)) + bias), 1) - MANTISSA_BITS - bias)
+    return round(clipped / scale) * scale
+
+
+def channel_shifts(maxima: Sequence[float]) -> list[int]:
+    """Return the integers by which the biases of channels exceed the least of them, ``rho``."""
+    biases = [bias_of(amax) for amax in maxima]
+    return [min(max(round(bias - min(biases)), 0), 2**EXPONENT_BITS - 1) for bias in biases]
+
+
+def searched_bias(row: Sequence[float], hessian: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Search 100 biases from 0.01 to 1.2 of the first for the least output error ``e H eᵀ`` of a row of weights."""
+    start = bias_of(max(abs(value) for value in row))
+
+    def error(bias: float) -> float:
+        errors = [quantize(value, bias) - value for value in row]
+        return sum(
+            a * b * h for a, line in zip(errors, hessian, strict=True) for b, h in zip(errors, line, strict=True)
+        )
+
+    return min((error(bias), bias) for bias in (start * (0.01 + 1.19 * step / 99) for step in range(100)))
