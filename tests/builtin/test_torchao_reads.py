@@ -1,7 +1,15 @@
-"""torchao, where it is installed, reads and writes the same codes and scales."""
+"""torchao reads and writes the same codes and scales.
+
+It is installed into a folder of its own: where transformers finds it, every command imports it.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,39 +22,55 @@ from qtool.numerics.packing import pack_codes
 from qtool.numerics.scales import encode_scale
 from tests.builtin.format_cases import fit, read, values_of
 
-pytest.importorskip("torchao")
-
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+Module = Callable[[str], Any]
 KINDS = [("f4", E2M1), ("f6_e2m3", E2M3), ("f6_e3m2", E3M2)]
 MX = [("mxfp4", "float4_e2m1fn_x2"), ("mxfp8", "float8_e4m3fn"), ("mxfp6_e2m3", "fp6_e2m3"), ("mxfp6_e3m2", "fp6_e3m2")]
 
 
-def kernels() -> Any:  # noqa: ANN401 - torchao's modules, which are optional
-    return pytest.importorskip("torchao.prototype.mx_formats.kernels")
+@pytest.fixture(scope="module")
+def torchao(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Module]:
+    """Return a function that imports a module of torchao by its name inside it."""
+    folder = tmp_path_factory.mktemp("torchao")
+    command = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, "torchao==0.18.0")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+    def imported(name: str) -> Any:  # noqa: ANN401 - it has no types
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(f"torchao.{name}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield imported
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_every_code_decodes_to_the_same_value(name: str, kind: Minifloat) -> None:
+def test_every_code_decodes_to_the_same_value(torchao: Module, name: str, kind: Minifloat) -> None:
     codes = torch.arange(2 ** (1 + kind.exponent_bits + kind.mantissa_bits)).to(torch.uint8)
-    assert torch.equal(getattr(kernels(), f"{name}_unpacked_to_f32")(codes), kind.decode(codes))
+    assert torch.equal(
+        getattr(torchao("prototype.mx_formats.kernels"), f"{name}_unpacked_to_f32")(codes), kind.decode(codes)
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_values_encode_to_the_same_codes(name: str, kind: Minifloat) -> None:
+def test_values_encode_to_the_same_codes(torchao: Module, name: str, kind: Minifloat) -> None:
     table = kind.decode(torch.arange(2 ** (1 + kind.exponent_bits + kind.mantissa_bits)).to(torch.uint8)).unique()
     ties = (table[1:] + table[:-1]) / 2
     spread = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * kind.max_value
     x = torch.cat([table, ties, ties.nextafter(table[1:]), ties.nextafter(table[:-1]), spread, spread / 50])
-    theirs = getattr(kernels(), f"f32_to_{name}_unpacked")(x)
+    theirs = getattr(torchao("prototype.mx_formats.kernels"), f"f32_to_{name}_unpacked")(x)
     assert torch.equal(kind.encode(x), theirs)
 
 
 @pytest.mark.parametrize(("text", "dtype"), MX)
 @pytest.mark.parametrize("rule", ["floor", "even", "rceil"])
-def test_mx_blocks_have_the_same_bytes(text: str, dtype: str, rule: str) -> None:
+def test_mx_blocks_have_the_same_bytes(torchao: Module, text: str, dtype: str, rule: str) -> None:
     if (text, rule) == ("mxfp8", "even"):
         pytest.skip("448 has no mantissa of ones, so the rule has two readings, and torchao has the other")
-    mx: Any = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
-    modes: Any = pytest.importorskip("torchao.prototype.mx_formats.config").ScaleCalculationMode
+    mx = torchao("prototype.mx_formats.mx_tensor")
+    modes = torchao("prototype.mx_formats.config").ScaleCalculationMode
     x = values_of(16, 128)
     form, groups, parameters = fit(f"{text}-{rule}", x)
     scale, data = mx.to_mx(x, getattr(torch, dtype, dtype), 32, modes(rule))
@@ -58,8 +82,8 @@ def test_mx_blocks_have_the_same_bytes(text: str, dtype: str, rule: str) -> None
     assert torch.equal(whole.dequantize(torch.float32), from_groups(form.round(groups, parameters), x.shape))
 
 
-def test_nvfp4_blocks_have_the_same_bytes() -> None:
-    nvfp4: Any = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+def test_nvfp4_blocks_have_the_same_bytes(torchao: Module) -> None:
+    nvfp4 = torchao("prototype.mx_formats.nvfp4_tensor")
     x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 0, 16).unsqueeze(-1)
     form, groups, parameters = fit("nvfp4", x)
     assert parameters.global_scale is not None
@@ -73,8 +97,8 @@ def test_nvfp4_blocks_have_the_same_bytes() -> None:
     assert float(differ.float().mean()) < 1e-3
 
 
-def test_fp8_in_blocks_has_the_same_scales_and_values() -> None:
-    quant: Any = pytest.importorskip("torchao.quantization.quant_primitives")
+def test_fp8_in_blocks_has_the_same_scales_and_values(torchao: Module) -> None:
+    quant = torchao("quantization.quant_primitives")
     x = values_of(8, 48)
     form, scheme = read("fp8-b4")
     grid = Grid.of(scheme, form)
