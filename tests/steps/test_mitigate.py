@@ -87,7 +87,7 @@ class TestKeys:
             replace(base, settings={"dampening_frac": "0.1"}),
             replace(base, scheme=weights(desk, "int4-g8")),
             replace(base, scheme=scheme(desk.workspace, weights="int4", activations="int8-sym-token")),
-            replace(base, scheme=scheme(desk.workspace, weights="int4", kv="int8-asym-token")),
+            replace(base, scheme=scheme(desk.workspace, weights="int4", kv="int8-asym-token-head")),
             replace(base, propagate="none"),
             replace(base, true_sequential=True),
             replace(base, round_activations=True),
