@@ -85,18 +85,16 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
     """Return the nearest scheme that works, and what is wrong with this one."""
     if scheme is None:
         return None, ""
-    if scheme.outlier_threshold is not None:
-        return replace(scheme, outlier_threshold=None), "kv have no outlier columns: those are of activations"
+    reasons, nearest, size = [], replace(scheme, outlier_threshold=None), scheme.group_size
+    if nearest != scheme:
+        reasons.append("kv have no outlier columns: those are of activations")
     if scheme.strategy == "token":
-        reason = "`token` means nothing for kv, which have a scale for each head of a token"
-        return replace(scheme, strategy="token-head"), reason
-    if scheme.strategy != "channel":
-        return scheme, ""
-    if not of_keys:
-        size = scheme.group_size
-        nearest = replace(scheme, strategy="token-head" if size is None else "group")
-        return nearest, "`channel` means nothing for values, whose scales are of one token"
-    if scheme.group_size is None:
-        reason = "`channel` means nothing for kv without a number of tokens, since a cache grows token by token"
-        return replace(scheme, group_size=_TOKENS), reason
-    return scheme, ""
+        reasons.append("`token` means nothing for kv, which have a scale for each head of a token")
+        nearest = replace(nearest, strategy="token-head", group_size=None)
+    elif scheme.strategy == "channel" and not of_keys:
+        reasons.append("`channel` means nothing for values, whose scales are of one token")
+        nearest = replace(nearest, strategy="group" if size else "token-head")
+    elif scheme.strategy == "channel" and size is None:
+        reasons.append("`channel` means nothing for keys without a number of tokens: a cache grows token by token")
+        nearest = replace(nearest, group_size=_TOKENS)
+    return nearest, reasons[0] if reasons else ""

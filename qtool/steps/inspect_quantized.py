@@ -11,7 +11,7 @@ from qtool.scheme import ModelScheme
 from qtool.steps.description import Cell, Facts, Table, Tables
 from qtool.steps.inspect_plan import options_of
 from qtool.steps.routing import alike, solved_routing
-from qtool.steps.storage import STORAGE, storage_of
+from qtool.steps.storage import STORAGE, cache_table, storage_of
 from qtool.steps.subjects import Opened
 
 Reports = Mapping[str, Mapping[str, float]]
@@ -55,6 +55,7 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
     counters = [(name, count, COUNTERS.get(name)) for name, count in sorted(manifest.counters.items())]
     return facts, {
         **({} if storage is None else {STORAGE: storage.table()}),
+        **_of_cache(scheme, opened),
         "losses": Table(("linear", *columns), rows),
         "losses_by_module": _by_module(reports),
         **_of_blocks(manifest.details.get("blocks", {})),
@@ -103,6 +104,12 @@ def _over_experts(reports: Reports) -> dict[str, Mapping[str, float]]:
         numbers = dict.fromkeys(number for one in members for number in one)
         means[name] = {number: fmean(one[number] for one in members if number in one) for number in numbers}
     return means
+
+
+def _of_cache(scheme: ModelScheme, opened: Opened | None) -> Tables:
+    if scheme.kv is None or opened is None:
+        return {}
+    return {"cache": cache_table(scheme, opened.model, opened.subject.plugins)}
 
 
 def _of_blocks(reports: Mapping[str, Mapping[str, float]]) -> Tables:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
 from qtool.engine.storage import PARTS, foreseen_bytes, in_order, operator_bytes, stored_bytes
 from qtool.model.source import Model
 from qtool.plugins import Plugins
-from qtool.scheme import parse_tensor_scheme
+from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.description import Cell, Table
 from qtool.steps.subjects import Opened
 
@@ -110,6 +110,42 @@ def written_storage(model: Model, written: Mapping[str, Any]) -> Storage:
     whole["unquantized"] += rest
     linears = {part: size for part, size in parts.items() if part != "inputs"}
     return Storage(in_order(linears), in_order(whole), weights, sum(counts.values()))
+
+
+def cache_bits(scheme: ModelScheme, model: Model, plugins: Plugins) -> dict[str, float]:
+    """Return the bits that a token takes in a quantized cache, over all blocks: of ``keys`` and of ``values``.
+
+    Scales and zero points count, without the last bits of a byte; what all tokens share, and the tokens of a group
+    that is not full, do not.
+    """
+    dims = model.graph.dims
+    heads, eight = dims.num_kv_heads * dims.num_layers, 8
+    found: dict[str, float] = {}
+    for name, part, width in (("keys", scheme.keys, dims.head_dim), ("values", scheme.values, dims.value_dim)):
+        if part is None:
+            found[name] = float(heads * width * 8 * _HALF)
+            continue
+        fmt = plugins.format(part.format)
+        if part.strategy == "tensor":
+            found[name] = float(heads * width * fmt.bits)
+            continue
+        size = part.group_size or width
+        rows, length = (width, size) if part.strategy == "channel" else (1, width)
+        sizes = foreseen_bytes(replace(part, strategy="group", group_size=size), fmt, rows, eight * length)
+        tokens = size if part.strategy == "channel" else 1
+        found[name] = heads * sum(sizes.values()) / tokens
+    return found
+
+
+def cache_table(scheme: ModelScheme, model: Model, plugins: Plugins) -> Table:
+    """Return the bits of a quantized cache, a value and a token."""
+    dims = model.graph.dims
+    heads = dims.num_kv_heads * dims.num_layers
+    values = {"keys": heads * dims.head_dim, "values": heads * dims.value_dim}
+    bits = cache_bits(scheme, model, plugins)
+    rows = [(name, bits[name] / values[name], bits[name]) for name in bits]
+    rows.append(("both", sum(bits.values()) / sum(values.values()), sum(bits.values())))
+    return Table(("cache", "bits_per_value", "bits_per_token"), rows)
 
 
 def scheme_table(model: Model, schemes: Iterable[str], plugins: Plugins) -> Table:

@@ -23,7 +23,6 @@ from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
 from qtool.steps.storage import parameter_counts
-from qtool.steps.subjects import open_subject
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 from tests.oracles.protocol import kl_divergence_oracle, perplexity_oracle, top1_agreement_oracle, window_losses_oracle

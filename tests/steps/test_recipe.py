@@ -26,7 +26,7 @@ calibrate: {data: speeches, num_samples: 4, seq_len: 64, gather: [absmax], token
 matrix:
   transform: [identity, {method: smoothquant, set: {alpha: 0.25}}]
   mitigate: [rtn, {method: gptq, set: {order: natural, dampening_frac: 1e-2}}]
-  scheme: [W4A4, {name: mine, weights: int4-asym-g32, kv: int8-asym-token}]
+  scheme: [W4A4, {name: mine, weights: int4-asym-g32, kv: int8-asym-token-head}]
   seed: [3, 4]
 exclude: [{transform: smoothquant, mitigate: rtn}, {scheme: mine, seed: 4}]
 include: [{mitigate: rtn, scheme: NVFP4}]
