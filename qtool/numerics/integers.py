@@ -107,8 +107,8 @@ def fit_real(
     """
     top_code = 2**num_bits - 1
     least, most = groups.amin(-1).float(), groups.amax(-1).float()
-    middle, reach = (least + most) / 2, (most - least) / 2 * clip
-    low, high = middle - reach, middle + reach
+    cut = (most - least) / 2 * (1 - clip)
+    low, high = least + cut, most - cut
     furthest = torch.maximum(low.abs(), high.abs()) / _COUNTED[scale_format]
     width = torch.where(high > low, torch.maximum((high - low) / top_code, furthest), low.abs() / top_code)
     scale = store_scale(width, scale_format)

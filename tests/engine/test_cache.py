@@ -160,10 +160,11 @@ def test_token_by_token_equals_all_at_once(tiny: TinyModel, plugins: Plugins, bi
     scheme = scheme_of(kv, plugins)
     ids = torch.randint(0, 256, (2, 14), generator=torch.Generator().manual_seed(1))
     whole, steps = decoded(replace(subject, plan=plan, scheme=scheme), ids)
-    torch.testing.assert_close(steps, whole, rtol=1e-9, atol=1e-9)
+    # Ends of a range are found in float32, where the last bit of a sum may fall either way.
+    torch.testing.assert_close(steps, whole, rtol=0, atol=1e-6)
     keys_alone = decoded(replace(subject, plan=plan, scheme=replace(scheme, kv=scheme.values)), ids)[0]
     exact = decoded(replace(subject, plan=plan), ids)[0]
-    assert (whole - keys_alone).abs().max() > 1e-6
+    assert (whole - keys_alone).abs().max() > 1e-4
     if bits == 8:
         assert (whole - exact).abs().max() < 0.1
 
