@@ -60,7 +60,6 @@ def test_inspect_and_measurements_tell_them(tiny: TinyModel, tmp_path: Path) -> 
     metrics = evaluate(request, tiny.workspace)[0].manifest
     assert metrics.details["cache_bits"] == dict(zip(("keys", "values"), per_token, strict=False))
     assert metrics.details["labels"]["kv"] == kv
-    plain, _ = mitigate(
-        MitigateRequest(str(tiny.path), "rtn", read_scheme("W8A16", {}, tiny.workspace.plugins)), tiny.workspace
-    )
+    weights = read_scheme("W8A16", {}, tiny.workspace.plugins)
+    plain, _ = mitigate(MitigateRequest(str(tiny.path), "rtn", weights), tiny.workspace)
     assert "cache" not in inspect(str(plain.path), tiny.workspace).tables

@@ -175,7 +175,7 @@ def test_modelopt_inputs_must_be_calibrated(make: Make, plugins: Plugins) -> Non
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "gptq-v2", "awq", "gguf"])
 def test_real_zero_points_are_refused_and_the_nearest_is_named(make: Make, plugins: Plugins, to: str) -> None:
     exporter = plugins.load("exporters", to)
-    with pytest.raises(UsageError, match="zero points of .* whole numbers") as refused:
+    with pytest.raises(UsageError, match=r"zero points of .* whole numbers") as refused:
         exporter.check(make("int4-asym-g32-real-sbf16"))
     nearest = refused.value.hint.partition("--weights ")[2]
     assert nearest == "int4-asym-g32-sbf16"
