@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qtool.builtin.mitigators.spqr import SpQR, SpQRConfig
 from qtool.engine.grid import Grid
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.stored import linear_tensors, read_linear
 from qtool.errors import SchemeError
 from qtool.numerics.integers import fit_asymmetric, fit_real
 from qtool.plugins import Plugins
-from qtool.scheme import ScaleFormat, TensorScheme, parse_tensor_scheme
+from qtool.scheme import GroupParameters, ScaleFormat, TensorScheme, parse_tensor_scheme
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -130,3 +131,24 @@ def test_whole_zero_points_are_as_they_were() -> None:
     groups = torch.randn(9, 16, generator=torch.Generator().manual_seed(3))
     _, zero = fit_asymmetric(groups, num_bits=3, scale_format="bf16")
     assert torch.equal(zero, zero.round())
+
+
+def test_a_real_zero_point_that_happens_to_be_whole_is_stored_as_the_others(plugins: Plugins) -> None:
+    scheme = parse_tensor_scheme("int4-asym-channel-real", plugins.format)
+    grid = Grid.of(scheme, plugins.format("int4"))
+    parameters = GroupParameters(torch.ones(2, 1), torch.full((2, 1), 3.0))
+    linear = QuantizedLinear(torch.zeros(2, 8, dtype=torch.uint8), (parameters,))
+    stored = linear_tensors("one", linear, grid)
+    assert stored["one.zero_point"].dtype == torch.bfloat16
+    assert torch.equal(read_linear("one", 8, stored, grid).weight(grid), linear.weight(grid))
+
+
+def test_spqr_rounds_them_to_what_is_stored(plugins: Plugins) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight, inputs = torch.randn(6, 32, generator=generator), torch.randn(100, 32, generator=generator)
+    grid = Grid.of(parse_tensor_scheme("int3-asym-g8-real", plugins.format), plugins.format("int3"))
+    problem = LayerProblem("one", weight, grid, inputs.T @ inputs / 100, global_scales=(None,))
+    solved = SpQR().quantize(problem, SpQRConfig(tau=None, bilevel=False))
+    stored = linear_tensors("one", solved, grid)
+    assert stored["one.zero_point"].dtype == torch.bfloat16
+    assert torch.equal(read_linear("one", 32, stored, grid).weight(grid), solved.weight(grid))
