@@ -333,7 +333,7 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, outlier_threshold=float(outliers[1]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
-        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>][-real][-s<scale format>]"),),
+        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>][-real][-s<scale>]"),),
         hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     )
 

@@ -462,8 +462,8 @@ REFUSED = [
     ("fp8-channel", "int8-sym-token", "", "FP8 activations", "--activations fp8-token"),
     ("mxfp4", "mxfp4-floor", "", "MXFP4 activations", "--activations mxfp4"),
     ("mxfp4", "int8-sym-token", "", "MXFP4 activations", "--activations mxfp4"),
-    ("int4-sym-g32", "", "int8-sym-token", "KV cache is FP8", "--kv fp8-tensor"),
-    ("int4-sym-g32", "", "fp8-token", "KV cache is FP8", "--kv fp8-tensor"),
+    ("int4-sym-g32", "", "int8-sym-token-head", "KV cache is FP8", "--kv fp8-tensor"),
+    ("int4-sym-g32", "", "fp8-token-head", "KV cache is FP8", "--kv fp8-tensor"),
 ]
 
 
