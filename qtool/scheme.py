@@ -6,8 +6,8 @@ A *model scheme* has one tensor scheme each for weights, activations and the KV 
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-g<N>|-b<N>][-s<scale format>][-<range rule>][-<exponent rule>]
-        [-c<fraction of the range>][-o<magnitude of outliers>]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale format>][-<range rule>]
+        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>]
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from qtool.errors import SchemeError
+from qtool.scheme_parts import KeysAndValues, check_cache, check_part
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Integer, UInt8
     from torch import Tensor
 
-Strategy = Literal["tensor", "channel", "token", "group", "block"]
+Strategy = Literal["tensor", "channel", "token", "token-head", "group", "block"]
 ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e5m2", "e2m1", "int4", "e8m0"]
 RangeRule = Literal["tight", "full", "half", "signed_full", "narrow", "four_over_six"]
 ExponentRule = Literal["even", "floor", "rceil", "search"]
 
-VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token"}
-"""What a vector of the last axis is in each part of a model: an output row, or what one token has."""
+VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token-head"}
+"""What a vector of the last axis is in each part of a model: an output row, what one token has, or a head of it."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class TensorScheme:
         format: Name of the format plugin, e.g. ``int4``.
         symmetric: Zero is at the middle of the grid and no zero point is stored.
         strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
-            (``token``), ``group_size`` neighbours along the input axis (``group``), or those of as many output rows
-            (``block``: a square of a weight; those at the ends of the axes may be smaller).
-        group_size: Values to a scale, for the strategy ``group``; the side of a ``block``.
+            (``token``), a head's vector of it (``token-head``), ``group_size`` neighbours along the input axis
+            (``group``), or those of as many output rows (``block``: a square of a weight; those at the ends of the
+            axes may be smaller). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
+        group_size: Values to a scale, for the strategy ``group``, and for ``channel`` of keys; the side of a ``block``.
         scale: Storage format of the scale; codes are chosen against the rounded scale. The short ones (``e4m3``,
             ``ue5m3``, ``e2m1``, and ``int4`` from 1 to 15) are multiples of a float32 that the whole tensor shares.
         range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of
@@ -59,6 +61,7 @@ class TensorScheme:
             searches the range of weights starts from it.
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
             stay in 16 bits, and the others are quantized as if those were 0; None quantizes all.
+        real: Zero points of integers are real numbers in the format of scales, and 0 need not have a code.
     """
 
     format: str
@@ -70,10 +73,13 @@ class TensorScheme:
     exponent_rule: ExponentRule = "even"
     clip: float = 1.0
     outlier_threshold: float | None = None
+    real: bool = False
 
     def __str__(self) -> str:
-        where = f"{self.strategy[0]}{self.group_size}" if self.strategy in ("group", "block") else self.strategy
-        parts = [self.format, "sym" if self.symmetric else "asym", where, f"s{self.scale}"]
+        where = () if self.strategy in ("group", "block") else (self.strategy,)
+        size = f"{'b' if self.strategy == 'block' else 'g'}{self.group_size}"
+        parts = [self.format, "sym" if self.symmetric else "asym", *where, *((size,) if self.group_size else ())]
+        parts += ["real", f"s{self.scale}"] if self.real else [f"s{self.scale}"]
         if self.range_rule != "tight":
             parts.append(self.range_rule)
         if self.scale == "e8m0" and self.exponent_rule != "even":
@@ -118,7 +124,7 @@ class ModelScheme:
     Attributes:
         weights: Linear weights.
         activations: Inputs of the linears.
-        kv: Keys and values.
+        kv: Keys and values, which may have a scheme each.
         name: What tables call it.
         scale_per_head: The input of the attention's output projection has a scale for each head, whatever the
             strategy of the other activations: what the code of arXiv:2507.17417 does.
@@ -126,45 +132,37 @@ class ModelScheme:
 
     weights: TensorScheme | None = None
     activations: TensorScheme | None = None
-    kv: TensorScheme | None = None
+    kv: TensorScheme | KeysAndValues | None = None
     name: str = ""
     scale_per_head: bool = False
 
     def __str__(self) -> str:
-        def part(label: str, scheme: TensorScheme | None) -> str:
+        def part(label: str, scheme: TensorScheme | KeysAndValues | None) -> str:
             return f"{label} {scheme}" if scheme else f"{label} 16 bits"
 
         parts = [part("weights", self.weights), part("activations", self.activations), part("kv", self.kv)]
         return ", ".join([*parts, "a scale per head at o_proj"] if self.scale_per_head else parts)
 
+    @property
+    def keys(self) -> TensorScheme | None:
+        """The scheme of keys."""
+        return self.kv.keys if isinstance(self.kv, KeysAndValues) else self.kv
+
+    @property
+    def values(self) -> TensorScheme | None:
+        """The scheme of values."""
+        return self.kv.values if isinstance(self.kv, KeysAndValues) else self.kv
+
     def check(self) -> None:
         """Refuse a part of a scheme that means nothing where it stands.
 
         Raises:
-            SchemeError: Weights with a scale a token, or activations or a cache with a scale an output row; or outliers
+            SchemeError: Weights with a scale a token, activations with one an output row, a cache with either; outliers
                 of anything but activations.
         """
-        for name, vector in VECTORS.items():
-            part: TensorScheme | None = getattr(self, name)
-            if part is not None and part.outlier_threshold is not None and name != "activations":
-                raise SchemeError(
-                    f"{name} have no outlier columns: those are of activations",
-                    facts=(("scheme", part),),
-                    hint=f"nearest that works: --{name} {replace(part, outlier_threshold=None)}",
-                )
-            if part is not None and part.strategy == "block" and name != "weights":
-                raise SchemeError(
-                    f"blocks are of weights: of {name} a token has groups",
-                    facts=(("scheme", part),),
-                    hint=f"nearest that works: --{name} {replace(part, strategy='group')}",
-                )
-            if part is not None and part.strategy in ("channel", "token") and part.strategy != vector:
-                nearest = replace(part, strategy=vector)
-                raise SchemeError(
-                    f"`{part.strategy}` means nothing for {name}",
-                    facts=(("scheme", part),),
-                    hint=f"nearest that works: --{name} {nearest}",
-                )
+        check_part("weights", self.weights, VECTORS["weights"])
+        check_part("activations", self.activations, VECTORS["activations"])
+        check_cache(self.keys, self.values)
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheme as plain JSON values."""
@@ -173,7 +171,13 @@ class ModelScheme:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelScheme:
         """Read what ``to_json`` wrote."""
-        parts = {k: TensorScheme(**data[k]) if data.get(k) else None for k in ("weights", "activations", "kv")}
+
+        def part(found: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - a scheme, two of a cache, or None
+            if found and "keys" in found:
+                return KeysAndValues(part(found["keys"]), part(found["values"]))
+            return TensorScheme(**found) if found else None
+
+        parts = {k: part(data.get(k)) for k in ("weights", "activations", "kv")}
         return cls(name=data.get("name", ""), scale_per_head=data.get("scale_per_head", False), **parts)
 
 
@@ -274,14 +278,6 @@ class Format(Protocol):
         """Return ``decode(encode(groups))`` in the dtype of ``groups``, without forming the codes."""
 
 
-@runtime_checkable
-class RuledFormat(Protocol):
-    """A format whose codes, and not only its fits, follow a rule of the scheme."""
-
-    def under(self, scheme: TensorScheme) -> Format:
-        """Return the format with the codes that it has under a scheme."""
-
-
 _GROUP = re.compile(r"g(\d+)")
 _BLOCK = re.compile(r"b(\d+)")
 _CLIP = re.compile(r"c(\d*\.?\d+)")
@@ -294,7 +290,8 @@ def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: S
     Args:
         text: The written form; parts that it leaves out keep the format's defaults.
         lookup: Finds a format by name.
-        vector: What a format's default of one scale a vector is called here: ``channel`` or ``token``.
+        vector: What a format's default of one scale a vector is called here; with ``token-head``, which is a cache,
+            ``channel`` and a group are read as channels over a group of tokens.
 
     Returns:
         The scheme, checked by its format.
@@ -309,7 +306,10 @@ def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: S
     if scheme.strategy in ("channel", "token"):
         scheme = replace(scheme, strategy=vector)
     for part in parts:
+        along_tokens = vector == "token-head" and scheme.strategy == "channel"
         scheme = _apply(scheme, part, text)
+        if along_tokens and scheme.strategy == "group":
+            scheme = replace(scheme, strategy="channel")
     chosen.check(scheme)
     return scheme
 
@@ -320,6 +320,10 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, symmetric=part == "sym")
     if part in ("tensor", "channel", "token"):
         return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
+    if part == "head" and scheme.strategy == "token":
+        return replace(scheme, strategy="token-head")
+    if part == "real":
+        return replace(scheme, real=True)
     if (group := _GROUP.fullmatch(part)) and int(group[1]) > 0:
         return replace(scheme, strategy="group", group_size=int(group[1]))
     if (block := _BLOCK.fullmatch(part)) and int(block[1]) > 0:
@@ -336,9 +340,7 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, outlier_threshold=float(outliers[1]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
-        facts=(
-            ("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-g<N>|-b<N>][-s<scale format>][-c<fraction>]"),
-        ),
+        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale>]"),),
         hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     )
 

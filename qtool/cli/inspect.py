@@ -22,6 +22,10 @@ def inspect(
     strict: Annotated[
         bool, typer.Option("--strict", help="A parameter that the model's family does not describe is an error.")
     ] = False,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SCHEME", help="What a model's linears would take in this scheme (repeatable)."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -40,12 +44,13 @@ def inspect(
 ) -> None:
     """Show what models and artifacts are.
 
-    A model's parameters, a plan's operators and what they cost, the losses of each linear and what `mitigate --strict`
-    would refuse, measured values and their protocol. With --plot, a picture: of statistics, before a plan and after it;
-    or of losses over layers, beside those of rounding to nearest.
+    A model's parameters, a plan's operators and what they cost, what is stored by part, the losses of each linear and
+    what `mitigate --strict` would refuse, measured values and their protocol. With --plot, a picture: of statistics,
+    before a plan and after it; or of losses over layers, beside those of rounding to nearest.
     """
-    if plot is not None and strict:
-        raise UsageError("`--strict` belongs to models, and `--plot` to artifacts", hint="leave one of them out")
+    if plot is not None and (strict or weights):
+        given = "--strict" if strict else "--weights"
+        raise UsageError(f"`{given}` belongs to models, and `--plot` to artifacts", hint="leave one of them out")
     if plot is not None:
         _plot(session, read_sources(sources), plot, plan, site or ())
         return
@@ -55,7 +60,7 @@ def inspect(
     from qtool.steps.inspect import inspect as step
 
     with session.workspace() as workspace:
-        found = [step(source, workspace, strict=strict) for source in read_sources(sources)]
+        found = [step(source, workspace, strict=strict, weights=weights or ()) for source in read_sources(sources)]
     for description in found:
         if session.common.json:
             write_json(description.to_json())

@@ -30,7 +30,9 @@ def mitigate(
     ] = "",
     weights: Annotated[str, typer.Option(metavar="SCHEME", help="Such as int4-sym-g128; over the preset's.")] = "",
     activations: Annotated[str, typer.Option(metavar="SCHEME", help="Such as int4-asym-token, or none.")] = "",
-    kv: Annotated[str, typer.Option(metavar="SCHEME", help="Of the KV cache, or none.")] = "",
+    kv: Annotated[
+        str, typer.Option(metavar="SCHEME", help="Of the KV cache, or none; or keys=SCHEME,values=SCHEME.")
+    ] = "",
     preset: Annotated[
         str, typer.Option(metavar="NAME", help="Protocol of a paper (survey) for whatever is not given here.")
     ] = "",

@@ -30,7 +30,7 @@ def transform(
     ] = "",
     weights: Annotated[str, typer.Option(metavar="SCHEME", help="Such as int4-g128.")] = "",
     activations: Annotated[str, typer.Option(metavar="SCHEME", help="Such as int4-asym-token.")] = "",
-    kv: Annotated[str, typer.Option(metavar="SCHEME", help="Of the KV cache.")] = "",
+    kv: Annotated[str, typer.Option(metavar="SCHEME", help="Of the KV cache; or keys=SCHEME,values=SCHEME.")] = "",
     seed: Annotated[int, typer.Option(help="Seeds random signs and the like.")] = 0,
     output: Output = None,
 ) -> None:

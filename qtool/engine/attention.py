@@ -2,7 +2,8 @@
 
 Registered once with transformers under the name ``qtool``. It sees queries and keys after the rotary positions, which
 is where R3 acts and where caches are quantized; values are seen as ``v_proj`` made them. Quantizing a cached key each
-time that it is read gives the same codes as quantizing it once, since its scale is its own.
+time that it is read gives the same codes as quantizing it once, since its scale is its own, or that of a group of
+tokens which is full (``qtool.engine.cache``).
 """
 
 from __future__ import annotations
@@ -16,18 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qtool.engine.grid import Grid
-from qtool.engine.linear import Rounding
+from qtool.engine.cache import CacheRounding
 from qtool.engine.online import Turns
-from qtool.scheme import Format, TensorScheme
 
 NAME = "qtool"
 CHILD = "kv_path"
-
-
-def cache_rounding(scheme: TensorScheme | None, fmt: Format | None) -> Rounding | None:
-    """Return how keys and values are rounded, or None."""
-    return None if scheme is None or fmt is None else Rounding(Grid.of(scheme, fmt))
 
 
 class KVPath(nn.Module):
@@ -35,14 +29,13 @@ class KVPath(nn.Module):
 
     Args:
         operators: Act on the head axis of queries and keys (keys get ``T``, queries ``T^{-T}``).
-        scheme: Scheme of the cache, or None.
-        fmt: Format of ``scheme``.
+        rounding: How keys and values are rounded, or None.
     """
 
-    def __init__(self, operators: tuple[Turns, ...], scheme: TensorScheme | None, fmt: Format | None) -> None:
+    def __init__(self, operators: tuple[Turns, ...], rounding: CacheRounding | None) -> None:
         super().__init__()
         self.operators = operators
-        self.rounding = cache_rounding(scheme, fmt)
+        self.rounding = rounding
 
     def forward(
         self,
@@ -50,13 +43,10 @@ class KVPath(nn.Module):
         key: Float[Tensor, "batch kv_heads past dim"],
         value: Float[Tensor, "batch kv_heads past value_dim"],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values as the attention sees them."""
+        """Return queries, keys and values as the attention sees them, but for keys that are rounded in groups."""
         for operator in self.operators:
             query, key = operator.weight_in(query), operator.act(key)
-        return query, self._rounded(key), self._rounded(value)
-
-    def _rounded(self, values: Tensor) -> Tensor:
-        return values if self.rounding is None else self.rounding(values)
+        return query, *((key, value) if self.rounding is None else self.rounding.by_token(key, value))
 
 
 def executed_attention(
@@ -71,6 +61,11 @@ def executed_attention(
     path = getattr(module, CHILD, None)
     if isinstance(path, KVPath):
         query, key, value = path(query, key, value)
+        if path.rounding is not None:
+            window = arguments.get("sliding_window")
+            key, value, attention_mask = path.rounding.by_group(
+                key, value, attention_mask, queries=query.shape[2], window=window
+            )
     key, value = key.to(query.dtype), value.to(query.dtype)
     softcap, sinks = arguments.pop("softcap", None), arguments.pop("s_aux", None)
     if softcap is not None or sinks is not None:

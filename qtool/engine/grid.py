@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -17,10 +18,18 @@ from torch import Tensor
 from qtool.errors import SchemeError
 from qtool.model.plan import Segment
 from qtool.numerics.groups import each_parameter, from_groups, repeat_rows, to_blocks, to_groups
-from qtool.scheme import Format, GroupParameters, RuledFormat, TensorScheme
+from qtool.scheme import Format, GroupParameters, TensorScheme
 
 GlobalScales = tuple[Tensor | None, ...]
 """Tensor-level multipliers, one a part; None where the part's format has none."""
+
+
+@runtime_checkable
+class RuledFormat(Protocol):
+    """A format whose codes, and not only its fits, follow a rule of the scheme."""
+
+    def under(self, scheme: TensorScheme) -> Format:
+        """Return the format with the codes that it has under a scheme."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
 from qtool.engine.block_problem import Compensation
+from qtool.engine.cache import CacheRounding
 from qtool.engine.experts import ExecutedExperts, Mode, executed_experts
 from qtool.engine.fold import output_operators
 from qtool.engine.linear import ExecutedLinear, Observer, Rounding, SiteInput
@@ -92,8 +93,8 @@ class Network:
             setattr(owner, leaf, experts)
             block.register_forward_pre_hook(_window_counter(experts, sites), with_kwargs=True)
             self.experts[layer] = experts
-        operators, scheme, fmt = self.subject.kv_path(layer)
-        path = KVPath(with_kernels(operators, self.subject.plugins, self.device), scheme, fmt)
+        operators, rounding = self.subject.kv_path(layer)
+        path = KVPath(with_kernels(operators, self.subject.plugins, self.device), rounding)
         block.get_submodule(graph.family.attention).add_module(CHILD, path)
         _release(block)
         block.register_forward_hook(partial(self._compensated, layer), with_kwargs=True)
@@ -209,7 +210,7 @@ class Network:
 
     @contextmanager
     def rounded_by(
-        self, layer: int, rounding_of: Callable[[str], Rounding | None], of_cache: Rounding | None
+        self, layer: int, rounding_of: Callable[[str], Rounding | None], of_cache: CacheRounding | None
     ) -> Iterator[None]:
         """Let a loaded block round as it is told for as long as the context lasts.
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from qtool.engine.attention import cache_rounding
 from qtool.engine.block import BlockSolver, SolvedBlock
 from qtool.engine.block_problem import BlockMitigator, BlockProblem, BlockResult
 from qtool.engine.gather import AnyStatistic, Gathering, PairedStatistic
@@ -133,7 +132,7 @@ class Propagation:
             device=network.device,
             seed=self.block.solver.seed + layer,
         )
-        with network.rounded_by(layer, self._rounding(layer, solved), self._cache_rounding(layer)):
+        with network.rounded_by(layer, self._rounding(layer, solved), self.executed.kv_path(layer)[1]):
             return method.mitigator.refine(problem, method.config)
 
     def _rounding(self, layer: int, solved: SolvedBlock) -> Callable[[str], Rounding | None]:
@@ -149,10 +148,6 @@ class Propagation:
             return replace(rounding, global_scales=scales)
 
         return rounding_of
-
-    def _cache_rounding(self, layer: int) -> Rounding | None:
-        _, scheme, fmt = self.executed.kv_path(layer)
-        return cache_rounding(scheme, fmt)
 
 
 def compares_inputs(statistics: Mapping[str, AnyStatistic]) -> bool:

@@ -8,7 +8,8 @@ reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are 
 ``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a block), and zero points likewise. What is
 added to a block's output is ``<block>.compensation.bias`` and, where it has them, ``.scale``, ``.down`` and ``.up``.
 Codes are a dense bit stream along the input axis, those of scales along the rows, so the bytes stored are the bytes
-that bits per weight counts. Scales of 4 bits are one dense stream, row by row.
+that bits per weight counts. Scales of 4 bits are one dense stream, row by row. Zero points that are no codes are
+floats: in the format of the scales if the scheme says ``real``, else of 32 bits.
 """
 
 from __future__ import annotations
@@ -173,7 +174,10 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     elif zero_point is not None:
         are_codes = bool(((zero_point >= 0) & (zero_point < 2**bits) & (zero_point.frac() == 0)).all())
         rows = zero_point.reshape(-1, zero_point.shape[-1])  # that of a whole tensor has one axis
-        tensors[f"{name}.zero_point"] = pack_codes(rows.to(torch.uint8), bits) if are_codes else zero_point.float()
+        if are_codes and not part.scheme.real:
+            tensors[f"{name}.zero_point"] = pack_codes(rows.to(torch.uint8), bits)
+        else:
+            tensors[f"{name}.zero_point"] = _real_zero_point(zero_point, part)
     if parameters.global_scale is not None:
         tensors[f"{name}.global_scale"] = parameters.global_scale.float()
     return tensors
@@ -194,6 +198,15 @@ def _one_a_block(name: str, scale: Tensor, part: GridPart) -> Tensor:
             hint="--method rtn or --method gptq",
         )
     return stored
+
+
+def _real_zero_point(zero_point: Tensor, part: GridPart) -> Tensor:
+    """Return real zero points in the format of the scheme's scales where the scheme has some and that holds them."""
+    if part.scheme.real:
+        short = encode_scale(zero_point, part.scheme.scale)
+        if torch.equal(decode_scale(short, part.scheme.scale), zero_point.float()):
+            return short
+    return zero_point.float()
 
 
 def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, codes: Tensor) -> GroupParameters:

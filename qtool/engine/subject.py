@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qtool.artifacts.store import Artifact
 from qtool.engine.block_problem import Compensation
+from qtool.engine.cache import CacheRounding
 from qtool.engine.fold import fold_block, fold_ends
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
@@ -24,7 +25,7 @@ from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.numerics.operators import Operator
 from qtool.plugins import Plugins
-from qtool.scheme import Format, ModelScheme, TensorScheme
+from qtool.scheme import ModelScheme
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ class Subject:
             return None
         return self.quantized.tensor(name)
 
-    def kv_path(self, layer: int) -> tuple[tuple[Operator, ...], TensorScheme | None, Format | None]:
-        """Return operators, scheme and format of a block's keys and values."""
-        scheme = self.scheme.kv
+    def kv_path(self, layer: int) -> tuple[tuple[Operator, ...], CacheRounding | None]:
+        """Return what acts on a block's keys and queries, and how its keys and values are rounded."""
         operators = self.plan.at(f"layers.{layer}.qk_post").operators
-        return operators, scheme, None if scheme is None else self.plugins.format(scheme.format)
+        return operators, CacheRounding.of(self.scheme.keys, self.scheme.values, self.plugins.format)

@@ -12,13 +12,18 @@ second fit on decoded values would shrink it. Scales are fitted once and stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qtool.numerics.groups import largest_magnitude
-from qtool.numerics.scales import fit_scale, store_scale
+from qtool.numerics.scales import decode_scale, encode_scale, fit_scale, store_scale
 from qtool.scheme import ExponentRule, RangeRule, ScaleFormat
+
+_COUNTED: Mapping[str, float] = {"fp32": 2.0**24, "bf16": 2.0**8, "fp16": 2.0**11}
+"""The number up to which each format of scales has every whole one."""
 
 
 def fit_symmetric(
@@ -80,6 +85,34 @@ def fit_asymmetric(
     high = groups.amax(-1).float().clamp(min=0.0) * clip
     scale = store_scale((high - low) / top_code, scale_format)
     return scale, (-low / scale).round_().clamp_(0, top_code)
+
+
+def fit_real(
+    groups: Float[Tensor, "*rows group"], *, num_bits: int, scale_format: ScaleFormat, clip: float = 1.0
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """Fit ``scale = (max - min) / (2^b - 1)`` and ``zero_point = -min / scale``, a real number in the scale's format.
+
+    The range need not hold 0. Far from it a zero point would have more digits than its format: there the step is
+    wider, so that none is above the number up to which the format counts by ones (256 for bfloat16). A group of one
+    value keeps it.
+
+    Args:
+        groups: Values; the last axis shares a scale. Not modified.
+        num_bits: Bits of a code, 2 to 8.
+        scale_format: How scale and zero point are stored.
+        clip: Fraction of the range that is kept, about its middle; above 0.
+
+    Returns:
+        Scales and zero points, exactly as stored, in float32.
+    """
+    top_code = 2**num_bits - 1
+    least, most = groups.amin(-1).float(), groups.amax(-1).float()
+    cut = (most - least) / 2 * (1 - clip)
+    low, high = least + cut, most - cut
+    furthest = torch.maximum(low.abs(), high.abs()) / _COUNTED[scale_format]
+    width = torch.where(high > low, torch.maximum((high - low) / top_code, furthest), low.abs() / top_code)
+    scale = store_scale(width, scale_format)
+    return scale, decode_scale(encode_scale(-low / scale, scale_format), scale_format)
 
 
 def encode_integers(

@@ -22,7 +22,8 @@ from qtool.errors import GateError, NumericalError, UsageError
 from qtool.model.text import token_digest
 from qtool.scheme import ModelScheme
 from qtool.steps.gates import Gate, read_gate
-from qtool.steps.labels import labels_of, stored_bits
+from qtool.steps.labels import labels_of
+from qtool.steps.storage import STORAGE, cache_bits, storage_of, stored_bits
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.text import evaluation_text, text_name
 from qtool.steps.workspace import Workspace, measured
@@ -163,7 +164,8 @@ def _refuse_unreadable(artifact: Artifact) -> None:
 def _batch_of(checkpoint: Artifact, asked: int) -> int:
     """Return how many windows a consumer may run at once: one where it takes a scale over all that it is given."""
     scheme = ModelScheme.from_json(checkpoint.manifest.schemes)
-    shared = any(part is not None and part.strategy == "tensor" for part in (scheme.activations, scheme.kv))
+    parts = (scheme.activations, scheme.keys, scheme.values)
+    shared = any(part is not None and part.strategy == "tensor" for part in parts)
     return 1 if shared else asked
 
 
@@ -227,9 +229,12 @@ def _manifest(
         "dtype": dtype_name(dtype),
         "metrics": {name: workspace.plugins.load("metrics", name).version for name in _wanted(request)},
     }
+    storage, scheme = storage_of(opened), opened.subject.scheme
     details = {
         "labels": {**labels_of(opened, workspace), **request.labels},
         "bits": stored_bits(opened),
+        **({} if storage is None else {STORAGE: storage.to_json()}),
+        **({} if scheme.kv is None else {"cache_bits": cache_bits(scheme, opened.model, workspace.plugins)}),
         "sources": {data: source for data, (_, source) in windows.items()},
     }
     kind = opened.artifact.manifest.kind if opened.artifact is not None else "model"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qtool.artifacts.store import Artifact, open_artifact
-from qtool.errors import ArtifactError, ResourceError
+from qtool.errors import ArtifactError, ResourceError, UsageError
 from qtool.model.source import Model
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS
 from qtool.steps.description import Cell, Description, Facts, Table, Tables
@@ -16,24 +17,32 @@ from qtool.steps.inspect_plan import describe_plan
 from qtool.steps.inspect_quantized import describe_quantized
 from qtool.steps.parameters import parameter_table, parameters_of, require_known
 from qtool.steps.routing import alike, gathered_routing
+from qtool.steps.storage import STORAGE, scheme_table, told_storage
 from qtool.steps.subjects import Opened, is_artifact, open_subject
 from qtool.steps.workspace import Workspace
 
 
-def inspect(source: str, workspace: Workspace, *, strict: bool = False) -> Description:
+def inspect(source: str, workspace: Workspace, *, strict: bool = False, weights: Sequence[str] = ()) -> Description:
     """Describe a model or an artifact.
 
     Args:
         source: A model, or the path of an artifact.
         workspace: Where things are found.
         strict: Whether parameters that the model's family does not describe, or that are missing, are an error.
+        weights: Schemes of weights, of which to say what a model's linears would take in them.
 
     Raises:
         ArtifactError: The artifact is damaged.
         ModelError: There is no such model; or, with ``strict``, parameters are unknown or missing.
+        SchemeError: One of ``weights`` cannot be read, or does not fit the model.
+        UsageError: ``weights`` of something that is no model.
     """
     if not is_artifact(source):
-        return _describe_model(workspace.model(source), strict=strict)
+        described = _describe_model(model := workspace.model(source), strict=strict)
+        table = {"storage_by_scheme": scheme_table(model, weights, workspace.plugins)} if weights else {}
+        return replace(described, tables={**table, **described.tables})
+    if weights:
+        raise UsageError("schemes of weights are shown for models", hint="qtool inspect MODEL --weights int4-sym-g32")
     artifact = open_artifact(Path(source))
     opened = _opened(source, workspace)
     facts, tables = _DESCRIBED_BY[artifact.manifest.kind](artifact, opened)
@@ -145,7 +154,7 @@ def _describe_checkpoint(artifact: Artifact, opened: Opened | None) -> tuple[Fac
     facts: Facts = {f"bits_per_weight_{name}": bits for name, bits in details["bits"].items()}
     facts |= {f"read_back_with_{name}": version for name, version in details.get("read_back_with", {}).items()}
     consumers = _pairs(details["consumers"], "consumer", "executes")
-    return facts, {"consumers": consumers, "labels": _pairs(details["labels"], "label")}
+    return facts, {**_storage(artifact), "consumers": consumers, "labels": _pairs(details["labels"], "label")}
 
 
 def _describe_metrics(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
@@ -158,7 +167,13 @@ def _describe_metrics(artifact: Artifact, opened: Opened | None) -> tuple[Facts,
         "metrics": _pairs(details["values"], "metric"),
         "protocol": _pairs({**protocol, **sources}, "setting"),
         "labels": _pairs(details["labels"], "label"),
+        **_storage(artifact),
     }
+
+
+def _storage(artifact: Artifact) -> Tables:
+    storage = told_storage(artifact.manifest.details)
+    return {} if storage is None else {STORAGE: storage.table()}
 
 
 def _pairs(values: Mapping[str, Cell], name: str, value: str = "value") -> Table:

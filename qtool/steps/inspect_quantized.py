@@ -10,8 +10,8 @@ from qtool.artifacts.store import Artifact
 from qtool.scheme import ModelScheme
 from qtool.steps.description import Cell, Facts, Table, Tables
 from qtool.steps.inspect_plan import options_of
-from qtool.steps.labels import stored_bits
 from qtool.steps.routing import alike, solved_routing
+from qtool.steps.storage import STORAGE, cache_table, storage_of
 from qtool.steps.subjects import Opened
 
 Reports = Mapping[str, Mapping[str, float]]
@@ -45,8 +45,9 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
         **options_of(config["methods"]),
         **{name: config[name] for name in _PROTOCOL if name in config},
     }
-    if opened is not None:
-        facts |= {f"bits_per_weight_{name}": bits for name, bits in stored_bits(opened).items()}
+    storage = None if opened is None else storage_of(opened)
+    if storage is not None:
+        facts |= {f"bits_per_weight_{name}": bits for name, bits in storage.bits.items()}
     facts["strict"] = "refuses it, for its counters" if manifest.counters else "accepts it"
     names = {name for report in reports.values() for name in report}
     columns = sorted(names, key=lambda name: (not name.startswith(_LOSSES), not name.endswith("_rtn"), name))
@@ -56,6 +57,8 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
         (name, count, COUNTERS.get(name.partition(" ")[0])) for name, count in sorted(manifest.counters.items())
     ]
     return facts, {
+        **({} if storage is None else {STORAGE: storage.table()}),
+        **_of_cache(scheme, opened),
         "losses": Table(("linear", *columns), rows),
         "losses_by_module": _by_module(reports),
         **_of_blocks(manifest.details.get("blocks", {})),
@@ -104,6 +107,12 @@ def _over_experts(reports: Reports) -> dict[str, Mapping[str, float]]:
         numbers = dict.fromkeys(number for one in members for number in one)
         means[name] = {number: fmean(one[number] for one in members if number in one) for number in numbers}
     return means
+
+
+def _of_cache(scheme: ModelScheme, opened: Opened | None) -> Tables:
+    if scheme.kv is None or opened is None:
+        return {}
+    return {"cache": cache_table(scheme, opened.model, opened.subject.plugins)}
 
 
 def _of_blocks(reports: Mapping[str, Mapping[str, float]]) -> Tables:

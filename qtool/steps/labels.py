@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, fields
-from math import prod
 from typing import Any
 
 from qtool.artifacts.manifest import Manifest
@@ -125,33 +124,3 @@ def _checkpoint_labels(manifest: Manifest) -> dict[str, str]:
     labels = dict(manifest.details["labels"])
     labels["executed"] = str(manifest.details["consumers"]["transformers"])
     return labels
-
-
-def stored_bits(opened: Opened) -> dict[str, float]:
-    """Return bits per weight from stored bytes: of the quantized linears, and of the whole model.
-
-    Scales, zero points and adapters count; embeddings, norms and head count in the whole model at their stored
-    size (16 bits at most, since that is what a checkpoint holds).
-    """
-    artifact, model = opened.artifact, opened.model
-    graph = model.graph
-    linear_names = {f"{linear.name}.weight" for linear in graph.linears}
-    sizes = parameter_counts(opened)
-    linear_count = sum(sizes[name] for name in linear_names)
-    other_bits = sum(16 * count for name, count in sizes.items() if name not in linear_names)
-    total = sum(sizes.values())
-    if f"{graph.family.head}.weight" not in sizes and opened.subject.plan.unties_head(tied=graph.dims.tied):
-        other_bits += 16 * sizes[f"{graph.family.embedding}.weight"]
-    if artifact is not None and artifact.manifest.kind == "checkpoint":
-        return {k: float(v) for k, v in artifact.manifest.details["bits"].items()}
-    if artifact is None or artifact.manifest.kind != "quantized":
-        return {"linears": 16.0, "model": 16.0}
-    stored = sum(
-        slot.nbytes * 8 for name, slot in artifact.header.slots.items() if not name.endswith(".input_global_scale")
-    )
-    return {"linears": stored / linear_count, "model": (stored + other_bits) / total}
-
-
-def parameter_counts(opened: Opened) -> dict[str, int]:
-    """Return the number of values of every tensor of the original model, those of each expert apart."""
-    return {name: prod(place.shape) for name, place in opened.model.places.items()}

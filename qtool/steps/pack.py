@@ -16,8 +16,9 @@ from qtool.engine.exporter import Exported, Exporter
 from qtool.errors import ArtifactError, PluginError, UsageError
 from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL
-from qtool.steps.labels import labels_of, makers_of, parameter_counts
+from qtool.steps.labels import labels_of, makers_of
 from qtool.steps.model_card import CARD, measurements_about, model_card
+from qtool.steps.storage import STORAGE, written_storage
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
 
@@ -154,11 +155,11 @@ def _details(exported: Exported, opened: Opened) -> dict[str, Any]:
     written = exported.details.get("bytes", {})
     if not {"linears", "model"} <= set(written):
         raise PluginError("the exporter does not say how many bytes of linears and of the model it wrote")
-    counts = parameter_counts(opened)
-    linears = sum(counts[f"{linear.name}.weight"] for linear in opened.model.graph.linears)
+    storage = written_storage(opened.model, written)
     return {
         "consumers": dict(exported.consumers),
-        "bits": {"linears": written["linears"] * 8 / linears, "model": written["model"] * 8 / sum(counts.values())},
+        "bits": storage.bits,
+        STORAGE: storage.to_json(),
         "written": dict(exported.details),
         "read_back_with": {name: version(name) for name in READERS},
     }

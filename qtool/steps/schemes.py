@@ -13,6 +13,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
 from qtool.plugins import Plugins
 from qtool.scheme import VECTORS, ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme_parts import KeysAndValues, cache_of
 from qtool.steps.workspace import Workspace
 
 NONE = "none"
@@ -38,8 +39,31 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
     return scheme
 
 
-def _read_part(name: str, text: str, plugins: Plugins) -> TensorScheme | None:
+def _read_part(name: str, text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | None:
+    if name == "kv" and "=" in text:
+        return _read_cache(text, plugins)
     return None if text == NONE else parse_tensor_scheme(text, plugins.format, vector=VECTORS[name])
+
+
+def _read_cache(text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | None:
+    """Read ``keys=SCHEME,values=SCHEME``; one that is not given is in 16 bits.
+
+    Raises:
+        SchemeError: Something else is given, or one of them twice.
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in parts]
+    if not set(names) <= {"keys", "values"} or len(set(names)) < len(names):
+        raise SchemeError(
+            f"cannot read the scheme of a cache `{text}`",
+            facts=(("grammar", "SCHEME, or keys=SCHEME,values=SCHEME"),),
+            hint="--kv keys=int4-asym-channel-g32,values=int4-asym-token-head",
+        )
+    found = {
+        name: None if one == NONE else parse_tensor_scheme(one, plugins.format, vector=VECTORS["kv"])
+        for name, _, one in parts
+    }
+    return cache_of(found.get("keys"), found.get("values"))
 
 
 def warn_of_another_scheme(plan: Artifact, scheme: ModelScheme, workspace: Workspace) -> None:
@@ -67,12 +91,14 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
         subject.weight_grid(linear).check(width, layer=linear.name)
         if inputs is not None:
             inputs.check(width, layer=linear.name)
-    if scheme.kv is not None:
-        scheme.kv.groups_of(graph.dims.head_dim, layer="the KV cache")
+    for part, width in ((scheme.keys, graph.dims.head_dim), (scheme.values, graph.dims.value_dim)):
+        if part is None:
+            continue
+        part.groups_of(width, layer="the KV cache")
         # One dynamic scale for all that attention sees stands in for the static one of engines; two levels do not.
-        if subject.plugins.format(scheme.kv.format).global_scale(torch.ones(()), scheme.kv) is not None:
+        if subject.plugins.format(part.format).global_scale(torch.ones(()), part) is not None:
             raise SchemeError(
                 "a KV cache grows token by token, so its tokens cannot share a scale",
-                facts=(("scheme", scheme.kv),),
-                hint="--kv int8-asym-token",
+                facts=(("scheme", part),),
+                hint="--kv int8-asym-token-head",
             )

@@ -213,8 +213,9 @@ def test_a_threshold_of_no_magnitude_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("part", ["weights", "kv"])
 def test_outlier_columns_are_of_activations_only(part: str) -> None:
-    scheme = TensorScheme("int8", outlier_threshold=6.0)
-    with pytest.raises(SchemeError, match=f"{part} have no outlier columns(.|\n)*--{part} int8-sym-channel-sfp32$"):
+    strategy = {"weights": "channel", "kv": "token-head"}[part]
+    scheme = TensorScheme("int8", strategy=strategy, outlier_threshold=6.0)  # type: ignore[arg-type]
+    with pytest.raises(SchemeError, match=f"{part} have no outlier columns(.|\n)*--{part} int8-sym-{strategy}-sfp32$"):
         ModelScheme(**{part: scheme}).check()
 
 

@@ -38,7 +38,7 @@ from tests.oracles.hadamard import sylvester_oracle
 
 CPU = torch.device("cpu")
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
-W4A4 = {"weights": "int3-g16", "activations": "int4-asym-token-sfp32", "kv": "int4-asym-token"}
+W4A4 = {"weights": "int3-g16", "activations": "int4-asym-token-sfp32", "kv": "int4-asym-token-head"}
 STEPS = {"autoround.steps": "3", "autoround.rate": "0.1", "autoround.range_rate": "0.01"}
 
 
@@ -168,7 +168,7 @@ def test_static_multipliers_and_rotations_are_executed_as_they_are_learned(
     tinies: Callable[[str], TinyModel], seen: Seen
 ) -> None:
     tiny = tinies("qwen3_moe")
-    scheme = {"weights": "nvfp4", "activations": "nvfp4", "kv": "int4-asym-token"}
+    scheme = {"weights": "nvfp4", "activations": "nvfp4", "kv": "int4-asym-token-head"}
     wanted = read_scheme("", scheme, tiny.workspace.plugins)
     plan, _ = transform(TransformRequest(str(tiny.statistics.path), "quarot", scheme=wanted), tiny.workspace)
     request = asked(tiny, scheme=scheme, source=str(plan.path), round_activations=True)
@@ -282,7 +282,7 @@ def test_differentiable_is_run_with_the_weights_that_it_is_given(
 
 def test_roundings_are_put_back(tinies: Callable[[str], TinyModel]) -> None:
     tiny = tinies("llama")
-    scheme = read_scheme("", {"activations": "int4-token", "kv": "int4-asym-token"}, tiny.workspace.plugins)
+    scheme = read_scheme("", {"activations": "int4-token", "kv": "int4-asym-token-head"}, tiny.workspace.plugins)
     network = Network(replace(tiny.subject, scheme=scheme), device=CPU, dtype=torch.float32)
     hidden, arguments = network.embed(torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(0)))
     network.load(0)

@@ -19,11 +19,10 @@ from qtool.errors import ArtifactError, DataError, GateError, NumericalError, Us
 from qtool.model.text import read_text_file, tokenize
 from qtool.numerics.likelihood import divergence, perplexity, token_losses
 from qtool.steps.eval import EvalRequest, evaluate
-from qtool.steps.labels import parameter_counts
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
-from qtool.steps.subjects import open_subject
+from qtool.steps.storage import parameter_counts
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 from tests.oracles.protocol import kl_divergence_oracle, perplexity_oracle, top1_agreement_oracle, window_losses_oracle
@@ -172,7 +171,7 @@ class TestSubjects:
             artifact, _ = mitigate(MitigateRequest(source, "rtn", scheme), library)
             asked = EvalRequest(str(artifact.path), perplexity=("speeches",), seq_len=32, max_windows=1)
             bits.append(evaluate(asked, library)[0].manifest.details["bits"])
-        dims, count = model.graph.dims, sum(parameter_counts(open_subject("tiny", library)).values())
+        dims, count = model.graph.dims, sum(parameter_counts(model).values())
         assert dims.tied
         assert bits[1]["linears"] == bits[0]["linears"]
         assert bits[1]["model"] - bits[0]["model"] == pytest.approx(16 * dims.vocab * dims.hidden / count)

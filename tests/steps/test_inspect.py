@@ -50,7 +50,7 @@ def plan(workspace: Workspace, statistics: Artifact) -> Artifact:
 
 @pytest.fixture(scope="module")
 def quantized(workspace: Workspace, plan: Artifact) -> Artifact:
-    scheme = read_scheme("", {"weights": "int4-g32", "kv": "int8-asym-token"}, workspace.plugins)
+    scheme = read_scheme("", {"weights": "int4-g32", "kv": "int8-asym-token-head"}, workspace.plugins)
     return mitigate(MitigateRequest(str(plan.path), "gptq+lorc", scheme, {"rank": "4"}), workspace)[0]
 
 

@@ -87,7 +87,7 @@ class TestKeys:
             replace(base, settings={"dampening_frac": "0.1"}),
             replace(base, scheme=weights(desk, "int4-g8")),
             replace(base, scheme=scheme(desk.workspace, weights="int4", activations="int8-sym-token")),
-            replace(base, scheme=scheme(desk.workspace, weights="int4", kv="int8-asym-token")),
+            replace(base, scheme=scheme(desk.workspace, weights="int4", kv="int8-asym-token-head")),
             replace(base, propagate="none"),
             replace(base, true_sequential=True),
             replace(base, round_activations=True),
@@ -543,7 +543,8 @@ class TestRefusals:
         [
             ({"weights": "token"}, "--weights int4-sym-channel-sfp32"),
             ({"activations": "channel"}, "--activations int4-sym-token-sfp32"),
-            ({"kv": "channel"}, "--kv int4-sym-token-sfp32"),
+            ({"kv": "channel"}, "--kv keys=int4-sym-channel-g32-sfp32,values=int4-sym-token-head-sfp32"),
+            ({"kv": "token"}, "--kv int4-sym-token-head-sfp32"),
         ],
     )
     def test_a_strategy_that_means_nothing_there(self, desk: Desk, wrong: Any, hint: str) -> None:  # noqa: ANN401
@@ -555,7 +556,7 @@ class TestRefusals:
     def test_a_cache_whose_tokens_would_share_a_multiplier(self, desk: Desk) -> None:
         request = MitigateRequest(str(desk.model), "rtn", scheme(desk.workspace, weights="int4", kv="fp4-g8-se4m3"))
         error = self.refused(desk, SchemeError, "its tokens cannot share a scale", request)
-        assert error.hint == "--kv int8-asym-token"
+        assert error.hint == "--kv int8-asym-token-head"
 
     def test_weights_that_stay_as_they_are(self, desk: Desk) -> None:
         request = MitigateRequest(str(desk.model), "rtn", scheme(desk.workspace, activations="int8-token"))

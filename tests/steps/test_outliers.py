@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from qtool.artifacts.store import Artifact
 from qtool.engine.execute import BlockExecutable
 from qtool.errors import SchemeError, UsageError
-from qtool.steps.labels import labels_of, stored_bits
+from qtool.steps.labels import labels_of
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
+from qtool.steps.storage import stored_bits
 from qtool.steps.subjects import open_subject
 from tests.steps.conftest import Desk
 

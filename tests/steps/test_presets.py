@@ -64,7 +64,7 @@ def test_parts_of_a_presets_scheme_are_replaced_one_by_one_and_by_a_scheme_all_a
     assert (mixed.weights, mixed.activations, mixed.name) == (read("int8", plugins), own.activations, "")
     assert not mixed.scale_per_head
     whole = survey.scheme("W4A16", {"weights": "", "kv": "int8"}, plugins)
-    assert (whole.activations, whole.kv) == (None, read("int8-token", plugins))
+    assert (whole.activations, whole.kv) == (None, read("int8-token-head", plugins))
 
 
 def read(text: str, plugins: Plugins) -> TensorScheme:
@@ -88,7 +88,7 @@ def test_a_scheme_is_a_preset_or_parts_or_a_preset_with_other_parts(plugins: Plu
     whole = read_scheme("W4A8", {"weights": "", "kv": None}, plugins)
     assert whole == parse_model_scheme("W4A8", plugins.format, plugins.presets)
     mixed = read_scheme("W4A8", {"weights": "int3-g64", "activations": "none", "kv": "int8"}, plugins)
-    expected = [read(text, plugins) for text in ("int3-g64", "int8-token")]
+    expected = [read(text, plugins) for text in ("int3-g64", "int8-token-head")]
     assert [mixed.weights, mixed.kv] == expected
     assert (mixed.activations, mixed.name) == (None, "")
 
@@ -101,7 +101,7 @@ def test_a_part_that_cannot_be_read_is_refused(parts: dict[str, str], plugins: P
 
 def test_a_vector_is_a_row_of_weights_and_a_token_of_what_they_multiply(plugins: Plugins) -> None:
     scheme = read_scheme("", {"weights": "int4", "activations": "int8", "kv": "fp8"}, plugins)
-    assert scheme == ModelScheme(*(read(text, plugins) for text in ("int4-channel", "int8-token", "fp8-token")))
+    assert scheme == ModelScheme(*(read(text, plugins) for text in ("int4-channel", "int8-token", "fp8-token-head")))
     grouped = read_scheme("", {"weights": "nvfp4", "activations": "fp8-tensor"}, plugins)
     assert grouped == ModelScheme(read("nvfp4", plugins), read("fp8-tensor", plugins))
 
@@ -113,7 +113,9 @@ def test_a_vector_is_a_row_of_weights_and_a_token_of_what_they_multiply(plugins:
         ("weights", "fp8-token-sbf16", "`token` means nothing for weights", "--weights fp8-sym-channel-sbf16"),
         ("activations", "int8-asym-channel", "`channel` means nothing for activations",
          "--activations int8-asym-token-sbf16"),
-        ("kv", "fp8-channel", "`channel` means nothing for kv", "--kv fp8-sym-token-sfp32"),
+        ("kv", "fp8-channel", "`channel` means nothing for keys without a number of tokens",
+         "--kv keys=fp8-sym-channel-g32-sfp32,values=fp8-sym-token-head-sfp32"),
+        ("kv", "int8-asym-token-sfp16", "`token` means nothing for kv", "--kv int8-asym-token-head-sfp16"),
     ],
 )  # fmt: skip
 def test_a_strategy_that_means_nothing_there_is_refused(

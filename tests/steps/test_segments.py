@@ -14,10 +14,11 @@ from qtool.engine.linear import Rounding
 from qtool.errors import SchemeError, UsageError
 from qtool.scheme import ModelScheme
 from qtool.steps.eval import EvalRequest, evaluate
-from qtool.steps.labels import labels_of, stored_bits
+from qtool.steps.labels import labels_of
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
+from qtool.steps.storage import stored_bits
 from qtool.steps.subjects import open_subject
 from qtool.steps.transform import TransformRequest, transform
 from qtool.testing.tiny_models import double_precision, exact_logits
@@ -71,7 +72,10 @@ def test_bits_per_weight_count_the_parts(desk: Desk) -> None:
         bits += rows * (4 * (n - apart) + 8 * apart + 16 * n / 8)
         weights += rows * n
         assert apart in (8, 16)
-    assert stored_bits(opened)["linears"] == pytest.approx(bits / weights, rel=1e-12)
+    online = [plan.online for plan in opened.subject.plan.sites.values()]
+    kept = sum(t.nbytes for operators in online for one in operators for t in one.state()[0].values())
+    assert kept > 0, "channels that are set apart are permuted to the end"
+    assert stored_bits(opened)["linears"] == pytest.approx((bits + kept * 8) / weights, rel=1e-12)
     assert labels_of(opened, desk.workspace)["segments"] == "8 int8 at attn_in, mlp_in, o_in; 16 int8 at up_down"
 
 

@@ -43,7 +43,7 @@ class TestKeys:
 
     def test_another_question_has_another_key(self, desk: Desk) -> None:
         statistics = str(desk.calibrate().path)
-        kv = scheme(desk, kv="int8-asym-token")
+        kv = scheme(desk, kv="int8-asym-token-head")
         asked = [
             TransformRequest(statistics, "quarot"),
             TransformRequest(statistics, "quarot", seed=1),
@@ -130,7 +130,7 @@ class TestPlans:
 
     def test_r3_where_the_cache_is_quantized(self, desk: Desk) -> None:
         with_cache, _ = transform(
-            TransformRequest(str(desk.model), "quarot", scheme=scheme(desk, "W4A4", kv="int4-asym-token")),
+            TransformRequest(str(desk.model), "quarot", scheme=scheme(desk, "W4A4", kv="int4-asym-token-head")),
             desk.workspace,
         )
         without, _ = transform(TransformRequest(str(desk.model), "quarot", scheme=scheme(desk, "W4A4")), desk.workspace)

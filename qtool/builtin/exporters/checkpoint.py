@@ -24,6 +24,7 @@ from qtool.artifacts.store import disk_errors
 from qtool.builtin.exporters.read_back import empty_model, wide_names
 from qtool.builtin.exporters.shards import Shards, write_json
 from qtool.builtin.exporters.stored_names import as_stored
+from qtool.engine.storage import in_order
 from qtool.engine.stored import COMPENSATION
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
@@ -34,7 +35,13 @@ from qtool.model.source import Model
 TEXT = "text_config"
 """Where the config of a model with several towers has that of its text tower."""
 BATCH_BYTES = 1_000_000_000
-_NO_WEIGHTS = ("bias", "input_")
+_PARTS = {
+    **dict.fromkeys(("weight", "weight_packed", "qweight"), "codes"),
+    **dict.fromkeys(("weight_scale", "weight_scale_2", "weight_global_scale", "scales"), "scales"),
+    **dict.fromkeys(("weight_zero_point", "qzeros"), "zeros"),
+}
+"""What the tensors of a quantized linear are of, by their names in all layouts; others are the layout's own."""
+_DENSE = (torch.bfloat16, torch.float16, torch.float32)
 # What goes with the weights as it is: how to generate, how to tokenize, and under which licence.
 COPIED = (
     "generation_config.json",
@@ -62,10 +69,22 @@ linear that stays in full precision, what it makes replaces the folded tensors, 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of tensors in a checkpoint: of the quantized linears (without biases), and of everything."""
+    """Bytes of tensors in a checkpoint.
+
+    Attributes:
+        linears: Of the quantized linears, without biases and scales of inputs.
+        model: Of everything.
+        parts: Of the quantized linears and the scales of their inputs, by part; see ``qtool.engine.storage``.
+    """
 
     linears: int
     model: int
+    parts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, parts: Mapping[str, int], model: int) -> Sizes:
+        """Return the sizes of a checkpoint from the bytes of each part, and of everything."""
+        return cls(sum(size for part, size in parts.items() if part != "inputs"), model, in_order(parts))
 
 
 def write_checkpoint(
@@ -94,7 +113,7 @@ def write_checkpoint(
     """
     model, graph = subject.model, subject.model.graph
     cast = _Cast(model, dtype)
-    shards, linears = Shards(directory), 0
+    shards, parts = Shards(directory), Counter[str]()
     ends = stored_ends(subject, dtype)
     shards.add(as_stored(model, cast(ends)))
     for layer in range(graph.dims.num_layers):
@@ -106,7 +125,8 @@ def write_checkpoint(
                 state |= {f"{module}.{name}": tensor for name, tensor in stored.items()}
                 continue
             made |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
-            linears += sum(tensor.nbytes for name, tensor in stored.items() if not name.startswith(_NO_WEIGHTS))
+            for name, tensor in stored.items():
+                parts[_part_of(name, tensor)] += 0 if name.startswith("bias") else tensor.nbytes
             del state[f"{module}.weight"]
         others = {f"{graph.block_name(layer)}.{name}": tensor for name, tensor in state.items()}
         _refuse_new_biases(subject, others | made)
@@ -119,7 +139,14 @@ def write_checkpoint(
     shards.finish()
     _write_config(subject, directory, dtype, quantization)
     _copy_files(model.path, directory)
-    return Sizes(linears, shards.total)
+    return Sizes.of(parts, shards.total)
+
+
+def _part_of(name: str, tensor: Tensor) -> str:
+    """Return the part that a tensor of a quantized linear is of, by its name below it."""
+    if name.startswith("input_"):
+        return "inputs"
+    return "unquantized" if name == "weight" and tensor.dtype in _DENSE else _PARTS.get(name, "layout")
 
 
 def refuse_compensation(subject: Subject) -> None:

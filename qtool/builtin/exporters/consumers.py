@@ -59,7 +59,8 @@ def dequantized_consumers(weight_bits: int, scheme: ModelScheme, dtype: torch.dt
         scheme: What else the artifact quantizes, and the checkpoint does not.
         dtype: What the weights are stored in.
     """
-    parts = (("activations", scheme.activations), ("KV cache", scheme.kv))
+    cache = scheme.keys or scheme.values
+    parts = (("activations", scheme.activations), ("KV cache", cache))
     lost = " and ".join(f"{part.format} {what}" for what, part in parts if part is not None)
     text = f"W{weight_bits}A16: weights only, dequantized to {_name(dtype)}; activations are NOT quantized"
     if lost:

@@ -46,7 +46,7 @@ def quantization_config(scheme: ModelScheme, layout: Layout, ignore: Iterable[st
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": sorted(ignore),
-        "kv_cache_scheme": None if scheme.kv is None else _arguments(scheme.kv, dynamic=True),
+        "kv_cache_scheme": None if scheme.keys is None else _arguments(scheme.keys, dynamic=True),
         "global_compression_ratio": None,
     }
 

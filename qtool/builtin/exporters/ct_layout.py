@@ -14,6 +14,7 @@ import torch
 
 from qtool.errors import SchemeError
 from qtool.scheme import ModelScheme, TensorScheme
+from qtool.scheme_parts import KeysAndValues
 
 Layout: TypeAlias = Literal[
     "pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
@@ -139,11 +140,11 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
         raise _refusal("integer weights go with integer activations", "activations", activations, "int8-sym-token")
 
 
-def _check_cache(kv: TensorScheme | None) -> None:
-    """Refuse a quantized cache that is not FP8 with one scale."""
-    if kv is not None and kv.clip != 1:
+def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
+    """Refuse a quantized cache that is not FP8 with one scale for keys and values."""
+    if isinstance(kv, TensorScheme) and kv.clip != 1:
         raise _clipped("kv", kv)
-    if kv is not None and (kv.format != "fp8" or kv.strategy != "tensor"):
+    if isinstance(kv, KeysAndValues) or (kv is not None and (kv.format != "fp8" or kv.strategy != "tensor")):
         raise _refusal("a checkpoint's KV cache is FP8 with one scale, or 16 bits", "kv", kv, "fp8-tensor")
 
 
@@ -152,5 +153,5 @@ def _clipped(part: str, scheme: TensorScheme) -> SchemeError:
     return _refusal("consumers keep the whole range of what they quantize as they run", part, scheme, whole)
 
 
-def _refusal(reason: str, part: str, scheme: TensorScheme, nearest: TensorScheme | str) -> SchemeError:
+def _refusal(reason: str, part: str, scheme: TensorScheme | KeysAndValues, nearest: TensorScheme | str) -> SchemeError:
     return SchemeError(reason, facts=((part, scheme),), hint=f"nearest that fits: --{part} {nearest}")

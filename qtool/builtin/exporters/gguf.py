@@ -6,6 +6,7 @@ float16 for any other. Beside an NVFP4 weight lie its tensor's scale and, of cal
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from qtool.builtin.exporters.gguf_architecture import (
     row_order,
     tensor_names,
 )
-from qtool.builtin.exporters.gguf_blocks import stored_blocks
+from qtool.builtin.exporters.gguf_blocks import bytes_by_part, stored_blocks
 from qtool.builtin.exporters.gguf_file import Blocks, TensorFile, read_tensors
 from qtool.builtin.exporters.gguf_types import check_values, choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
@@ -196,8 +197,7 @@ def _reordered(item: Item, order: Tensor | None) -> Item:
 
 
 def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, file_type: int) -> Sizes:
-    model = subject.model
-    linears = 0
+    model, parts = subject.model, Counter[str]()
     with TensorFile(directory / FILE, architecture_of(model).name) as file:
         add_keys(file.keys, model)
         file.keys.add_file_type(file_type)
@@ -205,9 +205,16 @@ def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype,
         add_vocabulary(file.keys, model)
         for name, item, of_linear in _tensors(subject, made, dtype):
             size = file.add(name, item)
-            linears += size if of_linear else 0
+            if of_linear:
+                parts.update(bytes_by_part(item.kind, size) if isinstance(item, Blocks) else {_part_of(name): size})
         file.finish()
-    return Sizes(linears, file.total)
+    return Sizes.of(parts, file.total)
+
+
+def _part_of(name: str) -> str:
+    """Return the part that a tensor of a linear that is no blocks is of."""
+    leaf = name.rpartition(".")[2]
+    return {"scale": "scales", "input_scale": "inputs"}.get(leaf, "unquantized")
 
 
 def _compare(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, kind: str) -> None:

@@ -51,6 +51,15 @@ def stored_blocks(found: QuantizedLinear, kind: Kind) -> UInt8[Tensor, "out byte
     return torch.cat(parts, dim=-1).reshape(rows, -1)
 
 
+def bytes_by_part(kind: Kind, size: int) -> dict[str, int]:
+    """Return how many of the bytes of a tensor in blocks are codes, scales and offsets, which stand for zero points."""
+    codes = BLOCKS[kind] if kind == "Q8_0" else BLOCKS[kind] // 2
+    scales = {"MXFP4": 1, "NVFP4": 4}.get(kind, 2)
+    zeros = 2 if kind == "Q4_1" else 0
+    blocks = size // (codes + scales + zeros)
+    return {"codes": blocks * codes, "scales": blocks * scales, "zeros": blocks * zeros}
+
+
 def _of_each_block(values: Float[Tensor, "*groups"], rows: int, blocks: int) -> Float[Tensor, "out blocks"]:
     """Repeat what a row, or the whole tensor, has one of."""
     grouped = values.reshape(-1, values.shape[-1]).expand(rows, -1)

@@ -50,6 +50,8 @@ def choose_type(weights: TensorScheme) -> Kind:
         _refuse(f"GGUF has no type for `{weights.format}`", weights, FOUR_BITS if few else EIGHT_BITS)
     if not weights.symmetric and kind != "Q4_1":
         _refuse(f"{kind} has no zero points", weights, replace(weights, symmetric=True))
+    if weights.real:
+        _refuse(f"the zero points of {kind} are made from whole numbers", weights, replace(weights, real=False))
     if weights.strategy == "group" and (weights.group_size or 1) % SCALED[kind]:
         nearest = replace(weights, group_size=SCALED[kind])
         _refuse(f"{kind} has a scale for {SCALED[kind]} values", weights, nearest)

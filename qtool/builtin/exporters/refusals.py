@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from qtool.builtin.exporters.checkpoint import refuse_compensation
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
 from qtool.engine.subject import Subject
-from qtool.errors import UsageError
+from qtool.errors import SchemeError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
 from qtool.scheme import TensorScheme
 
@@ -32,9 +34,11 @@ def refuse_all_but_codes(subject: Subject, layout: str) -> None:
         layout: What the layout is called.
 
     Raises:
+        SchemeError: Zero points that are real numbers.
         UsageError: One tensor of all experts, channels set apart, operators in the forward pass, something added to the
             outputs of blocks, low-rank corrections, outliers, or scales of two levels; names the first.
     """
+    _refuse_real(subject, layout)
     _refuse_stacked(subject, layout)
     _refuse_segments(subject, layout)
     _refuse_online(subject)
@@ -70,6 +74,16 @@ def check_global_scales(subject: Subject) -> None:
 def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
     """Return the calibrated tensor-level multiplier of what a linear reads, None without one."""
     return _multiplier(subject, f"{linear.reads}{INPUT_GLOBAL_SCALE}")
+
+
+def _refuse_real(subject: Subject, layout: str) -> None:
+    for name, part in (("weights", subject.scheme.weights), ("activations", subject.scheme.activations)):
+        if part is not None and part.real:
+            raise SchemeError(
+                f"the zero points of {layout} are whole numbers",
+                facts=((name, part),),
+                hint=f"nearest that fits: --{name} {replace(part, real=False)}",
+            )
 
 
 def _refuse_stacked(subject: Subject, layout: str) -> None:

@@ -37,6 +37,7 @@ def nearest_scheme(
     zero_points: bool,
     range_rules: Sequence[RangeRule],
     blocks: bool = False,
+    real_zero_points: bool = False,
 ) -> tuple[TensorScheme, list[str]]:
     """Find the parts of a scheme that its format does not have.
 
@@ -47,6 +48,7 @@ def nearest_scheme(
         zero_points: Whether it can be asymmetric.
         range_rules: What it has besides ``tight``.
         blocks: Whether rows can share scales.
+        real_zero_points: Whether it has them where a scheme asks for them.
 
     Returns:
         The scheme with those parts put right, and what is wrong with each: nothing for a scheme that works.
@@ -58,7 +60,8 @@ def nearest_scheme(
     if nearest.strategy == "block" and not blocks:
         reasons.append(f"`{scheme.format}` has no scales of several rows: FP8 weights have")
         nearest = replace(nearest, strategy="group")
-    if (nearest.strategy in ("group", "block")) != (nearest.group_size is not None):
+    sized = nearest.strategy in ("group", "block")
+    if sized != (nearest.group_size is not None) and nearest.strategy != "channel":
         reasons.append("the strategy `group` and a group size go together")
         nearest = replace(nearest, strategy="group", group_size=nearest.group_size or defaults.group_size or 128)
     if not nearest.symmetric and not zero_points:
@@ -67,6 +70,9 @@ def nearest_scheme(
     if not nearest.symmetric and nearest.scale not in _FLOAT_SCALES:
         reasons.append(f"{nearest.scale} scales come without zero points")
         nearest = replace(nearest, symmetric=True)
+    if nearest.real and (nearest.symmetric or not real_zero_points):
+        reasons.append("`real` is for the zero points of asymmetric integers")
+        nearest = replace(nearest, real=False)
     if nearest.exponent_rule != "even" and nearest.scale != "e8m0":
         reasons.append(f"`{nearest.exponent_rule}` rounds e8m0 scales, and these are {nearest.scale}")
         nearest = replace(nearest, exponent_rule="even")

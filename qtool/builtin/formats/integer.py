@@ -14,6 +14,7 @@ from qtool.numerics.integers import (
     decode_integers,
     encode_integers,
     fit_asymmetric,
+    fit_real,
     fit_symmetric,
     round_integers,
 )
@@ -30,7 +31,7 @@ def _defaults(name: str) -> TensorScheme:
 class Integer:
     """``scale * (code - zero_point)``; symmetric codes are offset by ``2^(bits - 1)``.
 
-    Zero points are integers of ``bits`` bits, and 0 always has a code.
+    Zero points are integers of ``bits`` bits, and 0 always has a code; unless the scheme has ``real`` ones.
     """
 
     name: str
@@ -46,7 +47,9 @@ class Integer:
     def check(self, scheme: TensorScheme) -> None:
         """Refuse short scales, which are FP4's, and zero points beside power-of-two scales."""
         scales = ("fp32", "fp16", "bf16", "e8m0")
-        nearest, reasons = nearest_scheme(scheme, self.defaults, scales=scales, zero_points=True, range_rules=_RULES)
+        nearest, reasons = nearest_scheme(
+            scheme, self.defaults, scales=scales, zero_points=True, range_rules=_RULES, real_zero_points=True
+        )
         refuse_unless_empty(scheme, reasons, nearest)
 
     def global_scale(self, amax: Float[Tensor, ""], scheme: TensorScheme) -> None:
@@ -62,7 +65,8 @@ class Integer:
     ) -> GroupParameters:
         """Fit scales, and zero points if asymmetric; ``global_scale`` has no meaning here."""
         if not scheme.symmetric:
-            scale, zero_point = fit_asymmetric(groups, num_bits=self.bits, scale_format=scheme.scale, clip=clip)
+            fitted_by = fit_real if scheme.real else fit_asymmetric
+            scale, zero_point = fitted_by(groups, num_bits=self.bits, scale_format=scheme.scale, clip=clip)
             return GroupParameters(scale, zero_point)
         fitted = [
             fit_symmetric(

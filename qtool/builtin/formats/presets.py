@@ -1,7 +1,7 @@
 """Names of model schemes as the ecosystem spells them, except ``W4A4``, which is that of arXiv:2507.17417.
 
 Those named after a method are what its authors publish their figures with, clip ratios and the rule for scales
-included. A cache's scale per token is one per head and token, which for heads of 128 is a group of 128.
+included. A cache's scale per head of a token is for heads of 128 a group of 128.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ PRESETS: tuple[Preset, ...] = (
         "QUAROT-W4A4KV4",
         "int4-sym-channel-full",
         "int4-sym-token-sfp32-full-c0.9",
-        "int4-asym-token-c0.95",
+        "int4-asym-token-head-c0.95",
         "QuaRot's: inputs clipped to 0.9 and the cache to 0.95 of their ranges; add `--set clip=search`",
     ),
     Preset(
         "ATOM-W4A4KV4",
         "int4-sym-g128-full-c0.85",
         "int4-sym-g128-sfp32-full-c0.9",
-        "int4-asym-token",
+        "int4-asym-token-head",
         "Atom's: groups of 128, weights clipped to 0.85 and inputs to 0.9 of their ranges",
     ),
     Preset(
         "DUQUANT-W4A4KV4",
         "int4-asym-channel-c0.8",
         "int4-asym-token-sfp32-c0.9",
-        "int4-asym-token",
+        "int4-asym-token-head",
         "DuQuant's: weights clipped to 0.8 and inputs to 0.9 of their ranges; queries stay in 16 bits",
     ),
 )

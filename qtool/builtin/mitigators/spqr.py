@@ -1,6 +1,7 @@
 """SpQR, Dettmers et al. 2023, arXiv:2306.03078: small groups, scales of two levels, and outliers in 16 bits.
 
-The scheme says bits and groups; the paper's are ``int3-asym-g16`` and ``int4-asym-g16``. Zero points are real numbers.
+The scheme says bits and groups; the paper's are ``int3-asym-g16`` and ``int4-asym-g16``. Zero points are real numbers,
+without ``bilevel`` of 32 bits, or in the format of the scales where the scheme says ``real``.
 With ``bilevel`` scales and zero points are codes of a few bits under ranges in float16, and the scheme's own format of
 scales has no effect. The paper's bits a weight are ``b + (b_s + b_z) / g + 64 / (g · second_group) + 32 · outliers``.
 
@@ -28,7 +29,7 @@ from qtool.engine.grid import GridPart
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, UsageError
 from qtool.numerics.outliers import Outliers
-from qtool.numerics.scales import store_scale
+from qtool.numerics.scales import decode_scale, encode_scale, store_scale
 from qtool.numerics.second_level import decode_second_level, fit_second_level
 from qtool.numerics.spqr import RangeColumns, spqr_round
 from qtool.numerics.triangular import InverseFactor, factorize_inverse
@@ -172,6 +173,8 @@ def _storage(part: GridPart, config: SpQRConfig) -> Callable[[Tensor, Tensor], G
     """
 
     def one_level(scale: Float[Tensor, "out groups"], zero_point: Float[Tensor, "out groups"]) -> GroupParameters:
+        if part.scheme.real:
+            zero_point = decode_scale(encode_scale(zero_point, part.scheme.scale), part.scheme.scale)
         return GroupParameters(store_scale(scale, part.scheme.scale), zero_point)
 
     def two_levels(scale: Float[Tensor, "out groups"], zero_point: Float[Tensor, "out groups"]) -> GroupParameters:

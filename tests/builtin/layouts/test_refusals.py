@@ -14,11 +14,12 @@ from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
 from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.engine.exporter import UNREADABLE, Exporter
 from qtool.engine.planner import extend
-from qtool.errors import NumericalError, UsageError
+from qtool.errors import NumericalError, SchemeError, UsageError
 from qtool.model.plan import Plan, Proposal
 from qtool.numerics.operators import Diag, Hadamard
 from qtool.plugins import Plugins
 from qtool.scheme import parse_tensor_scheme
+from qtool.steps.schemes import read_scheme
 from tests.builtin.layouts.conftest import NAME, Make, changed, written
 
 REFUSED = [
@@ -170,3 +171,29 @@ def test_modelopt_inputs_must_be_calibrated(make: Make, plugins: Plugins) -> Non
     scheme = replace(subject.scheme, activations=parse_tensor_scheme("nvfp4", plugins.format))
     with pytest.raises(UsageError, match="not calibrated"):
         ModelOpt().check(replace(subject, scheme=scheme))
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "gptq-v2", "awq", "gguf"])
+def test_real_zero_points_are_refused_and_the_nearest_is_named(make: Make, plugins: Plugins, to: str) -> None:
+    exporter = plugins.load("exporters", to)
+    with pytest.raises(UsageError, match=r"zero points of .* whole numbers") as refused:
+        exporter.check(make("int4-asym-g32-real-sbf16"))
+    nearest = refused.value.hint.partition("--weights ")[2]
+    assert nearest == "int4-asym-g32-sbf16"
+    if to != "gguf":  # which looks at the digits of every offset
+        exporter.check(make(nearest))
+
+
+def test_real_zero_points_of_inputs_are_refused(make: Make, plugins: Plugins) -> None:
+    with pytest.raises(UsageError, match="whole numbers") as refused:
+        plugins.load("exporters", "compressed-tensors").check(make("int4-sym-g32", "int8-asym-token-real"))
+    assert refused.value.hint == "nearest that fits: --activations int8-asym-token-sbf16"
+
+
+@pytest.mark.parametrize("kv", ["int4-asym-token-head", "keys=fp8-channel-g32,values=fp8-tensor"])
+def test_caches_of_other_schemes_are_refused(make: Make, plugins: Plugins, kv: str, tmp_path: Path) -> None:
+    subject = make("int4-sym-g32")
+    scheme = replace(subject.scheme, kv=read_scheme("", {"kv": kv}, plugins).kv)
+    with pytest.raises(SchemeError) as refused:
+        plugins.load("exporters", "compressed-tensors").check(changed(subject, tmp_path / "other", scheme))
+    assert refused.value.hint == "nearest that fits: --kv fp8-tensor"

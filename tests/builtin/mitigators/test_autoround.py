@@ -242,7 +242,7 @@ def test_adapters_are_counted_in_the_losses_of_linears() -> None:
 
 
 Scheme = Mapping[str, str]
-W4A4 = {"weights": "int4-channel", "activations": "int4-asym-token-sfp32", "kv": "int4-asym-token"}
+W4A4 = {"weights": "int4-channel", "activations": "int4-asym-token-sfp32", "kv": "int4-asym-token-head"}
 SETTINGS = {"autoround.steps": "6", "autoround.rate": "0.08", "autoround.range_rate": "0.004"}
 CASES: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "int3": ("autoround", {"weights": "int3-g16"}, {}),
@@ -255,7 +255,7 @@ CASES: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "rotated": ("autoround", W4A4, {"transforms": "quarot", "round_activations": True}),
     "segments": (
         "gptq+autoround",
-        {"weights": "int4-g16", "activations": "int4-sym-g16-sfp32", "kv": "int4-asym-token"},
+        {"weights": "int4-g16", "activations": "int4-sym-g16-sfp32", "kv": "int4-asym-token-head"},
         {"transforms": "atom"},
     ),
     "experts": ("autoround", {"weights": "nvfp4", "activations": "nvfp4"}, {"model_type": "qwen3_moe"}),

@@ -21,10 +21,10 @@ from qtool.engine.network import Network
 from qtool.errors import NumericalError, UsageError
 from qtool.plugins import Plugins
 from qtool.scheme import parse_tensor_scheme
-from qtool.steps.labels import stored_bits
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
+from qtool.steps.storage import stored_bits
 from qtool.steps.subjects import open_subject
 from qtool.testing import TinyModel, block_problem, check_block_mitigator, tiny_model
 

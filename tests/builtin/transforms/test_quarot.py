@@ -18,7 +18,7 @@ from qtool.model.graph import RESIDUAL
 from qtool.model.plan import Plan, TransformContext
 from qtool.numerics.hadamard import hadamard_matrix, hadamard_rotate
 from qtool.numerics.operators import Hadamard, HeadMix, compose_act
-from qtool.scheme import ModelScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
 from qtool.steps.transform import context_of
 from qtool.testing import TinyModel, check_transform, plan_of, tiny_model
 
@@ -141,7 +141,7 @@ def test_the_published_scheme(subject: Subject) -> None:
     scheme = parse_model_scheme("QuaRot-W4A4KV4", subject.plugins.format, subject.plugins.presets)
     assert scheme.weights is not None
     assert scheme.activations is not None
-    assert scheme.kv is not None
+    assert isinstance(scheme.kv, TensorScheme)
     assert (scheme.weights.symmetric, scheme.weights.strategy, scheme.weights.clip) == (True, "channel", 1.0)
     assert (scheme.activations.symmetric, scheme.activations.strategy, scheme.activations.clip) == (True, "token", 0.9)
-    assert (scheme.kv.symmetric, scheme.kv.strategy, scheme.kv.clip) == (False, "token", 0.95)
+    assert (scheme.kv.symmetric, scheme.kv.strategy, scheme.kv.clip) == (False, "token-head", 0.95)

@@ -1,0 +1,112 @@
+"""How a KV cache is rounded, and what each query sees of it.
+
+Most scales are of one token, so that its codes never change. Keys may have scales of channels over a group of tokens:
+those are rounded once the group is full, as KIVI does, and stay as they are until then. So a query sees rounded keys
+in the groups that its own token is behind or fills, and keys in 16 bits after those; the same whether a text comes at
+once or token by token. What is kept in 16 bits is at most one group less a token, where KIVI keeps 128 tokens and
+values too.
+
+References:
+    Liu et al. 2024, KIVI, arXiv:2402.02750, section 3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qtool.engine.grid import Grid
+from qtool.engine.linear import Rounding
+from qtool.errors import SchemeError
+from qtool.scheme import Format, TensorScheme
+
+
+@dataclass(frozen=True)
+class CacheRounding:
+    """What keys and values are rounded to.
+
+    Attributes:
+        keys: Of keys; None leaves them as they are.
+        values: The same, of values.
+        tokens: How many neighbouring tokens share the scales of a key's channels; None where each has its own scales.
+    """
+
+    keys: Rounding | None
+    values: Rounding | None
+    tokens: int | None = None
+
+    @classmethod
+    def of(
+        cls, keys: TensorScheme | None, values: TensorScheme | None, lookup: Callable[[str], Format]
+    ) -> CacheRounding | None:
+        """Return how a cache is rounded whose keys and values have these schemes, or None."""
+        if keys is None and values is None:
+            return None
+        tokens = None
+        if keys is not None and keys.strategy == "channel" and keys.group_size is not None:
+            tokens, keys = keys.group_size, replace(keys, strategy="group")
+        rounding = [None if one is None else Rounding(Grid.of(one, lookup(one.format))) for one in (keys, values)]
+        return cls(rounding[0], rounding[1], tokens)
+
+    def by_token(
+        self, key: Float[Tensor, "batch kv_heads past dim"], value: Float[Tensor, "batch kv_heads past value_dim"]
+    ) -> tuple[Tensor, Tensor]:
+        """Round what has scales of one token."""
+        rounds_keys = self.keys is not None and self.tokens is None
+        key = self.keys(key) if self.keys is not None and rounds_keys else key
+        return key, value if self.values is None else self.values(value)
+
+    def by_group(
+        self,
+        key: Float[Tensor, "batch kv_heads past dim"],
+        value: Float[Tensor, "batch kv_heads past value_dim"],
+        mask: Tensor | None,
+        *,
+        queries: int,
+        window: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Round keys whose channels have scales over a group of tokens.
+
+        Where several queries come at once, rounded keys stand in front of the others, and the mask lets each query see
+        every token once.
+
+        Args:
+            key: Keys of all tokens from the first on.
+            value: Values, rounded already.
+            mask: True where a query sees a key, or what is added to the scores; None for all of the past.
+            queries: How many queries there are: those of the last tokens.
+            window: Tokens that a cache holds at most, of a layer that sees no more.
+
+        Returns:
+            Keys, values and mask as the attention sees them.
+
+        Raises:
+            SchemeError: A cache may have dropped tokens, so that nobody knows where a group begins.
+        """
+        past = key.shape[2]
+        if self.keys is None or self.tokens is None or past < self.tokens:
+            return key, value, mask
+        if window is not None and queries < past >= window:
+            raise SchemeError(
+                "keys with scales over a group of tokens need a cache that holds all tokens",
+                facts=(("tokens of the window", window), ("scheme", self.keys.grid.parts[0].scheme)),
+                hint="--kv int4-asym-token-head",
+            )
+        full = past - past % self.tokens
+        rounded = self.keys(key[:, :, :full].mT).mT
+        if queries == 1:
+            return torch.cat((rounded, key[:, :, full:]), dim=2), value, mask
+        place = torch.arange(past, device=key.device)
+        ends = (place[past - queries :] + 1) // self.tokens * self.tokens
+        is_rounded = place < ends.unsqueeze(1)
+        visible = torch.cat((is_rounded[:, :full], ~is_rounded), dim=1)
+        if mask is None:
+            mask = (place <= place[past - queries :].unsqueeze(1))[None, None]
+        mask = torch.cat((mask[..., :full], mask), dim=-1)
+        lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        key, value = torch.cat((rounded, key), dim=2), torch.cat((value[:, :, :full], value), dim=2)
+        return key, value, mask.masked_fill(~visible, lowest)

@@ -1,0 +1,106 @@
+"""The parts of a model's scheme: what means nothing where it stands, and schemes of keys and of values apart.
+
+Keys may have a scale for each channel, shared by ``group_size`` neighbouring tokens (``int2-asym-channel-g32``): their
+outliers stay in few channels. The tokens of a group that is not full yet stay in 16 bits. Values, whose outliers do
+not, have scales within a token: one for each head (``token-head``), or for groups of a head's channels (``-g32``).
+
+References:
+    Liu et al. 2024, KIVI, arXiv:2402.02750, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qtool.errors import SchemeError
+
+if TYPE_CHECKING:
+    from qtool.scheme import Strategy, TensorScheme
+
+_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class KeysAndValues:
+    """Two schemes of a cache; None is 16 bits.
+
+    Attributes:
+        keys: Of keys, behind the rotary positions and what a plan does there.
+        values: Of values.
+    """
+
+    keys: TensorScheme | None
+    values: TensorScheme | None
+
+    def __str__(self) -> str:
+        return f"keys={self.keys or 'none'},values={self.values or 'none'}"
+
+
+def cache_of(keys: TensorScheme | None, values: TensorScheme | None) -> TensorScheme | KeysAndValues | None:
+    """Return the scheme of a cache: one where keys and values have the same."""
+    return keys if keys == values else KeysAndValues(keys, values)
+
+
+def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None:
+    """Refuse what means nothing for weights or for activations.
+
+    Args:
+        name: Which of them.
+        scheme: Theirs, or None.
+        vector: What a vector of the last axis is called there.
+
+    Raises:
+        SchemeError: Outliers of weights, or a scale for what there is none of; names the nearest.
+    """
+    if scheme is None:
+        return
+    reason, nearest = f"`{scheme.strategy}` means nothing for {name}", scheme
+    if scheme.outlier_threshold is not None and name == "weights":
+        reason = "weights have no outlier columns: those are of activations"
+        nearest = replace(scheme, outlier_threshold=None)
+    elif scheme.strategy == "block" and name != "weights":
+        reason = f"blocks are of weights: of {name} a token has groups"
+        nearest = replace(scheme, strategy="group")
+    elif scheme.strategy not in ("tensor", "group", "block", vector):
+        nearest = replace(scheme, strategy=vector, group_size=None)
+    elif scheme.strategy == vector and scheme.group_size is not None:
+        reason, nearest = f"{name} have groups along their inputs", replace(scheme, strategy="group")
+    if nearest != scheme:
+        hint = f"nearest that works: --{name} {nearest}"
+        raise SchemeError(reason, facts=(("scheme", scheme),), hint=hint)
+
+
+def check_cache(keys: TensorScheme | None, values: TensorScheme | None) -> None:
+    """Refuse scales that mean nothing in a cache.
+
+    Raises:
+        SchemeError: Outliers, a scale a token or an output row, or values with a scale a channel; names the nearest.
+    """
+    found = [_nearest(keys, of_keys=True), _nearest(values, of_keys=False)]
+    reason = next((reason for _, reason in found if reason), "")
+    if reason:
+        given, nearest = cache_of(keys, values), cache_of(found[0][0], found[1][0])
+        raise SchemeError(reason, facts=(("scheme", given),), hint=f"nearest that works: --kv {nearest}")
+
+
+def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorScheme | None, str]:
+    """Return the nearest scheme that works, and what is wrong with this one."""
+    if scheme is None:
+        return None, ""
+    reasons, nearest, size = [], replace(scheme, outlier_threshold=None), scheme.group_size
+    if nearest != scheme:
+        reasons.append("kv have no outlier columns: those are of activations")
+    if scheme.strategy == "block":
+        reasons.append("blocks are of weights: of kv a token has groups")
+        nearest = replace(nearest, strategy="group")
+    elif scheme.strategy == "token":
+        reasons.append("`token` means nothing for kv, which have a scale for each head of a token")
+        nearest = replace(nearest, strategy="token-head", group_size=None)
+    elif scheme.strategy == "channel" and not of_keys:
+        reasons.append("`channel` means nothing for values, whose scales are of one token")
+        nearest = replace(nearest, strategy="group" if size else "token-head")
+    elif scheme.strategy == "channel" and size is None:
+        reasons.append("`channel` means nothing for keys without a number of tokens: a cache grows token by token")
+        nearest = replace(nearest, group_size=_TOKENS)
+    return nearest, reasons[0] if reasons else ""
