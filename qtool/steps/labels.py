@@ -109,11 +109,10 @@ def _seed_labels(manifests: dict[str, Manifest]) -> dict[str, str]:
 def _quantized_labels(manifest: Manifest) -> dict[str, str]:
     scheme = ModelScheme.from_json(manifest.schemes)
     config = manifest.step.config
-    parts = {"weights": scheme.weights, "activations": scheme.activations, "kv": scheme.kv}
     return {
         "mitigator": manifest.step.method,
         "scheme": scheme.name or str(scheme),
-        **{name: str(part) if part else "16 bits" for name, part in parts.items()},
+        **{part: scheme.written(part) for part in ("weights", "activations", "kv")},
         "executed": f"fake-quantized: {scheme}",
         "propagate": str(config["propagate"]),
         "token_weight": str(config["token_weight"]),
@@ -130,8 +129,8 @@ def _checkpoint_labels(manifest: Manifest) -> dict[str, str]:
 def stored_bits(opened: Opened) -> dict[str, float]:
     """Return bits per weight from stored bytes: of the quantized linears, and of the whole model.
 
-    Scales, zero points and adapters count; embeddings, norms and head count in the whole model at their stored
-    size (16 bits at most, since that is what a checkpoint holds).
+    Scales, zero points and adapters count; linears that stay in 16 bits count as such, and embeddings, norms and head
+    in the whole model at their stored size (16 bits at most, since that is what a checkpoint holds).
     """
     artifact, model = opened.artifact, opened.model
     graph = model.graph
@@ -149,6 +148,7 @@ def stored_bits(opened: Opened) -> dict[str, float]:
     stored = sum(
         slot.nbytes * 8 for name, slot in artifact.header.slots.items() if not name.endswith(".input_global_scale")
     )
+    stored += sum(16 * sizes[f"{name}.weight"] for name in opened.subject.kept)
     return {"linears": stored / linear_count, "model": (stored + other_bits) / total}
 
 
