@@ -151,9 +151,11 @@ class IntegerWords(ABC):
         del plain.quantization_config
         module = with_linear_experts(empty_model(plain, model), model)
         reader = CheckpointReader(directory, model)
-        reader.compare(
-            with_stored_shapes(module, subject.linears, lambda child, linear: self._shapes_of((child, linear), said))
-        )
+
+        def shapes(child: nn.Linear, linear: LinearSite) -> dict[str, tuple[int, ...]]:
+            return self.shapes(child.out_features, child.in_features, self.config_of(linear.name, said))
+
+        reader.compare(with_stored_shapes(module, subject.linears, shapes))
         for linear in subject.linears:
             ours = subject.linear(linear).weight(subject.weight_grid(linear))
             try:
