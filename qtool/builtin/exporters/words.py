@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
