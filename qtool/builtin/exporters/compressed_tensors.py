@@ -33,7 +33,7 @@ from qtool.builtin.exporters.refusals import (
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.stored_names import stored_tensor_name
-from qtool.engine.exporter import Exported
+from qtool.engine.exporter import UNREADABLE, Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
@@ -90,12 +90,7 @@ class CompressedTensors:
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         details: dict[str, object] = {"layout": config["format"], "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        experts = subject.model.graph.dims.experts > 0
-        each = [
-            (own, compressed_consumers(one, choose_layout(one), dtype, experts=experts))
-            for one, own in groups_of(subject)
-        ]
-        return Exported(mixed_consumers(each, fused_apart(subject)), details)
+        return Exported(_consumers(subject, dtype, decoded="dequantize" in config), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.
@@ -123,6 +118,26 @@ class CompressedTensors:
             ours = _as_consumer(subject, linear, tensors)
             if decoded.shape != ours.shape or not torch.equal(decoded, ours.to(decoded.dtype)):
                 raise weight_difference(linear.name, decoded, ours)
+
+
+def _consumers(subject: Subject, dtype: torch.dtype, *, decoded: bool) -> dict[str, str]:
+    """Return what loads the checkpoint, and what each loader executes of which linears.
+
+    Args:
+        subject: What was written.
+        dtype: What its other tensors are stored in.
+        decoded: Whether the config tells transformers to decode on loading, which it does to all dense linears alike.
+    """
+    each = []
+    for scheme, linears in groups_of(subject):
+        experts = any(linear.expert is not None for linear in linears)
+        each.append((linears, compressed_consumers(scheme, choose_layout(scheme), dtype, experts=experts)))
+    consumers = mixed_consumers(each, fused_apart(subject))
+    dense = [linears for linears, _ in each if any(linear.expert is None for linear in linears)]
+    if decoded and len(dense) > 1:
+        lost = "beside zero points it decodes all linears by the scheme of one group"
+        consumers["transformers"] = f"{UNREADABLE}: {lost}"
+    return consumers
 
 
 def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
