@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qtool.artifacts.store import Artifact
+from qtool.builtin.transforms.atom import scale_groups
+from qtool.builtin.transforms.block_hadamard import scale_group
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
@@ -25,7 +27,7 @@ from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.presets import MitigateSettings
 from qtool.steps.schemes import check_scheme, read_scheme
 from qtool.steps.subjects import open_subject
-from qtool.steps.transform import TransformRequest, transform
+from qtool.steps.transform import TransformRequest, context_of, transform
 from qtool.steps.workspace import Workspace
 from qtool.testing import tiny_model
 from tests.steps.conftest import Desk
@@ -363,3 +365,42 @@ class TestExperts:
             assert subject.rounding(0, f"experts.0.{shared}", device) is not None
             runs = BlockExecutable(subject, device=device, dtype=torch.float32)
             assert all(torch.isfinite(logits).all() for _, logits in runs.forward_windows(tokens()))
+
+
+class TestTransforms:
+    def test_trials_round_what_is_going_to_be_rounded(self, desk: Desk) -> None:
+        """A site whose readers all stay in 16 bits shows no error; others show that of the scheme they have."""
+
+        def errors(weights: str, activations: str = "") -> dict[str, float]:
+            scheme = read(desk.workspace, weights=weights, activations=activations)
+            subject, statistics = open_subject(str(desk.model), desk.workspace).subject, desk.calibrate()
+            trials = context_of(subject, statistics, scheme=scheme).trials
+            assert trials is not None
+            trial = next(iter(trials(64)))
+            return {site: trial.error({f"layers.0.{site}": []}) for site in ("attn_in", "o_in", "mlp_in", "up_down")}
+
+        four, eight = errors("int4", "int4-asym-token"), errors("int8", "int4-asym-token")
+        mixed = errors("int4,down_proj=int8,o_proj=none", "int4-asym-token")
+        assert mixed == {"attn_in": four["attn_in"], "o_in": 0.0, "mlp_in": four["mlp_in"], "up_down": eight["up_down"]}
+        assert 0 < eight["up_down"] < four["up_down"]
+        apart = errors("int4,q_proj=none", "int4-asym-token")
+        assert 0 < apart["attn_in"] != four["attn_in"]
+
+    def test_blocks_are_the_groups_of_what_reads_a_site(self, desk: Desk) -> None:
+        scheme = read(desk.workspace, weights="int4-g8,down_proj=int4-g4,o_proj=none", activations="int4-g2")
+        subject = open_subject(str(desk.model), desk.workspace).subject
+        context = context_of(subject, None, scheme=scheme)
+        sizes = {
+            kind: scale_group(context, subject.model.graph.site(f"layers.0.{kind}")) for kind in ("o_in", "up_down")
+        }
+        assert sizes == {"o_in": 128, "up_down": 4}
+        assert scale_groups(context, subject.model.graph.site("layers.0.up_down")) == 4
+        assert scale_groups(context, subject.model.graph.site("layers.0.mlp_in")) == 8
+
+    def test_a_plan_for_other_exceptions_is_spoken_of(self, desk: Desk) -> None:
+        scheme = read(desk.workspace, weights="int4,down_proj=int8")
+        plan, _ = transform(TransformRequest(str(desk.model), "identity", scheme=scheme), desk.workspace)
+        mitigate(MitigateRequest(str(plan.path), "rtn", scheme), desk.workspace)
+        assert not desk.told
+        mitigate(MitigateRequest(str(plan.path), "rtn", read(desk.workspace, weights="int4")), desk.workspace)
+        assert "down_proj int8" in desk.told[0]
