@@ -127,7 +127,7 @@ def _checkpoint_labels(manifest: Manifest) -> dict[str, str]:
 
 
 def stored_bits(opened: Opened) -> dict[str, float]:
-    """Return bits per weight from stored bytes: of the quantized linears, and of the whole model.
+    """Return bits per weight from stored bytes: of the linears of all blocks, and of the whole model.
 
     Scales, zero points and adapters count; linears that stay in 16 bits count as such, and embeddings, norms and head
     in the whole model at their stored size (16 bits at most, since that is what a checkpoint holds).

@@ -29,8 +29,8 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
         preset: Name such as ``W4A4-g128``; empty for none.
         parts: ``weights``, ``activations`` and ``kv`` as written tensor schemes. One that is given takes the place
             of the preset's; ``none`` means 16 bits, and None or empty that it is not given. Behind that of weights and
-            of activations come exceptions, ``int4-sym-g64,down_proj=int8,layers.0-1=none``; exceptions alone leave what
-            the preset says of all other linears.
+            of activations come exceptions, ``int4-sym-g64,down_proj=int8,layers.0-1=none``, of which the last that
+            matches a linear holds; exceptions alone leave what the preset says of all other linears.
         plugins: Where formats and presets are found.
 
     Raises:

@@ -38,11 +38,15 @@ def refuse_several(subject: Subject, layout: str) -> None:
     """
     (main, _), *others = groups_of(subject)
     if others:
-        first = others[0][1][0].name
+        first, other = others[0][1][0].name, others[0][0]
+        rules = ",".join(f"{rule.pattern}=none" for rule in subject.scheme.rules if rule.part == "weights")
+        nearest = (
+            f"--weights {main.weights},{rules}" if main.weights != other.weights else "--activations alike for all"
+        )
         raise SchemeError(
             f"{layout} has one scheme for all linears that it quantizes",
-            facts=(("most have", main.weights), (first, others[0][0].weights)),
-            hint=f"nearest that fits: --weights {main.weights},{_written_exceptions(subject)}, or pack --to hf",
+            facts=(("most have", main), (first, other)),
+            hint=f"nearest that fits: {nearest}, or pack --to hf",
         )
 
 
@@ -86,16 +90,14 @@ def mixed_consumers(each: Sequence[tuple[Sequence[LinearSite], Mapping[str, str]
     for loader in each[0][1]:
         texts = [words[loader] for _, words in each]
         refused = next((text for text in texts if text.startswith(_REFUSED)), None)
-        parts = [f"{_kinds(linears)}: {text}" for (linears, _), text in zip(each, texts, strict=True)]
-        said[loader] = texts[0] if len(each) == 1 else refused or "; ".join(parts)
+        source = texts[0][texts[0].rfind(" (") :]
+        source = source if all(text.endswith(source) for text in texts) else ""
+        bare = [text.removesuffix(source) for text in texts]
+        parts = [f"{_kinds(linears)}: {text}" for (linears, _), text in zip(each, bare, strict=True)]
+        said[loader] = texts[0] if len(each) == 1 else refused or "; ".join(parts) + source
     return said | ({"vllm": f"refused: {apart}"} if apart and "vllm" in said else {})
 
 
 def _kinds(linears: Sequence[LinearSite]) -> str:
     kinds = ", ".join(dict.fromkeys(linear.name.rpartition(".")[2] for linear in linears))
     return f"{len(linears)} linears ({kinds})"
-
-
-def _written_exceptions(subject: Subject) -> str:
-    rules = (rule for rule in subject.scheme.rules if rule.part == "weights")
-    return ",".join(f"{rule.pattern}=none" for rule in rules)
