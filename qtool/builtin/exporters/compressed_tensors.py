@@ -188,7 +188,6 @@ def not_quantized(model: Model, kept: Iterable[str] = ()) -> set[str]:
     names |= {
         linear.name for i in range(model.graph.dims.num_layers) for linear in model.graph.readers_of(i)
     } - quantized
-    names |= set(kept)
     matrices = (name for name in model.left_alone if len(model.places[name].shape) > 1 and name.endswith(".weight"))
     names |= {name.removesuffix(".weight") for name in matrices}
     return names | {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight") for name in names}
