@@ -2,7 +2,8 @@
 
 A *format* (``int4``, ``fp4``, ``nvfp4``, …) is a plugin that turns values into codes and back. A *tensor scheme* is a
 format plus the choices that go with it: symmetric or not, how many values share a scale, how the scale is stored.
-A *model scheme* has one tensor scheme each for weights, activations and the KV cache.
+A *model scheme* has one tensor scheme each for weights, activations and the KV cache, and rules for linears that have
+another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from qtool.errors import SchemeError
-from qtool.scheme_parts import KeysAndValues, check_cache, check_part
+from qtool.scheme_parts import KeysAndValues, Rule, RuledPart, check_cache, check_part
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Integer, UInt8
@@ -121,13 +122,16 @@ class TensorScheme:
 class ModelScheme:
     """Schemes of a model's linear weights, of the inputs of its linears, and of its KV cache; None is 16 bits.
 
+    What a linear has is what ``of`` says, since rules may give some another scheme.
+
     Attributes:
-        weights: Linear weights.
-        activations: Inputs of the linears.
+        weights: Linear weights, where no rule says otherwise.
+        activations: Inputs of the linears, likewise.
         kv: Keys and values, which may have a scheme each.
         name: What tables call it.
         scale_per_head: The input of the attention's output projection has a scale for each head, whatever the
             strategy of the other activations: what the code of arXiv:2507.17417 does.
+        rules: Exceptions; of several that match a linear the last holds.
     """
 
     weights: TensorScheme | None = None
@@ -135,13 +139,16 @@ class ModelScheme:
     kv: TensorScheme | KeysAndValues | None = None
     name: str = ""
     scale_per_head: bool = False
+    rules: tuple[Rule, ...] = ()
 
     def __str__(self) -> str:
-        def part(label: str, scheme: TensorScheme | KeysAndValues | None) -> str:
-            return f"{label} {scheme}" if scheme else f"{label} 16 bits"
-
-        parts = [part("weights", self.weights), part("activations", self.activations), part("kv", self.kv)]
+        parts = [f"{part} {self.written(part)}" for part in VECTORS]
         return ", ".join([*parts, "a scale per head at o_proj"] if self.scale_per_head else parts)
+
+    def written(self, part: str) -> str:
+        """Return how a part is written, with its exceptions."""
+        rules = "; ".join(f"{one.pattern} {one.scheme or '16 bits'}" for one in self.rules if one.part == part)
+        return f"{getattr(self, part) or '16 bits'}" + (f" ({rules})" if rules else "")
 
     @property
     def keys(self) -> TensorScheme | None:
@@ -153,6 +160,25 @@ class ModelScheme:
         """The scheme of values."""
         return self.kv.values if isinstance(self.kv, KeysAndValues) else self.kv
 
+    def of(self, linear: str) -> ModelScheme:
+        """Return the scheme, without rules, of a linear by its full module name.
+
+        A linear whose weights stay in 16 bits, where those of others do not, reads its input as it is.
+        """
+        if not self.rules:
+            return self
+        found: dict[str, TensorScheme | None] = {"weights": self.weights, "activations": self.activations}
+        found |= {rule.part: rule.scheme for rule in self.rules if rule.matches(linear)}
+        if found["weights"] is None and self.every("weights"):
+            found["activations"] = None
+        return replace(self, weights=found["weights"], activations=found["activations"], name="", rules=())
+
+    def every(self, part: str) -> tuple[TensorScheme, ...]:
+        """Return the schemes of a part that some linear may have: the first for those without a rule, if any."""
+        first = (self.keys, self.values) if part == "kv" else (getattr(self, part),)
+        found = (*first, *(rule.scheme for rule in self.rules if rule.part == part))
+        return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
+
     def check(self) -> None:
         """Refuse a part of a scheme that means nothing where it stands.
 
@@ -160,25 +186,29 @@ class ModelScheme:
             SchemeError: Weights with a scale a token, activations with one an output row, a cache with either; outliers
                 of anything but activations.
         """
-        check_part("weights", self.weights, VECTORS["weights"])
-        check_part("activations", self.activations, VECTORS["activations"])
+        for name in get_args(RuledPart):
+            for scheme in self.every(name):
+                check_part(name, scheme, VECTORS[name])
         check_cache(self.keys, self.values)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the scheme as plain JSON values."""
-        return asdict(self)
+        """Return the scheme as plain JSON values; of rules nothing where there are none."""
+        data = asdict(self)
+        rules = list(data.pop("rules"))
+        return {**data, "rules": rules} if rules else data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelScheme:
         """Read what ``to_json`` wrote."""
+        parts = {part: _read(data.get(part)) for part in VECTORS}
+        rules = tuple(Rule(one["part"], one["pattern"], _read(one["scheme"])) for one in data.get("rules", ()))
+        return cls(name=data.get("name", ""), scale_per_head=data.get("scale_per_head", False), rules=rules, **parts)
 
-        def part(found: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - a scheme, two of a cache, or None
-            if found and "keys" in found:
-                return KeysAndValues(part(found["keys"]), part(found["values"]))
-            return TensorScheme(**found) if found else None
 
-        parts = {k: part(data.get(k)) for k in ("weights", "activations", "kv")}
-        return cls(name=data.get("name", ""), scale_per_head=data.get("scale_per_head", False), **parts)
+def _read(data: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - a scheme, two of a cache, or None
+    if data and "keys" in data:
+        return KeysAndValues(_read(data["keys"]), _read(data["values"]))
+    return TensorScheme(**data) if data else None
 
 
 @dataclass(frozen=True)
@@ -358,43 +388,3 @@ class Preset:
     kv: str | None
     summary: str
     group_activations: bool = False
-
-
-def parse_model_scheme(text: str, lookup: Callable[[str], Format], presets: Mapping[str, Preset]) -> ModelScheme:
-    """Read a preset name, with an optional group suffix: ``W4A16``, ``W4A4-g128``, ``NVFP4``.
-
-    Args:
-        text: Preset name; ``-gN`` replaces the group size of the weights (and makes per-channel weights grouped).
-        lookup: Finds a format by name.
-        presets: Known presets by upper-case name.
-
-    Returns:
-        The scheme of weights, activations and KV cache.
-
-    Raises:
-        SchemeError: No such preset; the facts list them. Or a strategy of its parts means nothing there.
-    """
-    head, _, suffix = text.partition("-")
-    preset = presets.get(text.upper())
-    if preset is None and _GROUP.fullmatch(suffix):
-        preset = presets.get(head.upper())
-    else:
-        suffix = ""
-    if preset is None:
-        raise SchemeError(
-            f"unknown scheme `{text}`", facts=(("known", ", ".join(sorted(presets))),), hint="--scheme W4A16"
-        )
-
-    def read(name: str, part: str | None, *, grouped: bool = False) -> TensorScheme | None:
-        if part is None:
-            return None
-        return parse_tensor_scheme(f"{part}-{suffix}" if grouped and suffix else part, lookup, vector=VECTORS[name])
-
-    scheme = ModelScheme(
-        weights=read("weights", preset.weights, grouped=True),
-        activations=read("activations", preset.activations, grouped=preset.group_activations),
-        kv=read("kv", preset.kv),
-        name=text,
-    )
-    scheme.check()
-    return scheme

@@ -1,4 +1,4 @@
-"""The parts of a model's scheme: what means nothing where it stands, and schemes of keys and of values apart.
+"""The parts of a model's scheme: rules for linears by name, keys and values apart, and what means nothing somewhere.
 
 Keys may have a scale for each channel, shared by ``group_size`` neighbouring tokens (``int2-asym-channel-g32``): their
 outliers stay in few channels. The tokens of a group that is not full yet stay in 16 bits. Values, whose outliers do
@@ -10,15 +10,46 @@ References:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
 
 from qtool.errors import SchemeError
 
 if TYPE_CHECKING:
     from qtool.scheme import Strategy, TensorScheme
 
+RuledPart = Literal["weights", "activations"]
+_NUMBERS = re.compile(r"(\d+)-(\d+)")
 _TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What linears have in place of a model's scheme, by their names.
+
+    Attributes:
+        part: Whether it is of weights or of activations.
+        pattern: Some neighbouring parts of a dotted name, as globs; ``N-M`` is every number from N to M. So
+            ``down_proj``, ``layers.0-1`` and ``self_attn.[qk]_proj`` match what has them anywhere in its name.
+        scheme: What the linears have; None is 16 bits.
+    """
+
+    part: RuledPart
+    pattern: str
+    scheme: TensorScheme | None
+
+    def matches(self, linear: str) -> bool:
+        """Say whether it is for a linear, by its full module name."""
+        wanted, parts = self.pattern.split("."), linear.split(".")
+        return any(all(map(_matches, wanted, parts[start:])) for start in range(len(parts) - len(wanted) + 1))
+
+
+def _matches(pattern: str, part: str) -> bool:
+    if (numbers := _NUMBERS.fullmatch(pattern)) and part.isdecimal():
+        return int(numbers[1]) <= int(part) <= int(numbers[2])
+    return fnmatchcase(part, pattern)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,18 @@ def mitigate(
         str,
         typer.Option(metavar="PRESET", help="Such as W4A16, NVFP4.", autocompletion=complete_preset),
     ] = "",
-    weights: Annotated[str, typer.Option(metavar="SCHEME", help="Such as int4-sym-g128; over the preset's.")] = "",
-    activations: Annotated[str, typer.Option(metavar="SCHEME", help="Such as int4-asym-token, or none.")] = "",
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="SCHEME[,LINEARS=SCHEME]",
+            help="Such as int4-sym-g128; over the preset's. Behind it exceptions, the last of which holds: "
+            "down_proj=int8,layers.0-1=none; alone they leave what the preset says of others.",
+        ),
+    ] = "",
+    activations: Annotated[
+        str,
+        typer.Option(metavar="SCHEME[,LINEARS=SCHEME]", help="Such as int4-asym-token, or none; likewise."),
+    ] = "",
     kv: Annotated[
         str, typer.Option(metavar="SCHEME", help="Of the KV cache, or none; or keys=SCHEME,values=SCHEME.")
     ] = "",

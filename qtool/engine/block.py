@@ -42,7 +42,9 @@ Refine = Callable[[Method, Mapping[str, LayerProblem]], BlockResult]
 
 def static_inputs(subject: Subject) -> InputGrids | None:
     """Return what inputs are rounded to if tensor-level multipliers of any are calibrated; None where nothing is."""
-    by_site = {linear.reads: linear for linear in subject.model.graph.linears}
+    by_site = {
+        (linear.reads, subject.scheme.of(linear.name).activations): linear for linear in subject.model.graph.linears
+    }
     grids = [grid for grid in map(subject.input_grid, by_site.values()) if grid is not None]
     return subject.input_grid if any(part.has_global_scale for grid in grids for part in grid.parts) else None
 
@@ -146,7 +148,7 @@ class BlockSolver:
         Raises:
             UsageError: Two methods add to the block's output.
         """
-        for method in self.following:
+        for method in self.following if linears else ():
             if not method.of_block:
                 self.solver.solve([method], linears, state, block.statistics, block.solution)
                 continue
@@ -164,11 +166,11 @@ class BlockSolver:
         if self.inputs is None:
             return {}
         scales: dict[str, Tensor] = {}
-        for linear in {linear.reads: linear for linear in linears}.values():
-            grid = self.inputs(linear)
-            if grid is not None:
-                absmax = known[linear.spec.reads].need("absmax", site=linear.reads).float()
-                scales |= input_scales(linear.reads, grid.global_scales(absmax))
+        inputs = ((linear, self.inputs(linear)) for linear in linears)
+        grids = {(linear.reads, linear.spec.reads): grid for linear, grid in inputs if grid is not None}
+        for (site, name), grid in grids.items():
+            absmax = known[name].need("absmax", site=site).float()
+            scales |= input_scales(site, grid.global_scales(absmax))
         return scales
 
     def replace(self, network: Network, linears: Sequence[LinearSite], solved: Mapping[str, QuantizedLinear]) -> None:
@@ -190,7 +192,7 @@ class BlockSolver:
         compensation = read_compensation(graph.block_name(layer), tensors)
         network.load(layer, BlockContent(state, compensation=compensation))
         read: dict[str, str] = {}
-        for linear in graph.linears_of(layer):  # one at a time: decoded, they take several times what codes take
+        for linear in self.solver.linears_of(layer):  # one at a time: decoded, they take several times what codes take
             found = read_linear(linear.name, graph.width(linear.spec.reads), tensors, self.solver.grid_of(linear))
             target = network.linear(layer, linear.spec.module)
             target.weight.data = found.weight(self.solver.grid_of(linear)).to(target.weight)

@@ -265,7 +265,8 @@ def executed_experts(
         def made(linear: LinearSite, *shape: int) -> tuple[str, ExecutedLinear]:
             weight = torch.empty(shape, dtype=dtype, device="meta")
             bias = torch.empty(shape[0], dtype=dtype, device="meta") if biased else None
-            return linear.name.rpartition(".")[2], ExecutedLinear(weight, bias, sites[linear.observed])
+            executed = ExecutedLinear(weight, bias, sites[linear.observed], linear.spec.module)
+            return linear.name.rpartition(".")[2], executed
 
         fronted = dict(made(linear, inner * halves, outer) for linear in first)
         ended = made(last, outer, inner)

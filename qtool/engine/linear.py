@@ -32,10 +32,12 @@ class Rounding:
     Attributes:
         grid: The parts of the last axis.
         global_scales: The calibrated tensor-level multiplier of each part; none where nothing was calibrated.
+        spared: Names inside the block of linears that read the values as they are.
     """
 
     grid: Grid
     global_scales: GlobalScales = ()
+    spared: frozenset[str] = frozenset()
 
     def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return the values that the codes of ``x`` stand for, in its dtype; gradients pass straight through."""
@@ -213,10 +215,14 @@ class ExecutedLinear(nn.Module):
         weight: The weight of the layer that it replaces; may be on the device ``meta``.
         bias: Its bias, if it has one.
         site: The input that it shares with its siblings.
+        module: Its name inside the block.
     """
 
-    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, site: SiteInput) -> None:
+    def __init__(
+        self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, site: SiteInput, module: str = ""
+    ) -> None:
         super().__init__()
+        self.module = module
         self.weight = nn.Parameter(weight, requires_grad=False)
         # Registered also where there is none: a shift gives it one when it is folded.
         self.bias: nn.Parameter | None
@@ -247,6 +253,8 @@ class ExecutedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return ``Ŵ x̂ + b``, with an adapter's ``up (down x̂)`` or ``up (down x)``, operators on the output undone."""
         rounded, full = self.site.both(x)
+        if self.site.rounding is not None and self.module in self.site.rounding.spared:
+            rounded = full
         y = torch.nn.functional.linear(rounded, self.weight, self.bias)
         if self.adapter is not None:
             read = full if self.adapter.reads == "full" else rounded

@@ -180,8 +180,7 @@ class Network:
             if name in shared:
                 plan = self.subject.plan.at(f"layers.{layer}.{name}")
                 site.operators = with_kernels(plan.online, self.subject.plugins, self.device)
-            rounded_as = name if name in shared else name.rpartition(".")[2]
-            site.rounding = self.subject.rounding(layer, rounded_as, self.device)
+            site.rounding = self.subject.rounding(layer, name, self.device)
         self.compensations[layer] = content.compensation
         if layer in self.experts:
             self.experts[layer].reset()
@@ -354,7 +353,7 @@ def _replace(block: nn.Module, linear: LinearSite, site: SiteInput) -> None:
     owner, leaf = _place(block, linear.spec.module)
     original = getattr(owner, leaf)
     if not linear.spec.kept:
-        setattr(owner, leaf, ExecutedLinear(original.weight, original.bias, site))
+        setattr(owner, leaf, ExecutedLinear(original.weight, original.bias, site, linear.spec.module))
         return
 
     def operated(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

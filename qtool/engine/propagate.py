@@ -60,7 +60,7 @@ class Propagation:
         """
         network = self.network
         network.load(layer, BlockContent(state))
-        linears = self.block.solver.graph.linears_of(layer)
+        linears = self.block.solver.linears_of(layer)
         solved = SolvedBlock()
         for stage in self._stages(linears):
             gathered = self.stream.gather(layer, stage, self.statistics, self.gathering, exact=self.exact)
@@ -94,6 +94,8 @@ class Propagation:
         self.stream.run(layer, keep=True)
 
     def _stages(self, linears: Sequence[LinearSite]) -> list[list[LinearSite]]:
+        if not linears:
+            return []
         if not self.true_sequential:
             return [list(linears)]
         return [[one for one in linears if one.stage == stage] for stage in sorted({one.stage for one in linears})]
@@ -110,7 +112,7 @@ class Propagation:
         network, stream, exact = self.network, self.stream, self.exact
         if exact is None or not isinstance(method.mitigator, BlockMitigator):
             raise TypeError(method.mitigator)
-        modules = {linear.name: linear.spec.module for linear in self.block.solver.graph.linears_of(layer)}
+        modules = {linear.name: linear.spec.module for linear in self.block.solver.linears_of(layer)}
         arguments = stream.arguments_of(layer)
         for name, module in modules.items():
             previous = problems[name].previous
@@ -141,7 +143,7 @@ class Propagation:
 
         def rounding_of(name: str) -> Rounding | None:
             site = name if name in shared else name.rpartition(".")[2]
-            rounding = self.executed.rounding(layer, site, device)
+            rounding = self.executed.rounding(layer, name, device)
             if rounding is None:
                 return None
             scales = read_input_scales(f"layers.{layer}.{site}", rounding.grid, solved.scales.get, device)

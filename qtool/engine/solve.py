@@ -17,6 +17,7 @@ from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear, Retar
 from qtool.errors import NumericalError
 from qtool.model.graph import LinearSite, ModelGraph
 from qtool.model.statistics import SiteStatistics
+from qtool.scheme import TensorScheme
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -72,6 +73,7 @@ class Solver:
         grid_of: Says what the weight of a linear is rounded to.
         seed: Seeds whatever is random; every linear gets its own.
         device: Where the mathematics runs.
+        kept: Names of the linears that stay as they are.
     """
 
     graph: ModelGraph
@@ -79,11 +81,16 @@ class Solver:
     grid_of: Callable[[LinearSite], Grid]
     seed: int
     device: torch.device
+    kept: frozenset[str] = frozenset()
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics that the methods read."""
         return tuple(dict.fromkeys(name for method in self.methods for name in method.needs))
+
+    def linears_of(self, layer: int) -> tuple[LinearSite, ...]:
+        """Return the linears of one block that are quantized."""
+        return tuple(linear for linear in self.graph.linears_of(layer) if linear.name not in self.kept)
 
     def solve(
         self,
@@ -126,7 +133,8 @@ class Solver:
         for site, readers in _grouped(in_stages, lambda linear: _known_as(linear, statistics)).items():
             entries = statistics[site].entries if site in statistics else {}
             known = {name: entry.to(self.device) for name, entry in entries.items()}
-            yield from self._stacks(readers, state, known, solution)
+            for alike in _grouped(readers, self._schemes).values():
+                yield from self._stacks(alike, state, known, solution)
 
     def _stacks(
         self,
@@ -135,7 +143,7 @@ class Solver:
         known: Mapping[str, Tensor],
         solution: Solution,
     ) -> Iterator[list[LayerProblem]]:
-        """Yield the problems of linears that share statistics, as many at once as memory allows.
+        """Yield the problems of linears that share statistics and a grid, as many at once as memory allows.
 
         What engines fuse stays together. What has another tensor-level multiplier is not of the same grid.
         """
@@ -172,6 +180,10 @@ class Solver:
                 stack = []
             stack += problems
         yield stack
+
+    def _schemes(self, linear: LinearSite) -> tuple[TensorScheme, ...]:
+        """Return what linears that are solved as one must have in common: the schemes of their grids' parts."""
+        return tuple(part.scheme for part in self.grid_of(linear).parts)
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,12 +87,12 @@ class Subject:
         state = self.folded(layer, dtype)
         adapters: dict[str, Adapter] = {}
         compensation = None
-        if self.quantized is not None and self.scheme.weights is not None:
+        if self.quantized is not None and self.scheme.every("weights"):
             block = self.model.graph.block_name(layer)
             prefix = f"{block}{COMPENSATION}"
             stored = {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}
             compensation = read_compensation(block, stored)
-            for linear in self.model.graph.linears_of(layer):
+            for linear in self.linears_of(layer):
                 found = self.linear(linear)
                 state[f"{linear.spec.module}.weight"] = found.weight(self.weight_grid(linear))
                 if found.adapter is not None:
@@ -107,34 +108,66 @@ class Subject:
         width = self.model.graph.width(linear.spec.reads)
         return read_linear(linear.name, width, tensors, self.weight_grid(linear))
 
+    @cached_property
+    def linears(self) -> tuple[LinearSite, ...]:
+        """The linears whose weights are quantized, in order of execution."""
+        return tuple(one for one in self.model.graph.linears if one.name not in self.kept)
+
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """Names of the linears whose weights the scheme leaves in 16 bits."""
+        names = (linear.name for linear in self.model.graph.linears)
+        return frozenset(name for name in names if self.scheme.of(name).weights is None)
+
+    def linears_of(self, layer: int) -> tuple[LinearSite, ...]:
+        """Return the linears of one block whose weights are quantized."""
+        return tuple(one for one in self.model.graph.linears_of(layer) if one.name not in self.kept)
+
     def weight_grid(self, linear: LinearSite) -> Grid:
         """Return what the weight of a linear is rounded to.
 
         Raises:
-            LookupError: The scheme leaves weights as they are.
+            LookupError: The scheme leaves it as it is.
         """
-        if self.scheme.weights is None:
+        weights = self.scheme.of(linear.name).weights
+        if weights is None:
             raise LookupError(linear.name)
-        return Grid.segmented(self.scheme.weights, self.plan.at(linear.reads).segments, self.plugins.format)
+        return Grid.segmented(weights, self.plan.at(linear.reads).segments, self.plugins.format)
 
     def input_grid(self, linear: LinearSite) -> Grid | None:
         """Return what the input of a linear is rounded to, or None."""
-        return self._activation_grid(linear.layer, linear.spec.reads)
-
-    def _activation_grid(self, layer: int, site: str) -> Grid | None:
-        scheme = self.scheme.activations
+        own = self.scheme.of(linear.name)
+        scheme = own.activations
         if scheme is None:
             return None
-        if self.scheme.scale_per_head and site == "o_in":
+        if own.scale_per_head and linear.spec.reads == "o_in":
             scheme = replace(scheme, strategy="group", group_size=self.model.graph.dims.head_dim)
-        return Grid.segmented(scheme, self.plan.at(f"layers.{layer}.{site}").segments, self.plugins.format)
+        return Grid.segmented(scheme, self.plan.at(linear.reads).segments, self.plugins.format)
 
     def rounding(self, layer: int, site: str, device: torch.device) -> Rounding | None:
-        """Return how the activations of a site are quantized, or None."""
-        grid = self._activation_grid(layer, site)
-        if grid is None:
+        """Return how the activations of a site are quantized, or None.
+
+        Args:
+            layer: Block index.
+            site: A site that linears read, or where an expert's own share of one is observed.
+            device: Where calibrated multipliers are to be.
+        """
+        readers = self._readers.get((layer, site), ())
+        grids = [(linear, self.input_grid(linear)) for linear in readers]
+        found = next(((linear.reads, grid) for linear, grid in grids if grid is not None), None)
+        if found is None:
             return None
-        return Rounding(grid, read_input_scales(f"layers.{layer}.{site}", grid, self._quantized_tensor, device))
+        scales = read_input_scales(*found, self._quantized_tensor, device)
+        return Rounding(found[1], scales, frozenset(linear.spec.module for linear, grid in grids if grid is None))
+
+    @cached_property
+    def _readers(self) -> dict[tuple[int, str], list[LinearSite]]:
+        """The linears that read a site, or an expert's share of it, by layer and name."""
+        readers: dict[tuple[int, str], list[LinearSite]] = {}
+        for linear in self.model.graph.linears:
+            for name in dict.fromkeys((linear.spec.reads, linear.observed)):
+                readers.setdefault((linear.layer, name), []).append(linear)
+        return readers
 
     def _quantized_tensor(self, name: str) -> Tensor | None:
         """Read a tensor of the quantized artifact, None where there is no such."""

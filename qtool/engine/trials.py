@@ -60,7 +60,7 @@ class Trials:
             UsageError: No weights are to be quantized, or there is not one token.
             SchemeError: A group does not divide the input of a linear.
         """
-        if self.scheme.weights is None:
+        if not self.scheme.every("weights"):
             raise UsageError(
                 "a method that measures rounding needs to know how weights are going to be quantized",
                 facts=(("scheme", self.scheme),),
@@ -73,7 +73,7 @@ class Trials:
                 hint="--set tokens=2048",
             )
         graph, rounded = self.subject.model.graph, replace(self.subject, scheme=self.scheme, quantized=None)
-        for linear in graph.linears:
+        for linear in rounded.linears:
             for grid in (rounded.weight_grid(linear), rounded.input_grid(linear)):
                 if grid is not None:
                     grid.check(graph.width(linear.spec.reads), layer=linear.name)
@@ -178,14 +178,14 @@ class Trial:
         site = self.stream.network.sites[self.layer][linear.observed]
         if site.rounding is None:
             undo.callback(setattr, site, "rounding", None)
-            site.rounding = self.subject.rounding(self.layer, linear.spec.reads, self.stream.network.device)
+            site.rounding = self.subject.rounding(self.layer, linear.observed, self.stream.network.device)
 
     def _replace_weights(self, name: str, operators: _Tried, readers: Sequence[LinearSite], undo: ExitStack) -> None:
         """Transform what reads an input, and round what is quantized of it."""
         block = self.stream.network.blocks[self.layer]
         chain = operators.chain(self.subject.plan.at(f"layers.{self.layer}.{name}").online)
-        fused: dict[tuple[str, str], list[tuple[nn.Module, Tensor]]] = {}
-        grids: dict[tuple[str, str], Grid] = {}
+        fused: dict[object, list[tuple[nn.Module, Tensor]]] = {}
+        grids: dict[object, Grid] = {}
         for linear in readers:
             module = block.get_submodule(linear.spec.module)
             weight: Tensor = module.get_parameter("weight").data
@@ -196,11 +196,12 @@ class Trial:
                 weight = operator.weight_in(weight)
             if bias is not None and bias is not stored:
                 _put(module, "bias", bias, undo)
-            if linear.spec.kept:
+            if linear.spec.kept or linear.name in self.subject.kept:
                 _put(module, "weight", weight, undo)
             else:
-                fused.setdefault(linear.fused_with, []).append((module, weight))
-                grids[linear.fused_with] = self.subject.weight_grid(linear)
+                alike = (linear.fused_with, self.subject.scheme.of(linear.name).weights)
+                fused.setdefault(alike, []).append((module, weight))
+                grids[alike] = self.subject.weight_grid(linear)
         for key, siblings in fused.items():
             rounded = round_siblings([weight for _, weight in siblings], grids[key])
             for (module, _), weight in zip(siblings, rounded, strict=True):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from qtool.model.graph import RESIDUAL, ModelGraph
+from qtool.model.graph import RESIDUAL, ModelGraph, Site
 from qtool.numerics.operators import Operator, operator_from_state
 from qtool.scheme import ModelScheme
 
@@ -147,6 +147,10 @@ class TransformContext:
     seed: int
     trials: Callable[[int], Iterator[BlockTrial]] | None = None
     residual: Mapping[str, SiteStatistics] = field(default_factory=dict)
+
+    def schemes_at(self, site: Site) -> tuple[ModelScheme, ...]:
+        """Return the schemes of the linears that read a site, each once."""
+        return tuple(dict.fromkeys(self.scheme.of(linear.name) for linear in self.graph.consumers(site)))
 
 
 @runtime_checkable

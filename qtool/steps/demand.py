@@ -138,11 +138,9 @@ def _largest(layers: Sequence[int], *, disk: int) -> Demand:
 
 def code_bytes(subject: Subject) -> dict[str, int]:
     """Return the bytes of the codes, scales and zero points of each linear, by name."""
-    if subject.scheme.weights is None:
-        return {}
     known: dict[tuple[int, int, Grid], int] = {}
     found: dict[str, int] = {}
-    for linear in subject.model.graph.linears:
+    for linear in subject.linears:
         rows, n = subject.model.places[f"{linear.name}.weight"].shape
         key = (rows, n, subject.weight_grid(linear))
         if key not in known:
@@ -186,5 +184,6 @@ def _input_scale_bytes(subject: Subject) -> int:
     inputs = static_inputs(subject)
     if inputs is None:
         return 0
-    grids = [inputs(linear) for linear in {linear.reads: linear for linear in subject.model.graph.linears}.values()]
-    return sum(_SCALE for grid in grids if grid is not None for part in grid.parts if part.has_global_scale)
+    found = ((linear.reads, inputs(linear)) for linear in subject.linears)
+    grids = {site: grid for site, grid in found if grid is not None}
+    return sum(_SCALE for grid in grids.values() for part in grid.parts if part.has_global_scale)

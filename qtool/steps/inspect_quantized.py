@@ -41,7 +41,7 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
     reports: Reports = manifest.details["layers"]
     facts: Facts = {
         "scheme": scheme.name or None,
-        **{part: str(getattr(scheme, part) or "16 bits") for part in ("weights", "activations", "kv")},
+        **{part: scheme.written(part) for part in ("weights", "activations", "kv")},
         **options_of(config["methods"]),
         **{name: config[name] for name in _PROTOCOL if name in config},
     }

@@ -108,11 +108,10 @@ def _seed_labels(manifests: dict[str, Manifest]) -> dict[str, str]:
 def _quantized_labels(manifest: Manifest) -> dict[str, str]:
     scheme = ModelScheme.from_json(manifest.schemes)
     config = manifest.step.config
-    parts = {"weights": scheme.weights, "activations": scheme.activations, "kv": scheme.kv}
     return {
         "mitigator": manifest.step.method,
         "scheme": scheme.name or str(scheme),
-        **{name: str(part) if part else "16 bits" for name, part in parts.items()},
+        **{part: scheme.written(part) for part in ("weights", "activations", "kv")},
         "executed": f"fake-quantized: {scheme}",
         "propagate": str(config["propagate"]),
         "token_weight": str(config["token_weight"]),

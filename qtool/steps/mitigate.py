@@ -200,7 +200,7 @@ class _Work:
         self.model, self.graph = opened.model, opened.model.graph
         bound = [Method(one.method, one.config) for one in methods]
         subject = replace(opened.subject, scheme=request.scheme)
-        solver = Solver(self.graph, bound, subject.weight_grid, request.seed, workspace.device)
+        solver = Solver(self.graph, bound, subject.weight_grid, request.seed, workspace.device, subject.kept)
         self.dtype = compute_dtype(request.dtype, opened.model)
         self.wide = torch.promote_types(self.dtype, torch.float32)
         gathered = str(statistics.manifest.step.config.get("experts", "")) if statistics else ""
@@ -313,7 +313,7 @@ class _Work:
         notes, estimated = [], set[str]()
         for layer in self._layers():
             if not writer.has(f"layer-{layer}"):
-                linears = self.graph.linears_of(layer)
+                linears = self.block.solver.linears_of(layer)
                 known: dict[str, SiteStatistics] = {}
                 for site in sites_to_observe(linears, self.block.experts) if carried else ():
                     known[site] = carried[f"layers.{layer}.{site}"]
@@ -367,7 +367,7 @@ class _Work:
         if self.statistics is None:
             raise ArtifactError("no statistics")
         windows = self.statistics.tensor(WINDOWS).long()
-        executed = replace(self.opened.subject, scheme=replace(self.request.scheme, weights=None))
+        executed = replace(self.opened.subject, scheme=self.request.scheme)
         propagated = executed if self.rounds else replace(executed, scheme=ModelScheme())
         network = Network(propagated, device=self.workspace.device, dtype=self.dtype, observed=self.block.experts)
         gathering = Gathering(

@@ -73,7 +73,7 @@ class _Foreseen:
     @cached_property
     def stages(self) -> int:
         """Times that linears of a block are solved, each with a pass in front."""
-        return len({one.stage for one in self.subject.model.graph.linears}) if self.config["true_sequential"] else 1
+        return len({one.stage for one in self.subject.linears}) if self.config["true_sequential"] else 1
 
     @cached_property
     def exact_passes(self) -> int:
@@ -148,10 +148,12 @@ def _linears(step: _Foreseen) -> Table:
         routed = step.sizes is not None and step.sizes.routed
         site = linear.observed if routed else linear.spec.reads
         shape = "x".join(str(size) for size in step.shape(linear.name))
-        key = (kinds[linear.name], shape, _written(step.subject.weight_grid(linear)), alike(linear.spec.reads))
-        found = rows.setdefault(key, [0, step.sizes.at(site) if step.sizes is not None else 0, 0])
+        kept = linear.name in step.subject.kept
+        written = "16 bits" if kept else _written(step.subject.weight_grid(linear))
+        key = (kinds[linear.name], shape, written, alike(linear.spec.reads))
+        found = rows.setdefault(key, [0, step.sizes.at(site) if step.sizes is not None and not kept else 0, 0])
         found[0] += 1
-        found[2] += nbytes[linear.name]
+        found[2] += 2 * _size(step.shape(linear.name)) if kept else nbytes[linear.name]
     cells = [
         (kind, count, shape, written, site, statistics, stored)
         for (kind, shape, written, site), (count, statistics, stored) in rows.items()

@@ -27,7 +27,7 @@ def model_card(checkpoint: Manifest, makers: Sequence[Manifest], measured: Itera
     """
     labels, bits = checkpoint.details["labels"], checkpoint.details["bits"]
     name, scheme = labels["model"], labels["scheme"]
-    size = f"{bits['linears']:.3f} bits a weight in the quantized linears, {bits['model']:.3f} in the whole model"
+    size = f"{bits['linears']:.3f} bits a weight in the linears of its blocks, {bits['model']:.3f} in the whole model"
     made = {label: labels[label] for label in _RECIPE if labels.get(label)}
     sections = [
         f"---\ntags: [qtool, {checkpoint.step.method}]\n---",

@@ -66,7 +66,7 @@ def plot_losses(artifact: Artifact, output: Path, suffix: str) -> Description:
         )
     scheme = ModelScheme.from_json(manifest.schemes)
     model = read_card(Path(manifest.inputs["model"].path)).name
-    title = f"{model}: {manifest.step.method}, {scheme.name or scheme.weights}"
+    title = f"{model}: {manifest.step.method}, {scheme.name or scheme.written('weights')}"
     write_picture(output, render_losses(lines, title, manifest.step.method, key, suffix=suffix))
     facts: dict[str, Cell] = {"path": str(output.resolve()), "kind": suffix, "quantized": manifest.id}
     return Description(facts, {"lines": _table(lines, key)})

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from qtool.errors import UsageError
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
-from qtool.steps.schemes import read_scheme
+from qtool.steps.schemes import read_scheme, with_default
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class MitigateSettings:
         """
         if preset:
             return read_scheme(preset, given, plugins)
-        parts = {name: given.get(name) or getattr(self, name) for name in ("weights", "activations", "kv")}
+        parts = {
+            name: with_default(given.get(name) or "", getattr(self, name)) or getattr(self, name)
+            for name in ("weights", "activations", "kv")
+        }
         scheme = read_scheme("", parts, plugins)
         if any(given.values()):
             return scheme

@@ -45,7 +45,7 @@ class SchemeChoice:
 
     Attributes:
         scheme: Name of a preset.
-        weights: Written tensor scheme in place of the preset's.
+        weights: Written tensor scheme in place of the preset's, with exceptions behind it, or exceptions alone.
         activations: The same, of the inputs of linears.
         kv: The same, of the KV cache.
         name: What tables call it.

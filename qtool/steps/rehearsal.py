@@ -60,14 +60,14 @@ class Timed:
 
 
 def sites_of(subject: Subject) -> list[Rehearsed]:
-    """Return the sites that differ in shape or grid; one expert stands for all."""
+    """Return the sites that differ in shape or grid, each as often as it has grids; one expert stands for all."""
     graph, places = subject.model.graph, subject.model.places
     found: dict[object, Rehearsed] = {}
     for layer in range(graph.dims.num_layers):
-        groups: dict[str, list[LinearSite]] = {}
-        for linear in graph.linears_of(layer):
+        groups: dict[object, list[LinearSite]] = {}
+        for linear in subject.linears_of(layer):
             if linear.expert in (None, 0):
-                groups.setdefault(linear.observed, []).append(linear)
+                groups.setdefault((linear.observed, subject.scheme.of(linear.name).weights), []).append(linear)
         for linears in groups.values():
             rows = tuple(places[f"{one.name}.weight"].shape[0] for one in linears)
             width, times = graph.width(linears[0].spec.reads), 1 if linears[0].expert is None else graph.dims.experts

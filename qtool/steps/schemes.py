@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from difflib import get_close_matches
+from typing import get_args
 
 import torch
 
 from qtool.artifacts.store import Artifact
 from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
+from qtool.model.graph import ModelGraph
 from qtool.plugins import Plugins
-from qtool.scheme import VECTORS, ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
-from qtool.scheme_parts import KeysAndValues, cache_of
+from qtool.scheme import VECTORS, Format, ModelScheme, Preset, TensorScheme, parse_tensor_scheme
+from qtool.scheme_parts import KeysAndValues, Rule, RuledPart, cache_of
 from qtool.steps.workspace import Workspace
 
 NONE = "none"
+_GROUP = re.compile(r"g\d+")
 
 
 def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) -> ModelScheme:
@@ -25,32 +29,123 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
     Args:
         preset: Name such as ``W4A4-g128``; empty for none.
         parts: ``weights``, ``activations`` and ``kv`` as written tensor schemes. One that is given takes the place
-            of the preset's; ``none`` means 16 bits, and None or empty that it is not given.
+            of the preset's; ``none`` means 16 bits, and None or empty that it is not given. Behind that of weights and
+            of activations come exceptions, ``int4-sym-g64,down_proj=int8,layers.0-1=none``, of which the last that
+            matches a linear holds; exceptions alone leave what the preset says of all other linears. Of a cache keys
+            and values may be given apart, ``keys=SCHEME,values=SCHEME``.
         plugins: Where formats and presets are found.
 
     Raises:
         SchemeError: A part or the preset's name cannot be read, or a part's strategy means nothing there.
     """
     scheme = parse_model_scheme(preset, plugins.format, plugins.presets) if preset else ModelScheme()
-    given: dict[str, Any] = {name: _read_part(name, text, plugins) for name, text in parts.items() if text}
-    if given:
-        scheme = replace(scheme, **given, name="")
-        scheme.check()
+    rules: list[Rule] = []
+    if cache := parts.get("kv"):
+        scheme = replace(scheme, name="", kv=_read_cache(cache, plugins))
+    for name in get_args(RuledPart):
+        text = parts.get(name)
+        if not text:
+            continue
+        first, *others = text.split(",")
+        if "=" in first:
+            others = [first, *others]
+        else:
+            scheme = replace(scheme, name="", **{name: _read_one(name, first.strip(), plugins)})  # type: ignore[arg-type]
+        rules += _effective(getattr(scheme, name), [_read_rule(name, one, text, plugins) for one in others])
+    scheme = replace(scheme, rules=tuple(rules))
+    if scheme.name and rules:
+        scheme = replace(scheme, name=f"{scheme.name} ({_named(rules, plugins)})")
+    scheme.check()
     return scheme
 
 
-def _read_part(name: str, text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | None:
-    if name == "kv" and "=" in text:
-        return _read_cache(text, plugins)
+def with_default(text: str, default: str) -> str:
+    """Return a written part that has exceptions only with a scheme for all other linears in front."""
+    return f"{default},{text}" if default and "=" in text.partition(",")[0] else text
+
+
+def _read_one(name: str, text: str, plugins: Plugins) -> TensorScheme | None:
     return None if text == NONE else parse_tensor_scheme(text, plugins.format, vector=VECTORS[name])
 
 
+def _read_rule(name: RuledPart, text: str, whole: str, plugins: Plugins) -> Rule:
+    pattern, equals, written = (one.strip() for one in text.partition("="))
+    if not equals or not all(pattern.split(".")) or not written:
+        raise SchemeError(
+            f"cannot read the exception `{text}`",
+            facts=((name, whole),),
+            hint=f"--{name} SCHEME,down_proj=int8, or layers.0-1=none",
+        )
+    return Rule(name, pattern, _read_one(name, written, plugins))
+
+
+def _effective(default: TensorScheme | None, rules: Sequence[Rule]) -> list[Rule]:
+    """Return rules without those that say nothing: the same pattern comes again, or it is as without any rule."""
+    found: list[Rule] = []
+    for place, rule in enumerate(rules):
+        again = any(later.pattern == rule.pattern for later in rules[place + 1 :])
+        if not again and (found or rule.scheme != default):
+            found.append(rule)
+    return found
+
+
+def _named(rules: Sequence[Rule], plugins: Plugins) -> str:
+    """Return how tables write exceptions: ``down_proj W8A8, layers.0 W16``."""
+    found: dict[str, str] = {}
+    for rule in rules:
+        bits = 16 if rule.scheme is None else plugins.format(rule.scheme.format).bits
+        found[rule.pattern] = f"{found.get(rule.pattern, '')}{rule.part[0].upper()}{bits}"
+    return ", ".join(f"{pattern} {bits}" for pattern, bits in found.items())
+
+
+def parse_model_scheme(text: str, lookup: Callable[[str], Format], presets: Mapping[str, Preset]) -> ModelScheme:
+    """Read a preset name, with an optional group suffix: ``W4A16``, ``W4A4-g128``, ``NVFP4``.
+
+    Args:
+        text: Preset name; ``-gN`` replaces the group size of the weights (and makes per-channel weights grouped).
+        lookup: Finds a format by name.
+        presets: Known presets by upper-case name.
+
+    Returns:
+        The scheme of weights, activations and KV cache.
+
+    Raises:
+        SchemeError: No such preset; the facts list them. Or a strategy of its parts means nothing there.
+    """
+    head, _, suffix = text.partition("-")
+    preset = presets.get(text.upper())
+    if preset is None and _GROUP.fullmatch(suffix):
+        preset = presets.get(head.upper())
+    else:
+        suffix = ""
+    if preset is None:
+        raise SchemeError(
+            f"unknown scheme `{text}`", facts=(("known", ", ".join(sorted(presets))),), hint="--scheme W4A16"
+        )
+
+    def read(name: str, part: str | None, *, grouped: bool = False) -> TensorScheme | None:
+        if part is None:
+            return None
+        return parse_tensor_scheme(f"{part}-{suffix}" if grouped and suffix else part, lookup, vector=VECTORS[name])
+
+    scheme = ModelScheme(
+        weights=read("weights", preset.weights, grouped=True),
+        activations=read("activations", preset.activations, grouped=preset.group_activations),
+        kv=read("kv", preset.kv),
+        name=text,
+    )
+    scheme.check()
+    return scheme
+
+
 def _read_cache(text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | None:
-    """Read ``keys=SCHEME,values=SCHEME``; one that is not given is in 16 bits.
+    """Read the scheme of a cache, or ``keys=SCHEME,values=SCHEME``, of which one that is not given is in 16 bits.
 
     Raises:
         SchemeError: Something else is given, or one of them twice.
     """
+    if not set(text) & set("=,"):
+        return _read_one("kv", text, plugins)
     parts = [part.partition("=") for part in text.split(",")]
     names = [name for name, _, _ in parts]
     if not set(names) <= {"keys", "values"} or len(set(names)) < len(names):
@@ -59,18 +154,15 @@ def _read_cache(text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | N
             facts=(("grammar", "SCHEME, or keys=SCHEME,values=SCHEME"),),
             hint="--kv keys=int4-asym-channel-g32,values=int4-asym-token-head",
         )
-    found = {
-        name: None if one == NONE else parse_tensor_scheme(one, plugins.format, vector=VECTORS["kv"])
-        for name, _, one in parts
-    }
+    found = {name: _read_one("kv", one, plugins) for name, _, one in parts}
     return cache_of(found.get("keys"), found.get("values"))
 
 
 def warn_of_another_scheme(plan: Artifact, scheme: ModelScheme, workspace: Workspace) -> None:
     """Say so if a plan was made for a scheme and another one is used: many methods fit their operators to it."""
     planned = ModelScheme.from_json(plan.manifest.step.config["scheme"])
-    parts = (planned.weights, planned.activations, planned.kv)
-    if any(parts) and parts != (scheme.weights, scheme.activations, scheme.kv):
+    unnamed = replace(planned, name="", scale_per_head=False)
+    if unnamed != ModelScheme() and unnamed != replace(scheme, name="", scale_per_head=False):
         workspace.warn(f"the plan was made for {planned}, not for {scheme}")
 
 
@@ -78,19 +170,22 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     """Refuse, before any work, a scheme that does not fit some layer, or channels that its plan sets apart.
 
     Raises:
-        SchemeError: A group does not divide an input (names the layer), a strategy means nothing where it stands, or
-            a KV cache would need all of its tokens before the first could be stored.
+        SchemeError: A group does not divide an input (names the layer), a strategy means nothing where it stands, an
+            exception is for no linear, linears with one input round it in different ways, or a KV cache would need all
+            of its tokens before the first could be stored.
         UsageError: No weights are to be quantized.
     """
-    if scheme.weights is None:
-        raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     scheme.check()
     graph, subject = subject.model.graph, replace(subject, scheme=scheme)
-    for linear in graph.linears:
+    check_rules(scheme, graph)
+    if not subject.linears:
+        raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
+    for linear in subject.linears:
         width, inputs = graph.width(linear.spec.reads), subject.input_grid(linear)
         subject.weight_grid(linear).check(width, layer=linear.name)
         if inputs is not None:
             inputs.check(width, layer=linear.name)
+    _check_inputs(scheme, graph)
     for part, width in ((scheme.keys, graph.dims.head_dim), (scheme.values, graph.dims.value_dim)):
         if part is None:
             continue
@@ -101,4 +196,41 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
                 "a KV cache grows token by token, so its tokens cannot share a scale",
                 facts=(("scheme", part),),
                 hint="--kv int8-asym-token-head",
+            )
+
+
+def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:
+    """Refuse exceptions that are for no linear.
+
+    Raises:
+        SchemeError: Names the nearest that is for some.
+    """
+    for rule in scheme.rules:
+        if any(rule.matches(linear.name) for linear in graph.linears):
+            continue
+        kinds = list(dict.fromkeys(linear.name.rpartition(".")[2] for linear in graph.linears))
+        layers, experts = range(graph.dims.num_layers), range(graph.dims.experts)
+        known = [*kinds, *(f"layers.{one}" for one in layers), *(f"experts.{one}" for one in experts)]
+        known += dict.fromkeys(linear.spec.module for linear in graph.linears if linear.expert is None)
+        nearest = (get_close_matches(rule.pattern, known, n=1, cutoff=0) or kinds)[0]
+        raise SchemeError(
+            f"no linear that is quantized has a name with `{rule.pattern}`",
+            facts=(("linears", ", ".join(kinds)), ("blocks", f"layers.0-{graph.dims.num_layers - 1}")),
+            hint=f"--{rule.part} SCHEME,{nearest}={rule.scheme or NONE}",
+        )
+
+
+def _check_inputs(scheme: ModelScheme, graph: ModelGraph) -> None:
+    """Refuse linears that read one input and round it in different ways: it is rounded once for all of them."""
+    known: dict[str, tuple[str, TensorScheme]] = {}
+    for linear in graph.linears if scheme.rules else ():
+        activations = scheme.of(linear.name).activations
+        if activations is None:
+            continue
+        first, other = known.setdefault(linear.reads, (linear.name, activations))
+        if other != activations:
+            raise SchemeError(
+                f"`{linear.name}` and `{first}` read one input, which cannot be rounded in two ways",
+                facts=((first, other), (linear.name, activations)),
+                hint="name all linears that read it, as in --activations int4,self_attn.[qkv]_proj=int8",
             )

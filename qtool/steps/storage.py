@@ -78,6 +78,7 @@ def storage_of(opened: Opened) -> Storage | None:
         others += counts[f"{graph.family.embedding}.weight"]
     if artifact is not None and artifact.manifest.kind == "quantized":
         linears.update(stored_bytes(artifact.header.slots))
+        linears["unquantized"] = HALF * sum(counts[f"{name}.weight"] for name in opened.subject.kept)
         whole["inputs"] = linears.pop("inputs", 0)
     else:
         linears["unquantized"] = HALF * weights

@@ -23,6 +23,7 @@ from qtool.model.statistics import SiteStatistics
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import WINDOWS
 from qtool.steps.options import Configured, configure
+from qtool.steps.schemes import check_rules
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
 
@@ -61,6 +62,7 @@ def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact
     opened = open_subject(request.source, workspace)
     if opened.artifact is not None:
         require_kind(opened.artifact.manifest, "statistics", "plan", path=request.source)
+    check_rules(request.scheme, opened.model.graph)
     statistics = statistics_of(opened, workspace)
     if statistics is not None and gathered_behind(statistics) is not None:
         raise UsageError(

@@ -17,8 +17,8 @@ from qtool.scheme import (
     RangeRule,
     ScaleFormat,
     TensorScheme,
-    parse_model_scheme,
 )
+from qtool.steps.schemes import parse_model_scheme
 from tests.builtin.format_cases import FORMATS, WRITTEN, error_of, fit, read
 
 

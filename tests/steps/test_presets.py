@@ -6,10 +6,10 @@ import pytest
 
 from qtool.errors import SchemeError, UsageError
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, Preset, TensorScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import ModelScheme, Preset, TensorScheme, parse_tensor_scheme
 from qtool.steps.options import configure
 from qtool.steps.presets import PRESETS, MitigateSettings, mitigate_settings
-from qtool.steps.schemes import read_scheme
+from qtool.steps.schemes import parse_model_scheme, read_scheme
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ class AWQ(IntegerWords):
             "group_size": group_size(weights),
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": sorted(not_quantized(subject.model)),
+            "modules_to_not_convert": sorted(not_quantized(subject.model, subject.kept)),
         }
 
     def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:

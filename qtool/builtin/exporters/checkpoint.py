@@ -63,7 +63,7 @@ LinearTensors = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Tensor
 """Makes what is stored of a linear, named below it, from the linear and its block's folded tensors.
 
 All of it but ``bias…`` and ``input_…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one. Of a
-linear that stays in full precision, what it makes replaces the folded tensors, and is cast like all others.
+linear that is not quantized, what it makes replaces the folded tensors, and is cast like all others.
 """
 
 
@@ -123,6 +123,11 @@ def write_checkpoint(
             stored, module = linear_tensors(linear, state), linear.spec.module
             if linear.spec.kept:
                 state |= {f"{module}.{name}": tensor for name, tensor in stored.items()}
+                continue
+            if linear.name in subject.kept:
+                state |= {f"{module}.{name}": tensor for name, tensor in stored.items()}
+                name = f"{module}.weight"
+                parts["unquantized"] += cast({f"{linear.name}.weight": state[name]})[f"{linear.name}.weight"].nbytes
                 continue
             made |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
             for name, tensor in stored.items():

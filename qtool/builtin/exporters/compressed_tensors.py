@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from compressed_tensors.compressors import BaseCompressor, compress_module
 from compressed_tensors.quantization import QuantizationScheme, apply_quantization_config
+from compressed_tensors.utils import match_targets
 from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
 from qtool.builtin.exporters.consumers import compressed_consumers
 from qtool.builtin.exporters.ct_config import quantization_config
-from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout
+from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
+from qtool.builtin.exporters.mixed import fused_apart, groups_of, mixed_consumers, refuse_mixed_experts
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
@@ -28,14 +30,13 @@ from qtool.builtin.exporters.read_back import (
 from qtool.builtin.exporters.refusals import (
     check_global_scales,
     input_multiplier,
-    quantized_weights,
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.stored_names import stored_tensor_name
-from qtool.engine.exporter import Exported
+from qtool.engine.exporter import UNREADABLE, Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, UsageError
+from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.model.source import Model
 
@@ -43,6 +44,8 @@ from qtool.model.source import Model
 _ZERO_POINT = ".weight_zero_point"
 # A float32 division, and the product that stands for it, are each half a unit in the last place off.
 _RECIPROCAL_ERROR = 2.0**-23
+_EXPERTS = r"re:.*\.experts\..*"
+"""What a config calls the experts: transformers looks for their scheme in the group that names them by a pattern."""
 
 
 class CompressedTensors:
@@ -56,33 +59,38 @@ class CompressedTensors:
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
-        layout, weights = choose_layout(subject.scheme), quantized_weights(subject)
-        checkpoint_dtype(weights, subject.model.dtype)
+        layouts = {choose_layout(scheme) for scheme, _ in groups_of(subject)}
+        _dtype(subject)
+        refuse_mixed_experts(subject, "compressed-tensors")
         refuse_all_but_codes(subject, "compressed-tensors")
         if subject.scheme.scale_per_head:
             raise UsageError(
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
                 hint="--scheme W4A4, or pack --to hf",
             )
-        if layout == "nvfp4-pack-quantized":
+        if "nvfp4-pack-quantized" in layouts:
             check_global_scales(subject)
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
-        layout, weights = choose_layout(subject.scheme), quantized_weights(subject)
-        dtype = checkpoint_dtype(weights, subject.model.dtype)
-        config = quantization_config(subject.scheme, layout, not_quantized(subject.model))
+        (scheme, linears), *others = groups_of(subject)
+        layout, dtype = choose_layout(scheme), _dtype(subject)
+        rest = [(one, choose_layout(one), _targets(subject.model, own)) for one, own in others]
+        targets = _targets(subject.model, linears) if others else ("Linear",)
+        config = quantization_config(scheme, layout, not_quantized(subject.model, subject.kept), rest, targets)
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            if linear.spec.kept:
+            own = subject.scheme.of(linear.name)
+            if linear.spec.kept or own.weights is None:
                 return {}
-            return stored_tensors(subject.linear(linear), weights, layout) | _input_scale(subject, linear)
+            return stored_tensors(subject.linear(linear), own.weights, choose_layout(own)) | _input_scale(
+                subject, linear
+            )
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
-        details: dict[str, object] = {"layout": layout, "dtype": str(dtype).removeprefix("torch.")}
+        details: dict[str, object] = {"layout": config["format"], "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        experts = subject.model.graph.dims.experts > 0
-        return Exported(compressed_consumers(subject.scheme, layout, dtype, experts=experts), details)
+        return Exported(_consumers(subject, dtype, decoded="dequantize" in config), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.
@@ -93,32 +101,89 @@ class CompressedTensors:
         Raises:
             ArtifactError: Names the first weight that differs.
         """
-        layout, model = choose_layout(subject.scheme), subject.model
+        model = subject.model
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         parsed = CompressedTensorsConfig.from_dict(config.quantization_config)  # type: ignore[no-untyped-call]
         reader = CheckpointReader(directory, model)
         reader.compare(_skeleton(config, parsed, model), any_shape=_ZERO_POINT)
-        (scheme,) = parsed.quantization_config.config_groups.values()
-        for linear in model.graph.linears:
+        targets = {
+            target: group for group in parsed.quantization_config.config_groups.values() for target in group.targets
+        }
+        for linear in subject.linears:
             tensors = reader.module(linear.name)
-            decoded = _decode(tensors, scheme, linear.name)
-            ours = _as_consumer(subject, linear, layout, tensors)
+            found = match_targets(linear.name, nn.Linear(1, 1, device="meta"), targets)
+            if not found:
+                raise ArtifactError(f"no group of the config is for `{linear.name}`")
+            decoded = _decode(tensors, targets[found[0]], linear.name)
+            ours = _as_consumer(subject, linear, tensors)
             if decoded.shape != ours.shape or not torch.equal(decoded, ours.to(decoded.dtype)):
                 raise weight_difference(linear.name, decoded, ours)
 
 
+def _consumers(subject: Subject, dtype: torch.dtype, *, decoded: bool) -> dict[str, str]:
+    """Return what loads the checkpoint, and what each loader executes of which linears.
+
+    Args:
+        subject: What was written.
+        dtype: What its other tensors are stored in.
+        decoded: Whether the config tells transformers to decode on loading, which it does to all dense linears alike.
+    """
+    each = []
+    for scheme, linears in groups_of(subject):
+        experts = any(linear.expert is not None for linear in linears)
+        each.append((linears, compressed_consumers(scheme, choose_layout(scheme), dtype, experts=experts)))
+    consumers = mixed_consumers(each, fused_apart(subject))
+    dense = [linears for linears, _ in each if any(linear.expert is None for linear in linears)]
+    if decoded and len(dense) > 1:
+        lost = "beside zero points it decodes all linears by the scheme of one group"
+        consumers["transformers"] = f"{UNREADABLE}: {lost}"
+    return consumers
+
+
 def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
-    multiplier = input_multiplier(subject, linear) if subject.scheme.activations is not None else None
+    calibrated = subject.scheme.of(linear.name).activations is not None
+    multiplier = input_multiplier(subject, linear) if calibrated else None
     return {} if multiplier is None else {"input_global_scale": global_divisor(multiplier)}
 
 
-def not_quantized(model: Model) -> set[str]:
+def _dtype(subject: Subject) -> torch.dtype:
+    """Return what the checkpoint's other tensors are stored in.
+
+    Raises:
+        SchemeError: The scales of linears ask for several.
+    """
+    asked = {
+        one.weights: checkpoint_dtype(one.weights, subject.model.dtype) for one, _ in groups_of(subject) if one.weights
+    }
+    first, *others = asked
+    for other in others:
+        if asked[other] != asked[first]:
+            raise SchemeError(
+                "loaders cast all scales to one dtype, and these linears have scales of two",
+                facts=(("most have", first), ("others", other)),
+                hint=f"nearest that fits: {replace(other, scale='bf16')} for the others",
+            )
+    return asked[first]
+
+
+def _targets(model: Model, linears: Iterable[LinearSite]) -> list[str]:
+    """Return what the config calls some linears: by their names in transformers and in files; experts together."""
+    names = {linear.name: None for linear in linears if linear.expert is None}
+    names |= {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight"): None for name in names}
+    return [*names, *([_EXPERTS] if any(linear.expert is not None for linear in linears) else [])]
+
+
+def not_quantized(model: Model, kept: Iterable[str] = ()) -> set[str]:
     """Return the names of the linears that are not quantized: head, routers, gates, towers, heads for further tokens.
 
     Some loaders match the names of modules in transformers, some those in files, so both are given.
+
+    Args:
+        model: The original model.
+        kept: Names of linears that the scheme leaves in 16 bits.
     """
     module = empty_model(deepcopy(model.config), model)
-    quantized = {linear.name for linear in model.graph.linears}
+    quantized = {linear.name for linear in model.graph.linears} - set(kept)
     names = {name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name not in quantized}
     names |= {
         linear.name for i in range(model.graph.dims.num_layers) for linear in model.graph.readers_of(i)
@@ -155,7 +220,7 @@ def _decode(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, name: str
     return decoded
 
 
-def _as_consumer(subject: Subject, linear: LinearSite, layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
+def _as_consumer(subject: Subject, linear: LinearSite, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return our decoded weight in float32.
 
     With a global scale the consumer divides by what we multiply with. The stored divisor must be our multiplier's
@@ -164,7 +229,7 @@ def _as_consumer(subject: Subject, linear: LinearSite, layout: Layout, tensors: 
     found: QuantizedLinear = subject.linear(linear)
     (parameters,) = found.parameters
     multiplier = parameters.global_scale
-    if layout == "nvfp4-pack-quantized" and multiplier is not None:
+    if multiplier is not None:
         divisor = tensors["weight_global_scale"]
         if abs(float(divisor.double() * multiplier.double()) - 1) > _RECIPROCAL_ERROR:
             raise weight_difference(f"{linear.name} (global scale)", 1 / divisor, multiplier)

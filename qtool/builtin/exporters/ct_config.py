@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qtool.builtin.exporters.ct_layout import ELEMENTS, Layout
@@ -15,8 +15,18 @@ LAYOUT_VERSION = "0.20.0"
 _SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 
 
-def quantization_config(scheme: ModelScheme, layout: Layout, ignore: Iterable[str]) -> dict[str, Any]:
-    """Return the config of a checkpoint whose linears all have one scheme.
+MIXED = "mixed-precision"
+"""The format of a whole checkpoint whose groups have several."""
+
+
+def quantization_config(
+    scheme: ModelScheme,
+    layout: Layout,
+    ignore: Iterable[str],
+    others: Sequence[tuple[ModelScheme, Layout, Sequence[str]]] = (),
+    targets: Sequence[str] = ("Linear",),
+) -> dict[str, Any]:
+    """Return the config of a checkpoint.
 
     transformers 5.23 cannot load packed zero points into a compressed model (it makes room for unpacked ones), only
     decode them on loading; ``dequantize`` tells it to. Other consumers do not know the key.
@@ -25,29 +35,35 @@ def quantization_config(scheme: ModelScheme, layout: Layout, ignore: Iterable[st
         scheme: Weights, activations, KV cache.
         layout: Written for the whole and for the group, so that no reader has to infer it.
         ignore: Linears that are not quantized.
+        others: Other schemes with their layouts and their linears.
+        targets: The linears of the first scheme; all by their class where there are no others.
 
     Raises:
         SchemeError: The scheme has no weights.
     """
+    groups = [_group(*one) for one in ((scheme, layout, targets), *others)]
+    symmetric = all(group["weights"]["symmetric"] for group in groups)
+    return ({} if symmetric else {"dequantize": True}) | {
+        "quant_method": "compressed-tensors",
+        "version": LAYOUT_VERSION,
+        "format": layout if all(group["format"] == layout for group in groups) else MIXED,
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None if scheme.keys is None else _arguments(scheme.keys, dynamic=True),
+        "global_compression_ratio": None,
+    }
+
+
+def _group(scheme: ModelScheme, layout: Layout, targets: Sequence[str]) -> dict[str, Any]:
     if scheme.weights is None:
         raise SchemeError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": list(targets),
         "weights": _arguments(scheme.weights, dynamic=False),
         "input_activations": None if scheme.activations is None else _activations(scheme.activations),
         "output_activations": None,
         "format": layout,
-    }
-    asymmetric = {} if scheme.weights.symmetric else {"dequantize": True}
-    return asymmetric | {
-        "quant_method": "compressed-tensors",
-        "version": LAYOUT_VERSION,
-        "format": layout,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": sorted(ignore),
-        "kv_cache_scheme": None if scheme.keys is None else _arguments(scheme.keys, dynamic=True),
-        "global_compression_ratio": None,
     }
 
 

@@ -7,7 +7,7 @@ float16 for any other. Beside an NVFP4 weight lie its tensor's scale and, of cal
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -30,16 +30,17 @@ from qtool.builtin.exporters.gguf_architecture import (
 )
 from qtool.builtin.exporters.gguf_blocks import bytes_by_part, stored_blocks
 from qtool.builtin.exporters.gguf_file import Blocks, TensorFile, read_tensors
-from qtool.builtin.exporters.gguf_types import check_values, choose_type
+from qtool.builtin.exporters.gguf_types import Kind, check_values, choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
-from qtool.builtin.exporters.hf import dense
+from qtool.builtin.exporters.hf import dense, offline
+from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
-from qtool.scheme import TensorScheme
+from qtool.scheme import ModelScheme
 
 FILE = "model.gguf"
 _FOLDED = "qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or qtool pack SOURCE --to gguf-f16"
@@ -61,31 +62,32 @@ class GGUF:
             UsageError: Names what does not fit and the nearest that does.
             ModelError: llama.cpp cannot read text as the model does.
         """
-        weights = _weights(subject)
-        kind = choose_type(weights)
+        kinds = {scheme.weights: _kind(scheme) for scheme, _ in groups_of(subject)}
         _refuse_cache(subject)
         _refuse_online(subject)
         _refuse_segments(subject)
         refuse_compensation(subject)
         _refuse_beside_codes(subject)
         _check_model(subject)
-        if kind == "NVFP4":
+        if "NVFP4" in kinds.values():
             check_tensor_scales(subject)
-        for linear in subject.model.graph.linears:
-            check_values(linear.name, subject.linear(linear), weights, kind)
+        for linear in subject.linears:
+            weights = subject.scheme.of(linear.name).weights
+            if weights is not None:
+                check_values(linear.name, subject.linear(linear), weights, kinds[weights])
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the file into an empty folder."""
-        weights = _weights(subject)
-        kind = choose_type(weights)
+        kinds = [_kind(scheme) for scheme, _ in groups_of(subject)]
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
-            del state
-            found = subject.linear(linear)
+            if linear.name in subject.kept:
+                return {"weight": state[f"{linear.spec.module}.weight"]}
+            found, kind = subject.linear(linear), _kind(subject.scheme.of(linear.name))
             return {"weight": Blocks(kind, stored_blocks(found, kind)), **_scales(subject, linear, found)}
 
-        sizes = _write(subject, directory, made, dtype=_dtype(subject), file_type=_FILE_TYPES[kind])
-        return _exported(subject, kind, _dtype(subject), sizes)
+        sizes = _write(subject, directory, made, dtype=_dtype(subject), file_type=_FILE_TYPES[kinds[0]])
+        return _exported(subject, kinds, _dtype(subject), sizes)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every tensor with the official package and compare it with ours, bit for bit.
@@ -97,13 +99,14 @@ class GGUF:
         """
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
-            del state
+            if linear.name in subject.kept:
+                return {"weight": state[f"{linear.spec.module}.weight"]}
             found = subject.linear(linear)
             (parameters,) = found.parameters
             alone = replace(found, parameters=(replace(parameters, global_scale=None),))
             return {"weight": alone.weight(subject.weight_grid(linear)), **_scales(subject, linear, found)}
 
-        _compare(subject, directory, made, dtype=_dtype(subject), kind=choose_type(_weights(subject)))
+        _compare(subject, directory, made, dtype=_dtype(subject))
 
 
 class GGUFHalf:
@@ -118,7 +121,7 @@ class GGUFHalf:
             UsageError: There are no codes, or the model is one that llama.cpp runs as something else.
             ModelError: llama.cpp cannot read text as the model does.
         """
-        _weights(subject)
+        groups_of(subject)
         _refuse_cache(subject)
         refuse_compensation(subject)
         _check_model(subject)
@@ -127,7 +130,7 @@ class GGUFHalf:
         """Write the file into an empty folder."""
         file_type = gguf.LlamaFileType.MOSTLY_F16
         sizes = _write(subject, directory, _half(subject), dtype=torch.float16, file_type=file_type)
-        return _exported(subject, "F16", torch.float16, sizes)
+        return _exported(subject, ["F16"] * len(groups_of(subject)), torch.float16, sizes)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Read every tensor back with the official package and compare it with ours in float16, bit for bit.
@@ -135,7 +138,7 @@ class GGUFHalf:
         Raises:
             ArtifactError: Names the first tensor that differs.
         """
-        _compare(subject, directory, _half(subject), dtype=torch.float16, kind="F16")
+        _compare(subject, directory, _half(subject), dtype=torch.float16, half=True)
 
 
 _FILE_TYPES = {
@@ -147,13 +150,13 @@ _FILE_TYPES = {
 }
 
 
-def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple[str, Item, bool]]:
-    """Yield every tensor as the file has it: its name there, what it holds, and whether it is a linear's weight."""
+def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple[str, Item, LinearSite | None]]:
+    """Yield every tensor as the file has it: its name there, what it holds, and the linear whose weight it is."""
     model, graph = subject.model, subject.model.graph
     names, found = tensor_names(model), architecture_of(model)
     for name, tensor in (stored_ends(subject, torch.float32) | rope_factors(model)).items():
         module, _, leaf = name.rpartition(".")
-        yield f"{names.get(module, module)}.{leaf}", _float(subject, name, tensor, dtype), False
+        yield f"{names.get(module, module)}.{leaf}", _float(subject, name, tensor, dtype), None
     for layer in range(graph.dims.num_layers):
         state = subject.folded(layer, torch.float32)
         check_biases(found, list(state))
@@ -163,11 +166,11 @@ def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple
             order = row_order(model, linear.name)
             for leaf, item in {**own, **made(linear, state)}.items():
                 full = item if isinstance(item, Blocks) else _float(subject, f"{linear.name}.{leaf}", item, dtype)
-                yield f"{names[linear.name]}.{leaf}", _reordered(full, order), leaf != "bias"
+                yield f"{names[linear.name]}.{leaf}", _reordered(full, order), linear if leaf != "bias" else None
             state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] != module}
         for name, tensor in state.items():
             module, _, leaf = f"{graph.block_name(layer)}.{name}".rpartition(".")
-            yield f"{names[module]}.{leaf}", _float(subject, f"{module}.{leaf}", tensor, dtype), False
+            yield f"{names[module]}.{leaf}", _float(subject, f"{module}.{leaf}", tensor, dtype), None
 
 
 def _float(subject: Subject, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,7 +208,7 @@ def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype,
         add_vocabulary(file.keys, model)
         for name, item, of_linear in _tensors(subject, made, dtype):
             size = file.add(name, item)
-            if of_linear:
+            if of_linear is not None:
                 parts.update(bytes_by_part(item.kind, size) if isinstance(item, Blocks) else {_part_of(name): size})
         file.finish()
     return Sizes.of(parts, file.total)
@@ -217,8 +220,8 @@ def _part_of(name: str) -> str:
     return {"scale": "scales", "input_scale": "inputs"}.get(leaf, "unquantized")
 
 
-def _compare(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, kind: str) -> None:
-    """Compare a file with what it was made from.
+def _compare(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, half: bool = False) -> None:
+    """Compare a file with what it was made from, linears in blocks or, with ``half``, in float16.
 
     Raises:
         ArtifactError: Names the first tensor that differs, is missing or too many.
@@ -228,8 +231,10 @@ def _compare(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtyp
     for name, item, of_linear in _tensors(subject, made, torch.float32):
         found, stored, values = next(read, nothing)
         ours = item if isinstance(item, Tensor) else torch.empty(0)
-        if of_linear and ours.ndim > 1:
-            wanted, ours = kind, ours.half().float() if kind == "F16" else ours
+        if of_linear is not None and ours.ndim > 1 and half:
+            wanted, ours = "F16", ours.half().float()
+        elif of_linear is not None and ours.ndim > 1 and of_linear.name not in subject.kept:
+            wanted = _kind(subject.scheme.of(of_linear.name))
         else:
             wanted = "F32" if ours.ndim < 2 else {torch.float16: "F16"}.get(dtype, "BF16")
             ours = ours if wanted == "F32" else ours.to(dtype).float()
@@ -246,7 +251,11 @@ def _compare(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtyp
 
 def _half(subject: Subject) -> Made:
     def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
-        weight, bias = dense(subject, linear, state.get(f"{linear.spec.module}.bias"))
+        bias = state.get(f"{linear.spec.module}.bias")
+        if linear.name in subject.kept:
+            weight, bias = offline(subject, linear, state[f"{linear.spec.module}.weight"], bias)
+        else:
+            weight, bias = dense(subject, linear, bias)
         return {"weight": weight.float()} if bias is None else {"weight": weight.float(), "bias": bias}
 
     return made
@@ -262,11 +271,15 @@ def _scales(subject: Subject, linear: LinearSite, found: QuantizedLinear) -> dic
     return {"scale": parameters.global_scale, **inputs}
 
 
-def _exported(subject: Subject, kind: str, dtype: torch.dtype, sizes: Sizes) -> Exported:
-    bits = subject.plugins.format(_weights(subject).format).bits
-    details: dict[str, object] = {"layout": kind, "dtype": str(dtype).removeprefix("torch.")}
+def _exported(subject: Subject, kinds: Sequence[str], dtype: torch.dtype, sizes: Sizes) -> Exported:
+    each = [
+        (linears, llama_cpp_consumers(kind, subject.plugins.format(scheme.weights.format).bits, scheme, dtype))
+        for kind, (scheme, linears) in zip(kinds, groups_of(subject), strict=True)
+        if scheme.weights is not None
+    ]
+    details: dict[str, object] = {"layout": ", ".join(dict.fromkeys(kinds)), "dtype": str(dtype).removeprefix("torch.")}
     details |= {"bytes": vars(sizes), "left_out": left_alone_counts(subject.model)}
-    return Exported(llama_cpp_consumers(kind, bits, subject.scheme, dtype), details)
+    return Exported(mixed_consumers(each), details)
 
 
 def _dtype(subject: Subject) -> torch.dtype:
@@ -274,11 +287,10 @@ def _dtype(subject: Subject) -> torch.dtype:
     return torch.bfloat16 if subject.model.dtype == torch.bfloat16 else torch.float16
 
 
-def _weights(subject: Subject) -> TensorScheme:
-    """Return the scheme of the weights of a quantized subject."""
-    if subject.quantized is None or subject.scheme.weights is None:
-        raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
-    return subject.scheme.weights
+def _kind(scheme: ModelScheme) -> Kind:
+    if scheme.weights is None:
+        raise TypeError(scheme)
+    return choose_type(scheme.weights)
 
 
 def _check_model(subject: Subject) -> None:

@@ -7,7 +7,8 @@ take 3. Codes are in the order of the inputs (``desc_act`` is false) whatever or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from qtool.builtin.exporters.ct_tensors import pack_words
+from qtool.builtin.exporters.mixed import groups_of
+from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.builtin.exporters.words import IntegerWords, group_size, rounded_scales
 from qtool.engine.exporter import UNREADABLE
 from qtool.engine.subject import Subject
@@ -25,6 +28,11 @@ from qtool.scheme import TensorScheme
 
 _V2 = "gptq_v2"
 _WORD = 32  # bits
+_EXPERTS = r".*\.experts(?:\..*|$)"
+_FUSED: Mapping[str, frozenset[str]] = {
+    "qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}),
+    "gate_up_proj": frozenset({"gate_proj", "up_proj"}),
+}
 _VLLM_GROUPS = (-1, 32, 64, 128)
 VLLM = "by the code of vLLM 0.32; its CPU kernel for 4 bits was run"
 TRANSFORMERS = "by the code of transformers 5.23, not run"
@@ -35,6 +43,7 @@ class GPTQv2(IntegerWords):
 
     layout = _V2
     bits = (2, 3, 4, 8)
+    several = True
     offset = 0
 
     def tensors(
@@ -69,20 +78,25 @@ class GPTQv2(IntegerWords):
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
+        dynamic = dynamic_rules(subject)
         return {
             "quant_method": "gptq",
-            "bits": subject.plugins.format(weights.format).bits,
-            "group_size": group_size(weights),
-            "sym": weights.symmetric,
+            **_choices(weights),
+            **({"dynamic": dynamic} if dynamic else {}),
             "desc_act": False,
             "lm_head": False,
             "checkpoint_format": self.layout,
             "pack_dtype": "int32",
         }
 
+    def config_of(self, linear: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the config with what the first rule that matches a linear says, as GPTQModel and vLLM read it."""
+        rules = {pattern[2:]: choices for pattern, choices in config.get("dynamic", {}).items() if pattern[0] == "+"}
+        return {**config, **next((own for pattern, own in rules.items() if re.match(pattern, linear)), {})}
+
     def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:
         """Return what transformers (through optimum and GPTQModel) and vLLM execute."""
-        bits = int(weights.format.removeprefix("int"))
+        bits = _bits(weights)
         text = f"W{bits}A16: activations are not quantized"
         read = f"{text}; needs optimum and GPTQModel"
         if experts:
@@ -121,6 +135,48 @@ class GPTQ(GPTQv2):
                 facts=(("first", linear.name), ("groups", f"{found} of {zeros.numel()}")),
                 hint="qtool pack SOURCE --to gptq-v2, which stores them as they are",
             )
+
+
+def dynamic_rules(subject: Subject) -> dict[str, dict[str, Any]]:
+    """Return rules for linears that are not as most are, by patterns of their names.
+
+    vLLM looks for the name of what it fuses, so that is in the pattern of linears that it fuses. Experts, which have
+    one scheme, are one module to it.
+    """
+    _, *others = groups_of(subject)
+    kept = [linear for linear in subject.model.graph.linears if linear.name in subject.kept]
+    rules = {f"-:{pattern}": dict[str, Any]() for pattern in _patterns(subject, kept)}
+    for scheme, linears in others:
+        if scheme.weights is not None:
+            choices = _choices(scheme.weights)
+            rules |= {f"+:{pattern}": choices for pattern in _patterns(subject, linears)}
+    return rules
+
+
+def _patterns(subject: Subject, linears: Iterable[LinearSite]) -> dict[str, None]:
+    """Return patterns that match linears, what they are fused into, and no other linear."""
+    found: dict[str, None] = {}
+    parts: dict[str, list[str]] = {}
+    for linear in linears:
+        if linear.expert is not None:
+            found[_EXPERTS] = None
+            continue
+        stored = stored_tensor_name(subject.model, f"{linear.name}.weight").removesuffix(".weight")
+        for name in dict.fromkeys((linear.name, stored)):
+            owner, _, leaf = name.rpartition(".")
+            parts.setdefault(owner, []).append(leaf)
+    for owner, leaves in parts.items():
+        fused = [whole for whole, shards in _FUSED.items() if shards <= set(leaves)]
+        found[rf"{re.escape(owner)}\.(?:{'|'.join([*leaves, *fused])})$"] = None
+    return found
+
+
+def _choices(weights: TensorScheme) -> dict[str, Any]:
+    return {"bits": _bits(weights), "group_size": group_size(weights), "sym": weights.symmetric}
+
+
+def _bits(weights: TensorScheme) -> int:
+    return int(weights.format.removeprefix("int"))
 
 
 def _from_stream(words: Int32[Tensor, "rows words"], bits: int) -> Int32[Tensor, "rows n"]:

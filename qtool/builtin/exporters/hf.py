@@ -13,11 +13,12 @@ from transformers import AutoConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
 from qtool.builtin.exporters.consumers import dequantized_consumers
+from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
 from qtool.engine.exporter import Exported
 from qtool.engine.fold import output_operators
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, UsageError
+from qtool.errors import ArtifactError
 from qtool.model.graph import LinearSite
 
 
@@ -32,8 +33,7 @@ class HuggingFace:
         Raises:
             UsageError: There are no codes, or something is added to the outputs of blocks.
         """
-        if subject.quantized is None or subject.scheme.weights is None:
-            raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
+        groups_of(subject)
         refuse_compensation(subject)
 
     def write(self, subject: Subject, directory: Path) -> Exported:
@@ -43,7 +43,7 @@ class HuggingFace:
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             module = linear.spec.module
             bias = state.get(f"{module}.bias")
-            if linear.spec.kept:
+            if linear.spec.kept or linear.name in subject.kept:
                 weight, bias = offline(subject, linear, state[f"{module}.weight"], bias)
             else:
                 weight, bias = dense(subject, linear, bias)
@@ -53,8 +53,12 @@ class HuggingFace:
         sizes = write_checkpoint(subject, directory, made, dtype=dtype)
         details: dict[str, object] = {"layout": "dense", "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        bits = subject.plugins.format(subject.scheme.weights.format).bits if subject.scheme.weights is not None else 16
-        return Exported(dequantized_consumers(bits, subject.scheme, dtype), details)
+        each = [
+            (linears, dequantized_consumers(subject.plugins.format(scheme.weights.format).bits, scheme, dtype))
+            for scheme, linears in groups_of(subject)
+            if scheme.weights is not None
+        ]
+        return Exported(mixed_consumers(each), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Read every linear back and compare it with ours, cast to the dtype of the checkpoint, bit for bit.
@@ -68,7 +72,7 @@ class HuggingFace:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         reader = CheckpointReader(directory, model)
         reader.compare(with_linear_experts(empty_model(config, model), model))
-        for linear in subject.model.graph.linears:
+        for linear in subject.linears:
             ours, _ = dense(subject, linear, None)
             try:
                 read = reader.module(linear.name)["weight"]

@@ -20,6 +20,13 @@ from transformers import AutoConfig
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
 from qtool.builtin.exporters.compressed_tensors import not_quantized
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype
+from qtool.builtin.exporters.mixed import (
+    fused_apart,
+    groups_of,
+    mixed_consumers,
+    refuse_mixed_experts,
+    refuse_several,
+)
 from qtool.builtin.exporters.modelopt_config import (
     HF_QUANT_CONFIG,
     Algorithm,
@@ -64,8 +71,9 @@ class ModelOpt:
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
-        quantized_weights(subject)
-        algorithm = choose_algorithm(subject.scheme)
+        refuse_several(subject, "modelopt")
+        refuse_mixed_experts(subject, "modelopt")
+        algorithm = choose_algorithm(groups_of(subject)[0][0])
         refuse_all_but_codes(subject, "modelopt")
         if algorithm != "FP8_PER_CHANNEL_PER_TOKEN":
             check_global_scales(subject)
@@ -77,19 +85,19 @@ class ModelOpt:
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
-        algorithm, model = choose_algorithm(subject.scheme), subject.model
+        algorithm, model = choose_algorithm(groups_of(subject)[0][0]), subject.model
         dtype = checkpoint_dtype(quantized_weights(subject), model.dtype)
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {} if linear.spec.kept else _stored(subject, linear)
+            return {} if linear.spec.kept or linear.name in subject.kept else _stored(subject, linear)
 
-        ignored = sorted(not_quantized(model))
+        ignored = sorted(not_quantized(model, subject.kept))
         config = quantization_config(algorithm, ignored)
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         write_json(directory / HF_QUANT_CONFIG, hf_quant_config(algorithm, ignored))
         details: dict[str, object] = {"layout": f"modelopt {algorithm}", "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(model)}
-        return Exported(_consumers(algorithm), details)
+        return Exported(mixed_consumers([(subject.linears, _consumers(algorithm))], fused_apart(subject)), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear by ModelOpt's formula, as the written config says, and compare it with ours.
@@ -103,8 +111,8 @@ class ModelOpt:
         del plain.quantization_config
         module = with_linear_experts(empty_model(plain, model), model)
         reader = CheckpointReader(directory, model)
-        reader.compare(with_stored_shapes(module, model, lambda child: _shapes(child, algorithm)))
-        for linear in model.graph.linears:
+        reader.compare(with_stored_shapes(module, subject.linears, lambda child, _: _shapes(child, algorithm)))
+        for linear in subject.linears:
             ours = subject.linear(linear).weight(subject.weight_grid(linear))
             tensors = reader.module(linear.name)
             try:
@@ -164,7 +172,8 @@ def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
         "weight_scale": encode_scale(parameters.scale, scheme.scale),
         "weight_scale_2": parameters.global_scale.float().reshape(()),
     }
-    multiplier = input_multiplier(subject, linear) if subject.scheme.activations is not None else None
+    calibrated = subject.scheme.of(linear.name).activations is not None
+    multiplier = input_multiplier(subject, linear) if calibrated else None
     return tensors if multiplier is None else tensors | {"input_scale": multiplier.float().reshape(())}
 
 

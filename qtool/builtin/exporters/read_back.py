@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qtool.builtin.exporters.stored_names import expected_shapes, stored_tensor_name
 from qtool.errors import ArtifactError
 from qtool.model.files import stored_tensors
+from qtool.model.graph import LinearSite
 from qtool.model.naming import places_of
 from qtool.model.reading import Files
 from qtool.model.source import Model
@@ -53,20 +54,22 @@ def with_linear_experts(module: nn.Module, model: Model) -> nn.Module:
 
 
 def with_stored_shapes(
-    module: nn.Module, model: Model, shapes: Callable[[nn.Linear], Mapping[str, tuple[int, ...]]]
+    module: nn.Module,
+    linears: Iterable[LinearSite],
+    shapes: Callable[[nn.Linear, LinearSite], Mapping[str, tuple[int, ...]]],
 ) -> nn.Module:
     """Put modules with the tensors that a checkpoint has, and the bias, in place of the linears that are quantized.
 
     Args:
         module: A model without weights, with linears as its experts. Modified.
-        model: The original model.
+        linears: Those linears.
         shapes: Names and shapes of what stands for the weight of a linear.
     """
-    for linear in model.graph.linears:
+    for linear in linears:
         if linear.expert in (None, 0):
             child = cast(nn.Linear, module.get_submodule(linear.name))
             stored = nn.Module()
-            for name, shape in shapes(child).items():
+            for name, shape in shapes(child, linear).items():
                 stored.register_buffer(name, torch.empty(shape, device="meta"))
             if child.bias is not None:
                 stored.register_buffer("bias", child.bias)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qtool.builtin.exporters.checkpoint import refuse_compensation
+from qtool.builtin.exporters.mixed import groups_of
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
 from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
@@ -16,14 +17,15 @@ from qtool.scheme import TensorScheme
 
 
 def quantized_weights(subject: Subject) -> TensorScheme:
-    """Return the scheme of the weights of a quantized subject.
+    """Return the scheme of most weights of a quantized subject.
 
     Raises:
         UsageError: It is not quantized.
     """
-    if subject.quantized is None or subject.scheme.weights is None:
-        raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")
-    return subject.scheme.weights
+    weights = groups_of(subject)[0][0].weights
+    if weights is None:
+        raise TypeError(weights)
+    return weights
 
 
 def refuse_all_but_codes(subject: Subject, layout: str) -> None:
@@ -55,7 +57,9 @@ def check_global_scales(subject: Subject) -> None:
         UsageError: Names the first.
     """
     known: dict[tuple[str, str], Tensor] = {}
-    for linear in subject.model.graph.linears:
+    for linear in subject.linears:
+        if not subject.weight_grid(linear).parts[0].has_global_scale:
+            continue
         scale = _multiplier(subject, f"{linear.name}.global_scale")
         if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
             raise UsageError(
@@ -63,7 +67,7 @@ def check_global_scales(subject: Subject) -> None:
                 facts=(("input", linear.reads), ("linear", linear.name)),
                 hint="use a mitigator that keeps the global scale it is given",
             )
-        if subject.scheme.activations is not None and input_multiplier(subject, linear) is None:
+        if subject.scheme.of(linear.name).activations is not None and input_multiplier(subject, linear) is None:
             raise UsageError(
                 "the activations were not calibrated, and NVFP4 needs a global scale for each input",
                 facts=(("input", linear.reads),),

@@ -20,6 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
+from qtool.builtin.exporters.mixed import (
+    fused_apart,
+    groups_of,
+    mixed_consumers,
+    refuse_mixed_experts,
+    refuse_several,
+)
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
@@ -44,12 +51,14 @@ _UNREADABLE = (KeyError, IndexError, ValueError, RuntimeError)
 class IntegerWords(ABC):
     """Writes one layout of integers in words; what sets the layouts apart is left to them.
 
-    Class attributes: ``version``, ``layout`` (what it is called) and ``bits`` (those that it has codes of).
+    Class attributes: ``version``, ``layout`` (what it is called), ``bits`` (those that it has codes of) and ``several``
+    (whether its config can say that linears differ in scheme).
     """
 
     version = 1
     layout: ClassVar[str]
     bits: ClassVar[tuple[int, ...]]
+    several: ClassVar[bool] = False
 
     @abstractmethod
     def tensors(
@@ -88,30 +97,35 @@ class IntegerWords(ABC):
             UsageError: Names what does not fit and the nearest that does.
             NumericalError: A scale that float16 cannot hold.
         """
-        weights = quantized_weights(subject)
-        bits = self._check_scheme(subject)
+        bits = {weights: self._check_scheme(subject, weights) for weights, _ in _weights_of(subject)}
+        if not self.several:
+            refuse_several(subject, self.layout)
+        refuse_mixed_experts(subject, self.layout)
         refuse_all_but_codes(subject, self.layout)
-        experts = subject.model.graph.dims.experts > 0
-        said = self.consumers(weights, _model_dtype(weights, subject.model.dtype), experts=experts)
+        experts, said = subject.model.graph.dims.experts > 0, self._said(subject)
         if experts and said["vllm"].startswith("refused"):
             raise UsageError(
                 f"no consumer reads these experts from {self.layout}",
                 facts=(("vllm", said["vllm"]), ("transformers", said["transformers"])),
                 hint="qtool pack SOURCE --to compressed-tensors",
             )
-        for linear in subject.model.graph.linears:
-            scale, zeros = _stored_parameters(subject, linear, bits)
-            _check_scales(linear, scale, weights)
-            self.check_linear(linear, zeros, subject.model.places[f"{linear.name}.weight"].shape[1], bits)
+        for weights, linears in _weights_of(subject):
+            for linear in linears:
+                scale, zeros = _stored_parameters(subject, linear, weights, bits[weights])
+                _check_scales(linear, scale, weights)
+                n_in = subject.model.places[f"{linear.name}.weight"].shape[1]
+                self.check_linear(linear, zeros, n_in, bits[weights])
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
         weights = quantized_weights(subject)
-        bits, dtype = subject.plugins.format(weights.format).bits, _model_dtype(weights, subject.model.dtype)
+        dtype = _model_dtype(weights, subject.model.dtype)
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            if linear.spec.kept:
+            own = subject.scheme.of(linear.name).weights
+            if linear.spec.kept or own is None:
                 return {}
+            bits = subject.plugins.format(own.format).bits
             found: QuantizedLinear = subject.linear(linear)
             (parameters,) = found.parameters
             tensors = self.tensors(found.codes, zero_points(parameters, bits), bits)
@@ -121,8 +135,7 @@ class IntegerWords(ABC):
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         details: dict[str, object] = {"layout": self.layout, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        experts = subject.model.graph.dims.experts > 0
-        return Exported(self.consumers(weights, dtype, experts=experts), details)
+        return Exported(self._said(subject), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Unpack every linear as the written config says, bit by bit, and compare it with ours.
@@ -138,24 +151,37 @@ class IntegerWords(ABC):
         del plain.quantization_config
         module = with_linear_experts(empty_model(plain, model), model)
         reader = CheckpointReader(directory, model)
-        reader.compare(with_stored_shapes(module, model, lambda child: self._shapes_of(child, said)))
-        for linear in model.graph.linears:
+
+        def shapes(child: nn.Linear, linear: LinearSite) -> dict[str, tuple[int, ...]]:
+            return self.shapes(child.out_features, child.in_features, self.config_of(linear.name, said))
+
+        reader.compare(with_stored_shapes(module, subject.linears, shapes))
+        for linear in subject.linears:
             ours = subject.linear(linear).weight(subject.weight_grid(linear))
             try:
-                read = self.decode(reader.module(linear.name), said)
+                read = self.decode(reader.module(linear.name), self.config_of(linear.name, said))
             except _UNREADABLE as error:
                 reason = str(error).split("\n")[0]
                 raise ArtifactError(f"cannot unpack `{linear.name}`", facts=(("reason", reason),)) from error
             if read.shape != ours.shape or not torch.equal(read, ours):
                 raise weight_difference(linear.name, read, ours)
 
-    def _shapes_of(self, linear: nn.Linear, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return self.shapes(linear.out_features, linear.in_features, config)
+    def config_of(self, linear: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what a reader of the config takes it to say of a linear."""
+        del linear
+        return config
 
-    def _check_scheme(self, subject: Subject) -> int:
+    def _said(self, subject: Subject) -> dict[str, str]:
+        """Return what loads the checkpoint, and what each loader executes of which linears."""
+        dtype = _model_dtype(quantized_weights(subject), subject.model.dtype)
+        experts = subject.model.graph.dims.experts > 0
+        each = [(linears, self.consumers(weights, dtype, experts=experts)) for weights, linears in _weights_of(subject)]
+        return mixed_consumers(each, fused_apart(subject))
+
+    def _check_scheme(self, subject: Subject, weights: TensorScheme) -> int:
         """Refuse a scheme that the layout cannot say, and return the bits of its codes."""
-        scheme, weights = subject.scheme, quantized_weights(subject)
-        if scheme.activations is not None or scheme.kv is not None:
+        scheme = subject.scheme
+        if scheme.every("activations") or scheme.kv is not None:
             raise SchemeError(
                 f"{self.layout} is for weights only, and its consumers would run the rest in 16 bits",
                 facts=(("scheme", scheme),),
@@ -179,6 +205,11 @@ class IntegerWords(ABC):
             nearest = replace(weights, scale="fp16")
             raise _refusal(f"{self.layout} has float16 scales, which hold bf16 and fp16 ones", weights, nearest)
         return bits
+
+
+def _weights_of(subject: Subject) -> list[tuple[TensorScheme, tuple[LinearSite, ...]]]:
+    """Return the schemes of weights, that of most linears first, each with its linears."""
+    return [(one.weights, linears) for one, linears in groups_of(subject) if one.weights is not None]
 
 
 def zero_points(parameters: GroupParameters, bits: int) -> UInt8[Tensor, "out groups"]:
@@ -206,10 +237,10 @@ def _model_dtype(weights: TensorScheme, stored: torch.dtype) -> torch.dtype:
 
 
 def _stored_parameters(
-    subject: Subject, linear: LinearSite, bits: int
+    subject: Subject, linear: LinearSite, weights: TensorScheme, bits: int
 ) -> tuple[Float[Tensor, "out groups"], UInt8[Tensor, "out groups"]]:
     """Read the scales and zero points of a linear, and not its codes."""
-    artifact, weights = subject.quantized, quantized_weights(subject)
+    artifact = subject.quantized
     if artifact is None:
         raise LookupError(linear.name)
     scale = decode_scale(artifact.tensor(f"{linear.name}.scale"), weights.scale)

@@ -98,8 +98,8 @@ def segment_channels(wished: int, width: int, group: int) -> int:
 
 def scale_groups(context: TransformContext, site: Site) -> int:
     """Return the channels after which scale groups of weights and of activations both end; 1 without groups."""
-    scheme = context.scheme
-    sizes = [part.group_size for part in (scheme.weights, scheme.activations) if part is not None and part.group_size]
-    if scheme.scale_per_head and site.kind == "o_in":
+    parts = (part for one in context.schemes_at(site) for part in (one.weights, one.activations))
+    sizes = [part.group_size for part in parts if part is not None and part.group_size]
+    if context.scheme.scale_per_head and site.kind == "o_in":
         sizes.append(context.graph.dims.head_dim)
     return lcm(*sizes)

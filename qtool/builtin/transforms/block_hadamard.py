@@ -83,17 +83,17 @@ def blocked_sites(context: TransformContext, options: BlockOptions) -> Iterator[
         UsageError: The model has no sites of a kind that was asked for.
     """
     graph, wanted = context.graph, _wanted(context, options)
-    wished = options.block or scale_group(context)
     for layer in range(graph.dims.num_layers):
         for name in graph.input_sites_of(layer):
             site = graph.site(f"layers.{layer}.{name}")
             if site.kind in wanted and graph.consumers(site):
-                yield site, block_size(wished, site.dim)
+                yield site, block_size(options.block or scale_group(context, site), site.dim)
 
 
-def scale_group(context: TransformContext) -> int:
-    """Return how many channels share a scale: of weights, else of activations, else 128."""
-    parts = (context.scheme.weights, context.scheme.activations)
+def scale_group(context: TransformContext, site: Site) -> int:
+    """Return how many channels of a site share a scale: of weights, else of activations, else 128."""
+    schemes = context.schemes_at(site)
+    parts = (*(one.weights for one in schemes), *(one.activations for one in schemes))
     return next((part.group_size for part in parts if part is not None and part.group_size), WITHOUT_GROUPS)
 
 

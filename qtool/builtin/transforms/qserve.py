@@ -91,7 +91,7 @@ class QServe:
             )
         found: dict[str, list[Operator]] = {RESIDUAL: [Hadamard(residual.dim)]} if config.r1 else {}
         attention = _is_on(config.smooth_attention, auto=scheme.kv is not None)
-        groups = any(part is not None and part.strategy == "group" for part in (scheme.weights, scheme.activations))
+        groups = any(part.strategy == "group" for name in ("weights", "activations") for part in scheme.every(name))
         reorder = _is_on(config.reorder, auto=groups)
         for layer in range(graph.dims.num_layers):
             for site in graph.of_kind("qk_pre", layer) if attention else ():

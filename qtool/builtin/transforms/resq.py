@@ -17,7 +17,7 @@ A segment ends where scale groups end, as in ``atom``: it is the multiple of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
 
 import torch
 from jaxtyping import Float, Float64
@@ -78,7 +78,8 @@ class ResQ:
             if graph.from_residual(name) and graph.consumers(site := graph.site(f"layers.{layer}.{name}"))
         ]
         hidden = graph.dims.hidden
-        high = segment_channels(round(config.share * hidden), hidden, scale_groups(context, readers[0]))
+        groups = lcm(*(scale_groups(context, site) for site in readers))
+        high = segment_channels(round(config.share * hidden), hidden, groups)
         total = torch.zeros(hidden, hidden, dtype=torch.float64)
         for site in readers:
             total += context.residual[site.id].need("hessian", site=site.id).double()

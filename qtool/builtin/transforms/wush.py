@@ -117,7 +117,7 @@ def affine_blocks(
     for site, block in blocked_sites(context, config):
         moments = site_moments(context, site, block, config.dampening)
         if moments is not None:
-            matrices = finished(matrices_of(moments.weights, moments.inputs), config, context.scheme)
+            matrices = finished(matrices_of(moments.weights, moments.inputs), config, *context.schemes_at(site))
             operators[site.id] = [Block(matrices, site.dim)]
     return Proposal(operators)
 
@@ -161,11 +161,11 @@ def site_moments(context: TransformContext, site: Site, block: int, dampening: f
 
 
 def finished(
-    matrices: Float[Tensor, "blocks b b"], config: AffineBlockConfig, scheme: ModelScheme
+    matrices: Float[Tensor, "blocks b b"], config: AffineBlockConfig, *schemes: ModelScheme
 ) -> Float[Tensor, "blocks b b"]:
     """Limit the condition number, rotate where that is asked or helps, and store in float32."""
     limited = limit_condition(matrices, config.max_condition)
-    if config.hadamard == "on" or (config.hadamard == "auto" and not _is_fine(scheme)):
+    if config.hadamard == "on" or (config.hadamard == "auto" and not all(map(_is_fine, schemes))):
         size = matrices.shape[-1]
         limited = limited @ (hadamard_matrix(size).to(limited) / sqrt(size))
     return limited.to(torch.float32)

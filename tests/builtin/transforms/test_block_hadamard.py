@@ -15,7 +15,8 @@ from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.plan import TransformContext
 from qtool.numerics.operators import Hadamard
-from qtool.scheme import ModelScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import ModelScheme, parse_tensor_scheme
+from qtool.steps.schemes import parse_model_scheme
 from qtool.steps.transform import context_of
 from qtool.testing import TinyModel, check_transform, plan_of, tiny_model
 

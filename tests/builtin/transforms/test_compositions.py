@@ -16,7 +16,7 @@ from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
 from qtool.model.plan import Plan
 from qtool.numerics.operators import Diag
-from qtool.scheme import parse_model_scheme
+from qtool.steps.schemes import parse_model_scheme
 from qtool.steps.transform import TransformRequest, context_of, transform
 from qtool.testing import EXACT, TinyModel, double_precision, exact_logits, tiny_model
 

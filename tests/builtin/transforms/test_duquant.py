@@ -16,7 +16,7 @@ from qtool.model.plan import TransformContext
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.greedy_rotation import spreading_rotations
 from qtool.numerics.operators import Block, Diag, Operator, Perm, compose_act
-from qtool.scheme import parse_model_scheme
+from qtool.steps.schemes import parse_model_scheme
 from qtool.steps.transform import context_of
 from qtool.testing import TinyModel, check_transform, plan_of, tiny_model
 

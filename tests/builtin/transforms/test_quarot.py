@@ -18,7 +18,8 @@ from qtool.model.graph import RESIDUAL
 from qtool.model.plan import Plan, TransformContext
 from qtool.numerics.hadamard import hadamard_matrix, hadamard_rotate
 from qtool.numerics.operators import Hadamard, HeadMix, compose_act
-from qtool.scheme import ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import ModelScheme, TensorScheme, parse_tensor_scheme
+from qtool.steps.schemes import parse_model_scheme
 from qtool.steps.transform import context_of
 from qtool.testing import TinyModel, check_transform, plan_of, tiny_model
 

@@ -22,7 +22,8 @@ from qtool.model.plan import Plan, Segment
 from qtool.numerics.operators import Hadamard, Orthogonal, Perm
 from qtool.numerics.random_orthogonal import random_orthogonal
 from qtool.plugins import Plugins
-from qtool.scheme import parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import parse_tensor_scheme
+from qtool.steps.schemes import parse_model_scheme
 from qtool.steps.transform import context_of
 from qtool.testing import TinyModel, check_transform, plan_of, tiny_model
 

@@ -21,7 +21,8 @@ from qtool.numerics.groups import from_groups, to_groups
 from qtool.numerics.operators import Block, Hadamard, Operator
 from qtool.numerics.second_moments import dampened, diagonal_blocks, weight_moment_blocks
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, TensorScheme, parse_model_scheme, parse_tensor_scheme
+from qtool.scheme import ModelScheme, TensorScheme, parse_tensor_scheme
+from qtool.steps.schemes import parse_model_scheme
 from qtool.steps.transform import context_of
 from qtool.testing import TinyModel, check_transform, plan_of, tiny_model
 
