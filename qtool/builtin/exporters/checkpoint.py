@@ -34,7 +34,7 @@ from qtool.model.source import Model
 TEXT = "text_config"
 """Where the config of a model with several towers has that of its text tower."""
 BATCH_BYTES = 1_000_000_000
-_NO_WEIGHTS = ("bias", "input_")
+_NO_WEIGHTS = ("bias", "input_", "hadamard_")
 # What goes with the weights as it is: how to generate, how to tokenize, and under which licence.
 COPIED = (
     "generation_config.json",
@@ -55,8 +55,9 @@ COPIED = (
 LinearTensors = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Makes what is stored of a linear, named below it, from the linear and its block's folded tensors.
 
-All of it but ``bias…`` and ``input_…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one. Of a
-linear that stays in full precision, what it makes replaces the folded tensors, and is cast like all others.
+All of it but ``bias…``, ``input_…`` and ``hadamard_…`` counts as the quantized linear's bytes; a ``bias`` replaces the
+folded one. Of a linear that stays in full precision, what it makes replaces the folded tensors, and is cast like all
+others.
 """
 
 

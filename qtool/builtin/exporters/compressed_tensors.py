@@ -15,10 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
-from qtool.builtin.exporters.consumers import compressed_consumers
+from qtool.builtin.exporters.consumers import compressed_consumers, with_transforms
 from qtool.builtin.exporters.ct_config import quantization_config
-from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout
+from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout, with_groups_in_cache
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
+from qtool.builtin.exporters.ct_transforms import (
+    expect_matrices,
+    input_transforms,
+    matrices_of,
+    transform_config,
+    verify_transforms,
+)
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
@@ -51,14 +58,16 @@ class CompressedTensors:
     version = 1
 
     def check(self, subject: Subject) -> None:
-        """Refuse schemes without a layout, adapters, online operators and scales that fused layers cannot share.
+        """Refuse schemes without a layout, adapters, most online operators, and scales that fused layers cannot share.
 
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
         layout, weights = choose_layout(subject.scheme), quantized_weights(subject)
+        with_groups_in_cache(subject.scheme, subject.model.graph.dims)
         checkpoint_dtype(weights, subject.model.dtype)
-        refuse_all_but_codes(subject, "compressed-tensors")
+        refuse_all_but_codes(subject, "compressed-tensors", online=True)
+        input_transforms(subject)
         if subject.scheme.scale_per_head:
             raise UsageError(
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
@@ -71,18 +80,26 @@ class CompressedTensors:
         """Write the checkpoint into an empty folder."""
         layout, weights = choose_layout(subject.scheme), quantized_weights(subject)
         dtype = checkpoint_dtype(weights, subject.model.dtype)
-        config = quantization_config(subject.scheme, layout, not_quantized(subject.model))
+        transforms = input_transforms(subject)
+        scheme = with_groups_in_cache(subject.scheme, subject.model.graph.dims)
+        config = quantization_config(scheme, layout, not_quantized(subject.model))
+        if transforms:
+            config |= {"transform_config": transform_config(transforms)}
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if linear.spec.kept:
                 return {}
-            return stored_tensors(subject.linear(linear), weights, layout) | _input_scale(subject, linear)
+            tensors = stored_tensors(subject.linear(linear), weights, layout) | _input_scale(subject, linear)
+            return tensors | matrices_of(transforms, linear.name, dtype)
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         details: dict[str, object] = {"layout": layout, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
         experts = subject.model.graph.dims.experts > 0
-        return Exported(compressed_consumers(subject.scheme, layout, dtype, experts=experts), details)
+        consumers = compressed_consumers(scheme, layout, dtype, experts=experts)
+        biased = any(subject.model.has(f"{name}.bias") for transform in transforms for name in transform.linears)
+        kinds = {transform.kind for transform in transforms}
+        return Exported(with_transforms(consumers, kinds, biased=biased), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.
@@ -97,7 +114,11 @@ class CompressedTensors:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         parsed = CompressedTensorsConfig.from_dict(config.quantization_config)  # type: ignore[no-untyped-call]
         reader = CheckpointReader(directory, model)
-        reader.compare(_skeleton(config, parsed, model), any_shape=_ZERO_POINT)
+        skeleton, transforms = _skeleton(config, parsed, model), input_transforms(subject)
+        expect_matrices(skeleton, transforms)
+        reader.compare(skeleton, any_shape=_ZERO_POINT)
+        stored = {one.name: reader.module(f"{one.linears[0]}.{one.name}_input")["weight"] for one in transforms}
+        verify_transforms(transforms, config.quantization_config.get("transform_config"), stored)
         (scheme,) = parsed.quantization_config.config_groups.values()
         for linear in model.graph.linears:
             tensors = reader.module(linear.name)
