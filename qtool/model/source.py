@@ -176,6 +176,18 @@ def open_model(path: Path, families: Mapping[str, Family], *, cache: Path, trust
             hint="get the model again, or pip install --upgrade transformers",
         ) from error
     float8 = float8_blocks(config, path)
+    family = family_of(config, families)
+    if float8 is not None:
+        del config.quantization_config  # what is read, executed and written is not quantized any more
+    return Model(path, config, family, folder_digest(path, cache), trust_remote_code, float8)
+
+
+def family_of(config: Any, families: Mapping[str, Family]) -> Family:  # noqa: ANN401 - each family has its own config
+    """Return the family that covers a transformers config.
+
+    Raises:
+        ModelError: None does.
+    """
     found = [one for one in families.values() if config.model_type in one.model_types and _covers(one, config)]
     if not found:
         known = sorted(t for family in families.values() for t in family.model_types)
@@ -184,9 +196,7 @@ def open_model(path: Path, families: Mapping[str, Family], *, cache: Path, trust
             facts=(("known", ", ".join(known)),),
             hint="describe it as data: see qtool.model.family.Family and the hook register_families",
         )
-    if float8 is not None:
-        del config.quantization_config  # what is read, executed and written is not quantized any more
-    return Model(path, config, found[0], folder_digest(path, cache), trust_remote_code, float8)
+    return found[0]
 
 
 def _covers(family: Family, config: Any) -> bool:  # noqa: ANN401 - each family has its own config class
