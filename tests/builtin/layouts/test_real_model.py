@@ -1,0 +1,70 @@
+"""A real model: what transformers loads has the loss, window by window, and the words of qtool's forward pass.
+
+Both compute in float32. The weights of FP4 are rounded to bfloat16 by the library, as its consumers have them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qtool.engine.execute import BlockExecutable
+from qtool.plugins import Plugins
+from qtool.scheme import ModelScheme, parse_tensor_scheme
+from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.pack import PackRequest, pack
+from qtool.steps.subjects import open_subject
+from qtool.steps.workspace import Workspace
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+TEXT = Path(__file__).parents[3] / "LICENSE"
+WINDOWS, TOKENS, NEW = 4, 128, 16
+
+
+def losses(logits: Tensor, windows: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each window."""
+    likelihood = logits[:, :-1].double().log_softmax(-1)
+    return -likelihood.gather(-1, windows[:, 1:, None]).squeeze(-1).mean(-1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [
+        ("int4-sym-g64", ""),
+        ("int4-asym-g64", ""),
+        ("int8-sym-channel", "int8-sym-token-sfp32-half"),
+        ("fp8-channel-sbf16", "fp8-token"),
+        ("nvfp4", ""),
+        ("mxfp4", ""),
+    ],
+)
+def test_loss_and_words_are_those_of_the_evaluation(
+    tmp_path: Path, cache: Path, weights: str, activations: str
+) -> None:
+    plugins = Plugins.discover()
+    workspace = Workspace(plugins, tmp_path, cache)
+    parts = (parse_tensor_scheme(text, plugins.format) if text else None for text in (weights, activations))
+    artifact, _ = mitigate(MitigateRequest("smollm2-135m", "rtn", ModelScheme(*parts), {}), workspace)
+    checkpoint, _ = pack(PackRequest(str(artifact.path), "compressed-tensors"), workspace)
+    subject = open_subject(str(artifact.path), workspace).subject
+    ids = subject.model.tokenizer()(TEXT.read_text())["input_ids"]
+    windows = torch.tensor(ids[: WINDOWS * TOKENS]).reshape(WINDOWS, TOKENS)
+    executable = BlockExecutable(subject, device=torch.device("cpu"), dtype=torch.float32, batch=1)
+    theirs: torch.nn.Module = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours = losses(torch.cat([logits for _, logits in executable.forward_windows(windows)]), windows)
+        loaded = losses(torch.cat([theirs(window[None]).logits for window in windows]), windows)
+        assert (loaded - ours).abs().max() < 1e-3
+        whole = executable.whole()
+        mine = windows[:1, :32]
+        for _ in range(NEW):
+            mine = torch.cat([mine, whole(input_ids=mine).logits[:, -1:].argmax(-1)], dim=1)
+        made = theirs.generate(
+            windows[:1, :32], attention_mask=torch.ones(1, 32, dtype=torch.long), max_new_tokens=NEW, do_sample=False
+        )
+    assert mine[0, : made.shape[1]].tolist() == made[0].tolist()
+    assert made.shape[1] > 32
