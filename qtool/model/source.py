@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -109,9 +109,15 @@ class Model:
             )
         return read_tensors({name: self.places[name]}, self.dtype, self.float8)[name]
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Read the tensors below ``prefix``, keyed by the rest of their names; not those that are left alone."""
-        names = [name for name in self.places if name.startswith(prefix) and name not in self.left_alone]
+    def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Read the tensors below ``prefix``, keyed by the rest of their names; not those that are left alone.
+
+        Args:
+            prefix: How their names begin.
+            without: Full names of others that are not read.
+        """
+        skipped = {*self.left_alone, *without}
+        names = [name for name in self.places if name.startswith(prefix) and name not in skipped]
         found = read_tensors({name: self.places[name] for name in names}, self.dtype, self.float8)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 

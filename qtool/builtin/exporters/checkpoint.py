@@ -99,7 +99,7 @@ def write_checkpoint(
     ends = stored_ends(subject, dtype)
     shards.add(as_stored(model, cast(ends)))
     for layer in range(graph.dims.num_layers):
-        state = subject.folded(layer, torch.float32)
+        state = subject.beside(layer, torch.float32)
         made: dict[str, Tensor] = {}
         for linear in graph.readers_of(layer):
             stored, module = linear_tensors(linear, state), linear.spec.module
@@ -108,7 +108,6 @@ def write_checkpoint(
                 continue
             made |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
             linears += sum(tensor.nbytes for name, tensor in stored.items() if not name.startswith(_NO_WEIGHTS))
-            del state[f"{module}.weight"]
         others = {f"{graph.block_name(layer)}.{name}": tensor for name, tensor in state.items()}
         _refuse_new_biases(subject, others | made)
         shards.add(as_stored(model, cast(others) | made))

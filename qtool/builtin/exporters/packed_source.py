@@ -1,12 +1,12 @@
 """A packed checkpoint as a subject: its codes and scales stand for an artifact, its other tensors for the model.
 
-Nothing is decoded on the way and nothing is written: tensors are read when an exporter asks for them. Where the model
-would have the weight of a quantized linear, there is one zero of its shape, which no exporter looks at.
+Nothing is decoded on the way and nothing is written: tensors are read when an exporter asks for them. Of the weight of
+a quantized linear the model has the name and the shape, and no values, which no exporter looks at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,13 +63,9 @@ class PackedModel(Model):
         places = {name: place for name, place in Model.places.func(self).items() if name not in own}
         return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.graph.linears}
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Read the tensors below ``prefix``, keyed by the rest of their names; zeros for weights that are codes."""
-        codes = {name for name in self._weights if name.startswith(prefix)}
-        names = [name for name in self.places if name.startswith(prefix) and name not in codes | set(self.left_alone)]
-        found = {name.removeprefix(prefix): self.tensor(name) for name in names}
-        zeros = {name: torch.zeros(()).expand(self.places[name].shape) for name in codes}
-        return found | {name.removeprefix(prefix): tensor for name, tensor in zeros.items()}
+    def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Read the tensors below ``prefix``, keyed by the rest of their names; no weights that are codes."""
+        return super().tensors(prefix, without={*without, *self._weights})
 
     @cached_property
     def _weights(self) -> frozenset[str]:
