@@ -193,6 +193,24 @@ def test_what_is_read_is_the_artifact(quantize: Quantize, workspace: Workspace) 
             assert zero is None or torch.equal(zero, other.parameters[0].zero_point)
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [
+        ("int8-sym-channel", "int8-sym-token-sfp32-half"),
+        ("int4-sym-g32", "int8-asym-token-sfp32"),
+        ("fp8-tensor", "fp8-tensor"),
+        ("mxfp4", "mxfp4"),
+    ],
+)
+def test_activations_are_read_as_consumers_quantize_them(
+    quantize: Quantize, workspace: Workspace, weights: str, activations: str
+) -> None:
+    quantized = quantize(weights, activations)
+    packed = pack(PackRequest(quantized, "compressed-tensors"), workspace)[0].path
+    read = open_packed(packed, workspace.plugins, cache=workspace.cache).scheme
+    assert str(read.activations) == str(open_subject(quantized, workspace).subject.scheme.activations)
+
+
 def test_scales_that_a_type_would_round_are_refused(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
     packed = pack(PackRequest(quantize("int4-sym-g32"), "compressed-tensors"), workspace)[0].path
     tiny = load_file(packed / "model.safetensors")[f"{NAME}.weight_scale"].clone()
@@ -216,6 +234,9 @@ def test_a_divisor_that_decodes_to_another_weight_is_refused() -> None:
     with pytest.raises(NumericalError, match="no reciprocal") as refused:
         check_reciprocal("a", linear_of(float(torch.nextafter(m, torch.tensor(9.0))), 1.0), below)
     assert ("scales that differ", 1) in refused.value.facts
+    above = torch.nextafter(1 / m, torch.tensor(0.0))
+    with pytest.raises(NumericalError, match="no reciprocal"):
+        check_reciprocal("a", linear_of(float(m), 1.0), above)
 
 
 def test_reciprocals_that_do_not_invert_are_known() -> None:
