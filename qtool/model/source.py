@@ -75,6 +75,10 @@ class Model:
     @cached_property
     def places(self) -> Mapping[str, Place]:
         """Where every tensor lies, by the name that the graph knows; a tied embedding may lie under the head's name."""
+        return self.found_places()
+
+    def found_places(self) -> Mapping[str, Place]:
+        """Return ``places`` as they are in the files."""
         places = places_of(self.stored, self.family)
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         if self.graph.dims.tied and embedding not in places and head in places:

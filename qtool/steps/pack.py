@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,11 @@ from qtool.artifacts.store import (
 from qtool.builtin.exporters.packed_layouts import packed_method
 from qtool.builtin.exporters.packed_source import check_global_scales_of, open_packed
 from qtool.engine.exporter import Exported, Exporter
+from qtool.engine.problem import QuantizedLinear
+from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, UsageError
 from qtool.model.extras import FURTHER_HEADS
-from qtool.model.graph import RESIDUAL
+from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.labels import labels_of, makers_of, parameter_counts
 from qtool.steps.model_card import CARD, measurements_about, model_card
 from qtool.steps.subjects import Opened, open_subject
@@ -148,8 +153,10 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         with measured(about, workspace.device):
-            exported = exporter.write(opened.subject, temporary)
-            exporter.verify(opened.subject, temporary)
+            with _shown(opened.subject, "pack", workspace) as subject:
+                exported = exporter.write(subject, temporary)
+            with _shown(opened.subject, "read back", workspace) as subject:
+                exporter.verify(subject, temporary)
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             digests = {str(file.relative_to(temporary)): digest_file(file) for file in files}
         final = replace(manifest, details={**manifest.details, **_details(exported, opened)}, about=about)
@@ -164,6 +171,28 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(path, final)
+
+
+@dataclass(frozen=True)
+class _Counted(Subject):
+    """A subject that tells when one of its linears is read."""
+
+    seen: Callable[[], object] = lambda: None
+
+    def linear(self, linear: LinearSite) -> QuantizedLinear:
+        """Read one quantized linear."""
+        self.seen()
+        return super().linear(linear)
+
+
+@contextmanager
+def _shown(subject: Subject, label: str, workspace: Workspace) -> Iterator[Subject]:
+    """Give the subject to an exporter, and show how many of its linears were read."""
+    linears = subject.model.graph.linears
+    ticks = iter(workspace.progress(range(len(linears)), total=len(linears), label=label))
+    own = {one.name: getattr(subject, one.name) for one in fields(subject)}
+    yield _Counted(**own, seen=lambda: next(ticks, None))
+    deque(ticks, maxlen=0)  # an exporter may read fewer; the display must end before the next begins
 
 
 def _give_name(temporary: Path, path: Path) -> None:

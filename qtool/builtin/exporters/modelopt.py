@@ -49,7 +49,7 @@ from qtool.numerics.scales import encode_scale
 from qtool.scheme import ModelScheme
 
 _GROUP = 16
-_FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+_FP8: tuple[Algorithm, Algorithm] = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 _FLOAT_SCALES = ("fp32", "bf16", "fp16")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _UNREADABLE = (KeyError, ValueError, RuntimeError)

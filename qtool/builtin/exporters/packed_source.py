@@ -60,7 +60,7 @@ class PackedModel(Model):
         """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
         leaves = (*LEAVES, *INPUT_LEAVES, "weight")
         own = {f"{linear.name}.{leaf}" for linear in self.graph.linears for leaf in leaves}
-        places = {name: place for name, place in Model.places.func(self).items() if name not in own}
+        places = {name: place for name, place in self.found_places().items() if name not in own}
         return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.graph.linears}
 
     def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
@@ -80,14 +80,10 @@ class PackedModel(Model):
                 hint="only checkpoints whose linears all have one scheme are transcoded",
             )
         rows, columns = codes.shape[0], self.graph.width(linear.spec.reads)
-        dtype = {torch.float16: "F16", torch.float32: "F32"}.get(self._said_dtype, "BF16")
+        said = getattr(self.config.get_text_config(), "dtype", None)
+        dtype = {torch.float16: "F16", torch.float32: "F32"}.get(said or torch.bfloat16, "BF16")
         slot = TensorSlot(dtype, (rows, columns), 0, 0)
         return Place(f"{codes.name.rpartition('.')[0]}.weight", StoredTensor(codes.stored.file, slot))
-
-    @property
-    def _said_dtype(self) -> torch.dtype | None:
-        said = getattr(self.config.get_text_config(), "dtype", None)
-        return said if isinstance(said, torch.dtype) else None
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ class PEFT:
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write checkpoint and adapter into an empty folder."""
         exported = self._base.write(_without_corrections(subject), directory)
-        tensors, ranks = {}, {}
+        tensors: dict[str, Tensor] = {}
+        ranks: dict[str, int] = {}
         for linear in _corrected(subject):
             down, up = factors(subject, linear)
             ranks[linear.name] = len(down)
