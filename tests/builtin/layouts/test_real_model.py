@@ -1,8 +1,8 @@
 """A real model: what transformers loads has the loss, window by window, and the words of qtool's forward pass.
 
 Both compute in float32, so FP4 is not here: the library decodes it to bfloat16 in a model of float32, which then does
-not run. The model is stored in float32, and a checkpoint in 16 bits: with float16 that is less than 0.001 in the loss of a
-window, with bfloat16 some 0.002. Asymmetric weights are decoded to 16 bits as well; they are compared with qtool's
+not run. The model is stored in float32, and a checkpoint in 16 bits: with float16 that is less than 0.001 in the loss
+of a window, with bfloat16 some 0.002. Asymmetric weights are decoded to 16 bits as well; they are compared with qtool's
 forward pass of the rounded model.
 """
 
