@@ -135,6 +135,7 @@ def register_exporters() -> Sequence[Entry]:
         _entry("gguf-f16", "exporters.gguf:GGUFHalf", "llama.cpp: weights dequantised to float16"),
         _entry("hf", "exporters.hf:HuggingFace", "dequantised bf16 safetensors for anything that loads transformers"),
         _entry("modelopt", "exporters.modelopt:ModelOpt", "ModelOpt's NVFP4 and FP8: vLLM, SGLang, TensorRT-LLM"),
+        _entry("peft", "exporters.peft:PEFT", "compressed-tensors and a LoRA adapter of the low-rank corrections"),
     ]
 
 

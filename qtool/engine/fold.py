@@ -7,6 +7,7 @@ ones. In front of a norm's linears the order is: the norm's weight, the residual
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -45,7 +46,13 @@ def input_operators(graph: ModelGraph, plan: Plan, layer: int, reads: str) -> tu
 
 
 def fold_block(
-    graph: ModelGraph, plan: Plan, layer: int, state: State, *, dtype: torch.dtype = torch.float64
+    graph: ModelGraph,
+    plan: Plan,
+    layer: int,
+    state: State,
+    *,
+    dtype: torch.dtype = torch.float64,
+    rows: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Return the tensors of a block with the plan folded in.
 
@@ -55,6 +62,8 @@ def fold_block(
         layer: Block index.
         state: The block's stored tensors, names relative to the block. Not modified.
         dtype: Of the linears' weights where the plan changes them. They are computed in float64, one at a time.
+        rows: Outputs of the linears, by module, whose weights ``state`` leaves out; only their biases are folded, for
+            which nothing in front of them may shift.
 
     Returns:
         The same names; what folding did not touch is unchanged, and what is small is float64.
@@ -63,8 +72,11 @@ def fold_block(
         return dict(state)
     folded = dict(state)
     for linear in graph.readers_of(layer):
-        weight, bias = fold_linear(graph, plan, linear, state)
-        folded[f"{linear.spec.module}.weight"] = weight.to(dtype)
+        if linear.spec.module in rows:
+            bias = _fold_bias(graph, plan, linear, state, rows[linear.spec.module])
+        else:
+            weight, bias = fold_linear(graph, plan, linear, state)
+            folded[f"{linear.spec.module}.weight"] = weight.to(dtype)
         if bias is not None:
             folded[f"{linear.spec.module}.bias"] = bias
     for reads in graph.input_sites_of(layer):
@@ -96,6 +108,33 @@ def fold_linear(graph: ModelGraph, plan: Plan, linear: LinearSite, state: State)
             bias = torch.zeros_like(weight[:, 0])
         bias = None if bias is None else _at_rows(operator.bias_out, bias, rows)
     return weight, bias
+
+
+def shifts_inputs(graph: ModelGraph, plan: Plan, layer: int, has: Callable[[str], bool]) -> bool:
+    """Say whether a linear's bias takes something of its weight: of a shift in front of it, or of its norm's bias.
+
+    Args:
+        graph: The model's sites.
+        plan: The operators.
+        layer: Block index.
+        has: Says whether the block stores a tensor, by its name there.
+    """
+    linears = graph.readers_of(layer)
+    fronts = (operator for linear in linears for operator in input_operators(graph, plan, layer, linear.spec.reads))
+    norms = (graph.norm_of(linear.spec.reads) for linear in linears)
+    biased = plan.fold_norms and any(norm is not None and has(f"{norm.module}.bias") for norm in norms)
+    return biased or any(operator.group == SHIFT for operator in fronts)
+
+
+def _fold_bias(graph: ModelGraph, plan: Plan, linear: LinearSite, state: State, rows: int) -> Tensor | None:
+    """Return the folded bias of a linear in front of which nothing shifts, in float64."""
+    stored = state.get(f"{linear.spec.module}.bias")
+    bias = None if stored is None else stored.double()
+    for operator, places in written_operators(graph, plan, linear):
+        if operator.group == SHIFT and bias is None:
+            bias = torch.zeros(rows, dtype=torch.float64)
+        bias = None if bias is None else _at_rows(operator.bias_out, bias, places)
+    return bias
 
 
 def written_operators(

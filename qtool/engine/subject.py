@@ -16,7 +16,7 @@ from torch import Tensor
 from qtool.artifacts.store import Artifact
 from qtool.engine.block_problem import Compensation
 from qtool.engine.cache import CacheRounding
-from qtool.engine.fold import fold_block, fold_ends
+from qtool.engine.fold import fold_block, fold_ends, shifts_inputs
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
 from qtool.engine.problem import Adapter, QuantizedLinear
@@ -81,6 +81,21 @@ class Subject:
         graph = self.model.graph
         state = self.model.tensors(f"{graph.block_name(layer)}.")
         return fold_block(graph, self.plan, layer, state, dtype=dtype)
+
+    def beside(self, layer: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Return what ``folded`` does without the weights of quantized linears, whose codes stand for them.
+
+        They are not even read, unless biases are folded that take something of them.
+        """
+        graph, places = self.model.graph, self.model.places
+        block = graph.block_name(layer)
+        weights = {linear.spec.module: f"{linear.name}.weight" for linear in self.linears_of(layer)}
+        if shifts_inputs(graph, self.plan, layer, lambda name: f"{block}.{name}" in places):
+            state = self.folded(layer, dtype)
+            return {name: tensor for name, tensor in state.items() if f"{block}.{name}" not in weights.values()}
+        rows = {module: places[name].shape[0] for module, name in weights.items()}
+        state = self.model.tensors(f"{block}.", without=weights.values())
+        return fold_block(graph, self.plan, layer, state, dtype=dtype, rows=rows)
 
     def block(self, layer: int, dtype: torch.dtype) -> BlockContent:
         """Return a block as it is executed in a dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -75,6 +75,10 @@ class Model:
     @cached_property
     def places(self) -> Mapping[str, Place]:
         """Where every tensor lies, by the name that the graph knows; a tied embedding may lie under the head's name."""
+        return self.found_places()
+
+    def found_places(self) -> Mapping[str, Place]:
+        """Return ``places`` as they are in the files."""
         places = places_of(self.stored, self.family)
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         if self.graph.dims.tied and embedding not in places and head in places:
@@ -109,9 +113,15 @@ class Model:
             )
         return read_tensors({name: self.places[name]}, self.dtype, self.float8)[name]
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Read the tensors below ``prefix``, keyed by the rest of their names; not those that are left alone."""
-        names = [name for name in self.places if name.startswith(prefix) and name not in self.left_alone]
+    def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Read the tensors below ``prefix``, keyed by the rest of their names; not those that are left alone.
+
+        Args:
+            prefix: How their names begin.
+            without: Full names of others that are not read.
+        """
+        skipped = {*self.left_alone, *without}
+        names = [name for name in self.places if name.startswith(prefix) and name not in skipped]
         found = read_tensors({name: self.places[name] for name in names}, self.dtype, self.float8)
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
@@ -176,6 +186,18 @@ def open_model(path: Path, families: Mapping[str, Family], *, cache: Path, trust
             hint="get the model again, or pip install --upgrade transformers",
         ) from error
     float8 = float8_blocks(config, path)
+    family = family_of(config, families)
+    if float8 is not None:
+        del config.quantization_config  # what is read, executed and written is not quantized any more
+    return Model(path, config, family, folder_digest(path, cache), trust_remote_code, float8)
+
+
+def family_of(config: Any, families: Mapping[str, Family]) -> Family:  # noqa: ANN401 - each family has its own config
+    """Return the family that covers a transformers config.
+
+    Raises:
+        ModelError: None does.
+    """
     found = [one for one in families.values() if config.model_type in one.model_types and _covers(one, config)]
     if not found:
         known = sorted(t for family in families.values() for t in family.model_types)
@@ -184,9 +206,7 @@ def open_model(path: Path, families: Mapping[str, Family], *, cache: Path, trust
             facts=(("known", ", ".join(known)),),
             hint="describe it as data: see qtool.model.family.Family and the hook register_families",
         )
-    if float8 is not None:
-        del config.quantization_config  # what is read, executed and written is not quantized any more
-    return Model(path, config, found[0], folder_digest(path, cache), trust_remote_code, float8)
+    return found[0]
 
 
 def _covers(family: Family, config: Any) -> bool:  # noqa: ANN401 - each family has its own config class

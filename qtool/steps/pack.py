@@ -1,27 +1,45 @@
-"""pack: a quantized artifact becomes a checkpoint that consumers load, read back before it is given its name."""
+"""pack: a quantized artifact becomes a checkpoint that consumers load, read back before it is given its name.
+
+A packed checkpoint becomes one of another layout in the same way, with the same codes and scales, or is refused.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qtool.artifacts.identity import digest_file
-from qtool.artifacts.manifest import Manifest, Step
-from qtool.artifacts.store import CHECKPOINT_MANIFEST, Artifact, ArtifactWriter, disk_errors, write_atomically
+from qtool.artifacts.manifest import Input, Manifest, Step
+from qtool.artifacts.store import (
+    CHECKPOINT_MANIFEST,
+    Artifact,
+    ArtifactWriter,
+    disk_errors,
+    open_artifact,
+    write_atomically,
+)
+from qtool.builtin.exporters.packed_layouts import packed_method
+from qtool.builtin.exporters.packed_source import check_global_scales_of, open_packed
 from qtool.engine.exporter import Exported, Exporter
+from qtool.engine.problem import QuantizedLinear
+from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, UsageError
 from qtool.model.extras import FURTHER_HEADS
-from qtool.model.graph import RESIDUAL
+from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.labels import labels_of, makers_of
 from qtool.steps.model_card import CARD, measurements_about, model_card
 from qtool.steps.storage import STORAGE, written_storage
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.workspace import Workspace, measured
 
+UNKNOWN = "unknown"
 READERS = ("transformers", "compressed-tensors", "gguf", "safetensors")
 
 
@@ -30,7 +48,7 @@ class PackRequest:
     """Which artifact, for which consumers.
 
     Attributes:
-        source: A quantized artifact.
+        source: A quantized artifact, or a checkpoint in a packed layout of this or another tool.
         to: Name of an exporter.
         output: The folder to write; None for a name that follows from the key.
         force: Whether a checkpoint that is there already is replaced.
@@ -50,19 +68,15 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
 
     Raises:
         UsageError: The exporter cannot hold the artifact (refused before any work), or the path is taken.
-        ArtifactError: The source is no quantized artifact, or what was written reads back as something else.
+        ArtifactError: The source holds no codes, or what was written reads back as something else.
         ResourceError: The disk is full; nothing is left behind.
     """
     exporter: Exporter = workspace.plugins.load("exporters", request.to)
-    opened = open_subject(request.source, workspace)
-    kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
-    if kind != "quantized":
-        raise ArtifactError(
-            f"`{request.source}` holds nothing to pack",
-            facts=(("expected", "quantized"), ("received", kind)),
-            hint=f"qtool mitigate {request.source} --method rtn --scheme W4A16",
-        )
+    opened = _opened(request, workspace)
     exporter.check(opened.subject)
+    inexact = check_global_scales_of(opened.subject, request.to)
+    if inexact:
+        workspace.warn(f"{inexact} global scales have no exact reciprocal in float32: W4A4 may differ in the last bit")
     rotated = bool(opened.subject.plan.at(RESIDUAL).operators)
     if rotated and FURTHER_HEADS in opened.model.left_alone.values():
         workspace.warn("heads for further tokens (MTP) are copied and read a rotated residual: they will draft badly")
@@ -72,6 +86,46 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     if done is not None:
         return done, True
     return _written(exporter, opened, manifest, path, workspace), False
+
+
+def _opened(request: PackRequest, workspace: Workspace) -> Opened:
+    """Open a quantized artifact, or a packed checkpoint whose codes and scales are to be laid out in another way."""
+    source = Path(request.source)
+    method = packed_method(source) if request.source else None
+    if method is not None:
+        return _opened_checkpoint(source, method, request.to, workspace)
+    opened = open_subject(request.source, workspace)
+    kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
+    if kind != "quantized":
+        raise ArtifactError(
+            f"`{request.source}` holds nothing to pack",
+            facts=(("expected", "quantized"), ("received", kind)),
+            hint=f"qtool mitigate {request.source} --method rtn --scheme W4A16",
+        )
+    return opened
+
+
+def _opened_checkpoint(source: Path, method: str, to: str, workspace: Workspace) -> Opened:
+    """Open a packed checkpoint, qtool's own or another tool's; what is known of its making goes with it."""
+    if method == to:
+        raise UsageError(f"`{source}` is laid out for {to} already", hint="--to another exporter")
+    made = open_artifact(source) if (source / CHECKPOINT_MANIFEST).is_file() else None
+    identity = "" if made is None else made.manifest.subject
+    subject = open_packed(source.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
+    if made is None:
+        here = Input(subject.model.id, str(source.resolve()))
+        return Opened(subject, {"model": here, "checkpoint": here})
+    return Opened(subject, {"model": made.manifest.inputs["model"], "checkpoint": workspace.named(made)}, made)
+
+
+def _labels(opened: Opened, workspace: Workspace) -> dict[str, str]:
+    """Return the labels of what is packed; of a checkpoint of another tool only the scheme is known."""
+    labels, scheme = labels_of(opened, workspace), opened.subject.scheme
+    if opened.artifact is not None:
+        return labels
+    parts = {"weights": scheme.weights, "activations": scheme.activations, "kv": scheme.kv}
+    known = {name: str(part) if part else "16 bits" for name, part in parts.items()}
+    return labels | known | {"transform": UNKNOWN, "mitigator": UNKNOWN, "scheme": str(scheme)}
 
 
 def _present(path: Path, key: str, *, force: bool) -> Artifact | None:
@@ -100,22 +154,46 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         with measured(about, workspace.device):
-            exported = exporter.write(opened.subject, temporary)
-            exporter.verify(opened.subject, temporary)
+            with _shown(opened.subject, "pack", workspace) as subject:
+                exported = exporter.write(subject, temporary)
+            with _shown(opened.subject, "read back", workspace) as subject:
+                exporter.verify(subject, temporary)
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             digests = {str(file.relative_to(temporary)): digest_file(file) for file in files}
         final = replace(manifest, details={**manifest.details, **_details(exported, opened)}, about=about)
         final = final.with_tensors(digests)
         write_atomically(temporary / CHECKPOINT_MANIFEST, final.to_text())
-        if opened.artifact is not None:
-            makers = list(makers_of(opened.artifact, workspace))[::-1]
-            card = model_card(final, makers, measurements_about(opened.artifact, workspace))
-            write_atomically(temporary / CARD, card)
+        source = opened.artifact
+        makers = [] if source is None else list(makers_of(source, workspace))[::-1]
+        measured_of = [] if source is None else measurements_about(source, workspace)
+        write_atomically(temporary / CARD, model_card(final, makers, measured_of))
         with disk_errors(path):
             _give_name(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(path, final)
+
+
+@dataclass(frozen=True)
+class _Counted(Subject):
+    """A subject that tells when one of its linears is read."""
+
+    seen: Callable[[], object] = lambda: None
+
+    def linear(self, linear: LinearSite) -> QuantizedLinear:
+        """Read one quantized linear."""
+        self.seen()
+        return super().linear(linear)
+
+
+@contextmanager
+def _shown(subject: Subject, label: str, workspace: Workspace) -> Iterator[Subject]:
+    """Give the subject to an exporter, and show how many of its linears were read."""
+    linears = subject.model.graph.linears
+    ticks = iter(workspace.progress(range(len(linears)), total=len(linears), label=label))
+    own = {one.name: getattr(subject, one.name) for one in fields(subject)}
+    yield _Counted(**own, seen=lambda: next(ticks, None))
+    deque(ticks, maxlen=0)  # an exporter may read fewer; the display must end before the next begins
 
 
 def _give_name(temporary: Path, path: Path) -> None:
@@ -142,7 +220,7 @@ def _manifest(request: PackRequest, exporter: Exporter, opened: Opened, workspac
         subject=opened.model.id,
         family=opened.model.family.name,
         schemes=opened.subject.scheme.to_json(),
-        details={"to": request.to, "labels": labels_of(opened, workspace)},
+        details={"to": request.to, "labels": _labels(opened, workspace)},
     )
 
 

@@ -248,13 +248,28 @@ def test_transformers_does_not_quantize_activations_beside_asymmetric_weights(ma
     assert exported.consumers["vllm"].startswith("W4A16 on most kernels; W4A4 with")
 
 
-def test_transformers_quantizes_the_cache_as_qtool_does(make: Make, tmp_path: Path) -> None:
-    subject = make("int4-sym-g32", kv="fp8-tensor")
+@pytest.mark.parametrize(
+    ("kv", "said", "group"),
+    [
+        ("fp8-tensor", "KV cache in FP8 with a dynamic scale", None),
+        ("fp8-token", "KV cache in FP8 with a dynamic scale per group of 32", 32),
+        ("int8-sym-tensor-sfp32-half", "KV cache in INT8 with a dynamic scale", None),
+        ("int4-asym-token-sfp32", "KV cache in INT4 with a dynamic scale per group of 32, asymmetric", 32),
+        ("int4-sym-g16-sfp32-half", "KV cache in INT4 with a dynamic scale per group of 16", 16),
+    ],
+)
+def test_transformers_quantizes_the_cache_as_qtool_does(
+    make: Make, tmp_path: Path, kv: str, said: str, group: int | None
+) -> None:
+    subject = make("int4-sym-g32", kv=kv)
     exported = written(CompressedTensors(), subject, tmp_path / "out")
     plain = measured(replace(subject, scheme=replace(subject.scheme, kv=None)))
     torch.testing.assert_close(executed(tmp_path / "out"), measured(subject), rtol=0, atol=1e-6)
     assert (executed(tmp_path / "out") - plain).abs().mean() > 1e-3
-    assert "KV cache in FP8" in exported.consumers["transformers"]
+    assert f"; {said} (" in exported.consumers["transformers"]
+    assert ("refused" in exported.consumers["vllm"]) == (kv != "fp8-tensor")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["group_size"] == group
 
 
 def test_float32_scales_are_said_to_be_rounded_and_are(make: Make, tmp_path: Path) -> None:
@@ -478,8 +493,10 @@ REFUSED = [
     ("fp8-channel", "fp8-g32", "", "one scale a token", "--activations fp8-token"),
     ("mxfp4", "mxfp4-floor", "", "MXFP4 activations", "--activations mxfp4"),
     ("mxfp4", "int8-sym-token", "", "MXFP4 activations", "--activations mxfp4"),
-    ("int4-sym-g32", "", "int8-sym-token-head", "KV cache is FP8", "--kv fp8-tensor"),
-    ("int4-sym-g32", "", "fp8-token-head", "KV cache is FP8", "--kv fp8-tensor"),
+    ("int4-sym-g32", "", "fp4-g16-sfp32", "KV cache is FP8 or integers", "--kv fp8-tensor"),
+    ("int4-sym-g32", "", "int8-asym-token-head", "do not round them", "--kv int8-asym-token-head-sfp32"),
+    ("int4-sym-g32", "", "int8-sym-tensor-sfp32", "over all codes", "--kv int8-sym-tensor-sfp32-half"),
+    ("int4-sym-g32", "", "fp8-tensor-c0.9", "the whole range", "--kv fp8-sym-tensor-sfp32"),
 ]
 
 
@@ -538,14 +555,6 @@ def test_a_head_that_stays_tied_is_not_stored(make: Make, tmp_path: Path) -> Non
     written(CompressedTensors(), make("int4-sym-g32"), tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
-
-
-def test_online_operators_are_refused_by_name(make: Make) -> None:
-    subject = make("int4-sym-g32")
-    with pytest.raises(UsageError, match="forward pass") as refused:
-        CompressedTensors().check(planned(subject, rotations(subject, online=True)))
-    assert ("sites", "qk_post, up_down") in refused.value.facts
-    assert "--set r4=false" in refused.value.hint
 
 
 @pytest.mark.parametrize("settings", [(), CODED])

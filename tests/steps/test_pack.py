@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +161,20 @@ def test_a_checkpoint_is_something_to_be_measured(quantize: Quantize, workspace:
     opened = open_subject(str(checkpoint.path), workspace)
     assert opened.artifact is not None
     assert opened.artifact.manifest.kind == "checkpoint"
+
+
+def test_progress_counts_the_linears_twice(quantize: Quantize, workspace: Workspace) -> None:
+    seen: list[str] = []
+
+    def counted(items: Iterable[int], *, total: int, label: str) -> Iterator[int]:
+        assert label not in seen
+        for item in items:
+            yield item
+            seen.append(label)
+        assert seen.count(label) == total == 14
+
+    pack(PackRequest(quantize("int4-sym-g16"), "hf"), replace(workspace, progress=counted))
+    assert seen == ["pack"] * 14 + ["read back"] * 14
 
 
 def test_another_checkpoint_is_replaced_only_by_force(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ COPIED = (
 LinearTensors = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Makes what is stored of a linear, named below it, from the linear and its block's folded tensors.
 
-All of it but ``bias…`` and ``input_…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one. Of a
-linear that is not quantized, what it makes replaces the folded tensors, and is cast like all others.
+All of it but ``bias…``, ``input_…`` and ``hadamard_…`` counts as the quantized linear's bytes; a ``bias`` replaces the
+folded one. Of a linear that is not quantized, what it makes replaces the folded tensors, and is cast like all others.
 """
 
 
@@ -117,7 +117,7 @@ def write_checkpoint(
     ends = stored_ends(subject, dtype)
     shards.add(as_stored(model, cast(ends)))
     for layer in range(graph.dims.num_layers):
-        state = subject.folded(layer, torch.float32)
+        state = subject.beside(layer, torch.float32)
         made: dict[str, Tensor] = {}
         for linear in graph.readers_of(layer):
             stored, module = linear_tensors(linear, state), linear.spec.module
@@ -132,7 +132,6 @@ def write_checkpoint(
             made |= {f"{linear.name}.{name}": tensor for name, tensor in stored.items()}
             for name, tensor in stored.items():
                 parts[_part_of(name, tensor)] += 0 if name.startswith("bias") else tensor.nbytes
-            del state[f"{module}.weight"]
         others = {f"{graph.block_name(layer)}.{name}": tensor for name, tensor in state.items()}
         _refuse_new_biases(subject, others | made)
         shards.add(as_stored(model, cast(others) | made))
@@ -149,8 +148,8 @@ def write_checkpoint(
 
 def _part_of(name: str, tensor: Tensor) -> str:
     """Return the part that a tensor of a quantized linear is of, by its name below it."""
-    if name.startswith("input_"):
-        return "inputs"
+    if name.startswith(("input_", "hadamard_")):
+        return "inputs" if name.startswith("input_") else "operators"
     return "unquantized" if name == "weight" and tensor.dtype in _DENSE else _PARTS.get(name, "layout")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
-from qtool.builtin.exporters.consumers import compressed_consumers
+from qtool.builtin.exporters.consumers import compressed_consumers, with_transforms
 from qtool.builtin.exporters.ct_config import quantization_config
-from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout
+from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout, with_groups_in_cache
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
+from qtool.builtin.exporters.ct_transforms import (
+    InputTransform,
+    expect_matrices,
+    input_transforms,
+    matrices_of,
+    transform_config,
+    verify_transforms,
+)
 from qtool.builtin.exporters.mixed import fused_apart, groups_of, mixed_consumers, refuse_mixed_experts
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
@@ -54,15 +62,17 @@ class CompressedTensors:
     version = 1
 
     def check(self, subject: Subject) -> None:
-        """Refuse schemes without a layout, adapters, online operators and scales that fused layers cannot share.
+        """Refuse schemes without a layout, adapters, most online operators, and scales that fused layers cannot share.
 
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
         layouts = {choose_layout(scheme) for scheme, _ in groups_of(subject)}
+        with_groups_in_cache(subject.scheme, subject.model.graph.dims)
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
-        refuse_all_but_codes(subject, "compressed-tensors")
+        refuse_all_but_codes(subject, "compressed-tensors", online=True)
+        input_transforms(subject)
         if subject.scheme.scale_per_head:
             raise UsageError(
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
@@ -74,23 +84,28 @@ class CompressedTensors:
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
         (scheme, linears), *others = groups_of(subject)
-        layout, dtype = choose_layout(scheme), _dtype(subject)
+        layout, dtype, transforms = choose_layout(scheme), _dtype(subject), input_transforms(subject)
         rest = [(one, choose_layout(one), _targets(subject.model, own)) for one, own in others]
         targets = _targets(subject.model, linears) if others else ("Linear",)
+        scheme = with_groups_in_cache(scheme, subject.model.graph.dims)
         config = quantization_config(scheme, layout, not_quantized(subject.model, subject.kept), rest, targets)
+        if transforms:
+            config |= {"transform_config": transform_config(transforms)}
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             own = subject.scheme.of(linear.name)
-            if linear.spec.kept or own.weights is None:
+            if linear.spec.kept:
                 return {}
-            return stored_tensors(subject.linear(linear), own.weights, choose_layout(own)) | _input_scale(
-                subject, linear
-            )
+            beside = matrices_of(transforms, linear.name, dtype)
+            if own.weights is None:
+                return beside
+            tensors = stored_tensors(subject.linear(linear), own.weights, choose_layout(own))
+            return tensors | _input_scale(subject, linear) | beside
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         details: dict[str, object] = {"layout": config["format"], "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        return Exported(_consumers(subject, dtype, decoded="dequantize" in config), details)
+        return Exported(_consumers(subject, dtype, transforms, decoded="dequantize" in config), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.
@@ -105,7 +120,11 @@ class CompressedTensors:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         parsed = CompressedTensorsConfig.from_dict(config.quantization_config)  # type: ignore[no-untyped-call]
         reader = CheckpointReader(directory, model)
-        reader.compare(_skeleton(config, parsed, model), any_shape=_ZERO_POINT)
+        skeleton, transforms = _skeleton(config, parsed, model), input_transforms(subject)
+        expect_matrices(skeleton, transforms)
+        reader.compare(skeleton, any_shape=_ZERO_POINT)
+        stored = {one.name: reader.module(f"{one.linears[0]}.{one.name}_input")["weight"] for one in transforms}
+        verify_transforms(transforms, config.quantization_config.get("transform_config"), stored)
         targets = {
             target: group for group in parsed.quantization_config.config_groups.values() for target in group.targets
         }
@@ -120,24 +139,29 @@ class CompressedTensors:
                 raise weight_difference(linear.name, decoded, ours)
 
 
-def _consumers(subject: Subject, dtype: torch.dtype, *, decoded: bool) -> dict[str, str]:
+def _consumers(
+    subject: Subject, dtype: torch.dtype, transforms: Sequence[InputTransform], *, decoded: bool
+) -> dict[str, str]:
     """Return what loads the checkpoint, and what each loader executes of which linears.
 
     Args:
         subject: What was written.
         dtype: What its other tensors are stored in.
+        transforms: Rotations in the forward pass.
         decoded: Whether the config tells transformers to decode on loading, which it does to all dense linears alike.
     """
     each = []
     for scheme, linears in groups_of(subject):
         experts = any(linear.expert is not None for linear in linears)
-        each.append((linears, compressed_consumers(scheme, choose_layout(scheme), dtype, experts=experts)))
+        executed = with_groups_in_cache(scheme, subject.model.graph.dims)
+        each.append((linears, compressed_consumers(executed, choose_layout(scheme), dtype, experts=experts)))
     consumers = mixed_consumers(each, fused_apart(subject))
     dense = [linears for linears, _ in each if any(linear.expert is None for linear in linears)]
     if decoded and len(dense) > 1:
         lost = "beside zero points it decodes all linears by the scheme of one group"
         consumers["transformers"] = f"{UNREADABLE}: {lost}"
-    return consumers
+    biased = any(subject.model.has(f"{name}.bias") for transform in transforms for name in transform.linears)
+    return with_transforms(consumers, {transform.kind for transform in transforms}, biased=biased)
 
 
 def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:

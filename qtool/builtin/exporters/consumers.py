@@ -7,6 +7,8 @@ activations (``tests/builtin/test_exporters.py`` does it again). vLLM was read; 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 
 from qtool.builtin.exporters.ct_layout import ELEMENTS, Layout
@@ -36,12 +38,12 @@ def compressed_consumers(
     if scheme.weights is None:
         raise SchemeError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     weights, activations = scheme.weights, scheme.activations
-    cache = ""
+    read, run = _transformers(weights, activations, _name(dtype)), _vllm(weights, activations, layout)
     if scheme.kv is not None:
-        cache = "; KV cache in FP8 with a dynamic scale" if weights.symmetric else "; the KV cache is NOT quantized"
-    read = f"{_transformers(weights, activations, _name(dtype))}{cache}"
-    cache = "; FP8 KV cache with scale 1, for it holds no calibrated ones" if scheme.kv else ""
-    run = f"{_vllm(weights, activations, layout)}{cache}"
+        read = f"{read}; {_cache(scheme.kv) if weights.symmetric else 'the KV cache is NOT quantized'}"
+        float8 = scheme.kv.format == "fp8" and scheme.kv.strategy == "tensor"
+        run = f"{run}; FP8 KV cache with scale 1, for it holds no calibrated ones"
+        run = run if float8 else "refused: it quantizes a KV cache in FP8 with one scale only"
     if experts:
         lost = _unread_experts(weights, layout)
         quantized = " and their activations NOT quantized" if activations is not None else ""
@@ -49,6 +51,25 @@ def compressed_consumers(
         refused = _vllm_without_experts(weights, activations, layout)
         run = f"refused: {refused}" if refused else run
     return {"transformers": f"{read} ({TRANSFORMERS})", "vllm": f"{run} ({VLLM})"}
+
+
+def with_transforms(consumers: Mapping[str, str], kinds: Collection[str], *, biased: bool) -> dict[str, str]:
+    """Return the words on the consumers of a checkpoint with Hadamard rotations in the forward pass.
+
+    Args:
+        consumers: As they are without.
+        kinds: Types of the transforms; none if there are no transforms.
+        biased: Whether a linear behind a transform has a bias.
+    """
+    if not kinds:
+        return dict(consumers)
+    lost = f"{UNREADABLE} by from_pretrained alone, which leaves out the online rotations"
+    dense = "" if set(kinds) == {"hadamard"} else ", by a dense product"
+    run = f"{consumers['vllm']}; online rotations on one GPU only{dense}"
+    return {
+        "transformers": f"{lost}; with apply_transform_config and the stored matrices: {consumers['transformers']}",
+        "vllm": "refused: it rotates the inputs of linears without biases only" if biased else run,
+    }
 
 
 def dequantized_consumers(weight_bits: int, scheme: ModelScheme, dtype: torch.dtype) -> dict[str, str]:
@@ -153,6 +174,14 @@ def _dynamic(activations: TensorScheme) -> str:
     per = {"group": f"group of {activations.group_size}", "tensor": "tensor"}.get(activations.strategy, "token")
     kind = {"int": "INT", "float": "FP"}[element]
     return f"dynamic {kind}{bits} activations per {per}{'' if activations.symmetric else ', asymmetric'}"
+
+
+def _cache(kv: TensorScheme) -> str:
+    """Return how the library quantizes keys and values as it runs, as ``KV cache in INT4 with …``."""
+    element, bits = ELEMENTS[kv.format]
+    per = f" per group of {kv.group_size}" if kv.strategy == "group" else ""
+    zeros = "" if kv.symmetric else ", asymmetric"
+    return f"KV cache in {'INT' if element == 'int' else 'FP'}{bits} with a dynamic scale{per}{zeros}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from qtool.errors import SchemeError
+from qtool.model.graph import Dimensions
 from qtool.scheme import ModelScheme, TensorScheme
 from qtool.scheme_parts import KeysAndValues
 
@@ -141,11 +142,46 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
 
 
 def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
-    """Refuse a quantized cache that is not FP8 with one scale for keys and values."""
-    if isinstance(kv, TensorScheme) and kv.clip != 1:
+    """Refuse a quantized cache that is not FP8 or integers with float32 scales, which the library fits as it runs."""
+    if kv is None:
+        return
+    if isinstance(kv, KeysAndValues) or kv.strategy == "channel":
+        raise _refusal("a checkpoint's KV cache has one scheme, and scales of one token", "kv", kv, "fp8-tensor")
+    if kv.clip != 1:
         raise _clipped("kv", kv)
-    if isinstance(kv, KeysAndValues) or (kv is not None and (kv.format != "fp8" or kv.strategy != "tensor")):
-        raise _refusal("a checkpoint's KV cache is FP8 with one scale, or 16 bits", "kv", kv, "fp8-tensor")
+    element, bits = ELEMENTS.get(kv.format, ("", 0))
+    if element != "int" and (element, bits) != ("float", 8):
+        raise _refusal("a checkpoint's KV cache is FP8 or integers, or 16 bits", "kv", kv, "fp8-tensor")
+    if kv.scale != "fp32":
+        reason = "consumers fit the scales of a KV cache as they run, and do not round them"
+        raise _refusal(reason, "kv", kv, replace(kv, scale="fp32"))
+    if kv.real:
+        reason = "consumers fit zero points of a KV cache that are codes"
+        raise _refusal(reason, "kv", kv, replace(kv, real=False))
+    if element == "int" and kv.symmetric and kv.range_rule != "half":
+        reason = "consumers spread the range of a symmetric KV cache over all codes"
+        raise _refusal(reason, "kv", kv, replace(kv, range_rule="half"))
+
+
+def with_groups_in_cache(scheme: ModelScheme, dims: Dimensions) -> ModelScheme:
+    """Return a scheme whose cache has, for a scale a token and head, groups of a head's channels: the same scales.
+
+    compressed-tensors' own scales per token are of a head's tokens all together there.
+
+    Args:
+        scheme: Weights, activations, KV cache.
+        dims: Sizes of the model.
+
+    Raises:
+        SchemeError: The heads of keys and of values differ in size.
+    """
+    kv = scheme.kv
+    if not isinstance(kv, TensorScheme) or kv.strategy != "token-head":
+        return scheme
+    if dims.head_dim != dims.value_dim:
+        nearest = replace(kv, strategy="tensor")
+        raise _refusal("heads of keys and of values differ in size, so no group is a head", "kv", kv, nearest)
+    return replace(scheme, kv=replace(kv, strategy="group", group_size=dims.head_dim))
 
 
 def _clipped(part: str, scheme: TensorScheme) -> SchemeError:

@@ -158,7 +158,7 @@ def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple
         module, _, leaf = name.rpartition(".")
         yield f"{names.get(module, module)}.{leaf}", _float(subject, name, tensor, dtype), None
     for layer in range(graph.dims.num_layers):
-        state = subject.folded(layer, torch.float32)
+        state = subject.beside(layer, torch.float32)
         check_biases(found, list(state))
         for linear in graph.linears_of(layer):
             module = linear.spec.module

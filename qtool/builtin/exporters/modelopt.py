@@ -1,8 +1,8 @@
 """NVIDIA ModelOpt's checkpoints: NVFP4 and FP8, for vLLM, SGLang and TensorRT-LLM.
 
 All of it is what the artifact holds in other names: ``weight_scale_2`` and ``input_scale`` are the multipliers whose
-reciprocals compressed-tensors stores. FP8 is the kind with a scale an output row and dynamic inputs, since qtool has no
-calibrated input scale of FP8, which the kind with a scale a tensor asks for.
+reciprocals compressed-tensors stores. FP8 has a scale an output row, or one a tensor. Its inputs are dynamic, since
+qtool calibrates no input scale of FP8, for which vLLM and SGLang ask where the weights have one scale a tensor.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ from qtool.numerics.scales import encode_scale
 from qtool.scheme import ModelScheme
 
 _GROUP = 16
+_FP8: tuple[Algorithm, Algorithm] = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+_FLOAT_SCALES = ("fp32", "bf16", "fp16")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _UNREADABLE = (KeyError, ValueError, RuntimeError)
 
@@ -75,11 +77,11 @@ class ModelOpt:
         refuse_mixed_experts(subject, "modelopt")
         algorithm = choose_algorithm(groups_of(subject)[0][0])
         refuse_all_but_codes(subject, "modelopt")
-        if algorithm != "FP8_PER_CHANNEL_PER_TOKEN":
+        if algorithm not in _FP8:
             check_global_scales(subject)
         elif subject.model.graph.dims.experts > 0:
             raise UsageError(
-                "no consumer reads experts in FP8 with a scale an output row from modelopt",
+                "no consumer reads experts in FP8 with such scales and dynamic inputs from modelopt",
                 hint="qtool pack SOURCE --to compressed-tensors",
             )
 
@@ -152,12 +154,13 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
         raise _refusal("NVFP4 weights go with NVFP4 activations", scheme, "--activations nvfp4")
     if weights.format != "fp8":
         raise _refusal("modelopt is written for NVFP4 and FP8 weights", scheme, "--scheme NVFP4")
-    rows = weights.strategy == "channel" and weights.scale in ("fp32", "bf16", "fp16")
-    tokens = activations is not None and activations.format == "fp8" and activations.strategy == "token"
-    if not rows or not tokens or activations is None or replace(activations, scale="fp32", clip=1.0) != activations:
-        reason = "FP8 weights with a scale a row go with FP8 inputs with one a token; others have calibrated inputs"
+    whole = {("channel", "token"): _FP8[1], ("tensor", "tensor"): _FP8[0]}
+    algorithm = None if activations is None else whole.get((weights.strategy, activations.strategy))
+    held = activations is not None and replace(activations, format="fp8", scale="fp32", clip=1.0) == activations
+    if algorithm is None or not held or weights.scale not in _FLOAT_SCALES:
+        reason = "FP8 weights with a scale a row go with FP8 inputs with one a token, those with one a tensor likewise"
         raise _refusal(reason, scheme, "--scheme FP8_DYNAMIC")
-    return "FP8_PER_CHANNEL_PER_TOKEN"
+    return algorithm
 
 
 def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
@@ -165,7 +168,8 @@ def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     found, scheme = subject.linear(linear), quantized_weights(subject)
     (parameters,) = found.parameters
     if parameters.global_scale is None:
-        scale = parameters.scale.float().squeeze(-1)
+        rows = scheme.strategy == "channel"
+        scale = parameters.scale.float().squeeze(-1) if rows else parameters.scale.float().reshape(())
         return {"weight": found.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
     tensors = {
         "weight": pack_codes(found.codes, 4),
@@ -180,8 +184,8 @@ def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
 def _shapes(linear: nn.Linear, algorithm: Algorithm) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a linear's tensors, without its bias."""
     n_out, n_in = linear.out_features, linear.in_features
-    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
-        return {"weight": (n_out, n_in), "weight_scale": (n_out,)}
+    if algorithm in _FP8:
+        return {"weight": (n_out, n_in), "weight_scale": () if algorithm == "FP8" else (n_out,)}
     shapes = {"weight": (n_out, n_in // 2), "weight_scale": (n_out, n_in // _GROUP), "weight_scale_2": ()}
     return shapes | ({"input_scale": ()} if algorithm == "NVFP4" else {})
 
@@ -189,8 +193,8 @@ def _shapes(linear: nn.Linear, algorithm: Algorithm) -> dict[str, tuple[int, ...
 def _decode(tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Float[Tensor, "out in"]:
     """Return the float32 weight that stored tensors stand for."""
     raw, scale = tensors["weight"], tensors["weight_scale"].float()
-    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
-        return raw.float() * scale[:, None]
+    if algorithm in _FP8:
+        return raw.float() * scale.unsqueeze(-1)
     pairs = torch.stack((raw % 16, raw // 16), dim=-1).flatten(1)
     step = scale * tensors["weight_scale_2"]
     return torch.tensor(_E2M1)[pairs.long()] * step.repeat_interleave(_GROUP, dim=1)
@@ -201,10 +205,17 @@ def _consumers(algorithm: Algorithm) -> dict[str, str]:
     run = {
         "NVFP4": "W4A4 on Blackwell; before it W4A16, unless --linear-backend emulation is given",
         "W4A16_NVFP4": "W4A16: activations are not quantized",
+        "FP8": f"{UNREADABLE}: it asks for calibrated input scales, and takes a lowest number for those that lack",
         "FP8_PER_CHANNEL_PER_TOKEN": "W8A8 from SM89 on: dynamic FP8 activations per token; before it W8A16",
     }[algorithm]
     lost = f"{UNREADABLE}: transformers 5.23 knows no `modelopt`: shapes do not fit, or codes are taken for weights"
-    return {"transformers": lost, "vllm": f"{run} (by the code of vLLM 0.32, not run)"}
+    consumers = {"transformers": lost, "vllm": f"{run} (by the code of vLLM 0.32, not run)"}
+    if algorithm == "FP8":
+        dynamic = (
+            "W8A8: dynamic FP8 activations per tensor; linears that it fuses are rounded again to their largest scale"
+        )
+        consumers["tensorrt-llm"] = f"{dynamic} (by its code, not run)"
+    return consumers
 
 
 def _refusal(reason: str, scheme: ModelScheme, nearest: str) -> SchemeError:

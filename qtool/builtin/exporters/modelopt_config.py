@@ -8,13 +8,17 @@ from typing import Any, Literal, TypeAlias
 from qtool import __version__
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
-Algorithm: TypeAlias = Literal["NVFP4", "W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN"]
+Algorithm: TypeAlias = Literal["NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"]
 """What ModelOpt calls a scheme."""
 
 _FP4: Mapping[str, Any] = {"num_bits": 4, "type": "float", "dynamic": False, "group_size": 16}
 _GROUPS: Mapping[Algorithm, Mapping[str, Any]] = {
     "NVFP4": {"weights": _FP4, "input_activations": _FP4},
     "W4A16_NVFP4": {"weights": _FP4, "input_activations": None},
+    "FP8": {
+        "weights": {"num_bits": 8, "type": "float", "dynamic": False},
+        "input_activations": {"num_bits": 8, "type": "float", "dynamic": True},
+    },
     "FP8_PER_CHANNEL_PER_TOKEN": {
         "weights": {"num_bits": 8, "type": "float", "dynamic": False, "strategy": "channel"},
         "input_activations": {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"},

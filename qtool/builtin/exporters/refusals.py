@@ -28,12 +28,13 @@ def quantized_weights(subject: Subject) -> TensorScheme:
     return weights
 
 
-def refuse_all_but_codes(subject: Subject, layout: str) -> None:
+def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False) -> None:
     """Refuse what goes beyond one code a weight and one set of scales a linear.
 
     Args:
         subject: A quantized subject.
         layout: What the layout is called.
+        online: Whether it may hold operators in the forward pass; then they are not refused here.
 
     Raises:
         SchemeError: Zero points that are real numbers.
@@ -43,7 +44,8 @@ def refuse_all_but_codes(subject: Subject, layout: str) -> None:
     _refuse_real(subject, layout)
     _refuse_stacked(subject, layout)
     _refuse_segments(subject, layout)
-    _refuse_online(subject)
+    if not online:
+        _refuse_online(subject)
     refuse_compensation(subject)
     _refuse_adapters(subject, layout)
     _refuse_outliers(subject, layout)
@@ -116,7 +118,7 @@ def _refuse_online(subject: Subject) -> None:
     online = sorted({site.kind for site, plan in sites if plan.online or (site.kind == OUTPUT and plan.operators)})
     if online:
         raise UsageError(
-            "the plan runs operators in the forward pass, which these checkpoints do not carry yet",
+            "the plan runs operators in the forward pass, which these checkpoints do not carry",
             facts=(("sites", ", ".join(online)),),
             hint="qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or pack --to hf",
         )

@@ -20,7 +20,7 @@ from qtool.builtin.exporters.compressed_tensors import CompressedTensors
 from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
 from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.builtin.exporters.shards import Shards
-from qtool.engine.exporter import Exporter
+from qtool.engine.exporter import UNREADABLE, Exporter
 from qtool.errors import ArtifactError
 from qtool.plugins import Plugins
 from tests.builtin.layouts.conftest import NAME, Make, altered, calibrated, flipped, written
@@ -217,6 +217,24 @@ def test_modelopt_holds_the_artifacts_fp8(make: Make, tmp_path: Path, weights: s
         assert scale.dtype == torch.float32
         assert torch.equal(torch.from_numpy(raw.astype(np.float32)) * scale[:, None], ours)
         assert scale.shape == (len(ours),)
+
+
+@pytest.mark.parametrize("weights", ["fp8-tensor", "fp8-tensor-sbf16"])
+def test_modelopt_holds_the_artifacts_fp8_of_one_scale(make: Make, tmp_path: Path, weights: str) -> None:
+    subject = make(weights, "fp8-tensor")
+    exported = written(ModelOpt(), subject, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for linear in subject.model.graph.linears:
+        raw = stored[f"{linear.name}.weight"].view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+        scale = stored[f"{linear.name}.weight_scale"]
+        assert (scale.dtype, scale.shape) == (torch.float32, ())
+        ours = subject.linear(linear).weight(subject.weight_grid(linear))
+        assert torch.equal(torch.from_numpy(raw.astype(np.float32)) * scale, ours)
+        assert f"{linear.name}.input_scale" not in stored
+    config = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert config["quantization"]["quant_algo"] == "FP8"
+    assert exported.consumers["vllm"].startswith(UNREADABLE)
+    assert exported.consumers["tensorrt-llm"].startswith("W8A8: dynamic FP8 activations per tensor")
 
 
 @pytest.mark.parametrize(

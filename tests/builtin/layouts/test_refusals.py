@@ -33,9 +33,11 @@ REFUSED = [
     (AWQ(), ("int8-asym-g32",), "codes of 4 bits", "--weights int4-asym-g32-sbf16"),
     (ModelOpt(), ("int4-sym-g32",), "NVFP4 and FP8", "--scheme NVFP4"),
     (ModelOpt(), ("mxfp4",), "NVFP4 and FP8", "--scheme NVFP4"),
-    (ModelOpt(), ("fp8-tensor", "fp8-tensor"), "calibrated inputs", "--scheme FP8_DYNAMIC"),
-    (ModelOpt(), ("fp8-channel",), "calibrated inputs", "--scheme FP8_DYNAMIC"),
-    (ModelOpt(), ("fp8-b32", "fp8-g32"), "calibrated inputs", "--scheme FP8_DYNAMIC"),
+    (ModelOpt(), ("fp8-tensor", "fp8-token"), "one a tensor likewise", "--scheme FP8_DYNAMIC"),
+    (ModelOpt(), ("fp8-channel", "fp8-tensor"), "one a tensor likewise", "--scheme FP8_DYNAMIC"),
+    (ModelOpt(), ("fp8-tensor", "fp8-tensor-c0.9"), "one a tensor likewise", "--scheme FP8_DYNAMIC"),
+    (ModelOpt(), ("fp8-channel",), "one a tensor likewise", "--scheme FP8_DYNAMIC"),
+    (ModelOpt(), ("fp8-b32", "fp8-g32"), "one a tensor likewise", "--scheme FP8_DYNAMIC"),
     (ModelOpt(), ("nvfp4", "mxfp4"), "NVFP4 activations", "--activations nvfp4"),
     (ModelOpt(), ("nvfp4", "", "fp8-tensor"), "no cache", "without a cache"),
 ]
@@ -142,6 +144,7 @@ def test_experts_are_written_for_the_consumer_that_reads_them(
         (GPTQ(), ("int3-sym-g32",)),
         (GPTQ(), ("int4-sym-g16",)),
         (ModelOpt(), ("fp8-channel", "fp8-token")),
+        (ModelOpt(), ("fp8-tensor", "fp8-tensor")),
     ],
 )
 def test_experts_that_no_consumer_reads_are_refused(make: Make, exporter: Exporter, scheme: tuple[str, ...]) -> None:

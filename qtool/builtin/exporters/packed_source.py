@@ -1,0 +1,257 @@
+"""A packed checkpoint as a subject: its codes and scales stand for an artifact, its other tensors for the model.
+
+Nothing is decoded on the way and nothing is written: tensors are read when an exporter asks for them. Of the weight of
+a quantized linear the model has the name and the shape, and no values, which no exporter looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from qtool.artifacts.layout import Header, TensorSlot
+from qtool.artifacts.manifest import Manifest, Step
+from qtool.artifacts.store import Artifact
+from qtool.builtin.exporters.packed_layouts import (
+    INPUT_LEAVES,
+    LEAVES,
+    check_reciprocal,
+    is_reciprocal,
+    packed_method,
+    read_multiplier,
+    read_packed,
+    read_scheme,
+)
+from qtool.engine.grid import Grid
+from qtool.engine.problem import QuantizedLinear
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, linear_tensors
+from qtool.engine.subject import Subject
+from qtool.errors import ArtifactError, UsageError
+from qtool.model.family import Family
+from qtool.model.files import StoredTensor, folder_digest
+from qtool.model.graph import LinearSite
+from qtool.model.naming import Place, places_of
+from qtool.model.reading import Files
+from qtool.model.source import Model, family_of
+from qtool.plugins import Plugins
+from qtool.scheme import ModelScheme, TensorScheme
+
+_CODES = ("F8_E4M3", "U8", "I8", "I32")
+_UNREADABLE = (KeyError, ValueError, RuntimeError, IndexError)
+
+
+@dataclass(frozen=True)
+class PackedModel(Model):
+    """What a packed checkpoint holds besides the weights of its quantized linears."""
+
+    @cached_property
+    def packed(self) -> Mapping[str, Place]:
+        """Where every tensor of the checkpoint lies, by the name that the graph knows."""
+        return places_of(self.stored, self.family)
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
+        leaves = (*LEAVES, *INPUT_LEAVES, "weight")
+        own = {f"{linear.name}.{leaf}" for linear in self.graph.linears for leaf in leaves}
+        places = {name: place for name, place in self.found_places().items() if name not in own}
+        return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.graph.linears}
+
+    def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Read the tensors below ``prefix``, keyed by the rest of their names; no weights that are codes."""
+        return super().tensors(prefix, without={*without, *self._weights})
+
+    @cached_property
+    def _weights(self) -> frozenset[str]:
+        return frozenset(f"{linear.name}.weight" for linear in self.graph.linears)
+
+    def _placeholder(self, linear: LinearSite) -> Place:
+        """Return the place of a weight of as many rows as its codes have; there are no bytes in it."""
+        codes = self.packed.get(f"{linear.name}.weight_packed") or self.packed.get(f"{linear.name}.weight")
+        if codes is None or codes.expert is not None or codes.stored.slot.dtype not in _CODES:
+            raise ArtifactError(
+                f"`{linear.name}` of `{self.path}` is not quantized, or all experts are one tensor",
+                hint="only checkpoints whose linears all have one scheme are transcoded",
+            )
+        rows, columns = codes.shape[0], self.graph.width(linear.spec.reads)
+        said = getattr(self.config.get_text_config(), "dtype", None)
+        dtype = {torch.float16: "F16", torch.float32: "F32"}.get(said or torch.bfloat16, "BF16")
+        slot = TensorSlot(dtype, (rows, columns), 0, 0)
+        return Place(f"{codes.name.rpartition('.')[0]}.weight", StoredTensor(codes.stored.file, slot))
+
+
+@dataclass(frozen=True)
+class PackedArtifact(Artifact):
+    """The codes and scales of a packed checkpoint under the names that an artifact has for them."""
+
+    model: PackedModel
+    scheme: ModelScheme
+    plugins: Plugins
+    method: str
+
+    @cached_property
+    def header(self) -> Header:
+        """The names of all tensors; shapes and places are those of the checkpoint's own."""
+        slots: dict[str, TensorSlot] = {}
+        weights = _weights_of(self.scheme)
+        for linear in self.model.graph.linears:
+            leaves = ["codes", "scale", *([] if weights.symmetric else ["zero_point"])]
+            leaves += ["global_scale"] if self._global_leaf(linear.name) else []
+            slots |= dict.fromkeys((f"{linear.name}.{leaf}" for leaf in leaves), TensorSlot("U8", (), 0, 0))
+            if any(f"{linear.name}.{leaf}" in self.model.packed for leaf in INPUT_LEAVES):
+                slots[f"{linear.reads}{INPUT_GLOBAL_SCALE}"] = TensorSlot("F32", (), 0, 4)
+        return Header({}, slots)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor as an artifact stores it."""
+        if name.endswith(INPUT_GLOBAL_SCALE):
+            return self._input_multiplier(name.removesuffix(INPUT_GLOBAL_SCALE))
+        linear, _, leaf = name.rpartition(".")
+        return self.tensors(f"{linear}.")[leaf]
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors of a linear as an artifact stores them, keyed by the last parts of their names."""
+        name = prefix.removesuffix(".")
+        if name not in {linear.name for linear in self.model.graph.linears}:
+            return {}
+        stored = linear_tensors(name, self.read(name), self._grid)
+        return {full.removeprefix(prefix): tensor for full, tensor in stored.items()}
+
+    def read(self, name: str) -> QuantizedLinear:
+        """Return a linear's codes and scales.
+
+        Raises:
+            ArtifactError: They do not fit the config.
+        """
+        linear, weights = self.model.graph.linear(name), _weights_of(self.scheme)
+        try:
+            return read_packed(
+                self.method, self.stored_of(name), self.model.graph.width(linear.spec.reads), weights, self._grid
+            )
+        except (*_UNREADABLE, ArtifactError) as error:
+            reason = str(error).split("\n")[0]
+            raise ArtifactError(
+                f"cannot read the codes of `{name}`", facts=(("checkpoint", self.path), ("reason", reason))
+            ) from error
+
+    def stored_of(self, name: str) -> dict[str, Tensor]:
+        """Read the tensors of a linear as the checkpoint has them, keyed by the last parts of their names."""
+        files, places = Files(), self.model.packed
+        leaves = (leaf for leaf in (*LEAVES, *INPUT_LEAVES, "weight") if f"{name}.{leaf}" in places)
+        return {leaf: files.read(places[f"{name}.{leaf}"]) for leaf in leaves}
+
+    def _global_leaf(self, name: str) -> bool:
+        return any(f"{name}.{leaf}" in self.model.packed for leaf in ("weight_scale_2", "weight_global_scale"))
+
+    @cached_property
+    def _grid(self) -> Grid:
+        return Grid.of(_weights_of(self.scheme), self.plugins.format(_weights_of(self.scheme).format))
+
+    def _input_multiplier(self, site: str) -> Tensor:
+        """Return the multiplier of a site's activations, on which the linears that read it must agree."""
+        found = {
+            linear.name: read_multiplier(self.method, self.stored_of(linear.name))
+            for linear in self.model.graph.linears
+            if linear.reads == site
+        }
+        first, *others = found.values()
+        if first is None or any(other is None or not torch.equal(first, other) for other in others):
+            raise UsageError(
+                "linears that read one input have different input scales",
+                facts=(("input", site), ("linears", ", ".join(found))),
+                hint="pack it from the artifact that it came from",
+            )
+        return first
+
+
+def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str = "") -> Subject:
+    """Open a packed checkpoint as what is to be packed.
+
+    Args:
+        directory: A checkpoint of one of ``METHODS``.
+        plugins: Where families and formats are found.
+        cache: Where digests of large files are remembered.
+        identity: What the original model is called; the checkpoint's own digest if empty.
+
+    Raises:
+        SchemeError: It has several schemes, or one that is not read back.
+        ArtifactError: A linear is not quantized, or something else is.
+    """
+    method = packed_method(directory)
+    if method is None:
+        raise LookupError(directory)
+    config = AutoConfig.from_pretrained(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    families: dict[str, Family] = {name: plugins.load("families", name) for name in plugins.offers["families"]}
+    model = PackedModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
+    scales = [place for name, place in model.packed.items() if name.endswith(".weight_scale")]
+    if not scales:
+        raise ArtifactError(f"`{directory}` has no scales", hint="check that the download is complete")
+    scheme = read_scheme(directory, Files().read(scales[0]).dtype, plugins.format)
+    _refuse_other_codes(model)
+    step = Step("pack", method, 1, "checkpoint")
+    manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
+    artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
+    if method == "modelopt" and _weights_of(scheme).format == "fp8" and any("input_scale" in n for n in model.packed):
+        raise UsageError(
+            "the checkpoint has calibrated input scales of FP8, and only NVFP4's are transcoded",
+            facts=(("checkpoint", directory),),
+            hint="pack it from the artifact that it came from",
+        )
+    return Subject(model, plugins, scheme=scheme, quantized=artifact)
+
+
+def check_global_scales_of(subject: Subject, to: str) -> int:
+    """Refuse global scales that an exporter would turn into other weights.
+
+    Args:
+        subject: What ``open_packed`` returned.
+        to: Name of the exporter.
+
+    Returns:
+        How many multipliers of weights and inputs have no exact reciprocal in float32, where the exporter takes it.
+
+    Raises:
+        NumericalError: A weight would differ in bfloat16; names the linear.
+    """
+    artifact, inexact = subject.quantized, set[float]()
+    if not isinstance(artifact, PackedArtifact):
+        return 0
+    for linear in subject.model.graph.linears:
+        if f"{linear.name}.global_scale" not in artifact.header.slots:
+            continue
+        found = artifact.read(linear.name)
+        stored = artifact.stored_of(linear.name)
+        if artifact.method == "compressed-tensors":
+            check_reciprocal(linear.name, found, stored["weight_global_scale"])
+        elif to == "compressed-tensors":
+            check_reciprocal(linear.name, found)
+            multipliers = (found.parameters[0].global_scale, read_multiplier(artifact.method, stored))
+            inexact |= {float(one) for one in multipliers if one is not None and not is_reciprocal(one)}
+    return len(inexact)
+
+
+def _refuse_other_codes(model: PackedModel) -> None:
+    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
+    odd = next(
+        (name for name in model.places if name.endswith(tuple(f".{leaf}" for leaf in (*LEAVES, *INPUT_LEAVES)))), None
+    )
+    if odd is not None:
+        raise ArtifactError(
+            "the checkpoint has codes of what qtool does not quantize",
+            facts=(("first", odd), ("family", model.family.name)),
+            hint="only checkpoints whose linears all have one scheme are transcoded",
+        )
+
+
+def _weights_of(scheme: ModelScheme) -> TensorScheme:
+    if scheme.weights is None:
+        raise LookupError(scheme)
+    return scheme.weights

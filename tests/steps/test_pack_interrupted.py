@@ -1,0 +1,144 @@
+"""Every exporter leaves nothing behind when it is interrupted or the disk is full, and replaces nothing unasked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtool.builtin.exporters import gguf as gguf_exporter
+from qtool.engine.subject import Subject
+from qtool.errors import ResourceError, UsageError
+from qtool.plugins import Plugins
+from qtool.scheme import ModelScheme, parse_tensor_scheme
+from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.pack import PackRequest, pack
+from qtool.steps.workspace import Workspace
+
+WEIGHTS = {
+    "awq": "int4-sym-g32",
+    "compressed-tensors": "int4-sym-g32",
+    "gguf": "int4-sym-g32",
+    "gguf-f16": "int4-sym-g32",
+    "gptq": "int4-sym-g32",
+    "gptq-v2": "int4-sym-g32",
+    "hf": "int4-sym-g32",
+    "modelopt": "nvfp4",
+}
+NOT_HERE = ("peft",)  # held by its own test
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 24}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return Plugins.discover()
+
+
+@pytest.fixture
+def workspace(plugins: Plugins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> Workspace:
+    monkeypatch.setattr(gguf_exporter, "add_vocabulary", lambda *_: None)
+    monkeypatch.setattr(gguf_exporter, "_check_model", lambda *_: None)
+    (tmp_path / "home").mkdir()
+    return Workspace(plugins, tmp_path / "home", cache)
+
+
+def quantized(source: Path, workspace: Workspace, to: str) -> str:
+    scheme = ModelScheme(weights=parse_tensor_scheme(WEIGHTS[to], workspace.plugins.format))
+    return str(mitigate(MitigateRequest(str(source), "rtn", scheme), workspace)[0].path)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_every_exporter_is_looked_at(plugins: Plugins) -> None:
+    assert set(plugins.offers["exporters"]) - set(NOT_HERE) == set(WEIGHTS)
+
+
+@pytest.mark.parametrize("to", WEIGHTS)
+@pytest.mark.parametrize("moment", ["while a block is written", "while it is read back"])
+def test_ctrl_c_leaves_nothing_behind(
+    source: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str, moment: str
+) -> None:
+    """The signal comes while the second block's linears are read, or once the writer is done."""
+    artifact = quantized(source, workspace, to)
+    before = everything(tmp_path)
+    exporter = workspace.plugins.load("exporters", to)
+    linear = Subject.linear
+    writing = {"now": False, "seen": 0}
+
+    def interrupted(subject: Subject, site: object) -> object:
+        if writing["now"]:
+            writing["seen"] += 1
+            if writing["seen"] > 8:  # seven linears a block
+                os.kill(os.getpid(), signal.SIGINT)
+        return linear(subject, site)
+
+    class Watched:
+        version = exporter.version
+        check = staticmethod(exporter.check)
+
+        @staticmethod
+        def write(subject: Subject, directory: Path) -> object:
+            writing["now"] = moment == "while a block is written"
+            found = exporter.write(subject, directory)
+            writing["now"] = True
+            return found
+
+        verify = staticmethod(exporter.verify)
+
+    monkeypatch.setattr(Subject, "linear", interrupted)
+    watched = replace(workspace, plugins=replace(workspace.plugins, _instances={("exporters", to): Watched()}))
+    with pytest.raises(KeyboardInterrupt):
+        pack(PackRequest(artifact, to, tmp_path / "out"), watched)
+    assert writing["seen"] > 8
+    assert everything(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
+@pytest.mark.parametrize("to", WEIGHTS)
+def test_a_full_disk_leaves_nothing_behind(
+    source: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    artifact = quantized(source, workspace, to)
+    before = everything(tmp_path)
+    target = "numpy.memmap" if to.startswith("gguf") else "qtool.builtin.exporters.shards.write_assembled"
+    monkeypatch.setattr(target, full)
+    with pytest.raises(ResourceError, match="no space left on the disk"):
+        pack(PackRequest(artifact, to, tmp_path / "out"), workspace)
+    assert everything(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", WEIGHTS)
+def test_a_folder_that_is_there_is_not_overwritten_unasked(
+    source: Path, workspace: Workspace, tmp_path: Path, to: str
+) -> None:
+    artifact = quantized(source, workspace, to)
+    other = "hf" if to != "hf" else "compressed-tensors"
+    old = pack(PackRequest(quantized(source, workspace, other), other, tmp_path / "out"), workspace)[0]
+    before = everything(tmp_path / "out")
+    with pytest.raises(UsageError, match="the output path is taken"):
+        pack(PackRequest(artifact, to, tmp_path / "out"), workspace)
+    assert everything(tmp_path / "out") == before
+    new = pack(PackRequest(artifact, to, tmp_path / "out", force=True), workspace)[0]
+    assert new.manifest.key != old.manifest.key
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]

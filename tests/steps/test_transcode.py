@@ -1,0 +1,290 @@
+"""A packed checkpoint is laid out in another way with the same codes and scales, or refused; never rounded again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
+from qtool.builtin.exporters.packed_layouts import check_reciprocal, is_reciprocal
+from qtool.builtin.exporters.packed_source import open_packed
+from qtool.engine.problem import QuantizedLinear
+from qtool.errors import NumericalError, QtoolError, UsageError
+from qtool.plugins import Plugins
+from qtool.scheme import GroupParameters, ModelScheme, parse_tensor_scheme
+from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.pack import PackRequest, pack
+from qtool.steps.subjects import open_subject
+from qtool.steps.workspace import Workspace
+
+NAME = "model.layers.1.mlp.gate_proj"
+Quantize = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 24}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
+    folder = tmp_path_factory.mktemp("model")
+    model = LlamaForCausalLM(config)
+    for key, parameter in model.named_parameters():
+        if "norm" in key:
+            parameter.data = torch.rand_like(parameter) + 0.5
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return Plugins.discover()
+
+
+@pytest.fixture
+def workspace(plugins: Plugins, tmp_path: Path, cache: Path) -> Workspace:
+    (tmp_path / "home").mkdir()
+    return Workspace(plugins, tmp_path / "home", cache)
+
+
+@pytest.fixture
+def quantize(source: Path, workspace: Workspace) -> Quantize:
+    def made(weights: str, activations: str = "") -> str:
+        parts = (
+            parse_tensor_scheme(text, workspace.plugins.format) if text else None for text in (weights, activations)
+        )
+        return str(mitigate(MitigateRequest(str(source), "rtn", ModelScheme(*parts)), workspace)[0].path)
+
+    return made
+
+
+def foreign(checkpoint: Path, folder: Path) -> Path:
+    """Return a copy of a checkpoint as another tool leaves it, without a word of qtool's."""
+    shutil.copytree(checkpoint, folder)
+    for name in (CHECKPOINT_MANIFEST, "README.md"):
+        (folder / name).unlink()
+    return folder
+
+
+def edited(folder: Path, **tensors: Tensor) -> Path:
+    save_file(load_file(folder / "model.safetensors") | tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def same(one: Path, other: Path) -> None:
+    mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert (tensor.dtype, tensor.shape) == (theirs[name].dtype, theirs[name].shape), name
+        assert torch.equal(tensor.view(torch.uint8) if tensor.ndim else tensor, _bytes(theirs[name])), name
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.ndim else tensor
+
+
+PATHS = [
+    ("int4-asym-g32", "", "gptq-v2"),
+    ("int8-sym-g32", "", "gptq"),
+    ("int4-sym-channel", "", "awq"),
+    ("int4-asym-g32", "", "hf"),
+    ("int8-sym-channel", "int8-sym-token-sfp32-half", "hf"),
+    ("nvfp4", "", "modelopt"),
+    ("fp8-channel", "fp8-token", "modelopt"),
+    ("fp8-tensor-sbf16", "fp8-tensor", "modelopt"),
+]
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("weights", "activations", "to"), PATHS)
+def test_a_checkpoint_gives_what_its_artifact_gives(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path, weights: str, activations: str, to: str, own: bool
+) -> None:
+    """Byte for byte, if float32 holds the reciprocals of the artifact's global scales."""
+    quantized = quantize(weights, activations)
+    if weights == "nvfp4":
+        quantized = with_invertible_scales(quantized, workspace, tmp_path)
+    packed = pack(PackRequest(quantized, "compressed-tensors"), workspace)[0].path
+    direct = pack(PackRequest(quantized, to, tmp_path / "direct"), workspace)[0]
+    packed = packed if own else foreign(packed, tmp_path / "foreign")
+    through = pack(PackRequest(str(packed), to, tmp_path / "through"), workspace)[0]
+    same(through.path, direct.path)
+    assert json.loads((through.path / "config.json").read_text()) == json.loads(
+        (direct.path / "config.json").read_text()
+    )
+    said = through.manifest.details["labels"]
+    assert said["mitigator"] == ("rtn" if own else "unknown")
+    assert said["weights"].partition("-")[0] == weights.partition("-")[0]
+    assert through.manifest.inputs.keys() == {"model", "checkpoint"}
+    assert through.manifest.details["bits"] == direct.manifest.details["bits"]
+
+
+def with_invertible_scales(quantized: str, workspace: Workspace, folder: Path) -> str:
+    """Return an artifact whose global scales are powers of two."""
+    from qtool.artifacts.store import ArtifactWriter
+
+    artifact = open_artifact(Path(quantized))
+    tensors = {name: artifact.tensor(name) for name in artifact.names()}
+    for name in tensors:
+        if name.endswith(".global_scale"):
+            tensors[name] = torch.full_like(tensors[name], 2.0**-12)
+    writer = ArtifactWriter(folder / "powers.safetensors", artifact.manifest)
+    writer.begin()
+    writer.add("all", tensors)
+    return str(writer.finish(replace(artifact.manifest, tensors={})).path)
+
+
+GGUF = [("int4-sym-g32", "Q4_0"), ("int8-sym-channel", "Q8_0"), ("mxfp4", "MXFP4"), ("nvfp4", "NVFP4")]
+
+
+@pytest.mark.parametrize(("weights", "kind"), GGUF)
+def test_llama_cpps_types_hold_a_checkpoints_codes(
+    quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: str, kind: str
+) -> None:
+    """The official reader decodes what the first reader decoded."""
+    from qtool.builtin.exporters import gguf as exporter
+
+    monkeypatch.setattr(exporter, "add_vocabulary", lambda *_: None)
+    monkeypatch.setattr(exporter, "_check_model", lambda *_: None)
+    quantized = quantize(weights)
+    packed = pack(PackRequest(quantized, "compressed-tensors"), workspace)[0].path
+    out = pack(PackRequest(str(packed), "gguf", tmp_path / "gguf"), workspace)[0].path
+    (tensor,) = (one for one in gguf.GGUFReader(out / "model.gguf").tensors if one.name == "blk.1.ffn_gate.weight")
+    assert tensor.tensor_type.name == kind
+    read = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    subject = open_packed(packed, workspace.plugins, cache=workspace.cache)
+    (linear,) = (one for one in subject.model.graph.linears if one.name == NAME)
+    found = subject.linear(linear)
+    alone = replace(found, parameters=(replace(found.parameters[0], global_scale=None),))
+    assert torch.equal(read, alone.weight(subject.weight_grid(linear)))
+
+
+def test_modelopt_and_back_is_the_same_checkpoint(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    quantized = with_invertible_scales(quantize("nvfp4"), workspace, tmp_path)
+    first = pack(PackRequest(quantized, "compressed-tensors"), workspace)[0].path
+    second = pack(PackRequest(str(first), "modelopt"), workspace)[0].path
+    third = pack(PackRequest(str(second), "compressed-tensors", tmp_path / "third"), workspace)[0].path
+    same(third, first)
+
+
+def test_what_is_read_is_the_artifact(quantize: Quantize, workspace: Workspace) -> None:
+    for weights in ("int3-asym-channel", "int5-sym-g16", "int8-asym-g32", "mxfp4", "fp8-tensor-sfp32"):
+        quantized = quantize(weights)
+        packed = pack(PackRequest(quantized, "compressed-tensors"), workspace)[0].path
+        ours, theirs = (
+            open_subject(quantized, workspace).subject,
+            open_packed(packed, workspace.plugins, cache=workspace.cache),
+        )
+        assert str(theirs.scheme.weights) == str(ours.scheme.weights)
+        for linear in ours.model.graph.linears:
+            one, other = ours.linear(linear), theirs.linear(linear)
+            assert torch.equal(one.codes, other.codes)
+            assert torch.equal(one.parameters[0].scale, other.parameters[0].scale)
+            zero = one.parameters[0].zero_point
+            assert zero is None or torch.equal(zero, other.parameters[0].zero_point)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [
+        ("int8-sym-channel", "int8-sym-token-sfp32-half"),
+        ("int4-sym-g32", "int8-asym-token-sfp32"),
+        ("fp8-tensor", "fp8-tensor"),
+        ("mxfp4", "mxfp4"),
+    ],
+)
+def test_activations_are_read_as_consumers_quantize_them(
+    quantize: Quantize, workspace: Workspace, weights: str, activations: str
+) -> None:
+    quantized = quantize(weights, activations)
+    packed = pack(PackRequest(quantized, "compressed-tensors"), workspace)[0].path
+    read = open_packed(packed, workspace.plugins, cache=workspace.cache).scheme
+    assert str(read.activations) == str(open_subject(quantized, workspace).subject.scheme.activations)
+
+
+def test_scales_that_a_type_would_round_are_refused(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    packed = pack(PackRequest(quantize("int4-sym-g32"), "compressed-tensors"), workspace)[0].path
+    tiny = load_file(packed / "model.safetensors")[f"{NAME}.weight_scale"].clone()
+    tiny[3, 1] = 2.0**-30
+    odd = edited(foreign(packed, tmp_path / "odd"), **{f"{NAME}.weight_scale": tiny})
+    with pytest.raises(QtoolError, match="float16"):
+        pack(PackRequest(str(odd), "gptq", tmp_path / "out"), workspace)
+    assert not (tmp_path / "out").exists()
+
+
+def linear_of(multiplier: float, scale: float) -> QuantizedLinear:
+    parameters = GroupParameters(torch.tensor([[scale]]), None, torch.tensor(multiplier))
+    return QuantizedLinear(torch.zeros(1, 16, dtype=torch.uint8), (parameters,))
+
+
+def test_a_divisor_that_decodes_to_another_weight_is_refused() -> None:
+    """``1.0625 m`` and ``1.0625 / d`` fall on two sides of the middle of two bfloat16 values."""
+    m = torch.tensor((1 + 2.0**-8) / 0.5).float()  # 0.5 m is halfway between two values of bfloat16
+    check_reciprocal("a", linear_of(float(m), 1.0), 1 / m.double())
+    below = torch.nextafter(1 / m, torch.tensor(2.0))
+    with pytest.raises(NumericalError, match="no reciprocal") as refused:
+        check_reciprocal("a", linear_of(float(torch.nextafter(m, torch.tensor(9.0))), 1.0), below)
+    assert ("scales that differ", 1) in refused.value.facts
+    above = torch.nextafter(1 / m, torch.tensor(0.0))
+    with pytest.raises(NumericalError, match="no reciprocal"):
+        check_reciprocal("a", linear_of(float(m), 1.0), above)
+
+
+def test_reciprocals_that_do_not_invert_are_known() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        m = torch.rand((), generator=generator) * 1e-3 + 1e-6
+        d = torch.tensor(1 / float(m), dtype=torch.float64).float()
+        back = torch.tensor(1 / float(d), dtype=torch.float64).float()
+        assert is_reciprocal(m) == bool(back == m)
+    assert is_reciprocal(torch.tensor(2.0**-9))
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
+        ({"transform_config": {"config_groups": {}, "x": 1}}, "transform_config"),
+        ({"config_groups": {}}, "several groups"),
+    ],
+)
+def test_what_is_more_than_codes_is_refused(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path, edit: dict[str, object], reason: str
+) -> None:
+    packed = pack(PackRequest(quantize("int4-sym-g32"), "compressed-tensors"), workspace)[0].path
+    odd = foreign(packed, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    config["quantization_config"] |= edit
+    (odd / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QtoolError, match=reason):
+        pack(PackRequest(str(odd), "gptq"), workspace)
+
+
+def test_a_head_of_codes_and_a_linear_without_are_refused(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path
+) -> None:
+    packed = pack(PackRequest(quantize("int4-sym-g32"), "compressed-tensors"), workspace)[0].path
+    head = edited(foreign(packed, tmp_path / "head"), **{"lm_head.weight_scale": torch.ones(24, 2)})
+    with pytest.raises(QtoolError, match="does not quantize"):
+        pack(PackRequest(str(head), "gptq"), workspace)
+    plain = foreign(packed, tmp_path / "plain")
+    tensors = load_file(plain / "model.safetensors")
+    del tensors[f"{NAME}.weight_packed"]
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QtoolError, match="is not quantized"):
+        pack(PackRequest(str(plain), "gptq"), workspace)
+
+
+def test_the_same_layout_is_refused(quantize: Quantize, workspace: Workspace) -> None:
+    packed = pack(PackRequest(quantize("int4-sym-g32"), "compressed-tensors"), workspace)[0].path
+    with pytest.raises(UsageError, match="already"):
+        pack(PackRequest(str(packed), "compressed-tensors"), workspace)
