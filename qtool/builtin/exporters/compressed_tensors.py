@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
-from qtool.builtin.exporters.consumers import compressed_consumers
 from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import Layout, checkpoint_dtype, choose_layout
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
@@ -32,6 +31,9 @@ from qtool.builtin.exporters.refusals import (
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.stored_names import stored_tensor_name
+from qtool.consumers.case import cases_of
+from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.table import said
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
@@ -81,8 +83,9 @@ class CompressedTensors:
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         details: dict[str, object] = {"layout": layout, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        experts = subject.model.graph.dims.experts > 0
-        return Exported(compressed_consumers(subject.scheme, layout, dtype, experts=experts), details)
+        facts = artifact_facts(subject.scheme, dtype=dtype)
+        cases = cases_of(config, experts=subject.model.graph.dims.experts > 0, **facts)
+        return Exported(said(cases), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qtool.builtin.exporters.checkpoint import Sizes, left_alone_counts, refuse_compensation, stored_ends
-from qtool.builtin.exporters.consumers import llama_cpp_consumers
 from qtool.builtin.exporters.gguf_architecture import (
     add_keys,
     architecture_of,
@@ -32,6 +31,9 @@ from qtool.builtin.exporters.gguf_file import Blocks, TensorFile, read_tensors
 from qtool.builtin.exporters.gguf_types import check_values, choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
 from qtool.builtin.exporters.hf import dense
+from qtool.consumers.case import GGUF_FILE, Case
+from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.table import said
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
@@ -259,7 +261,8 @@ def _exported(subject: Subject, kind: str, dtype: torch.dtype, sizes: Sizes) -> 
     bits = subject.plugins.format(_weights(subject).format).bits
     details: dict[str, object] = {"layout": kind, "dtype": str(dtype).removeprefix("torch.")}
     details |= {"bytes": vars(sizes), "left_out": left_alone_counts(subject.model)}
-    return Exported(llama_cpp_consumers(kind, bits, subject.scheme, dtype), details)
+    case = Case(GGUF_FILE, kind, bits=bits, **artifact_facts(subject.scheme, dtype=dtype))
+    return Exported(said([case]), details)
 
 
 def _dtype(subject: Subject) -> torch.dtype:

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
-from qtool.builtin.exporters.consumers import dequantized_consumers
 from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
+from qtool.consumers.case import DENSE, Case
+from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.table import said
 from qtool.engine.exporter import Exported
 from qtool.engine.fold import output_operators
 from qtool.engine.subject import Subject
@@ -54,7 +56,8 @@ class HuggingFace:
         details: dict[str, object] = {"layout": "dense", "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
         bits = subject.plugins.format(subject.scheme.weights.format).bits if subject.scheme.weights is not None else 16
-        return Exported(dequantized_consumers(bits, subject.scheme, dtype), details)
+        case = Case(DENSE, DENSE, bits=bits, **artifact_facts(subject.scheme, dtype=dtype))
+        return Exported(said([case]), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Read every linear back and compare it with ours, cast to the dtype of the checkpoint, bit for bit.

@@ -40,7 +40,10 @@ from qtool.builtin.exporters.refusals import (
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.shards import write_json
-from qtool.engine.exporter import UNREADABLE, Exported
+from qtool.consumers.case import cases_of
+from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.table import said
+from qtool.engine.exporter import Exported
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -89,7 +92,9 @@ class ModelOpt:
         write_json(directory / HF_QUANT_CONFIG, hf_quant_config(algorithm, ignored))
         details: dict[str, object] = {"layout": f"modelopt {algorithm}", "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(model)}
-        return Exported(_consumers(algorithm), details)
+        facts = artifact_facts(subject.scheme, dtype=dtype)
+        cases = cases_of(config, experts=model.graph.dims.experts > 0, **facts)
+        return Exported(said(cases), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear by ModelOpt's formula, as the written config says, and compare it with ours.
@@ -185,17 +190,6 @@ def _decode(tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Float[Tensor
     pairs = torch.stack((raw % 16, raw // 16), dim=-1).flatten(1)
     step = scale * tensors["weight_scale_2"]
     return torch.tensor(_E2M1)[pairs.long()] * step.repeat_interleave(_GROUP, dim=1)
-
-
-def _consumers(algorithm: Algorithm) -> dict[str, str]:
-    """Return what vLLM executes; transformers has no reader."""
-    run = {
-        "NVFP4": "W4A4 on Blackwell; before it W4A16, unless --linear-backend emulation is given",
-        "W4A16_NVFP4": "W4A16: activations are not quantized",
-        "FP8_PER_CHANNEL_PER_TOKEN": "W8A8 from SM89 on: dynamic FP8 activations per token; before it W8A16",
-    }[algorithm]
-    lost = f"{UNREADABLE}: transformers 5.23 knows no `modelopt`: shapes do not fit, or codes are taken for weights"
-    return {"transformers": lost, "vllm": f"{run} (by the code of vLLM 0.32, not run)"}
 
 
 def _refusal(reason: str, scheme: ModelScheme, nearest: str) -> SchemeError:

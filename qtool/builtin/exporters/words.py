@@ -28,6 +28,9 @@ from qtool.builtin.exporters.read_back import (
     with_stored_shapes,
 )
 from qtool.builtin.exporters.refusals import quantized_weights, refuse_all_but_codes
+from qtool.consumers.case import cases_of
+from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.table import said
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
@@ -70,10 +73,6 @@ class IntegerWords(ABC):
         """Return the ``quantization_config``."""
 
     @abstractmethod
-    def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:
-        """Return what loads the checkpoint and what each loader executes, in words."""
-
-    @abstractmethod
     def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
         """Refuse a linear whose codes do not fill whole words, or whose zero points the layout cannot hold.
 
@@ -92,11 +91,11 @@ class IntegerWords(ABC):
         bits = self._check_scheme(subject)
         refuse_all_but_codes(subject, self.layout)
         experts = subject.model.graph.dims.experts > 0
-        said = self.consumers(weights, _model_dtype(weights, subject.model.dtype), experts=experts)
-        if experts and said["vllm"].startswith("refused"):
+        told = self._consumers(subject) if experts else {}
+        if experts and told["vllm"].startswith("refused"):
             raise UsageError(
                 f"no consumer reads these experts from {self.layout}",
-                facts=(("vllm", said["vllm"]), ("transformers", said["transformers"])),
+                facts=(("vllm", told["vllm"]), ("transformers", told["transformers"])),
                 hint="qtool pack SOURCE --to compressed-tensors",
             )
         for linear in subject.model.graph.linears:
@@ -121,8 +120,7 @@ class IntegerWords(ABC):
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         details: dict[str, object] = {"layout": self.layout, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        experts = subject.model.graph.dims.experts > 0
-        return Exported(self.consumers(weights, dtype, experts=experts), details)
+        return Exported(self._consumers(subject), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Unpack every linear as the written config says, bit by bit, and compare it with ours.
@@ -134,20 +132,27 @@ class IntegerWords(ABC):
         """
         model = subject.model
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-        said, plain = config.quantization_config, deepcopy(config)
+        stated, plain = config.quantization_config, deepcopy(config)
         del plain.quantization_config
         module = with_linear_experts(empty_model(plain, model), model)
         reader = CheckpointReader(directory, model)
-        reader.compare(with_stored_shapes(module, model, lambda child: self._shapes_of(child, said)))
+        reader.compare(with_stored_shapes(module, model, lambda child: self._shapes_of(child, stated)))
         for linear in model.graph.linears:
             ours = subject.linear(linear).weight(subject.weight_grid(linear))
             try:
-                read = self.decode(reader.module(linear.name), said)
+                read = self.decode(reader.module(linear.name), stated)
             except _UNREADABLE as error:
                 reason = str(error).split("\n")[0]
                 raise ArtifactError(f"cannot unpack `{linear.name}`", facts=(("reason", reason),)) from error
             if read.shape != ours.shape or not torch.equal(read, ours):
                 raise weight_difference(linear.name, read, ours)
+
+    def _consumers(self, subject: Subject) -> dict[str, str]:
+        """Return what loads the checkpoint and what each loader executes, in words."""
+        weights = quantized_weights(subject)
+        facts = artifact_facts(subject.scheme, dtype=_model_dtype(weights, subject.model.dtype))
+        experts = subject.model.graph.dims.experts > 0
+        return said(cases_of(self.config(weights, subject), experts=experts, **facts))
 
     def _shapes_of(self, linear: nn.Linear, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return self.shapes(linear.out_features, linear.in_features, config)
@@ -191,13 +196,6 @@ def zero_points(parameters: GroupParameters, bits: int) -> UInt8[Tensor, "out gr
 def group_size(weights: TensorScheme) -> int:
     """Return the group size as these layouts spell it: -1 for a scale an output row."""
     return -1 if weights.group_size is None else weights.group_size
-
-
-def rounded_scales(weights: TensorScheme, dtype: torch.dtype) -> str:
-    """Return what a loader that casts scales to the dtype of the model does to them, in words; empty if nothing."""
-    if weights.scale == "fp16" and dtype == torch.bfloat16:
-        return "; scales are rounded to bfloat16 unless it is run with --dtype float16"
-    return ""
 
 
 def _model_dtype(weights: TensorScheme, stored: torch.dtype) -> torch.dtype:
