@@ -83,9 +83,8 @@ class Rule:
     message: str = ""
     kernel: str = ""
 
-    def holds(self, case: Case, device: str) -> bool:
-        """Say whether this rule speaks of a case on a device."""
-        facts = case.facts()
+    def holds(self, facts: Mapping[str, Any], device: str) -> bool:
+        """Say whether this rule speaks of a case with these facts on a device."""
         fits = device in self.devices and _fits(self.when, facts)
         return fits and not any(_fits(condition, facts) for condition in self.unless)
 
@@ -181,7 +180,8 @@ def said(cases: Sequence[Case]) -> dict[str, str]:
 
 def _of_case(case: Case, consumer: str, device: str) -> Answer:
     """Return what a consumer does with linears of one kind."""
-    found = {rule.part: rule for rule in table() if rule.source.consumer == consumer and rule.holds(case, device)}
+    facts = case.facts()
+    found = {rule.part: rule for rule in table() if rule.source.consumer == consumer and rule.holds(facts, device)}
     linears = found.get("linears")
     if linears is None:
         what = " ".join(dict.fromkeys((case.method, case.layout)))
@@ -202,9 +202,9 @@ def _of_case(case: Case, consumer: str, device: str) -> Answer:
         consumer,
         device,
         worst.verdict or "loads",
-        "".join(rule.says for rule in told).format(**case.facts()),
+        "".join(rule.says for rule in told).format(**facts),
         kernel=found["kernel"].kernel if runs and "kernel" in found else "",
-        message=worst.message.format(**case.facts()),
+        message=worst.message.format(**facts),
         version=source.version,
         known=source.known,
         words=source.words,
