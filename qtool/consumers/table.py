@@ -1,9 +1,9 @@
-"""The table of rules on consumers, and what it answers.
+"""The table of rules on consumers, which lies in ``rules/``, and what it answers.
 
-A rule has the ``part`` of a checkpoint that it speaks of. ``linears`` is what every answer begins with. ``experts`` and
-``cache`` are needed where a checkpoint has those: without a rule on them nothing is known. ``scales`` and ``range`` are
-remarks, and ``kernel`` is a name; none of the three is needed. What a rule says beside ``linears`` begins with a
-semicolon and is added, or else stands in place of everything.
+What no rule speaks of is unknown; of one part of one checkpoint on one device one rule speaks, or none. ``linears`` is
+the part that every answer begins with. ``experts`` and ``cache`` are needed where a checkpoint has those: without a
+rule on them nothing is known. ``scales`` and ``range`` are remarks, and ``kernel`` is a name; none of the three is
+needed. What a rule says beside ``linears`` begins with a semicolon and is added, or stands in place of everything.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ ANY = "any"
 PARTS = ("linears", "range", "scales", "cache", "experts")
 """Parts in the order of what is said of them."""
 
-_TABLE = Path(__file__).with_name("table.toml")
+_FOLDER = Path(__file__).with_name("rules")
+_FILES = ("transformers", "vllm", "vllm_other", "vllm_cpu", "sglang", "llama_cpp")
 _PRECISION = re.compile(r"W\d+A\d+")
 
 
@@ -107,10 +108,11 @@ class Answer:
 @cache
 def table() -> tuple[Rule, ...]:
     """Read the rules."""
-    held = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
-    sources = {name: Source(**one | {"devices": tuple(one["devices"])}) for name, one in held["source"].items()}
+    held = [tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8")) for name in _FILES]
+    written = {name: one for file in held for name, one in file.get("source", {}).items()}
+    sources = {name: Source(**one | {"devices": tuple(one["devices"])}) for name, one in written.items()}
     rules = []
-    for row in held["rule"]:
+    for row in (row for file in held for row in file["rule"]):
         source = sources[row.pop("source")]
         unless = row.pop("unless", [])
         conditions = (unless,) if isinstance(unless, Mapping) else tuple(unless)

@@ -111,6 +111,10 @@ def test_every_rule_is_reached_and_every_case_has_one_rule_a_part() -> None:
     assert [rule for rule in RULES if id(rule) not in reached] == []
 
 
+def test_all_files_of_rules_are_read() -> None:
+    assert {path.stem for path in module._FOLDER.iterdir()} == set(module._FILES)
+
+
 def domain(name: str) -> list[Any]:
     """Return all values that rules name for a field, and one that none does."""
     values = [value for rule in RULES for condition in (rule.when, *rule.unless) for value in condition.get(name, ())]
