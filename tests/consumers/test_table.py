@@ -207,6 +207,7 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
         (GPTQ, "vllm", "sm80", "loads", "W4A16"),
         ({**GPTQ, "sym": False}, "vllm", "sm80", "refuses", "refused: it wants symmetric weights of 4 or 8 bits"),
         ({**GPTQ, "desc_act": True}, "vllm", "sm80", "refuses", "refused: it has no groups of columns in an order"),
+        ({**GPTQ, "desc_act": True, "group_size": -1}, "vllm", "sm80", "loads", "W4A16"),
         ({**GPTQ, "dynamic": {"-:.*gate": {}}}, "vllm", "sm80", "unknown", "unknown: no rule speaks of `dynamic`"),
         (W8A16, "vllm", "cpu", "refuses", "refused: it has a kernel for packed integers of 4 bits only"),
         (W8A16, "vllm", "sm80", "loads", "W8A16"),
