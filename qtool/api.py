@@ -11,6 +11,7 @@ from qtool.artifacts.manifest import Input, Manifest, Step
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.errors import (
     ArtifactError,
+    ConsumerError,
     DataError,
     ExitCode,
     GateError,
@@ -44,6 +45,7 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "CalibrateRequest",
+    "ConsumerError",
     "DataError",
     "Description",
     "EvalRequest",

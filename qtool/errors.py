@@ -10,7 +10,8 @@
     ├── NumericalError            5  values are not finite, or a matrix cannot be factorized
     │   └── ShapeError            5  tensors do not fit each other
     ├── ResourceError             6  disk, memory or network is not there
-    └── GateError                 7  a ``--require`` gate is not met
+    ├── GateError                 7  a ``--require`` gate is not met
+    └── ConsumerError             8  a checkpoint does not run as its config says
 
 An error says what happened in lower case without a full stop, then facts (expected before received), then at
 most one hint that can be pasted. Only ``qtool.cli`` prints them.
@@ -32,6 +33,7 @@ class ExitCode(IntEnum):
     NUMERICAL = 5
     RESOURCE = 6
     GATE = 7
+    CONSUMER = 8
     INTERRUPTED = 130
     CLOSED_PIPE = 141
 
@@ -111,3 +113,9 @@ class GateError(QtoolError):
     """A metric is outside the bound that ``--require`` set."""
 
     exit_code = ExitCode.GATE
+
+
+class ConsumerError(QtoolError):
+    """A consumer will not load a checkpoint, executes something else than its config says, or nobody knows."""
+
+    exit_code = ExitCode.CONSUMER

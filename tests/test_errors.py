@@ -22,6 +22,7 @@ CODES = {
     "ShapeError": 5,
     "ResourceError": 6,
     "GateError": 7,
+    "ConsumerError": 8,
 }
 CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, QtoolError)]
 LINE = re.compile(r"^ {4}(?P<depth>[│├└─ ]*)(?P<name>\w+) +(?P<code>\d+)  \S")
@@ -64,6 +65,7 @@ def test_exit_codes_are_those_that_the_shell_expects() -> None:
         "NUMERICAL": 5,
         "RESOURCE": 6,
         "GATE": 7,
+        "CONSUMER": 8,
         "INTERRUPTED": 130,
         "CLOSED_PIPE": 141,
     }

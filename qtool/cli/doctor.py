@@ -1,24 +1,63 @@
-"""``qtool doctor``: what this installation can do on this machine."""
+"""``qtool doctor``: what this installation can do on this machine, and what loads a checkpoint."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from qtool.cli.output import kept_clean, write_json
 from qtool.cli.session import Debug, Json
 from qtool.cli.tables import draw
+from qtool.errors import UsageError
 from qtool.plugins import Plugins
 
 
-def doctor(json: Json = False, debug: Debug = False) -> None:
-    """Show what this machine offers.
+def doctor(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="CHECKPOINT", help="A folder with config.json and weights, or a GGUF file."),
+    ] = None,
+    consumer: Annotated[
+        str,
+        typer.Option("--for", metavar="NAME", help="vllm, transformers, llama.cpp or sglang. [default: all of them]"),
+    ] = "",
+    device: Annotated[
+        str,
+        typer.Option("--on", metavar="DEVICE", help="cpu, or a compute capability as sm90. [default: this machine's]"),
+    ] = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what this machine offers, or what loads a checkpoint.
 
-    Versions, devices, optional packages, folders and broken plugins.
+    Alone: versions, devices, optional packages, folders and broken plugins. With a checkpoint, made by qtool or by
+    others: what each consumer executes of it. With --for, exits with 8 unless that is what the config says.
     """
+    from qtool.steps.consumers import examine_checkpoint, require_as_meant
     from qtool.steps.doctor import examine
 
     del debug  # read by `main`, before options are
+    _check_options(checkpoint, consumer, device)
+    found = None
     with kept_clean(quiet=False):
-        description = examine(Plugins.discover())
+        if checkpoint is None:
+            description = examine(Plugins.discover())
+        else:
+            description, found = examine_checkpoint(checkpoint, Plugins.discover(), consumer=consumer, device=device)
     if json:
         write_json(description.to_json())
     else:
         draw(description)
+    if checkpoint is not None and found is not None:
+        require_as_meant(checkpoint, found)
+
+
+def _check_options(checkpoint: Path | None, consumer: str, device: str) -> None:
+    """Refuse options that nothing would come of."""
+    if checkpoint is None and (consumer or device):
+        given = "--for" if consumer else "--on"
+        raise UsageError(f"`{given}` belongs to a checkpoint", hint=f"qtool doctor CHECKPOINT {given} …")
+    if device and not consumer:
+        raise UsageError("`--on` belongs to `--for`; without it all devices are shown", hint="--for vllm")

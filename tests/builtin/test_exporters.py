@@ -23,12 +23,14 @@ from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import ArtifactWriter
 from qtool.builtin.exporters import checkpoint, hf
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
-from qtool.builtin.exporters.consumers import compressed_consumers
 from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout
 from qtool.builtin.exporters.ct_tensors import pack_words
 from qtool.builtin.exporters.hf import HuggingFace, dense
 from qtool.builtin.exporters.shards import Shards
+from qtool.consumers.case import cases_of
+from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.table import said
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.planner import extend
@@ -252,9 +254,9 @@ def test_transformers_does_not_quantize_activations_beside_asymmetric_weights(ma
     ("kv", "said", "group"),
     [
         ("fp8-tensor", "KV cache in FP8 with a dynamic scale", None),
-        ("fp8-token", "KV cache in FP8 with a dynamic scale per group of 32", 32),
+        ("fp8-token-head", "KV cache in FP8 with a dynamic scale per group of 32", 32),
         ("int8-sym-tensor-sfp32-half", "KV cache in INT8 with a dynamic scale", None),
-        ("int4-asym-token-sfp32", "KV cache in INT4 with a dynamic scale per group of 32, asymmetric", 32),
+        ("int4-asym-token-head-sfp32", "KV cache in INT4 with a dynamic scale per group of 32, asymmetric", 32),
         ("int4-sym-g16-sfp32-half", "KV cache in INT4 with a dynamic scale per group of 16", 16),
     ],
 )
@@ -391,7 +393,7 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
         ("int4-sym-g128", "", "W4A16: activations are not quantized (by"),
         ("int3-sym-g128", "", "W3A16: activations are not quantized; the kernel `humming` only"),
         ("int4-asym-g128", "", "W4A16: activations are not quantized (by"),
-        ("int3-asym-g128", "", "refused: zero points"),
+        ("int3-asym-g128", "", "W3A16: activations are not quantized; the kernel `humming` only"),
         ("int4-sym-g128", "int4-sym-token", "W4A16 on most kernels; W4A4 with --linear-backend humming"),
         ("int4-sym-channel", "int4-asym-token", "refused: it wants symmetric activations"),
         ("int4-sym-channel", "int6-sym-token", "refused: it wants symmetric activations of 4 or 8 bits"),
@@ -401,7 +403,7 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
         ("fp8-tensor", "fp8-tensor", "W8A8 from SM89 on: dynamic FP8 activations per token"),
         ("fp8-b128", "fp8-g128", "W8A8 from SM89 on: dynamic FP8 activations per group of 128"),
         ("nvfp4", "", "W4A16: activations are not quantized (by"),
-        ("nvfp4", "nvfp4", "W4A4 on Blackwell; before it W4A16, unless --linear-backend emulation"),
+        ("nvfp4", "nvfp4", "W4A4 from SM100 on; before it W4A16, unless --linear-backend emulation"),
         ("mxfp4", "", "W4A4 from SM100 on, whatever the config says of activations; before it W4A16 (by"),
         ("mxfp4", "mxfp4", "W4A4 from SM100 on, whatever the config says of activations; before it W4A16, unless"),
     ],
@@ -410,9 +412,10 @@ def test_what_vllm_does_with_a_scheme_is_said(
     plugins: Plugins, weights: str, activations: str, executed_by_vllm: str
 ) -> None:
     scheme = ModelScheme(*(parsed(text, plugins) if text else None for text in (weights, activations)))
-    said = compressed_consumers(scheme, choose_layout(scheme), torch.bfloat16)["vllm"]
-    assert said.startswith(executed_by_vllm)
-    assert said.endswith("(by the code of vLLM 0.33, not run)")
+    config = quantization_config(scheme, choose_layout(scheme), ())
+    told = said(cases_of(config, **artifact_facts(scheme, dtype=torch.bfloat16)))["vllm"]
+    assert told.startswith(executed_by_vllm)
+    assert told.endswith("(by the code of vLLM 0.33, not run)")
 
 
 def altered(directory: Path, name: str, change: Callable[[Tensor], Tensor] | None) -> None:

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from qtool.builtin.exporters.compressed_tensors import not_quantized
 from qtool.builtin.exporters.ct_tensors import pack_words
-from qtool.builtin.exporters.gptq import TRANSFORMERS, VLLM
-from qtool.builtin.exporters.words import IntegerWords, group_size, rounded_scales
-from qtool.engine.exporter import UNREADABLE
+from qtool.builtin.exporters.words import IntegerWords, group_size
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
@@ -60,14 +58,6 @@ class AWQ(IntegerWords):
             "version": "gemm",
             "modules_to_not_convert": sorted(not_quantized(subject.model, subject.kept)),
         }
-
-    def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:
-        """Return what transformers (through GPTQModel) and vLLM execute."""
-        text = "W4A16: activations are not quantized"
-        read = f"{text}; needs GPTQModel"
-        if experts:
-            read = f"{UNREADABLE}: GPTQModel replaces linears, and transformers has all experts in one tensor"
-        return {"transformers": f"{read} ({TRANSFORMERS})", "vllm": f"{text}{rounded_scales(weights, dtype)} ({VLLM})"}
 
     def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
         """Refuse a linear whose outputs do not fill whole words."""

@@ -62,8 +62,8 @@ COPIED = (
 LinearTensors = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Makes what is stored of a linear, named below it, from the linear and its block's folded tensors.
 
-All of it but ``bias…``, ``input_…`` and ``hadamard_…`` counts as the quantized linear's bytes; a ``bias`` replaces the
-folded one. Of a linear that is not quantized, what it makes replaces the folded tensors, and is cast like all others.
+All of it but ``bias…`` and ``input_…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one. Of a
+linear that is not quantized, what it makes replaces the folded tensors, and is cast like all others.
 """
 
 

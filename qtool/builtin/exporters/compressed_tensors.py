@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
-from qtool.builtin.exporters.consumers import compressed_consumers, with_transforms
 from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout, with_groups_in_cache
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
@@ -28,7 +27,7 @@ from qtool.builtin.exporters.ct_transforms import (
     transform_config,
     verify_transforms,
 )
-from qtool.builtin.exporters.mixed import fused_apart, groups_of, mixed_consumers, refuse_mixed_experts
+from qtool.builtin.exporters.mixed import groups_of, mixed_consumers, refuse_mixed_experts
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
@@ -41,7 +40,9 @@ from qtool.builtin.exporters.refusals import (
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.stored_names import stored_tensor_name
-from qtool.engine.exporter import UNREADABLE, Exported
+from qtool.consumers.case import cases_of
+from qtool.consumers.checkpoint import artifact_facts
+from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
@@ -105,7 +106,7 @@ class CompressedTensors:
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         details: dict[str, object] = {"layout": config["format"], "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        return Exported(_consumers(subject, dtype, transforms, decoded="dequantize" in config), details)
+        return Exported(_consumers(subject, config, dtype, transforms), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.
@@ -140,28 +141,22 @@ class CompressedTensors:
 
 
 def _consumers(
-    subject: Subject, dtype: torch.dtype, transforms: Sequence[InputTransform], *, decoded: bool
+    subject: Subject, config: Mapping[str, Any], dtype: torch.dtype, transforms: Sequence[InputTransform]
 ) -> dict[str, str]:
     """Return what loads the checkpoint, and what each loader executes of which linears.
 
     Args:
         subject: What was written.
+        config: Its ``quantization_config``.
         dtype: What its other tensors are stored in.
         transforms: Rotations in the forward pass.
-        decoded: Whether the config tells transformers to decode on loading, which it does to all dense linears alike.
     """
-    each = []
-    for scheme, linears in groups_of(subject):
-        experts = any(linear.expert is not None for linear in linears)
-        executed = with_groups_in_cache(scheme, subject.model.graph.dims)
-        each.append((linears, compressed_consumers(executed, choose_layout(scheme), dtype, experts=experts)))
-    consumers = mixed_consumers(each, fused_apart(subject))
-    dense = [linears for linears, _ in each if any(linear.expert is None for linear in linears)]
-    if decoded and len(dense) > 1:
-        lost = "beside zero points it decodes all linears by the scheme of one group"
-        consumers["transformers"] = f"{UNREADABLE}: {lost}"
     biased = any(subject.model.has(f"{name}.bias") for transform in transforms for name in transform.linears)
-    return with_transforms(consumers, {transform.kind for transform in transforms}, biased=biased)
+    each, groups = [], groups_of(subject)
+    for (scheme, linears), case in zip(groups, cases_of(config, biased=biased), strict=True):
+        experts = any(linear.expert is not None for linear in linears)
+        each.append((linears, replace(case, experts=experts, **artifact_facts(scheme, dtype=dtype))))
+    return mixed_consumers(each)
 
 
 def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:

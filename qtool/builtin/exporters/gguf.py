@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from qtool.builtin.exporters.checkpoint import Sizes, left_alone_counts, refuse_compensation, stored_ends
-from qtool.builtin.exporters.consumers import llama_cpp_consumers
 from qtool.builtin.exporters.gguf_architecture import (
     add_keys,
     architecture_of,
@@ -32,8 +31,10 @@ from qtool.builtin.exporters.gguf_blocks import bytes_by_part, stored_blocks
 from qtool.builtin.exporters.gguf_file import Blocks, TensorFile, read_tensors
 from qtool.builtin.exporters.gguf_types import Kind, check_values, choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
-from qtool.builtin.exporters.hf import dense, offline
+from qtool.builtin.exporters.hf import code_bits, dense, offline
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
+from qtool.consumers.case import GGUF_FILE, Case
+from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
@@ -273,9 +274,8 @@ def _scales(subject: Subject, linear: LinearSite, found: QuantizedLinear) -> dic
 
 def _exported(subject: Subject, kinds: Sequence[str], dtype: torch.dtype, sizes: Sizes) -> Exported:
     each = [
-        (linears, llama_cpp_consumers(kind, subject.plugins.format(scheme.weights.format).bits, scheme, dtype))
+        (linears, Case(GGUF_FILE, kind, bits=code_bits(subject, scheme), **artifact_facts(scheme, dtype=dtype)))
         for kind, (scheme, linears) in zip(kinds, groups_of(subject), strict=True)
-        if scheme.weights is not None
     ]
     details: dict[str, object] = {"layout": ", ".join(dict.fromkeys(kinds)), "dtype": str(dtype).removeprefix("torch.")}
     details |= {"bytes": vars(sizes), "left_out": left_alone_counts(subject.model)}

@@ -19,8 +19,7 @@ from torch import Tensor
 from qtool.builtin.exporters.ct_tensors import pack_words
 from qtool.builtin.exporters.mixed import groups_of
 from qtool.builtin.exporters.stored_names import stored_tensor_name
-from qtool.builtin.exporters.words import IntegerWords, group_size, rounded_scales
-from qtool.engine.exporter import UNREADABLE
+from qtool.builtin.exporters.words import IntegerWords, group_size
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
@@ -33,9 +32,6 @@ _FUSED: Mapping[str, frozenset[str]] = {
     "qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}),
     "gate_up_proj": frozenset({"gate_proj", "up_proj"}),
 }
-_VLLM_GROUPS = (-1, 32, 64, 128)
-VLLM = "by the code of vLLM 0.32; its CPU kernel for 4 bits was run"
-TRANSFORMERS = "by the code of transformers 5.23, not run"
 
 
 class GPTQv2(IntegerWords):
@@ -93,20 +89,6 @@ class GPTQv2(IntegerWords):
         """Return the config with what the first rule that matches a linear says, as GPTQModel and vLLM read it."""
         rules = {pattern[2:]: choices for pattern, choices in config.get("dynamic", {}).items() if pattern[0] == "+"}
         return {**config, **next((own for pattern, own in rules.items() if re.match(pattern, linear)), {})}
-
-    def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:
-        """Return what transformers (through optimum and GPTQModel) and vLLM execute."""
-        bits = _bits(weights)
-        text = f"W{bits}A16: activations are not quantized"
-        read = f"{text}; needs optimum and GPTQModel"
-        if experts:
-            read = f"{UNREADABLE}: GPTQModel replaces linears, and transformers has all experts in one tensor"
-        run = f"{text}{rounded_scales(weights, dtype)}"
-        if not weights.symmetric or bits not in (4, 8):
-            run = "refused: it wants symmetric weights of 4 or 8 bits"
-        elif group_size(weights) not in _VLLM_GROUPS:
-            run = "refused: it wants groups of 32, 64 or 128, or one scale a row"
-        return {"transformers": f"{read} ({TRANSFORMERS})", "vllm": f"{run} ({VLLM})"}
 
     def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
         """Refuse a linear whose inputs or outputs do not fill whole words."""

@@ -12,14 +12,16 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
-from qtool.builtin.exporters.consumers import dequantized_consumers
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
+from qtool.consumers.case import DENSE, Case
+from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.fold import output_operators
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError
 from qtool.model.graph import LinearSite
+from qtool.scheme import ModelScheme
 
 
 class HuggingFace:
@@ -54,9 +56,8 @@ class HuggingFace:
         details: dict[str, object] = {"layout": "dense", "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
         each = [
-            (linears, dequantized_consumers(subject.plugins.format(scheme.weights.format).bits, scheme, dtype))
+            (linears, Case(DENSE, DENSE, bits=code_bits(subject, scheme), **artifact_facts(scheme, dtype=dtype)))
             for scheme, linears in groups_of(subject)
-            if scheme.weights is not None
         ]
         return Exported(mixed_consumers(each), details)
 
@@ -134,3 +135,8 @@ def _dtype(subject: Subject) -> torch.dtype:
     """Return the model's own 16-bit dtype, bfloat16 for a wider one."""
     stored = subject.model.dtype
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def code_bits(subject: Subject, scheme: ModelScheme) -> int:
+    """Return the bits of the codes that weights came from."""
+    return 16 if scheme.weights is None else subject.plugins.format(scheme.weights.format).bits

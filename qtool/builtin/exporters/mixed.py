@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from qtool.consumers.case import Case
+from qtool.consumers.table import said
 from qtool.engine.exporter import UNREADABLE
 from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
@@ -79,23 +81,22 @@ def fused_apart(subject: Subject) -> str:
     return ""
 
 
-def mixed_consumers(each: Sequence[tuple[Sequence[LinearSite], Mapping[str, str]]], apart: str = "") -> dict[str, str]:
+def mixed_consumers(each: Sequence[tuple[Sequence[LinearSite], Case]]) -> dict[str, str]:
     """Return what loads a checkpoint of several schemes, and what each loader executes of which linears.
 
     Args:
-        each: What loaders would execute if all linears were as some are, beside those.
-        apart: What ``fused_apart`` says, of loaders that fuse linears: vLLM.
+        each: Linears that are alike, each with how the checkpoint describes them.
     """
-    said: dict[str, str] = {}
-    for loader in each[0][1]:
-        texts = [words[loader] for _, words in each]
+    told, of_each = {}, [said([case]) for _, case in each]
+    for loader in of_each[0]:
+        texts = [words[loader] for words in of_each]
         refused = next((text for text in texts if text.startswith(_REFUSED)), None)
         source = texts[0][texts[0].rfind(" (") :]
         source = source if all(text.endswith(source) for text in texts) else ""
         bare = [text.removesuffix(source) for text in texts]
         parts = [f"{_kinds(linears)}: {text}" for (linears, _), text in zip(each, bare, strict=True)]
-        said[loader] = texts[0] if len(each) == 1 else refused or "; ".join(parts) + source
-    return said | ({"vllm": f"refused: {apart}"} if apart and "vllm" in said else {})
+        told[loader] = texts[0] if len(each) == 1 else refused or "; ".join(parts) + source
+    return told
 
 
 def _kinds(linears: Sequence[LinearSite]) -> str:

@@ -47,7 +47,9 @@ from qtool.builtin.exporters.refusals import (
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.shards import write_json
-from qtool.engine.exporter import UNREADABLE, Exported
+from qtool.consumers.case import cases_of
+from qtool.consumers.checkpoint import artifact_facts
+from qtool.engine.exporter import Exported
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -99,7 +101,10 @@ class ModelOpt:
         write_json(directory / HF_QUANT_CONFIG, hf_quant_config(algorithm, ignored))
         details: dict[str, object] = {"layout": f"modelopt {algorithm}", "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(model)}
-        return Exported(mixed_consumers([(subject.linears, _consumers(algorithm))], fused_apart(subject)), details)
+        facts = artifact_facts(groups_of(subject)[0][0], dtype=dtype)
+        facts |= {"apart": bool(fused_apart(subject)), "inputs": "dynamic"}
+        (case,) = cases_of(config, experts=model.graph.dims.experts > 0, **facts)
+        return Exported(mixed_consumers([(subject.linears, case)]), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear by ModelOpt's formula, as the written config says, and compare it with ours.
@@ -198,24 +203,6 @@ def _decode(tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Float[Tensor
     pairs = torch.stack((raw % 16, raw // 16), dim=-1).flatten(1)
     step = scale * tensors["weight_scale_2"]
     return torch.tensor(_E2M1)[pairs.long()] * step.repeat_interleave(_GROUP, dim=1)
-
-
-def _consumers(algorithm: Algorithm) -> dict[str, str]:
-    """Return what vLLM executes; transformers has no reader."""
-    run = {
-        "NVFP4": "W4A4 on Blackwell; before it W4A16, unless --linear-backend emulation is given",
-        "W4A16_NVFP4": "W4A16: activations are not quantized",
-        "FP8": f"{UNREADABLE}: it asks for calibrated input scales, and takes a lowest number for those that lack",
-        "FP8_PER_CHANNEL_PER_TOKEN": "W8A8 from SM89 on: dynamic FP8 activations per token; before it W8A16",
-    }[algorithm]
-    lost = f"{UNREADABLE}: transformers 5.23 knows no `modelopt`: shapes do not fit, or codes are taken for weights"
-    consumers = {"transformers": lost, "vllm": f"{run} (by the code of vLLM 0.32, not run)"}
-    if algorithm == "FP8":
-        dynamic = (
-            "W8A8: dynamic FP8 activations per tensor; linears that it fuses are rounded again to their largest scale"
-        )
-        consumers["tensorrt-llm"] = f"{dynamic} (by its code, not run)"
-    return consumers
 
 
 def _refusal(reason: str, scheme: ModelScheme, nearest: str) -> SchemeError:

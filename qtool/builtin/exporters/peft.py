@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qtool.artifacts.layout import Header
 from qtool.artifacts.store import Artifact, disk_errors
+from qtool.builtin.exporters.checkpoint import Sizes
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
 from qtool.builtin.exporters.refusals import quantized_weights
 from qtool.builtin.exporters.shards import write_json
@@ -93,7 +94,8 @@ class PEFT:
         write_json(directory / FOLDER / CONFIG, adapter_config(ranks))
         size = sum(tensor.nbytes for tensor in tensors.values())
         details = dict(exported.details)
-        details["bytes"] = {name: count + size for name, count in exported.details["bytes"].items()}
+        sizes = exported.details["bytes"]
+        details["bytes"] = vars(Sizes.of({**sizes["parts"], "adapters": size}, sizes["model"] + size))
         details["adapter"] = {"folder": FOLDER, "largest rank": max(ranks.values())}
         return Exported(_consumers(exported.consumers, max(ranks.values())), details)
 

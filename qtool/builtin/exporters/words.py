@@ -35,6 +35,8 @@ from qtool.builtin.exporters.read_back import (
     with_stored_shapes,
 )
 from qtool.builtin.exporters.refusals import quantized_weights, refuse_all_but_codes
+from qtool.consumers.case import cases_of
+from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
@@ -79,10 +81,6 @@ class IntegerWords(ABC):
         """Return the ``quantization_config``."""
 
     @abstractmethod
-    def consumers(self, weights: TensorScheme, dtype: torch.dtype, *, experts: bool) -> dict[str, str]:
-        """Return what loads the checkpoint and what each loader executes, in words."""
-
-    @abstractmethod
     def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
         """Refuse a linear whose codes do not fill whole words, or whose zero points the layout cannot hold.
 
@@ -102,11 +100,12 @@ class IntegerWords(ABC):
             refuse_several(subject, self.layout)
         refuse_mixed_experts(subject, self.layout)
         refuse_all_but_codes(subject, self.layout)
-        experts, said = subject.model.graph.dims.experts > 0, self._said(subject)
-        if experts and said["vllm"].startswith("refused"):
+        experts = subject.model.graph.dims.experts > 0
+        told = self._consumers(subject) if experts else {}
+        if experts and told["vllm"].startswith("refused"):
             raise UsageError(
                 f"no consumer reads these experts from {self.layout}",
-                facts=(("vllm", said["vllm"]), ("transformers", said["transformers"])),
+                facts=(("vllm", told["vllm"]), ("transformers", told["transformers"])),
                 hint="qtool pack SOURCE --to compressed-tensors",
             )
         for weights, linears in _weights_of(subject):
@@ -135,7 +134,7 @@ class IntegerWords(ABC):
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         details: dict[str, object] = {"layout": self.layout, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
-        return Exported(self._said(subject), details)
+        return Exported(self._consumers(subject), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Unpack every linear as the written config says, bit by bit, and compare it with ours.
@@ -147,19 +146,19 @@ class IntegerWords(ABC):
         """
         model = subject.model
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-        said, plain = config.quantization_config, deepcopy(config)
+        stated, plain = config.quantization_config, deepcopy(config)
         del plain.quantization_config
         module = with_linear_experts(empty_model(plain, model), model)
         reader = CheckpointReader(directory, model)
 
         def shapes(child: nn.Linear, linear: LinearSite) -> dict[str, tuple[int, ...]]:
-            return self.shapes(child.out_features, child.in_features, self.config_of(linear.name, said))
+            return self.shapes(child.out_features, child.in_features, self.config_of(linear.name, stated))
 
         reader.compare(with_stored_shapes(module, subject.linears, shapes))
         for linear in subject.linears:
             ours = subject.linear(linear).weight(subject.weight_grid(linear))
             try:
-                read = self.decode(reader.module(linear.name), self.config_of(linear.name, said))
+                read = self.decode(reader.module(linear.name), self.config_of(linear.name, stated))
             except _UNREADABLE as error:
                 reason = str(error).split("\n")[0]
                 raise ArtifactError(f"cannot unpack `{linear.name}`", facts=(("reason", reason),)) from error
@@ -171,12 +170,18 @@ class IntegerWords(ABC):
         del linear
         return config
 
-    def _said(self, subject: Subject) -> dict[str, str]:
+    def _consumers(self, subject: Subject) -> dict[str, str]:
         """Return what loads the checkpoint, and what each loader executes of which linears."""
-        dtype = _model_dtype(quantized_weights(subject), subject.model.dtype)
-        experts = subject.model.graph.dims.experts > 0
-        each = [(linears, self.consumers(weights, dtype, experts=experts)) for weights, linears in _weights_of(subject)]
-        return mixed_consumers(each, fused_apart(subject))
+        config = self.config(quantized_weights(subject), subject)
+        about = {"apart": bool(fused_apart(subject)), "experts": subject.model.graph.dims.experts > 0}
+        each = []
+        for weights, linears in _weights_of(subject):
+            dtype = _model_dtype(weights, subject.model.dtype)
+            facts = artifact_facts(replace(subject.scheme, weights=weights, rules=()), dtype=dtype)
+            own = {key: value for key, value in self.config_of(linears[0].name, config).items() if key != "dynamic"}
+            (case,) = cases_of(own, **facts, **about)
+            each.append((linears, case))
+        return mixed_consumers(each)
 
     def _check_scheme(self, subject: Subject, weights: TensorScheme) -> int:
         """Refuse a scheme that the layout cannot say, and return the bits of its codes."""
@@ -222,13 +227,6 @@ def zero_points(parameters: GroupParameters, bits: int) -> UInt8[Tensor, "out gr
 def group_size(weights: TensorScheme) -> int:
     """Return the group size as these layouts spell it: -1 for a scale an output row."""
     return -1 if weights.group_size is None else weights.group_size
-
-
-def rounded_scales(weights: TensorScheme, dtype: torch.dtype) -> str:
-    """Return what a loader that casts scales to the dtype of the model does to them, in words; empty if nothing."""
-    if weights.scale == "fp16" and dtype == torch.bfloat16:
-        return "; scales are rounded to bfloat16 unless it is run with --dtype float16"
-    return ""
 
 
 def _model_dtype(weights: TensorScheme, stored: torch.dtype) -> torch.dtype:

@@ -193,10 +193,19 @@ def test_real_zero_points_of_inputs_are_refused(make: Make, plugins: Plugins) ->
     assert refused.value.hint == "nearest that fits: --activations int8-asym-token-sbf16"
 
 
-@pytest.mark.parametrize("kv", ["int4-asym-token-head", "keys=fp8-channel-g32,values=fp8-tensor"])
-def test_caches_of_other_schemes_are_refused(make: Make, plugins: Plugins, kv: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kv", "nearest"),
+    [
+        ("int4-asym-token-head", "int4-asym-token-head-sfp32"),
+        ("int4-asym-token-head-real-sfp32", "int4-asym-token-head-sfp32"),
+        ("keys=fp8-channel-g32,values=fp8-tensor", "fp8-tensor"),
+    ],
+)
+def test_caches_of_other_schemes_are_refused(
+    make: Make, plugins: Plugins, kv: str, nearest: str, tmp_path: Path
+) -> None:
     subject = make("int4-sym-g32")
     scheme = replace(subject.scheme, kv=read_scheme("", {"kv": kv}, plugins).kv)
     with pytest.raises(SchemeError) as refused:
         plugins.load("exporters", "compressed-tensors").check(changed(subject, tmp_path / "other", scheme))
-    assert refused.value.hint == "nearest that fits: --kv fp8-tensor"
+    assert refused.value.hint == f"nearest that fits: --kv {nearest}"

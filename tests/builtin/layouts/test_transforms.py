@@ -113,7 +113,7 @@ def test_the_library_computes_our_logits(make: Make, tmp_path: Path, case: str, 
     assert exported.consumers["vllm"].startswith("refused") == (name == "qwen2")
 
 
-def test_a_matrix_is_stored_once_as_ones_and_counts_for_the_model_only(make: Make, tmp_path: Path) -> None:
+def test_a_matrix_is_stored_once_as_ones_and_counts_as_an_operator(make: Make, tmp_path: Path) -> None:
     subject = make("int4-sym-g32")
     plain = written(CompressedTensors(), subject, tmp_path / "plain").details["bytes"]
     subject = planned(subject, everywhere("up_down", Hadamard(INNER)))
@@ -123,7 +123,8 @@ def test_a_matrix_is_stored_once_as_ones_and_counts_for_the_model_only(make: Mak
     assert matrix == "model.layers.0.mlp.down_proj.hadamard_0_input.weight"
     assert stored[matrix].abs().unique().tolist() == [1.0]
     assert torch.equal(stored[matrix].double() @ stored[matrix].double().mT, INNER * torch.eye(INNER).double())
-    assert counted["linears"] == plain["linears"]
+    assert counted["parts"] == {**plain["parts"], "operators": stored[matrix].nbytes}
+    assert counted["linears"] == plain["linears"] + stored[matrix].nbytes
     assert counted["model"] == plain["model"] + stored[matrix].nbytes
 
 

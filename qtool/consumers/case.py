@@ -1,0 +1,256 @@
+"""What the rules on consumers look at: how a ``quantization_config`` describes the linears of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from qtool.errors import ArtifactError
+
+Calibrated: TypeAlias = Literal["none", "static", "dynamic", "local"]
+"""How a scale comes about: there is none, stored, taken as the model runs, or taken within a stored one (NVFP4)."""
+
+CT, GGUF_FILE, DENSE = "compressed-tensors", "gguf", "dense"
+UNREAD_KEYS: Mapping[str, frozenset[str]] = {
+    CT: frozenset({"sparsity_config"}),
+    "gptq": frozenset({"dynamic", "modules_in_block_to_quantize"}),
+    "modelopt": frozenset({"quantized_layers"}),
+}
+"""Keys of a config that change what linears are, and that no rule speaks of."""
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that engines make one of, by the ends of their names."""
+ONLINE = ("hadamard", "random-hadamard")
+"""Rotations that rules speak of, as configs call them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of linears in a checkpoint. Empty words and ``none`` stand for what is not there.
+
+    Attributes:
+        method: ``quant_method``; ``gguf`` for a file, ``dense`` where there is none.
+        layout: What the method calls it: a format, ``quant_algo``, the type of blocks.
+        bits: Of the weights.
+        type: ``int`` or ``float``, of the weights.
+        symmetric: Whether they have no zero points.
+        strategy: What shares a scale: ``tensor``, ``channel``, ``group``, ``tensor_group`` or ``block``.
+        group_size: Weights to a scale; -1 where a group is a whole row.
+        scale: Dtype of stored scales, as ``fp32``.
+        inputs: Whether activations are quantized, and how their scales come about.
+        input_bits: Their bits; the other fields on inputs likewise.
+        input_type: As ``type``.
+        input_symmetric: As ``symmetric``.
+        input_strategy: As ``strategy``; ``token`` too.
+        input_group_size: As ``group_size``.
+        cache: Whether keys and values are quantized, and how their scales come about.
+        cache_format: As ``fp8-tensor``.
+        cache_group_size: As ``group_size``.
+        experts: Whether the model has experts.
+        apart: Whether linears that engines fuse into one have several schemes.
+        beside: Whether other linears have another scheme and the config asks to decode all of them on loading.
+        online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
+        biased: Whether a linear behind such a rotation has a bias.
+        act_order: Whether columns are in an order of their own.
+        dtype: What the model computes in, as ``bfloat16``.
+        unread: Keys of the config that no rule speaks of.
+        range_rule: How the ranges of inputs were taken when the artifact was measured.
+        lost: In words, what the artifact quantizes beside the weights and the checkpoint does not.
+    """
+
+    method: str
+    layout: str
+    bits: int = 16
+    type: str = "float"
+    symmetric: bool = True
+    strategy: str = ""
+    group_size: int = -1
+    scale: str = ""
+    inputs: Calibrated = "none"
+    input_bits: int = 16
+    input_type: str = ""
+    input_symmetric: bool = True
+    input_strategy: str = ""
+    input_group_size: int = -1
+    cache: Calibrated = "none"
+    cache_format: str = ""
+    cache_group_size: int = -1
+    experts: bool = False
+    apart: bool = False
+    beside: bool = False
+    online: str = ""
+    biased: bool = False
+    act_order: bool = False
+    dtype: str = ""
+    unread: str = ""
+    range_rule: str = ""
+    lost: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the fields by name; ``rounding`` of inputs and ``caching`` in words too."""
+        return asdict(self) | {"rounding": self._rounding(), "caching": self._caching()}
+
+    def _caching(self) -> str:
+        """Return such as ``INT4 with a dynamic scale per group of 32, asymmetric``."""
+        element = self.cache_format.partition("-")[0].upper()
+        per = f" per group of {self.cache_group_size}" if self.cache_group_size > 0 else ""
+        return f"{element} with a dynamic scale{per}{', asymmetric' if '-asym' in self.cache_format else ''}"
+
+    def _rounding(self) -> str:
+        """Return such as ``dynamic INT4 activations per token, asymmetric``."""
+        when = "static" if self.inputs == "static" else "dynamic"
+        per = {"group": f"group of {self.input_group_size}", "tensor": "tensor"}
+        per["tensor_group"] = per["group"]
+        kind = {"int": "INT", "float": "FP"}.get(self.input_type, "")
+        asymmetric = "" if self.input_symmetric else ", asymmetric"
+        shared = per.get(self.input_strategy, "token")
+        return f"{when} {kind}{self.input_bits} activations per {shared}{asymmetric}"
+
+
+def cases_of(config: Mapping[str, Any] | None, **about: Any) -> tuple[Case, ...]:  # noqa: ANN401 - fields of Case
+    """Return the kinds of linears that a ``quantization_config`` describes.
+
+    Args:
+        config: The config; None for a checkpoint that is not quantized.
+        about: Fields of ``Case`` that a config does not say.
+
+    Raises:
+        ArtifactError: The config cannot be understood.
+    """
+    if not config:
+        return (Case(DENSE, DENSE, **about),)
+    method = str(config.get("quant_method", ""))
+    keys = UNREAD_KEYS.get(method, frozenset())
+    unread = ", ".join(sorted(key for key in keys if config.get(key)))
+    readers = {CT: _compressed, "gptq": _gptq, "awq": _awq, "modelopt": _modelopt}
+    try:
+        if method not in readers:
+            return (Case(method or "unknown", str(config.get("format", "")), **about),)
+        return tuple(Case(method, **{"unread": unread, **about, **fields}) for fields in readers[method](config))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ArtifactError(
+            "cannot understand the `quantization_config`",
+            facts=(("quant_method", method), ("reason", reason)),
+            hint="pack again, or report it with the config",
+        ) from error
+
+
+def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    groups = [
+        {
+            "layout": str(group.get("format") or config.get("format", "")),
+            **_weights(group["weights"]),
+            **_inputs(group.get("input_activations")),
+            **({"unread": "output_activations"} if group.get("output_activations") else {}),
+        }
+        for group in config["config_groups"].values()
+        if group.get("weights")
+    ]
+    if not groups:
+        raise ValueError("no group of `config_groups` has weights")
+    about: dict[str, Any] = {"apart": _apart(config), "beside": bool(config.get("dequantize")) and len(groups) > 1}
+    about |= _online(config.get("transform_config")) | _cache(config.get("kv_cache_scheme"))
+    return [{**about, **group} for group in groups]
+
+
+def _apart(config: Mapping[str, Any]) -> bool:
+    """Say whether linears that engines fuse are in several groups, or some of them in none."""
+    targets = [group.get("targets", ()) for group in config["config_groups"].values()]
+    of_all = next((index for index, names in enumerate(targets) if "Linear" in names), None)
+    known: dict[str, int | None] = {name: index for index, names in enumerate(targets) for name in names}
+    known |= dict.fromkeys(config.get("ignore", ()), None)
+    for name in known:
+        front, _, leaf = name.rpartition(".")
+        fused = next((names for names in FUSED if leaf in names), ())
+        if len({known.get(f"{front}.{sibling}", of_all) for sibling in fused}) > 1:
+            return True
+    return False
+
+
+def _online(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a ``transform_config`` does to the inputs of linears."""
+    groups = (config or {}).get("config_groups", {}).values()
+    kinds = {str(group.get("type")) for group in groups}
+    places = {str(apply.get("location")) for group in groups for apply in group.get("apply", ())}
+    if not places <= {"input"} or not kinds <= {*ONLINE}:
+        return {"unread": "transform_config"}
+    return {"online": ONLINE[-1] if ONLINE[-1] in kinds else ONLINE[0]} if kinds else {}
+
+
+def _gptq(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    size = int(config["group_size"])
+    return [
+        {
+            "layout": str(config.get("checkpoint_format", "gptq")),
+            "bits": int(config["bits"]),
+            "type": "int",
+            "symmetric": bool(config.get("sym", True)),
+            "strategy": "group" if size > 0 else "channel",
+            "group_size": size,
+            "act_order": bool(config.get("desc_act", False)) and size > 0,
+        }
+    ]
+
+
+def _awq(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    size = int(config["group_size"] if "group_size" in config else config["q_group_size"])
+    return [
+        {
+            "layout": str(config.get("version", "gemm")).lower(),
+            "bits": int(config["bits"] if "bits" in config else config["w_bit"]),
+            "type": "int",
+            "symmetric": not config.get("zero_point", True),
+            "strategy": "group" if size > 0 else "channel",
+            "group_size": size,
+        }
+    ]
+
+
+def _modelopt(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    algorithm = str(config["quant_algo"]).upper()
+    four = "FP4" in algorithm
+    strategy = "tensor_group" if four else "tensor" if algorithm == "FP8" else "channel"
+    static: Mapping[str, Any] = {"strategy": strategy, "type": "float", "symmetric": True}
+    found = {"layout": algorithm, "bits": 4 if four else 8, "group_size": 16 if four else -1, **static}
+    if algorithm == "NVFP4":
+        found |= _inputs({"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"})
+    elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        found |= _inputs({"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"})
+    algorithm_of_cache = config.get("kv_cache_quant_algo")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} if algorithm_of_cache == "FP8" else None
+    if algorithm_of_cache not in (None, "", "FP8"):
+        found["unread"] = "kv_cache_quant_algo"
+    return [found | _cache(config.get("kv_cache_scheme") or scheme)]
+
+
+def _weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    size = int(arguments.get("group_size") or -1)
+    return {
+        "bits": int(arguments.get("num_bits", 8)),
+        "type": str(arguments.get("type", "int")),
+        "symmetric": bool(arguments.get("symmetric", True)),
+        "strategy": str(arguments.get("strategy") or ("group" if size > 0 else "tensor")),
+        "group_size": size,
+    }
+
+
+def _inputs(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not arguments:
+        return {}
+    return {"inputs": _calibrated(arguments), **{f"input_{name}": of for name, of in _weights(arguments).items()}}
+
+
+def _cache(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not arguments:
+        return {}
+    found = _weights(arguments)
+    element = {"int": "int", "float": "fp"}.get(found["type"], found["type"])
+    mark = "" if found["symmetric"] else "-asym"
+    fields = {"cache": _calibrated(arguments), "cache_group_size": found["group_size"]}
+    return fields | {"cache_format": f"{element}{found['bits']}{mark}-{found['strategy']}"}
+
+
+def _calibrated(arguments: Mapping[str, Any]) -> Calibrated:
+    dynamic = arguments.get("dynamic", False)
+    return "local" if dynamic == "local" else "dynamic" if dynamic else "static"

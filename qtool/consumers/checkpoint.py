@@ -1,0 +1,183 @@
+"""Reads what a checkpoint is from its config and from the heads of its files, never from its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
+from qtool.consumers.case import CT, DENSE, GGUF_FILE, Case, cases_of
+from qtool.errors import ArtifactError
+from qtool.scheme import ModelScheme, TensorScheme
+
+_SCALES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "e4m3", "U8": "e8m0"}
+_EXPERTS = re.compile(r"\.experts\.")
+_STORED = {CT: (".weight_packed", ".weight_scale"), "gptq": (".qweight",), "awq": (".qweight",)}
+_STORED["modelopt"] = (".weight_scale",)
+_MODELOPT = "hf_quant_config.json"
+_BLOCK_BITS = {"F16": 16, "BF16": 16, "F32": 32, "Q4_0": 4, "Q4_1": 4, "Q8_0": 8, "MXFP4": 4, "NVFP4": 4}
+_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_PLAIN = ("F32", "F16", "BF16")
+
+
+def artifact_facts(scheme: ModelScheme, *, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Return the fields of a ``Case`` that a quantized artifact tells and no config does.
+
+    Args:
+        scheme: What the artifact quantizes.
+        dtype: What its checkpoint is stored in.
+    """
+    cache = scheme.keys or scheme.values
+    kinds: tuple[tuple[str, TensorScheme | None], ...] = (("activations", scheme.activations), ("KV cache", cache))
+    lost = " and ".join(f"{part.format} {what}" for what, part in kinds if part is not None)
+    facts: dict[str, Any] = {
+        "scale": "" if scheme.weights is None else scheme.weights.scale,
+        "range_rule": "" if scheme.activations is None else scheme.activations.range_rule,
+        "lost": f" (without the {lost} of the artifact)" if lost else "",
+    }
+    return facts if dtype is None else facts | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def read_checkpoint(path: Path, bits_of: Callable[[str], int]) -> tuple[Case, ...]:
+    """Return the kinds of linears in a checkpoint.
+
+    Args:
+        path: A folder with ``config.json``, a GGUF file, or a folder with one.
+        bits_of: Bits of the codes of a format of qtool's, by its name.
+
+    Raises:
+        ArtifactError: There is none, or it cannot be read or understood.
+    """
+    if not path.exists():
+        raise ArtifactError(
+            f"there is no checkpoint `{path}`", hint="give a folder that holds config.json, or a GGUF file"
+        )
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if path.is_dir() and (path / "config.json").is_file():
+        cases = _read_folder(path)
+    elif files and files[0].suffix == ".gguf":
+        cases = _read_gguf(files[0])
+    else:
+        raise ArtifactError(
+            f"`{path}` is no checkpoint: there is neither config.json nor a GGUF file",
+            hint="qtool pack SOURCE --to compressed-tensors writes one",
+        )
+    return _of_artifact(path, cases, bits_of)
+
+
+def _of_artifact(path: Path, cases: tuple[Case, ...], bits_of: Callable[[str], int]) -> tuple[Case, ...]:
+    """Add what the manifest of a checkpoint that qtool wrote tells of the artifact behind it."""
+    if not (path / CHECKPOINT_MANIFEST).is_file():
+        return cases
+    scheme = ModelScheme.from_json(open_artifact(path).manifest.schemes)
+    if scheme.weights is None:
+        return cases
+    facts: dict[str, Any] = artifact_facts(scheme)
+    bits = bits_of(scheme.weights.format)
+    return tuple(
+        replace(case, **facts, bits=bits if case.method in (DENSE, GGUF_FILE) and len(cases) == 1 else case.bits)
+        for case in cases
+    )
+
+
+def _read_folder(folder: Path) -> tuple[Case, ...]:
+    config = _json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is None and (folder / _MODELOPT).is_file():
+        quantization = {"quant_method": "modelopt", **_json(folder / _MODELOPT).get("quantization", {})}
+    if quantization is not None and not isinstance(quantization, Mapping):
+        raise ArtifactError(
+            "cannot understand the `quantization_config`",
+            facts=(("expected", "an object"), ("received", type(quantization).__name__)),
+            hint="pack again, or report it with the config",
+        )
+    names, scale = _heads(folder)
+    about: dict[str, Any] = {
+        "dtype": str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."),
+        "experts": any(_EXPERTS.search(name) for name in names),
+        "biased": any(f"{target}.bias" in names for target in _rotated(quantization)),
+        "scale": scale,
+    }
+    if quantization is not None and str(quantization.get("quant_algo", "")).upper() == "FP8":
+        about["inputs"] = "static" if any(name.endswith(".input_scale") for name in names) else "dynamic"
+    cases = cases_of(quantization, **about)
+    ends = _STORED.get(cases[0].method, ())
+    if names and ends and not any(name.endswith(ends) for name in names):
+        raise ArtifactError(
+            f"the config says `{cases[0].method}`, and no tensor is stored so",
+            facts=(("expected", " or ".join(f"*{end}" for end in ends)), ("tensors", len(names))),
+            hint="pack again, or report it with the config",
+        )
+    return cases
+
+
+def _rotated(quantization: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield the names of linears whose inputs are rotated in the forward pass."""
+    groups = ((quantization or {}).get("transform_config") or {}).get("config_groups", {}).values()
+    yield from (target for group in groups for apply in group.get("apply", ()) for target in apply.get("targets", ()))
+
+
+def _heads(folder: Path) -> tuple[list[str], str]:
+    """Return the names of all tensors, and the dtype of the scales, from the heads of the files."""
+    names: list[str] = []
+    scale = ""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                held = list(file.keys())
+                found = next((name for name in held if name.endswith((".weight_scale", ".scales"))), None)
+                if found is not None and not scale:
+                    stored = file.get_slice(found).get_dtype()
+                    scale = _SCALES.get(stored, stored)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(
+                f"cannot read the head of `{path}`", facts=(("reason", error),), hint="pack or download it again"
+            ) from error
+        names += held
+    if not names:
+        raise ArtifactError(
+            f"`{folder}` holds no weights", facts=(("expected", "*.safetensors"),), hint="pack or download it again"
+        )
+    return names, scale
+
+
+def _read_gguf(path: Path) -> tuple[Case, ...]:
+    """Return a case for each type of the matrices in the blocks; types of floats only where there is no other."""
+    try:
+        matrices = {tensor.name: tensor.tensor_type.name for tensor in _matrices(path)}
+    except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
+        raise ArtifactError(
+            f"cannot read the head of `{path}`", facts=(("reason", error),), hint="pack or download it again"
+        ) from error
+    types = list(dict.fromkeys(kind for name, kind in matrices.items() if name.startswith("blk.")))
+    kinds = [kind for kind in types if kind not in _PLAIN] or types[:1]
+    if not kinds:
+        raise ArtifactError(f"`{path}` holds no blocks of a model", hint="give a GGUF file of a whole model")
+    embedding = matrices.get("token_embd.weight", "")
+    dtype = _FLOATS.get(embedding, embedding)
+    return tuple(Case(GGUF_FILE, kind, bits=_BLOCK_BITS.get(kind, 0), dtype=dtype) for kind in kinds)
+
+
+def _matrices(path: Path) -> Iterator[Any]:
+    return (tensor for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"cannot read `{path}`", facts=(("reason", error),), hint="pack or download it again"
+        ) from error
+    if not isinstance(held, dict):
+        raise ArtifactError(f"`{path}` holds no object", hint="pack or download it again")
+    return held

@@ -1,0 +1,36 @@
+"""Loads checkpoints with vLLM, one after the other, and prints what came of each: run by vLLM's own Python.
+
+The first argument is the prompt as JSON, the others are folders. A line begins with ``RESULT``: the folder, its
+log-probabilities (none where it was refused), and the message of a refusal.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+
+
+def executed(folder: str, prompt: list[int]) -> list[float]:
+    """Return the log-probability of each token of the prompt after its first."""
+    llm = LLM(folder, enforce_eager=True, dtype="bfloat16", max_model_len=64, skip_tokenizer_init=True)
+    wanted = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    (made,) = llm.generate([{"prompt_token_ids": prompt}], wanted)
+    return [found[token].logprob for found, token in zip(made.prompt_logprobs[1:], prompt[1:], strict=True)]
+
+
+def main(prompt: list[int], folders: list[str]) -> None:
+    for folder in folders:
+        values, message = [], ""
+        try:
+            values = executed(folder, prompt)
+        except Exception as error:  # what refuses is a result too
+            message = f"{type(error).__name__}: {error}"
+        gc.collect()
+        print("RESULT", json.dumps([folder, values, message]), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":  # vLLM starts processes that import this file
+    main(json.loads(sys.argv[1]), sys.argv[2:])

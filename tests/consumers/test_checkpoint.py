@@ -1,0 +1,210 @@
+"""What a checkpoint is, is read from its config and the heads of its files, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qtool.consumers.case import Case
+from qtool.consumers.checkpoint import read_checkpoint
+from qtool.errors import ArtifactError, ConsumerError, UsageError
+from qtool.plugins import Plugins
+from qtool.steps.consumers import examine_checkpoint, require_as_meant
+
+NAME = "model.layers.0.mlp.up_proj"
+EXPERT = "model.layers.0.mlp.experts.0.up_proj"
+# As llm-compressor writes W8A8, auto-round GPTQ, AutoAWQ its own, ModelOpt FP8: keys in other orders and with more.
+BY_OTHERS: dict[str, Any] = {
+    "llm-compressor": {
+        "config_groups": {
+            "group_0": {
+                "format": "int-quantized",
+                "input_activations": {
+                    "actorder": None, "block_structure": None, "dynamic": True, "group_size": None, "num_bits": 8,
+                    "observer": None, "observer_kwargs": {}, "strategy": "token", "symmetric": True, "type": "int",
+                },
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": {
+                    "actorder": None, "block_structure": None, "dynamic": False, "group_size": None, "num_bits": 8,
+                    "observer": "minmax", "observer_kwargs": {}, "strategy": "channel", "symmetric": True,
+                    "type": "int",
+                },
+            }
+        },
+        "format": "int-quantized", "global_compression_ratio": None, "ignore": ["lm_head"], "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors", "quantization_status": "compressed", "sparsity_config": {},
+        "transform_config": {}, "version": "0.12.2",
+    },
+    "auto-round": {
+        "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "damp_percent": 0.01, "desc_act": False,
+        "true_sequential": False, "autoround_version": "0.8", "iters": 200,
+    },
+    "AutoAWQ": {
+        "bits": 4, "group_size": 128, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm",
+        "zero_point": True,
+    },
+    "AutoAWQ, older": {"w_bit": 4, "q_group_size": 128, "quant_method": "awq", "version": "GEMM", "zero_point": True},
+    "ModelOpt": {"quant_method": "modelopt", "quant_algo": "nvfp4", "kv_cache_quant_algo": "FP8", "ignore": []},
+}  # fmt: skip
+INT8 = {"type": "int", "bits": 8, "strategy": "channel"}
+FOUR = {"type": "int", "bits": 4, "strategy": "group", "group_size": 128}
+FP4 = {"type": "float", "bits": 4, "strategy": "tensor_group", "group_size": 16}
+READ = {
+    "llm-compressor": Case("compressed-tensors", "int-quantized", **INT8, inputs="dynamic", input_bits=8,
+                           input_type="int", input_strategy="token"),
+    "auto-round": Case("gptq", "gptq", **FOUR),
+    "AutoAWQ": Case("awq", "gemm", **FOUR, symmetric=False),
+    "AutoAWQ, older": Case("awq", "gemm", **FOUR, symmetric=False),
+    "ModelOpt": Case("modelopt", "NVFP4", **FP4, inputs="local", input_bits=4, input_type="float",
+                     input_strategy="tensor_group", cache="static", cache_format="fp8-tensor"),
+}  # fmt: skip
+STORED = {"compressed-tensors": "weight_scale", "gptq": "qweight", "awq": "qweight", "modelopt": "weight_scale"}
+
+
+def bits_of(name: str) -> int:
+    return Plugins.discover().format(name).bits
+
+
+def checkpoint(folder: Path, config: Any, *names: str, **tensors: Tensor) -> Path:  # noqa: ANN401 - JSON
+    """Write a folder with a config and tensors, `names` of which are one float16 each."""
+    folder.mkdir(exist_ok=True)
+    whole = {"model_type": "llama", "torch_dtype": "bfloat16"}
+    whole |= {} if config is None else {"quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(whole))
+    held = {name: torch.ones(1, dtype=torch.float16) for name in names}
+    if held or tensors:
+        save_file(held | tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("maker", BY_OTHERS)
+def test_configs_of_other_tools_are_read(tmp_path: Path, maker: str) -> None:
+    config = BY_OTHERS[maker]
+    folder = checkpoint(tmp_path, config, f"{NAME}.{STORED[config['quant_method']]}")
+    (case,) = read_checkpoint(folder, bits_of)
+    scale = "fp16" if STORED[config["quant_method"]] == "weight_scale" else ""
+    assert (case.dtype, case.scale) == ("bfloat16", scale)
+    assert {**vars(case), "dtype": "", "scale": ""} == vars(READ[maker])
+
+
+def test_experts_and_scales_come_from_the_heads_of_files(tmp_path: Path) -> None:
+    config = BY_OTHERS["llm-compressor"]
+    scale = {f"{EXPERT}.weight_scale": torch.ones(2, 1)}
+    (case,) = read_checkpoint(checkpoint(tmp_path, config, **scale), bits_of)
+    assert case.experts
+    assert case.scale == "fp32"
+    (plain,) = read_checkpoint(checkpoint(tmp_path / "plain", None, "model.norm.weight"), bits_of)
+    assert (plain.method, plain.bits, plain.experts) == ("dense", 16, False)
+
+
+def test_a_config_beside_the_config_is_read(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, None, f"{NAME}.weight_scale")
+    config = {"producer": {}, "quantization": {"quant_algo": "W4A16_NVFP4", "exclude_modules": ["lm_head"]}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(config))
+    (case,) = read_checkpoint(folder, bits_of)
+    assert (case.method, case.layout, case.inputs) == ("modelopt", "W4A16_NVFP4", "none")
+
+
+def test_a_gguf_file_has_a_case_for_each_type_of_blocks(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "some.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.ones((4, 32), dtype=np.float16))
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(32, dtype=np.float32))
+    writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((2, 32), dtype=np.float32))
+    for name, kind in (("up", "Q4_0"), ("down", "Q6_K")):
+        size = 256 if kind == "Q6_K" else 32
+        rows = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+        data = np.zeros((2, rows), dtype=np.uint8)
+        assert size
+        writer.add_tensor(f"blk.0.ffn_{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for path in (tmp_path / "some.gguf", tmp_path):
+        four, six = read_checkpoint(path, bits_of)
+        assert four == Case("gguf", "Q4_0", bits=4, dtype="float16")
+        assert six.layout == "Q6_K"
+    _, answer = examine_checkpoint(tmp_path, Plugins.discover(), consumer="llama.cpp")
+    assert answer is not None
+    assert answer.says == "unknown: no rule speaks of these linears in gguf Q6_K"
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "says"),
+    [
+        ([1], (NAME,), "cannot understand the `quantization_config`"),
+        ({"quant_method": "gptq", "bits": 4}, (f"{NAME}.qweight",), "cannot understand the `quantization_config`"),
+        ({"quant_method": "gptq", "bits": "four", "group_size": 8}, (f"{NAME}.qweight",), "cannot understand"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, (NAME,), "cannot understand"),
+        (BY_OTHERS["auto-round"], (f"{NAME}.weight",), "the config says `gptq`, and no tensor is stored so"),
+        (BY_OTHERS["auto-round"], (), "holds no weights"),
+    ],
+)
+def test_what_cannot_be_understood_is_said(tmp_path: Path, config: Any, names: tuple[str, ...], says: str) -> None:  # noqa: ANN401
+    with pytest.raises(ArtifactError, match=says) as refused:
+        read_checkpoint(checkpoint(tmp_path, config, *names), bits_of)
+    assert refused.value.hint
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="there is no checkpoint"):
+        read_checkpoint(tmp_path / "nowhere", bits_of)
+    with pytest.raises(ArtifactError, match=r"neither config\.json nor a GGUF file"):
+        read_checkpoint(tmp_path, bits_of)
+    (tmp_path / "some.gguf").write_bytes(b"GGUF but not much")
+    with pytest.raises(ArtifactError, match="cannot read the head"):
+        read_checkpoint(tmp_path, bits_of)
+    folder = checkpoint(tmp_path / "cut", BY_OTHERS["auto-round"])
+    (folder / "model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ArtifactError, match="cannot read the head"):
+        read_checkpoint(folder, bits_of)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ArtifactError, match="cannot read"):
+        read_checkpoint(folder, bits_of)
+
+
+def test_a_capability_between_two_known_ones_is_the_lower(tmp_path: Path) -> None:
+    folder, plugins = checkpoint(tmp_path, BY_OTHERS["ModelOpt"], f"{NAME}.weight_scale"), Plugins.discover()
+    config = {**BY_OTHERS["ModelOpt"], "kv_cache_quant_algo": None}
+    checkpoint(folder, config, f"{NAME}.weight_scale")
+    told = {}
+    for device in ("sm86", "sm99", "sm100", "sm120", "sm60", "cpu"):
+        _, answer = examine_checkpoint(folder, plugins, consumer="vllm", device=device)
+        assert answer is not None
+        assert answer.device == device
+        told[device] = answer.verdict
+    assert told == {
+        "sm86": "executes-other", "sm99": "executes-other", "sm100": "loads", "sm120": "loads", "sm60": "unknown",
+        "cpu": "refuses",
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="no device called `hopper`"):
+        examine_checkpoint(folder, plugins, consumer="vllm", device="hopper")
+
+
+def test_what_is_not_as_meant_is_an_error_of_its_own(tmp_path: Path) -> None:
+    config = {**BY_OTHERS["auto-round"], "sym": False}
+    folder, plugins = checkpoint(tmp_path, config, f"{NAME}.qweight"), Plugins.discover()
+    _, answer = examine_checkpoint(folder, plugins, consumer="vllm", device="sm90")
+    assert answer is not None
+    with pytest.raises(ConsumerError) as refused:
+        require_as_meant(folder, answer)
+    assert str(refused.value).splitlines() == [
+        "vllm on sm90: will not load",
+        "  why      refused: it wants symmetric weights of 4 or 8 bits",
+        "  message  Unsupported quantization config: bits=4, sym=False",
+        "  vllm     0.33, code read",
+        f"hint: qtool doctor {folder} shows all consumers",
+    ]
+    assert refused.value.exit_code == 8
+    _, fine = examine_checkpoint(folder, plugins, consumer="transformers")
+    assert fine is not None
+    require_as_meant(folder, fine)
