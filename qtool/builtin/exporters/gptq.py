@@ -68,9 +68,9 @@ class GPTQv2(IntegerWords):
         """Return the weight, unpacked bit by bit."""
         bits, offset = config["bits"], 0 if config["checkpoint_format"] == _V2 else 1
         codes = _from_stream(tensors["qweight"].T.contiguous(), bits)
-        zeros = (_from_stream(tensors["qzeros"], bits) + offset).T
-        scales, groups = tensors["scales"].float().T, tensors["g_idx"].long()
-        return ((codes - zeros[:, groups]).float() * scales[:, groups]).contiguous()
+        zeros = (_from_stream(tensors["qzeros"], bits).float() + offset).T.contiguous()
+        scales, groups = tensors["scales"].float().T.contiguous(), tensors["g_idx"].long()
+        return codes.float().sub_(zeros.index_select(1, groups)).mul_(scales.index_select(1, groups))
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
@@ -161,8 +161,11 @@ def _bits(weights: TensorScheme) -> int:
     return int(weights.format.removeprefix("int"))
 
 
-def _from_stream(words: Int32[Tensor, "rows words"], bits: int) -> Int32[Tensor, "rows n"]:
+def _from_stream(words: Int32[Tensor, "rows words"], bits: int) -> UInt8[Tensor, "rows n"]:
     """Read rows of codes, the lowest bit of the first word first."""
     stream = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
-    codes = stream.reshape(len(stream), -1, bits).astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
+    places = stream.reshape(len(stream), -1, bits)
+    codes = places[..., 0].copy()
+    for place in range(1, bits):
+        codes |= places[..., place] << place
     return torch.from_numpy(codes)

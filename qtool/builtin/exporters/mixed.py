@@ -12,7 +12,7 @@ from qtool.errors import SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.scheme import ModelScheme
 
-_REFUSED = ("refused", UNREADABLE)
+_REFUSED = ("refused", UNREADABLE, "unknown")
 
 Groups = Sequence[tuple[ModelScheme, tuple[LinearSite, ...]]]
 """Schemes, each with the linears that have it."""
@@ -91,7 +91,7 @@ def mixed_consumers(each: Sequence[tuple[Sequence[LinearSite], Case]]) -> dict[s
     for loader in of_each[0]:
         texts = [words[loader] for words in of_each]
         refused = next((text for text in texts if text.startswith(_REFUSED)), None)
-        source = texts[0][texts[0].rfind(" (") :]
+        source = texts[0][at:] if (at := texts[0].rfind(" (")) >= 0 else ""
         source = source if all(text.endswith(source) for text in texts) else ""
         bare = [text.removesuffix(source) for text in texts]
         parts = [f"{_kinds(linears)}: {text}" for (linears, _), text in zip(each, bare, strict=True)]
