@@ -193,7 +193,7 @@ CASES: Mapping[str, Case] = {
     ),
     "a scheme's zero point": Case(
         "transform @statistics --method quarot --kv fp8-asym", 2, "`fp8` has no zero point",
-        "nearest that works: fp8-sym-token-sfp32",
+        "nearest that works: fp8-sym-token-head-sfp32",
     ),
     # group size that does not divide a layer
     "groups of weights": Case(
