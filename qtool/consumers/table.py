@@ -13,7 +13,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -156,13 +156,18 @@ def consumers() -> tuple[str, ...]:
 def answer(cases: Iterable[Case], consumer: str, device: str) -> Answer:
     """Return what a consumer does with a checkpoint: of several kinds of linears, the worst that it does with any.
 
+    What it executes is told of all kinds that it treats so.
+
     Args:
         cases: Kinds of linears of the checkpoint.
         consumer: Name of the consumer.
         device: One of ``devices_of(consumer)``.
     """
-    order = list(VERDICTS)
-    return max((_of_case(case, consumer, device) for case in cases), key=lambda one: order.index(one.verdict))
+    order, found = list(VERDICTS), [_of_case(case, consumer, device) for case in cases]
+    worst = max(found, key=lambda one: order.index(one.verdict))
+    alike = [one for one in found if one.verdict == worst.verdict]
+    kernels = dict.fromkeys(one.kernel for one in alike if one.kernel)
+    return replace(worst, says="; ".join(dict.fromkeys(one.says for one in alike)), kernel=", ".join(kernels))
 
 
 def said(cases: Sequence[Case]) -> dict[str, str]:
