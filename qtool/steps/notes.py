@@ -67,7 +67,7 @@ def _errors(table: Table) -> Iterator[str]:
 def _sizes(table: Table, members: list[Measurement]) -> Iterator[str]:
     """Yield what the bits are."""
     what = {
-        "linears": "stored bits per weight of the linears, with scales, zero points and adapters",
+        "linears": "stored bits per weight of the linears, with scales, zero points, adapters and online operators",
         "model": "stored bits per weight of the whole model",
     }
     if members:

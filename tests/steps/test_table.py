@@ -217,7 +217,7 @@ def test_notes_say_how_it_was_measured_and_made() -> None:
         "propagate quantized: identity gptq",
         "propagate none: quarot gptq",
         "± of one run: standard error over windows or items, the same ones in every row",
-        "bits: stored bits per weight of the linears, with scales, zero points and adapters",
+        "bits: stored bits per weight of the linears, with scales, zero points, adapters and online operators",
         "bold: the best of its column",
         "llama: dequantized from Q4_1",
     )
