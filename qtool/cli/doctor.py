@@ -21,7 +21,9 @@ def doctor(
     ] = None,
     consumer: Annotated[
         str,
-        typer.Option("--for", metavar="NAME", help="vllm, transformers, llama.cpp or sglang. [default: all of them]"),
+        typer.Option(
+            "--for", metavar="NAME", help="Such as vllm, transformers, llama.cpp, sglang. [default: all of them]"
+        ),
     ] = "",
     device: Annotated[
         str,

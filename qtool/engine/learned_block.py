@@ -117,7 +117,6 @@ def _check_learnable(name: str, part: GridPart, parameters: GroupParameters) -> 
             facts=(("scheme", part.scheme),),
             hint="--method gptq, or --weights fp8-channel",
         )
-
     if parameters.negative is not None:
         raise SchemeError(
             f"ranges are learned with one scale a group, and the groups of `{name}` have two",

@@ -32,7 +32,7 @@ from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.consumers.table import said
 from qtool.engine.execute import BlockExecutable
-from qtool.engine.exporter import Exported, Exporter
+from qtool.engine.exporter import Exporter
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
@@ -45,6 +45,7 @@ from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from tests.builtin.format_cases import read
+from tests.builtin.packed import written
 
 CPU = torch.device("cpu")
 CODED = (("lorc.rank", "8"), ("lorc.dtype", "int8"), ("lorc.reads", "full"))
@@ -112,15 +113,6 @@ def make(models: dict[str, Path], plugins: Plugins, tmp_path_factory: pytest.Tem
 
 def parsed(text: str, plugins: Plugins) -> TensorScheme:
     return parse_tensor_scheme(text, plugins.format)
-
-
-def written(exporter: Exporter, subject: Subject, directory: Path) -> Exported:
-    """Do what the step does, without the manifest."""
-    directory.mkdir()
-    exporter.check(subject)
-    exported = exporter.write(subject, directory)
-    exporter.verify(subject, directory)
-    return exported
 
 
 def tokens() -> Tensor:

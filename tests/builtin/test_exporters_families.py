@@ -22,7 +22,7 @@ from qtool.builtin.exporters.compressed_tensors import CompressedTensors
 from qtool.builtin.exporters.hf import HuggingFace
 from qtool.builtin.exporters.shards import Shards
 from qtool.engine.execute import BlockExecutable
-from qtool.engine.exporter import Exported, Exporter
+from qtool.engine.exporter import Exporter
 from qtool.engine.planner import extend
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
@@ -36,6 +36,7 @@ from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
+from tests.builtin.packed import written
 from tests.model.conftest import CHANGES, SIZES
 
 WEIGHTS = "model.safetensors"
@@ -99,14 +100,6 @@ def make(plugins: Plugins, tmp_path_factory: pytest.TempPathFactory, cache: Path
         return open_subject(str(artifact.path), workspace).subject
 
     return made
-
-
-def written(exporter: Exporter, subject: Subject, directory: Path) -> Exported:
-    directory.mkdir()
-    exporter.check(subject)
-    exported = exporter.write(subject, directory)
-    exporter.verify(subject, directory)
-    return exported
 
 
 def tokens() -> Tensor:

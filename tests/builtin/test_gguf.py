@@ -23,7 +23,6 @@ from qtool.builtin.exporters.gguf import FILE, GGUF, GGUFHalf
 from qtool.builtin.exporters.gguf_blocks import stored_blocks
 from qtool.builtin.exporters.gguf_types import choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary, split_name
-from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, ModelError, QtoolError, SchemeError, UsageError
@@ -36,6 +35,7 @@ from qtool.steps.pack import PackRequest, pack
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
+from tests.builtin.packed import written
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -105,14 +105,6 @@ def make(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Make
         return open_subject(str(mitigate(request, workspace)[0].path), workspace).subject
 
     return made
-
-
-def written(exporter: Exporter, subject: Subject, directory: Path) -> Exported:
-    directory.mkdir()
-    exporter.check(subject)
-    exported = exporter.write(subject, directory)
-    exporter.verify(subject, directory)
-    return exported
 
 
 def read(directory: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from qtool.builtin.exporters.hf import HuggingFace
 from qtool.builtin.exporters.mixed import fused_apart
 from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.engine.execute import BlockExecutable
-from qtool.engine.exporter import Exported, Exporter
+from qtool.engine.exporter import Exporter
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError
 from qtool.plugins import Plugins
@@ -34,6 +34,7 @@ from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
+from tests.builtin.packed import written
 
 SIZES: dict[str, Any] = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 260},
@@ -78,15 +79,6 @@ def make(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Make:
         return open_subject(str(artifact.path), workspace).subject
 
     return made
-
-
-def written(exporter: Exporter, subject: Subject, directory: Path) -> Exported:
-    """Do what the step does, without the manifest."""
-    directory.mkdir()
-    exporter.check(subject)
-    exported = exporter.write(subject, directory)
-    exporter.verify(subject, directory)
-    return exported
 
 
 def config_of(directory: Path) -> dict[str, Any]:
@@ -193,6 +185,20 @@ class TestCompressedTensors:
         assert exported.consumers["vllm"].startswith("refused: q, k and v, and gate and up, are one linear there")
         assert fused in fused_apart(subject)
         torch.testing.assert_close(executed(tmp_path / "out"), measured(subject), rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize(
+        ("weights", "activations", "nearest"),
+        [
+            ("int4-sym-g32,down_proj=int4-asym-g32-real", "", "--weights int4-asym-g32-sbf16"),
+            ("int4-sym-g32", "int8-sym-token,down_proj=int8-asym-token-real", "--activations int8-asym-token-sbf16"),
+        ],
+    )
+    def test_real_zero_points_of_an_exception_are_refused(
+        self, make: Make, weights: str, activations: str, nearest: str
+    ) -> None:
+        with pytest.raises(SchemeError, match="whole numbers") as refused:
+            CompressedTensors().check(make(weights, activations))
+        assert refused.value.hint == f"nearest that fits: {nearest}"
 
     def test_scales_of_two_dtypes_are_refused(self, make: Make) -> None:
         with pytest.raises(SchemeError, match=r"scales of two(.|\n)*hint: nearest that fits: .*-sbf16 for"):

@@ -12,12 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtool.artifacts.store import Artifact
 from qtool.plugins import Plugins
+from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.calibrate import CalibrateRequest, calibrate
+from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.workspace import Workspace
 from qtool.testing import save_tiny_model, tiny_config
+
+Quantize = Callable[..., str]
+"""``quantize(weights, activations="", method="rtn", **settings)`` returns the path of what ``source`` became."""
 
 
 @dataclass
@@ -100,3 +106,35 @@ def speeches(library: Workspace) -> Artifact:
     """Everything about the shipped model ``tiny`` on 16 windows of its own text."""
     request = CalibrateRequest("tiny", data="speeches", num_samples=16, seq_len=256)
     return calibrate(request, library)[0]
+
+
+def save_llama(folder: Path, *, hidden: int, inner: int) -> Path:
+    """Write a random Llama of 2 blocks in bfloat16, without a tokenizer, whose norms are no ones."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2, "vocab_size": 24}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config)
+    for key, parameter in model.named_parameters():
+        if "norm" in key:
+            parameter.data = torch.rand_like(parameter) + 0.5
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workspace(found_plugins: Plugins, tmp_path: Path, cache: Path) -> Workspace:
+    (tmp_path / "home").mkdir()
+    return Workspace(found_plugins, tmp_path / "home", cache)
+
+
+@pytest.fixture
+def quantize(source: Path, workspace: Workspace) -> Quantize:
+    """Quantize the model that a test calls its ``source``."""
+
+    def made(weights: str, activations: str = "", method: str = "rtn", **settings: str) -> str:
+        lookup = workspace.plugins.format
+        parts = (parse_tensor_scheme(text, lookup) if text else None for text in (weights, activations))
+        request = MitigateRequest(str(source), method, ModelScheme(*parts), settings)
+        return str(mitigate(request, workspace)[0].path)
+
+    return made

@@ -5,59 +5,31 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtool.artifacts.identity import digest_file
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.engine.exporter import Exported
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, QtoolError, ResourceError, UsageError
-from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.subjects import open_subject
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
-
-Quantize = Callable[[str], str]
+from tests.steps.conftest import Quantize, save_llama
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 24}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.discover()
-
-
-@pytest.fixture
-def workspace(plugins: Plugins, tmp_path: Path, cache: Path) -> Workspace:
-    (tmp_path / "home").mkdir()
-    return Workspace(plugins, tmp_path / "home", cache)
-
-
-@pytest.fixture
-def quantize(source: Path, workspace: Workspace) -> Quantize:
-    def made(weights: str) -> str:
-        scheme = ModelScheme(weights=parse_tensor_scheme(weights, workspace.plugins.format))
-        return str(mitigate(MitigateRequest(str(source), "rtn", scheme), workspace)[0].path)
-
-    return made
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=32, inner=48)
 
 
 def left_in(workspace: Workspace) -> list[str]:

@@ -9,17 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtool.builtin.exporters import gguf as gguf_exporter
 from qtool.engine.subject import Subject
 from qtool.errors import ResourceError, UsageError
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, parse_tensor_scheme
-from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.workspace import Workspace
+from tests.steps.conftest import Quantize, save_llama
 
 WEIGHTS = {
     "awq": "int4-sym-g32",
@@ -30,53 +27,41 @@ WEIGHTS = {
     "gptq-v2": "int4-sym-g32",
     "hf": "int4-sym-g32",
     "modelopt": "nvfp4",
+    "peft": "int4-sym-g32",
 }
-NOT_HERE = ("peft",)  # held by its own test
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 24}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=64, inner=64)
 
 
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.discover()
-
-
-@pytest.fixture
-def workspace(plugins: Plugins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> Workspace:
+@pytest.fixture(autouse=True)
+def no_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has no tokenizer, which GGUF files hold."""
     monkeypatch.setattr(gguf_exporter, "add_vocabulary", lambda *_: None)
     monkeypatch.setattr(gguf_exporter, "_check_model", lambda *_: None)
-    (tmp_path / "home").mkdir()
-    return Workspace(plugins, tmp_path / "home", cache)
 
 
-def quantized(source: Path, workspace: Workspace, to: str) -> str:
-    scheme = ModelScheme(weights=parse_tensor_scheme(WEIGHTS[to], workspace.plugins.format))
-    return str(mitigate(MitigateRequest(str(source), "rtn", scheme), workspace)[0].path)
+def quantized(quantize: Quantize, to: str) -> str:
+    return quantize(WEIGHTS[to], "", "rtn+lorc", **{"lorc.rank": "2"}) if to == "peft" else quantize(WEIGHTS[to])
 
 
 def everything(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_every_exporter_is_looked_at(plugins: Plugins) -> None:
-    assert set(plugins.offers["exporters"]) - set(NOT_HERE) == set(WEIGHTS)
+def test_every_exporter_is_looked_at(found_plugins: Plugins) -> None:
+    assert set(found_plugins.offers["exporters"]) == set(WEIGHTS)
 
 
 @pytest.mark.parametrize("to", WEIGHTS)
 @pytest.mark.parametrize("moment", ["while a block is written", "while it is read back"])
 def test_ctrl_c_leaves_nothing_behind(
-    source: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str, moment: str
+    quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str, moment: str
 ) -> None:
     """The signal comes while the second block's linears are read, or once the writer is done."""
-    artifact = quantized(source, workspace, to)
+    artifact = quantized(quantize, to)
     before = everything(tmp_path)
     exporter = workspace.plugins.load("exporters", to)
     linear = Subject.linear
@@ -113,12 +98,12 @@ def test_ctrl_c_leaves_nothing_behind(
 
 @pytest.mark.parametrize("to", WEIGHTS)
 def test_a_full_disk_leaves_nothing_behind(
-    source: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str
+    quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    artifact = quantized(source, workspace, to)
+    artifact = quantized(quantize, to)
     before = everything(tmp_path)
     target = "numpy.memmap" if to.startswith("gguf") else "qtool.builtin.exporters.shards.write_assembled"
     monkeypatch.setattr(target, full)
@@ -130,11 +115,11 @@ def test_a_full_disk_leaves_nothing_behind(
 
 @pytest.mark.parametrize("to", WEIGHTS)
 def test_a_folder_that_is_there_is_not_overwritten_unasked(
-    source: Path, workspace: Workspace, tmp_path: Path, to: str
+    quantize: Quantize, workspace: Workspace, tmp_path: Path, to: str
 ) -> None:
-    artifact = quantized(source, workspace, to)
+    artifact = quantized(quantize, to)
     other = "hf" if to != "hf" else "compressed-tensors"
-    old = pack(PackRequest(quantized(source, workspace, other), other, tmp_path / "out"), workspace)[0]
+    old = pack(PackRequest(quantized(quantize, other), other, tmp_path / "out"), workspace)[0]
     before = everything(tmp_path / "out")
     with pytest.raises(UsageError, match="the output path is taken"):
         pack(PackRequest(artifact, to, tmp_path / "out"), workspace)

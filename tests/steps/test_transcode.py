@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,58 +12,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.builtin.exporters.packed_layouts import check_reciprocal, is_reciprocal
 from qtool.builtin.exporters.packed_source import open_packed
 from qtool.engine.problem import QuantizedLinear
 from qtool.errors import NumericalError, QtoolError, UsageError
-from qtool.plugins import Plugins
-from qtool.scheme import GroupParameters, ModelScheme, parse_tensor_scheme
-from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.scheme import GroupParameters
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
+from tests.steps.conftest import Quantize, save_llama
 
 NAME = "model.layers.1.mlp.gate_proj"
-Quantize = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 24}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True)
-    folder = tmp_path_factory.mktemp("model")
-    model = LlamaForCausalLM(config)
-    for key, parameter in model.named_parameters():
-        if "norm" in key:
-            parameter.data = torch.rand_like(parameter) + 0.5
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return Plugins.discover()
-
-
-@pytest.fixture
-def workspace(plugins: Plugins, tmp_path: Path, cache: Path) -> Workspace:
-    (tmp_path / "home").mkdir()
-    return Workspace(plugins, tmp_path / "home", cache)
-
-
-@pytest.fixture
-def quantize(source: Path, workspace: Workspace) -> Quantize:
-    def made(weights: str, activations: str = "") -> str:
-        parts = (
-            parse_tensor_scheme(text, workspace.plugins.format) if text else None for text in (weights, activations)
-        )
-        return str(mitigate(MitigateRequest(str(source), "rtn", ModelScheme(*parts)), workspace)[0].path)
-
-    return made
+    return save_llama(tmp_path_factory.mktemp("model"), hidden=64, inner=128)
 
 
 def foreign(checkpoint: Path, folder: Path) -> Path:

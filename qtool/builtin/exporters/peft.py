@@ -69,12 +69,12 @@ class PEFT:
                 facts=(("first", online.name),),
                 hint="qtool transform without online operators, or qtool pack SOURCE --to hf, which merges corrections",
             )
-        for linear in corrected if subject.scheme.activations is not None else ():
-            adapter = subject.linear(linear).adapter
-            if adapter is not None and adapter.reads != "full":
+        for linear in corrected:
+            activations, adapter = subject.scheme.of(linear.name).activations, subject.linear(linear).adapter
+            if activations is not None and adapter is not None and adapter.reads != "full":
                 raise UsageError(
                     "an adapter of PEFT's reads the input as it comes, and this correction reads the quantized one",
-                    facts=(("first", linear.name), ("activations", subject.scheme.activations)),
+                    facts=(("first", linear.name), ("activations", activations)),
                     hint="qtool mitigate with --set METHOD.reads=full, or without quantized activations",
                 )
         self._base.check(_without_corrections(subject))

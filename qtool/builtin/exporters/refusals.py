@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
 from qtool.scheme import TensorScheme
+from qtool.scheme_parts import RuledPart
 
 
 def quantized_weights(subject: Subject) -> TensorScheme:
@@ -83,8 +85,8 @@ def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
 
 
 def _refuse_real(subject: Subject, layout: str) -> None:
-    for name, part in (("weights", subject.scheme.weights), ("activations", subject.scheme.activations)):
-        if part is not None and part.real:
+    for name in get_args(RuledPart):
+        for part in (one for one in subject.scheme.every(name) if one.real):
             raise SchemeError(
                 f"the zero points of {layout} are whole numbers",
                 facts=((name, part),),

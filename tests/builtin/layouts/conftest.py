@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2
 
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import ArtifactWriter
-from qtool.engine.exporter import Exported, Exporter
 from qtool.engine.subject import Subject
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, parse_tensor_scheme
@@ -73,15 +72,6 @@ def make(plugins: Plugins, tmp_path_factory: pytest.TempPathFactory, cache: Path
         return open_subject(str(artifact.path), workspace).subject
 
     return made
-
-
-def written(exporter: Exporter, subject: Subject, directory: Path) -> Exported:
-    """Do what the step does, without the manifest."""
-    directory.mkdir()
-    exporter.check(subject)
-    exported = exporter.write(subject, directory)
-    exporter.verify(subject, directory)
-    return exported
 
 
 def changed(subject: Subject, folder: Path, scheme: ModelScheme | None = None, **tensors: Tensor) -> Subject:

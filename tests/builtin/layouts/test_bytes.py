@@ -23,7 +23,8 @@ from qtool.builtin.exporters.shards import Shards
 from qtool.engine.exporter import UNREADABLE, Exporter
 from qtool.errors import ArtifactError
 from qtool.plugins import Plugins
-from tests.builtin.layouts.conftest import NAME, Make, altered, calibrated, flipped, written
+from tests.builtin.layouts.conftest import NAME, Make, altered, calibrated, flipped
+from tests.builtin.packed import written
 
 
 def codes_of(bits: int, outputs: int = 32, inputs: int = 32) -> Tensor:

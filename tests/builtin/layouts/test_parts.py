@@ -13,7 +13,8 @@ from qtool.builtin.exporters.gguf_blocks import bytes_by_part
 from qtool.engine.subject import Subject
 from qtool.plugins import Plugins
 from qtool.steps.storage import written_storage
-from tests.builtin.layouts.conftest import calibrated, written
+from tests.builtin.layouts.conftest import calibrated
+from tests.builtin.packed import written
 
 Make = Callable[..., Subject]
 LINEARS = 2 * (64 * (128 + 2 * 64) + 128 * 64 + 3 * 64 * 96)  # weights of the linears of two blocks

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
 from qtool.engine.exporter import Exporter
-from tests.builtin.layouts.conftest import Make, written
+from tests.builtin.layouts.conftest import Make
+from tests.builtin.packed import written
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 PEERS = ("auto-round==0.16.1", "py-cpuinfo==9.0.0", "autoawq==0.2.9")

@@ -28,7 +28,8 @@ from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
-from tests.builtin.layouts.conftest import SIZES, written
+from tests.builtin.layouts.conftest import SIZES
+from tests.builtin.packed import written
 
 NAME = "model.layers.1.mlp.down_proj"
 INT8 = "int8-sym-token-sfp32-half"

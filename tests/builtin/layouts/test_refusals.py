@@ -20,7 +20,8 @@ from qtool.numerics.operators import Diag, Hadamard
 from qtool.plugins import Plugins
 from qtool.scheme import parse_tensor_scheme
 from qtool.steps.schemes import read_scheme
-from tests.builtin.layouts.conftest import NAME, Make, changed, written
+from tests.builtin.layouts.conftest import NAME, Make, changed
+from tests.builtin.packed import written
 
 REFUSED = [
     (GPTQ(), ("int5-sym-g32",), "codes of 2, 3, 4, 8 bits", "--weights int8-sym-g32-sbf16"),

@@ -23,7 +23,8 @@ from qtool.errors import ArtifactError, UsageError
 from qtool.model.plan import Plan, Proposal
 from qtool.numerics.hadamard import random_signs
 from qtool.numerics.operators import Diag, Hadamard, HeadMix, Operator
-from tests.builtin.layouts.conftest import SIZES, Make, altered, written
+from tests.builtin.layouts.conftest import SIZES, Make, altered
+from tests.builtin.packed import written
 
 INNER, HIDDEN = SIZES["intermediate_size"], SIZES["hidden_size"]
 SIGNS = random_signs(INNER, torch.Generator().manual_seed(6)).to(torch.int8)
