@@ -252,6 +252,8 @@ class ArtifactWriter:
     def finish(self, manifest: Manifest) -> Artifact:
         """Assemble the artifact from its parts and remove them.
 
+        Of a tensor that two parts have, that of the part counts whose name is later in the alphabet.
+
         Args:
             manifest: The final manifest without tensor digests; its key must be the one that was begun.
 

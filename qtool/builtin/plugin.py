@@ -70,6 +70,7 @@ def register_mitigators() -> Sequence[Entry]:
         _entry("target", "mitigators.target:Target", "weights aim at the outputs in full precision; rounds nothing"),
         _entry("lwc", "mitigators.lwc:LWC", "ranges learned from blocks, rounding to nearest (2308.13137)"),
         _entry("qwt", "mitigators.qwt:QwT", "a linear layer beside each block makes up for it (2411.13918)"),
+        _entry("e2e-qp", "mitigators.e2e_qp:E2EQP", "scales and norms learned from the whole model (2407.11062)"),
         _entry("autoround", "mitigators.autoround:AutoRound", "rounding and ranges learned from blocks (2309.05516)"),
         _entry("qtool-best-int4", "mitigators.qtool_best:BEST_INT4", "GPTQ, then learned from blocks; integers"),
         _entry("qtool-best-fp4", "mitigators.qtool_best:BEST_FP4", "swept scales, GPTQ, then learned; for FP4"),

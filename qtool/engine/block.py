@@ -95,12 +95,12 @@ class BlockSolver:
     @cached_property
     def leading(self) -> tuple[Method, ...]:
         """The methods that run before any that sees the whole block."""
-        return tuple(takewhile(lambda method: not method.of_block, self.solver.methods))
+        return tuple(takewhile(lambda method: not (method.of_block or method.of_model), self.solver.methods))
 
     @cached_property
     def following(self) -> tuple[Method, ...]:
-        """The first method that sees the whole block, and all behind it."""
-        return tuple(self.solver.methods[len(self.leading) :])
+        """The first method that sees the whole block, and all behind it but one that sees the whole model."""
+        return tuple(method for method in self.solver.methods[len(self.leading) :] if not method.of_model)
 
     def solve(
         self,

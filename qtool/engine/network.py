@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -310,14 +311,25 @@ class Network:
             for site, observer in observers.items():
                 site.observer = observer
 
-    def logits(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens vocab"]:
+    def logits(
+        self, hidden: Float[Tensor, "batch tokens hidden"], weights: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Float[Tensor, "batch tokens vocab"]:
         """Run what follows the blocks: the model's own forward pass with stubs, of which the last gives ``hidden``.
 
         With gradients where ``hidden`` requires them.
+
+        Args:
+            hidden: What the last block puts out.
+            weights: Other weights for what follows, by full name.
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        given = {name: weight.to(self.dtype) for name, weight in weights.items()}
+
+        def run() -> Any:  # noqa: ANN401 - what the model returns
+            return torch.func.functional_call(self.module, given, (), {"input_ids": ids, "use_cache": False})
+
         with torch.set_grad_enabled(hidden.requires_grad):
-            _, result = self._with_stubs(lambda: self.module(input_ids=ids, use_cache=False), hidden)
+            _, result = self._with_stubs(run, hidden)
         logits: Tensor = result.logits
         return logits
 

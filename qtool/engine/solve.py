@@ -13,6 +13,7 @@ from torch import Tensor
 from qtool.engine.block_problem import BlockMitigator
 from qtool.engine.grid import Grid
 from qtool.engine.guided import own_entries
+from qtool.engine.model_problem import ModelMitigator
 from qtool.engine.problem import LayerProblem, Mitigator, QuantizedLinear, Retargeter, SiblingMitigator
 from qtool.errors import NumericalError
 from qtool.model.graph import LinearSite, ModelGraph
@@ -27,9 +28,9 @@ MOST_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class Method:
-    """A mitigator with its options: of a layer, of a block, or one that says what the others aim at."""
+    """A mitigator with its options: of a layer, a block, the model, or one that says what the others aim at."""
 
-    mitigator: Mitigator | Retargeter | BlockMitigator
+    mitigator: Mitigator | Retargeter | BlockMitigator | ModelMitigator
     config: Any
 
     @property
@@ -43,9 +44,14 @@ class Method:
         return isinstance(self.mitigator, BlockMitigator)
 
     @property
+    def of_model(self) -> bool:
+        """Whether it sees the whole model at once."""
+        return isinstance(self.mitigator, ModelMitigator)
+
+    @property
     def rounded_inputs(self) -> bool:
         """Whether it does better where propagated activations are rounded as the scheme says."""
-        return self.of_block or bool(getattr(self.mitigator, "rounded_inputs", False))
+        return self.of_block or self.of_model or bool(getattr(self.mitigator, "rounded_inputs", False))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool.artifacts.layout import TensorSlot
 from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
-from qtool.engine.stored import COMPENSATION, INPUT_GLOBAL_SCALE, OUTLIERS, linear_tensors
+from qtool.engine.stored import COMPENSATION, INPUT_GLOBAL_SCALE, NORMS, OUTLIERS, linear_tensors
 from qtool.model.graph import OUTPUT, ModelGraph
 from qtool.model.plan import Plan
 from qtool.numerics.packing import packed_size
@@ -39,6 +39,8 @@ _PROBE = 8  # values of a row of which a scheme's storage is tried, where it has
 
 def part_of(name: str) -> str:
     """Return the part that a tensor of a quantized artifact is of, by its full name; see ``qtool.engine.stored``."""
+    if name.startswith(NORMS):
+        return "unquantized"
     marks = {COMPENSATION: "compensations", ".adapter.": "adapters", f"{OUTLIERS}.": "outliers"}
     for mark, part in marks.items():
         if mark in name:

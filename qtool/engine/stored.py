@@ -7,6 +7,7 @@ and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and ``.ad
 reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are codes themselves are ``.scale.codes``,
 ``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a block), and zero points likewise. What is
 added to a block's output is ``<block>.compensation.bias`` and, where it has them, ``.scale``, ``.down`` and ``.up``.
+Norms whose weights are others than the model's are ``norms.<norm>.weight``.
 Codes are a dense bit stream along the input axis, those of scales along the rows, so the bytes stored are the bytes
 that bits per weight counts. Scales of 4 bits are one dense stream, row by row. Zero points that are no codes are
 floats: in the format of the scales if the scheme says ``real``, else of 32 bits.
@@ -32,6 +33,7 @@ from qtool.scheme import GroupParameters, SecondLevel
 
 INPUT_GLOBAL_SCALE = ".input_global_scale"
 COMPENSATION = ".compensation."
+NORMS = "norms."
 _COMPENSATION = ("bias", "scale", "down", "up")
 
 _ADAPTERS: Mapping[Reads, str] = {"quantized": ".adapter", "full": ".adapter.full"}
@@ -126,6 +128,11 @@ def read_input_scales(
     """
     found = (find(f"{prefix}{INPUT_GLOBAL_SCALE}") for prefix in _names(site_id, grid))
     return tuple(None if one is None else one.to(device) for one in found)
+
+
+def scale_names(name: str, grid: Grid) -> Iterator[str]:
+    """Yield how the scales of each part of a linear are called."""
+    yield from (f"{prefix}.scale" for prefix in _names(name, grid))
 
 
 def _names(name: str, grid: Grid) -> Iterator[str]:

@@ -20,7 +20,7 @@ from qtool.engine.fold import fold_block, fold_ends, shifts_inputs
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
 from qtool.engine.problem import Adapter, QuantizedLinear
-from qtool.engine.stored import COMPENSATION, read_compensation, read_input_scales, read_linear
+from qtool.engine.stored import COMPENSATION, NORMS, read_compensation, read_input_scales, read_linear
 from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.source import Model
@@ -69,7 +69,8 @@ class Subject:
         Args:
             dtype: Of the embedding and the head where the plan changes them.
         """
-        return fold_ends(self.model.graph, self.plan, self.stored, dtype=dtype)
+        ends = fold_ends(self.model.graph, self.plan, self.stored, dtype=dtype)
+        return {**ends, **self._norms(self.model.family.final_norm.module)}
 
     def folded(self, layer: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """Return a block's float tensors with the plan folded in, names relative to the block.
@@ -79,8 +80,16 @@ class Subject:
             dtype: Of the linears' weights where the plan changes them.
         """
         graph = self.model.graph
-        state = self.model.tensors(f"{graph.block_name(layer)}.")
-        return fold_block(graph, self.plan, layer, state, dtype=dtype)
+        block = graph.block_name(layer)
+        folded = fold_block(graph, self.plan, layer, self.model.tensors(f"{block}."), dtype=dtype)
+        return folded | self._norms(block, inside=True)
+
+    def _norms(self, owner: str, *, inside: bool = False) -> dict[str, Tensor]:
+        """Return the weights of norms that a mitigator changed, by full name or by name inside their owner."""
+        if self.quantized is None:
+            return {}
+        found = self.quantized.tensors(f"{NORMS}{owner}.")
+        return found if inside else {f"{owner}.{name}": tensor for name, tensor in found.items()}
 
     def beside(self, layer: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """Return what ``folded`` does without the weights of quantized linears, whose codes stand for them.
@@ -95,7 +104,7 @@ class Subject:
             return {name: tensor for name, tensor in state.items() if f"{block}.{name}" not in weights.values()}
         rows = {module: places[name].shape[0] for module, name in weights.items()}
         state = self.model.tensors(f"{block}.", without=weights.values())
-        return fold_block(graph, self.plan, layer, state, dtype=dtype, rows=rows)
+        return fold_block(graph, self.plan, layer, state, dtype=dtype, rows=rows) | self._norms(block, inside=True)
 
     def block(self, layer: int, dtype: torch.dtype) -> BlockContent:
         """Return a block as it is executed in a dtype."""

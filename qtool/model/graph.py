@@ -227,6 +227,11 @@ class ModelGraph:
         """Return the norm that produces an input site, by the site's name without its layer; None without one."""
         return self.family.norms.get(name)
 
+    def norms_in(self, layer: int) -> tuple[Norm, ...]:
+        """Return the norms in front of the linears of a block, in the order of its sites."""
+        norms = (self.norm_of(site) for site in self.input_sites_of(layer))
+        return tuple(dict.fromkeys(norm for norm in norms if norm is not None))
+
     def from_residual(self, name: str) -> bool:
         """Say whether an input site is the residual behind a norm, or the residual itself."""
         if name not in self.family.norms:

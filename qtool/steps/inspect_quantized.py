@@ -62,6 +62,7 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
         "losses": Table(("linear", *columns), rows),
         "losses_by_module": _by_module(reports),
         **_of_blocks(manifest.details.get("blocks", {})),
+        **_of_model(manifest.details.get("model", {})),
         **solved_routing(manifest.details.get("experts", {})),
         "counters": Table(("counter", "value", "meaning"), counters),
     }
@@ -122,6 +123,11 @@ def _of_blocks(reports: Mapping[str, Mapping[str, float]]) -> Tables:
     columns = sorted({name for report in reports.values() for name in report}, key=lambda n: (n != "block_loss", n))
     rows = [(int(layer), *(reports[layer].get(name) for name in columns)) for layer in sorted(reports, key=int)]
     return {"blocks": Table(("layer", *columns), rows)}
+
+
+def _of_model(report: Mapping[str, float]) -> Tables:
+    """Return what a method has to say that looks at the whole model; nothing where there was none."""
+    return {"model": Table(tuple(report), [tuple(report.values())])} if report else {}
 
 
 def _by_module(reports: Reports) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +17,11 @@ from qtool.engine.block import BlockSolver, SolvedBlock, static_inputs
 from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
-from qtool.engine.problem import Retargeter
 from qtool.engine.propagate import Propagation, compares_inputs
 from qtool.engine.solve import Method, Solver
 from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
+from qtool.engine.whole_model import WHOLE, WholeModel
 from qtool.errors import ArtifactError, NumericalError, UsageError
 from qtool.model.plan import Plan
 from qtool.model.statistics import SiteStatistics
@@ -31,6 +30,7 @@ from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import saliencies_of
+from qtool.steps.solved import Found, check_order
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.token_weights import token_weight_of
@@ -104,11 +104,7 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     if request.token_weight:
         parse_token_weight(request.token_weight)
     methods = configure("mitigators", request.method, request.settings, workspace.plugins)
-    if isinstance(methods[-1].method, Retargeter):
-        raise UsageError(
-            f"`{methods[-1].name}` says what the methods behind it aim at, and rounds nothing",
-            hint=f"--method {request.method}+gptq",
-        )
+    check_order(methods, request.method)
     opened = open_subject(request.source, workspace)
     if opened.subject.quantized is not None:
         raise ArtifactError(
@@ -168,22 +164,6 @@ def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> No
         )
 
 
-@dataclass
-class _Found:
-    """What there is to say: reports by linear, of blocks, counters, and what each block's experts went by."""
-
-    reports: dict[str, Mapping[str, float]] = field(default_factory=dict)
-    blocks: dict[str, Mapping[str, float]] = field(default_factory=dict)
-    counters: Counter[str] = field(default_factory=Counter)
-    experts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """What goes into the manifest."""
-        told = {"layers": self.reports, "blocks": self.blocks, "experts": self.experts}
-        return {name: told[name] for name in told if told[name] or name == "layers"}
-
-
 class _Work:
     """One run of mitigate: what to solve, from which activations."""
 
@@ -210,7 +190,8 @@ class _Work:
         self.needs = self.block.needs
         self.gathered: dict[str, AnyStatistic] = {n: workspace.plugins.load("statistics", n) for n in self.needs}
         self.compares_inputs = compares_inputs(self.gathered)
-        self.compares = self.compares_inputs or any(method.of_block for method in bound)
+        self.whole = bound[-1] if bound[-1].of_model else None
+        self.compares = self.compares_inputs or self.whole is not None or any(method.of_block for method in bound)
         self.saliencies = saliencies_of(statistics, opened, self.needs, weight, request.propagate)
         self.looks = bool(self.needs) or self.compares
         self.experts = mode if self.looks else ""
@@ -284,19 +265,11 @@ class _Work:
             used = str(self.statistics.manifest.step.config["token_weight"])
         return str(parse_token_weight(self.request.token_weight or used))
 
-    def run(self, writer: ArtifactWriter) -> _Found:
+    def run(self, writer: ArtifactWriter) -> Found:
         """Solve every block; return what there is to say of them."""
         passes = self.looks and self.request.propagate == "quantized"
         solved = self._solve_with_passes(writer) if passes else self._solve_carried(writer)
-        found = _Found()
-        for layer, notes in enumerate(solved):
-            found.reports |= notes["reports"]
-            found.counters.update(notes["counters"])
-            if notes.get("block"):
-                found.blocks[str(layer)] = notes["block"]
-            if notes.get("experts"):
-                found.experts[str(layer)] = notes["experts"]
-        return found
+        return Found.of(solved, self._notes(writer, WHOLE) if self.whole is not None else {})
 
     def _layers(self) -> Iterable[int]:
         """Yield the blocks in order and show how far the work is."""
@@ -321,7 +294,7 @@ class _Work:
                 folded, solved = self.opened.subject.folded(layer, self.wide), SolvedBlock()
                 self.block.solve(linears, folded, known, solved, self._carried_tokens(layer))
                 self._write(writer, layer, solved)
-            notes.append(self._notes(writer, layer))
+            notes.append(self._notes(writer, f"layer-{layer}"))
         if estimated:
             self.workspace.warn(f"{', '.join(sorted(estimated))} behind rotations: estimated from the sample")
         return notes
@@ -348,18 +321,23 @@ class _Work:
 
     def _solve_with_passes(self, writer: ArtifactWriter) -> list[dict[str, Any]]:
         """Solve from the activations of what is quantized already."""
-        work = self._propagation(writer)
+        work, subject = self._propagation(writer), self.opened.subject
         notes = []
         for layer in self._layers():
-            state = self.opened.subject.folded(layer, self.wide)
+            state = subject.folded(layer, self.wide)
             if writer.has(f"layer-{layer}"):
                 work.skip(layer, state)
             else:
                 self._write(writer, layer, work.solve(layer, state))
-            notes.append(self._notes(writer, layer))
+            notes.append(self._notes(writer, f"layer-{layer}"))
             if layer + 1 < self.graph.dims.num_layers:
                 work.advance(layer, state, writer.part(f"layer-{layer}")[0])
             work.network.drop(layer)
+        if self.whole is not None and not writer.has(WHOLE):
+            layers = range(self.graph.dims.num_layers)
+            model = WholeModel(work, lambda i: (subject.folded(i, self.wide), writer.part(f"layer-{i}")[0]), layers)
+            tensors, report = model.tune(self.whole, self.request.seed, self.workspace.progress)
+            writer.add(WHOLE, tensors, {"notes": json.dumps(report)})
         return notes
 
     def _propagation(self, writer: ArtifactWriter) -> Propagation:
@@ -395,6 +373,6 @@ class _Work:
         tensors, notes = self.block.stored(block)
         writer.add(f"layer-{layer}", tensors, {"notes": json.dumps(notes)})
 
-    def _notes(self, writer: ArtifactWriter, layer: int) -> dict[str, Any]:
-        notes: dict[str, Any] = json.loads(writer.part(f"layer-{layer}")[1]["notes"])
+    def _notes(self, writer: ArtifactWriter, part: str) -> dict[str, Any]:
+        notes: dict[str, Any] = json.loads(writer.part(part)[1]["notes"])
         return notes

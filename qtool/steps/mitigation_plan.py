@@ -15,6 +15,7 @@ from qtool.artifacts.manifest import Manifest
 from qtool.engine.block_problem import BlockMitigator
 from qtool.engine.gather import Gathering, PairedStatistic
 from qtool.engine.grid import Grid
+from qtool.engine.model_problem import ModelMitigator
 from qtool.engine.solve import MOST_ROWS, Method
 from qtool.engine.stream import default_batch
 from qtool.engine.subject import Subject
@@ -81,14 +82,16 @@ class _Foreseen:
         paired = any(
             isinstance(one, PairedStatistic) for one in statistics_of(self.needs, self.subject.plugins).values()
         )
-        return (paired or any(method.of_block for method in self.methods)) + paired * self.stages
+        return (paired or any(method.of_block or method.of_model for method in self.methods)) + paired * self.stages
 
     @property
     def windows_learned(self) -> int:
         """Windows that methods run through each block to learn from, one with gradients counted three times."""
         learning = ((method.mitigator, method.config) for method in self.methods)
         return sum(
-            one.windows_run(self.windows[0], config) for one, config in learning if isinstance(one, BlockMitigator)
+            one.windows_run(self.windows[0], config)
+            for one, config in learning
+            if isinstance(one, BlockMitigator | ModelMitigator)
         )
 
     @cached_property

@@ -143,7 +143,7 @@ class Rehearsal:
             for one, rows in zip(site.linears, site.rows, strict=True)
         }
         statistics = {site.linears[0].observed: SiteStatistics(_TOKENS, entries)}
-        layerwise = [method for method in self.methods if not method.of_block]
+        layerwise = [method for method in self.methods if not (method.of_block or method.of_model)]
         solver = Solver(self.subject.model.graph, self.methods, lambda _: grid, 0, self.device)
         return self._seconds(lambda: solver.solve(layerwise, site.linears, weights, statistics, Solution()))
 

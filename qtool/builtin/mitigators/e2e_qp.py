@@ -1,0 +1,113 @@
+"""E2E-QP, the end-to-end half of EfficientQAT, Chen et al. 2024, arXiv:2407.11062: scales learned from the whole model.
+
+Codes stay as they are. What multiplies them is learned by Adam from the output of the model as it is executed: the
+scales of the groups, where they are stored in 16 bits or more, and beside them, as in Norm Tweaking, Li et al. 2023,
+arXiv:2309.02784, the gains of all norms, which cost nothing and are there also where scales are coarse. Both as factors,
+with steps that fall to 0.
+
+Differences from the paper: the objective is the divergence KL(full precision ‖ quantized) of the predicted tokens, not
+the likelihood of the text, which the calibration text would be fitted to; and what is best on held-out windows is kept,
+which may be the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from qtool.engine.model_problem import ModelProblem, ModelResult, Values
+from qtool.errors import NumericalError, UsageError
+
+_HELD_OUT_SHARE = 16
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class E2EQPConfig:
+    """Options of E2E-QP.
+
+    Attributes:
+        epochs: Times that the windows are learned from.
+        batch: Windows to a step.
+        rate: First step of a scale's factor; 0 leaves scales as they are.
+        norm_rate: First step of the factor of a norm's gain; 0 leaves norms as they are.
+    """
+
+    epochs: int = 2
+    batch: int = 4
+    rate: float = 1e-3
+    norm_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing.
+
+        Raises:
+            UsageError: A value is out of range.
+        """
+        if self.epochs < 0:
+            raise UsageError(f"`epochs` is 0 or more, not {self.epochs}", hint="--set epochs=2")
+        if self.batch < 1:
+            raise UsageError(f"`batch` is a number of windows, not {self.batch}", hint="--set batch=4")
+        for name in ("rate", "norm_rate"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise UsageError(f"`{name}` is from 0 to 1, not {value:g}", hint=f"leave `{name}` out")
+
+
+class E2EQP:
+    """Learn scales and gains by which a whole model is nearest to what it was."""
+
+    version = 1
+    needs: tuple[str, ...] = ()
+    Config = E2EQPConfig
+
+    def windows_run(self, windows: int, config: E2EQPConfig) -> int:
+        """Return how many windows run through the model, one with gradients counted four times."""
+        held = _held_out(windows)
+        return 4 * config.epochs * (windows - len(held)) + len(held) * (1 + config.epochs)
+
+    def tune(self, model: ModelProblem, config: E2EQPConfig) -> ModelResult:
+        """Learn, and keep what is best on held-out windows: the start, if nothing is better.
+
+        Raises:
+            NumericalError: The divergence is not finite at the start.
+        """
+        kinds = [
+            (values, rate) for values, rate in ((model.norms, config.norm_rate), (model.scales, config.rate)) if rate
+        ]
+        start = {name: value for values, _ in kinds for name, value in values.items()}
+        changes = {name: torch.zeros_like(value) for name, value in start.items()}
+        judged = _held_out(model.windows)
+        learned = torch.tensor([row for row in range(model.windows) if row not in judged] or judged)
+        lowest = before = model.loss(judged, {})
+        if not isfinite(before):
+            raise NumericalError("the output of the model is not finite", hint="run it in float32: --dtype float32")
+        best, best_epoch, generator = dict[str, Tensor](), 0, torch.Generator().manual_seed(model.seed)
+        steps = config.epochs * len(learned.split(config.batch))
+        if start and steps:
+            groups = [{"params": [changes[name] for name in values], "lr": rate} for values, rate in kinds]
+            optimizer = torch.optim.Adam(groups, betas=_BETAS)
+            falling = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps)
+            for epoch in range(config.epochs):
+                for rows in learned[torch.randperm(len(learned), generator=generator)].split(config.batch):
+                    _, gradients = model.descend(rows.tolist(), _moved(start, changes))
+                    for name, change in changes.items():
+                        change.grad = gradients[name] * start[name]
+                    optimizer.step()
+                    falling.step()
+                now = _moved(start, changes)
+                if (loss := model.loss(judged, now)) < lowest:
+                    lowest, best_epoch, best = loss, epoch + 1, now
+        return ModelResult(best, {"kl_before": before, "kl": lowest, "best_epoch": float(best_epoch)})
+
+
+def _moved(start: Values, changes: Values) -> dict[str, Tensor]:
+    return {name: value * (1 + changes[name]) for name, value in start.items()}
+
+
+def _held_out(windows: int) -> list[int]:
+    """Return windows that are not learned from, spread over all of them; the only one there is, of one."""
+    count = max(1, windows // _HELD_OUT_SHARE)
+    return [index * windows // count for index in range(count)]

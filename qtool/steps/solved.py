@@ -1,0 +1,71 @@
+"""What mitigate has to say of what it solved, and which orders of methods it takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qtool.engine.model_problem import ModelMitigator
+from qtool.engine.problem import Retargeter
+from qtool.errors import UsageError
+from qtool.steps.options import Configured
+
+
+@dataclass
+class Found:
+    """What there is to say: reports by linear, of blocks and of the model, counters, what each block's experts went by."""
+
+    reports: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    blocks: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    model: Mapping[str, float] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    experts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, blocks: Sequence[Mapping[str, Any]], model: Mapping[str, float]) -> Found:
+        """Gather the notes of all blocks, and the report of a method that saw the whole model."""
+        found = cls(model=model)
+        for layer, notes in enumerate(blocks):
+            found.reports |= notes["reports"]
+            found.counters.update(notes["counters"])
+            if notes.get("block"):
+                found.blocks[str(layer)] = notes["block"]
+            if notes.get("experts"):
+                found.experts[str(layer)] = notes["experts"]
+        return found
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What goes into the manifest."""
+        told = {"layers": self.reports, "blocks": self.blocks, "model": self.model, "experts": self.experts}
+        return {name: told[name] for name in told if told[name] or name == "layers"}
+
+
+def check_order(methods: Sequence[Configured], written: str) -> None:
+    """Refuse compositions in which nothing is rounded, or something stands behind what sees the whole model.
+
+    Args:
+        methods: Left to right.
+        written: How the user wrote them.
+
+    Raises:
+        UsageError: The composition means nothing.
+    """
+    last = methods[-1]
+    if isinstance(last.method, Retargeter):
+        raise UsageError(
+            f"`{last.name}` says what the methods behind it aim at, and rounds nothing", hint=f"--method {written}+gptq"
+        )
+    whole = [one for one in methods if isinstance(one.method, ModelMitigator)]
+    if whole and whole != [last]:
+        others = [one.name for one in methods if one not in whole]
+        raise UsageError(
+            f"`{whole[0].name}` sees the whole model, and comes last and once",
+            hint=f"--method {'+'.join((*others, whole[0].name))}",
+        )
+    if whole and all(isinstance(one.method, Retargeter) for one in methods[:-1]):
+        before = "gptq" if methods[:-1] else "rtn"
+        hint = "+".join((*(one.name for one in methods[:-1]), before, last.name))
+        raise UsageError(f"`{last.name}` learns beside codes, and rounds nothing", hint=f"--method {hint}")
