@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from qtool.engine.linear import ExecutedLinear, SiteInput
-from qtool.model.graph import LinearSite, ModelGraph
+from qtool.model.graph import EXPERTS, LinearSite, ModelGraph
 
 Mode = Literal["all", "routed"]
 Gate = Callable[[Float[Tensor, "rows gate_up"]], Float[Tensor, "rows n"]]
@@ -272,3 +272,16 @@ def executed_experts(
         ended = made(last, outer, inner)
         experts.append(Expert(sites[first[0].observed], sites[last.observed], fronted, ended, gate))
     return ExecutedExperts(sites[shared], experts, observed)
+
+
+def window_counter(experts: ExecutedExperts, sites: Mapping[str, SiteInput]) -> Callable[..., None]:
+    """Return a hook that tells the sites of a sparse block, which flattens its input, where windows end."""
+
+    def told(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = given[0] if given else named["hidden_states"]
+        experts.windows = [hidden.shape[1]] * hidden.shape[0]
+        for name, site in sites.items():
+            if not name.startswith(EXPERTS):
+                site.windows = experts.windows
+
+    return told

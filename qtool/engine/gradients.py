@@ -82,8 +82,7 @@ class BackwardPass:
                 behind = stream.states[rows].to(output.device, copy=True)  # who is shown it may keep it
                 stream.states[rows] = torch.autograd.grad(output, hidden, behind)[0].to(stream.states.device)
                 del hidden, output, behind
-                for site in network.sites[layer].values():
-                    site.forget()
+                network.forget(layer)
         network.drop(layer)
 
     def gather(

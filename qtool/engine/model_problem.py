@@ -1,4 +1,4 @@
-"""A whole quantized model as a method sees it that learns from the model's output, and the contract of such a method."""
+"""A quantized model as a method sees it that learns from the model's output, and the contract of such a method."""
 
 from __future__ import annotations
 

@@ -20,19 +20,20 @@ import transformers
 from accelerate import init_empty_weights
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
 from qtool.engine.block_problem import Compensation
 from qtool.engine.cache import CacheRounding
-from qtool.engine.experts import ExecutedExperts, Mode, executed_experts
+from qtool.engine.experts import ExecutedExperts, Mode, executed_experts, window_counter
 from qtool.engine.fold import output_operators
 from qtool.engine.linear import ExecutedLinear, Observer, Rounding, SiteInput
 from qtool.engine.online import with_kernels
 from qtool.engine.stubs import Stub, UnpackedError, stubs_for
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import ModelError
-from qtool.model.graph import EXPERTS, LinearSite
+from qtool.model.graph import LinearSite
 
 Inputs = list[dict[str, Any]]
 
@@ -92,7 +93,7 @@ class Network:
             linears = [linear for linear in readers if linear.expert is not None]
             experts = executed_experts(getattr(owner, leaf), linears, sites, graph, dtype=self.dtype, observed=observed)
             setattr(owner, leaf, experts)
-            block.register_forward_pre_hook(_window_counter(experts, sites), with_kwargs=True)
+            block.register_forward_pre_hook(window_counter(experts, sites), with_kwargs=True)
             self.experts[layer] = experts
         operators, rounding = self.subject.kv_path(layer)
         path = KVPath(with_kernels(operators, self.subject.plugins, self.device), rounding)
@@ -242,16 +243,20 @@ class Network:
 
     def drop(self, layer: int) -> None:
         """Forget a block's weights, adapters and what its sites remember."""
-        for site in self.sites[layer].values():
-            site.forget()
+        self.forget(layer)
         for linear in self.subject.model.graph.linears_of(layer):
             target = self.linear(layer, linear.spec.module)
             target.adapter = target.replaced = None
         self.compensations[layer] = None
         _release(self.blocks[layer])
 
+    def forget(self, layer: int) -> None:
+        """Let go of what the sites of a block remember."""
+        for site in self.sites[layer].values():
+            site.forget()
+
     def load_all(self) -> nn.Module:
-        """Load every block and return the whole model, for tasks that generate or score with it."""
+        """Load every block; return the whole model, for tasks that generate or score with it."""
         for layer in range(len(self.blocks)):
             self.load(layer)
         return self.module
@@ -260,8 +265,7 @@ class Network:
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> tuple[Float[Tensor, "batch tokens hidden"], Inputs]:
         """Return what the first block reads, and the keyword arguments of every block.
 
-        The backbone runs once with stubs in place of its blocks: so masks, positions and scalings are the model's
-        own, for every architecture.
+        The backbone runs once with stubs for blocks: so masks, positions and scalings are the model's own.
         """
         stubs, _ = self._with_stubs(lambda: self.backbone(input_ids=ids.to(self.device), use_cache=False))
         return stubs[0].hidden, [stub.arguments for stub in stubs]
@@ -283,7 +287,7 @@ class Network:
     ) -> Tensor:
         """Run one loaded block with other weights, by module name inside the block, and keep what gradients need."""
         given = {f"{module}.weight": weight.to(self.dtype) for module, weight in weights.items()}
-        result = torch.func.functional_call(self.blocks[layer], given, (hidden,), dict(arguments))
+        result = functional_call(self.blocks[layer], given, (hidden,), dict(arguments))
         output: Tensor = result[0] if isinstance(result, tuple) else result
         return output
 
@@ -323,13 +327,12 @@ class Network:
             weights: Other weights for what follows, by full name.
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        given = {name: weight.to(self.dtype) for name, weight in weights.items()}
-
-        def run() -> Any:  # noqa: ANN401 - what the model returns
-            return torch.func.functional_call(self.module, given, (), {"input_ids": ids, "use_cache": False})
-
+        given, named = (
+            {name: one.to(self.dtype) for name, one in weights.items()},
+            {"input_ids": ids, "use_cache": False},
+        )
         with torch.set_grad_enabled(hidden.requires_grad):
-            _, result = self._with_stubs(run, hidden)
+            _, result = self._with_stubs(lambda: functional_call(self.module, given, (), named), hidden)
         logits: Tensor = result.logits
         return logits
 
@@ -376,19 +379,6 @@ def _replace(block: nn.Module, linear: LinearSite, site: SiteInput) -> None:
 
     original.register_forward_pre_hook(operated, with_kwargs=True)
     site.readers += 1
-
-
-def _window_counter(experts: ExecutedExperts, sites: Mapping[str, SiteInput]) -> Callable[..., None]:
-    """Return a hook that tells the sites of a sparse block, which flattens its input, where windows end."""
-
-    def told(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        hidden = given[0] if given else named["hidden_states"]
-        experts.windows = [hidden.shape[1]] * hidden.shape[0]
-        for name, site in sites.items():
-            if not name.startswith(EXPERTS):
-                site.windows = experts.windows
-
-    return told
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from qtool.engine.grid import GridPart
 from qtool.engine.model_problem import ModelMitigator, ModelProblem, Values
-from qtool.engine.network import Network
 from qtool.engine.propagate import Propagation
 from qtool.engine.solve import Method
 from qtool.engine.stored import NORMS, OUTLIERS, scale_names
@@ -55,16 +53,45 @@ class _Scale:
     part: GridPart
     start: Float[Tensor, "*groups"]
 
-    def stored(self, scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
-        """Return scales as their format holds them, with gradients straight through."""
-        return straight_through(scale, store_scale(scale.detach(), self.part.scheme.scale))
+    def moved(self, weight: Float[Tensor, "out in"], value: Float[Tensor, "*groups"]) -> Float[Tensor, "out in"]:
+        """Return the linear's weight with other scales, as their format holds them; gradients pass straight through."""
+        held = straight_through(value, store_scale(value.detach(), self.part.scheme.scale))
+        own = weight[:, self.columns]
+        changed = from_groups(self.part.groups(own) * (held / self.start).unsqueeze(-1), own.shape)
+        return torch.cat([weight[:, : self.columns.start], changed, weight[:, self.columns.stop :]], dim=1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What can be learned of a block, by full name: the weights of its norms, and scales of its linears."""
+
+    norms: Mapping[str, Norm]
+    scales: Mapping[str, _Scale]
+
+    def names(self, values: Values) -> list[str]:
+        """Return which of these values the block has."""
+        return [name for name in values if name in self.norms or name in self.scales]
+
+    def weights(self, values: Values, weight_of: Callable[[str], Float[Tensor, "out in"]]) -> dict[str, Tensor]:
+        """Return what these values make of the weights that they change, by module name inside the block.
+
+        Args:
+            values: Gains and scales by full name.
+            weight_of: Returns the weight of a linear as it is at the start, decoded, by module name.
+        """
+        weights = {norm.module: values[name] - norm.offset for name, norm in self.norms.items() if name in values}
+        for name, scale in self.scales.items():
+            if name in values:
+                before = weights[scale.module] if scale.module in weights else weight_of(scale.module).float()
+                weights[scale.module] = scale.moved(before, values[name])
+        return weights
 
 
 class WholeModel:
     """A model whose blocks are all quantized.
 
     Args:
-        work: What solved them; both its streams stand behind the last block that they were run through.
+        work: What solved them; its stream in full precision stands behind the last block.
         block: Finds a solved block.
         layers: The blocks in order.
     """
@@ -72,33 +99,18 @@ class WholeModel:
     def __init__(self, work: Propagation, block: Block, layers: Sequence[int]) -> None:
         if work.exact is None:
             raise TypeError(work.exact)
-        self.network: Network = work.network
-        self.stream, self.targets, self.layers = work.stream, work.exact.states, layers
-        self._scales: list[dict[str, _Scale]] = []
-        self._norms: dict[str, tuple[Norm, str]] = {}
+        self.network, self.stream, self.targets, self.layers = work.network, work.stream, work.exact.states, layers
+        self._blocks: list[_Block] = []
+        self._ticks: Iterator[int] = iter(())
         graph, device = self.network.subject.model.graph, self.network.device
         for layer in layers:
             state, stored = block(layer)
-            work.block.install(self.network, layer, state, {name: one.to(device) for name, one in stored.items()})
-            self._scales.append(dict(self._found(work, layer, stored)))
-            prefix = graph.block_name(layer)
-            self._norms |= {f"{prefix}.{norm.module}.weight": (norm, norm.module) for norm in graph.norms_in(layer)}
-        self._ticks: Iterator[int] = iter(())
-        self._final = f"{graph.family.final_norm.module}.weight"
-        self._norms[self._final] = (graph.family.final_norm, graph.family.final_norm.module)
-
-    def _found(self, work: Propagation, layer: int, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, _Scale]]:
-        """Yield the scales of a block that are stored in formats fine enough to be moved."""
-        graph = self.network.subject.model.graph
-        for linear in work.block.solver.linears_of(layer):
-            grid = work.block.solver.grid_of(linear)
-            places = grid.places(graph.width(linear.spec.reads))
-            if any(name.startswith(f"{linear.name}{OUTLIERS}.") for name in stored):
-                continue  # the decoded weight has them in it, and they are not multiples of the scales
-            for name, (columns, part) in zip(scale_names(linear.name, grid), places, strict=True):
-                if part.scheme.scale in WIDE_SCALES and name in stored and part.block_rows == 1:
-                    start = decode_scale(stored[name].to(self.network.device), part.scheme.scale)
-                    yield name, _Scale(linear.spec.module, columns, part, start)
+            stored = {name: tensor.to(device) for name, tensor in stored.items()}
+            work.block.install(self.network, layer, state, stored)
+            norms = {f"{graph.block_name(layer)}.{norm.module}.weight": norm for norm in graph.norms_in(layer)}
+            self._blocks.append(_Block(norms, dict(_scales_of(work, layer, stored))))
+        final = graph.family.final_norm
+        self._final = {f"{final.module}.weight": final}
 
     def tune(self, method: Method, seed: int, progress: Progress) -> tuple[dict[str, Tensor], Mapping[str, float]]:
         """Let a method improve the model.
@@ -115,10 +127,14 @@ class WholeModel:
             raise TypeError(method.mitigator)
         windows = len(self.stream.windows)
         total = method.mitigator.windows_run(windows, method.config)
-        self._ticks = iter(progress(range(total), total=total, label="the whole model"))
+        self._ticks = iter(progress(range(total), total=total, label="mitigate the whole model"))
+        norms, scales = dict(self._final), dict[str, _Scale]()
+        for block in self._blocks:
+            norms |= block.norms
+            scales |= block.scales
         problem = ModelProblem(
-            norms={name: self._gain(name) for name in self._norms},
-            scales={name: scale.start for scales in self._scales for name, scale in scales.items()},
+            norms={name: self.network.module.get_parameter(name).float() + one.offset for name, one in norms.items()},
+            scales={name: scale.start for name, scale in scales.items()},
             loss=self.loss,
             descend=self.descend,
             windows=windows,
@@ -126,80 +142,15 @@ class WholeModel:
             seed=seed,
         )
         result = method.mitigator.tune(problem, method.config)
-        for _ in self._ticks:  # what was not asked for
-            pass
-        return dict(self._stored(name, value) for name, value in result.values.items()), result.report
-
-    def _stored(self, name: str, value: Tensor) -> tuple[str, Tensor]:
-        """Return a value as it is stored, and its name there."""
-        if name in self._norms:
-            return f"{NORMS}{name}", (value - self._norms[name][0].offset).to(self.network.dtype)
-        return name, encode_scale(value, self._every_scale[name].part.scheme.scale)
-
-    def _tick(self, windows: int) -> None:
-        """Show that some windows have run."""
-        for _ in zip(range(windows), self._ticks, strict=False):
-            pass
-
-    @cached_property
-    def _every_scale(self) -> dict[str, _Scale]:
-        return {name: scale for scales in self._scales for name, scale in scales.items()}
-
-    def _gain(self, name: str) -> Float[Tensor, " n"]:
-        weight: Tensor = self.network.module.get_parameter(name)
-        return weight.detach().float() + self._norms[name][0].offset
-
-    def _weights(self, layer: int, values: Values) -> dict[str, Tensor]:
-        """Return the weights of norms and linears of a block that these values change, by module name inside it."""
-        prefix = f"{self.network.subject.model.graph.block_name(layer)}."
-        norms = {name: self._norms[name] for name in values if name in self._norms and name.startswith(prefix)}
-        weights = {module: values[name] - norm.offset for name, (norm, module) in norms.items()}
-        pieces: dict[str, dict[int, tuple[_Scale, Tensor]]] = {}
-        for name, scale in self._scales[layer].items():
-            if name in values:
-                pieces.setdefault(scale.module, {})[scale.columns.start] = scale, values[name]
-        for module, own in pieces.items():
-            weight = self.network.linear(layer, module).weight.detach()
-            moved = weight.float()
-            for scale, value in own.values():
-                groups = scale.part.groups(weight[:, scale.columns].float())
-                ratio = scale.stored(value) / scale.start
-                values_now = from_groups(groups * ratio.unsqueeze(-1), weight[:, scale.columns].shape)
-                rest = moved[:, : scale.columns.start], moved[:, scale.columns.stop :]
-                moved = torch.cat([rest[0], values_now, rest[1]], dim=1)
-            weights[module] = moved
-        return weights
-
-    def _names(self, layer: int, values: Values) -> list[str]:
-        """Return which of these values a block has."""
-        prefix = f"{self.network.subject.model.graph.block_name(layer)}."
-        return [
-            name for name in values if name in self._scales[layer] or (name in self._norms and name.startswith(prefix))
-        ]
-
-    def _run(self, layer: int, hidden: Tensor, values: Values) -> Tensor:
-        arguments = self.stream.arguments_of(layer)
-        return self.network.differentiable(layer, hidden, arguments, self._weights(layer, values))
-
-    def _last(self, values: Values) -> dict[str, Tensor]:
-        """Return the weight of the final norm if these values change it."""
-        offset = self._norms[self._final][0].offset
-        return {self._final: values[self._final] - offset} if self._final in values else {}
-
-    @torch.no_grad()
-    def _forward(self, rows: Sequence[int], values: Values) -> list[Tensor]:
-        """Return what each block reads, and behind them what the last one puts out."""
-        states = [self.network.embed(self.stream.windows[list(rows)])[0]]
-        for layer in self.layers:
-            states.append(self._run(layer, states[-1], values))
-            self._forget(layer)
-        return states
-
-    def _divergence(self, row: int, hidden: Tensor, values: Values) -> Float[Tensor, ""]:
-        """Return the mean divergence of one window."""
-        with torch.no_grad():
-            expected = self.network.logits(self.targets[[row]].to(self.network.device))
-        return divergence(expected, self.network.logits(hidden, self._last(values)))[0].mean()
+        self._tick(total)
+        found = result.values
+        tensors = {
+            f"{NORMS}{name}": (found[name] - norm.offset).to(self.network.dtype)
+            for name, norm in norms.items()
+            if name in found
+        }
+        formats = {name: scale.part.scheme.scale for name, scale in scales.items() if name in found}
+        return tensors | {name: encode_scale(found[name], kind) for name, kind in formats.items()}, result.report
 
     def loss(self, rows: Sequence[int], values: Values) -> float:
         """Return the mean over tokens of KL(full precision ‖ quantized) of some windows."""
@@ -214,29 +165,62 @@ class WholeModel:
         *inputs, hidden = self._forward(rows, values)
         leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
         found = {name: torch.zeros_like(value) for name, value in values.items()}
+        final = [name for name in self._final if name in values]
         total, behind = 0.0, torch.empty_like(hidden)
         for place, row in enumerate(rows):
-            own = hidden[[place]].detach().requires_grad_()
-            wanted = [own, *(leaves[name] for name in (self._final,) if name in leaves)]
+            own = hidden[[place]].requires_grad_()
             with torch.enable_grad():
                 loss = self._divergence(row, own, leaves) / len(rows)
-                gradients = torch.autograd.grad(loss, wanted)
-            total, behind[[place]] = total + float(loss), gradients[0]
-            if len(gradients) > 1:
-                found[self._final] += gradients[1]
+                gradients = torch.autograd.grad(loss, [own, *(leaves[name] for name in final)])
+            behind[[place]] = gradients[0]
+            for name, gradient in zip(final, gradients[1:], strict=True):
+                found[name] += gradient
+            total += float(loss.detach())
         for layer, read in zip(reversed(self.layers), reversed(inputs), strict=True):
-            names = self._names(layer, values)
-            own = read.detach().requires_grad_()
+            names, read = self._blocks[layer].names(values), read.requires_grad_()
             with torch.enable_grad():
-                output = self._run(layer, own, leaves)
-                behind, *gradients = torch.autograd.grad(output, [own, *(leaves[name] for name in names)], behind)
-            self._forget(layer)
-            for name, gradient in zip(names, gradients, strict=True):
-                found[name] = gradient
+                output = self._run(layer, read, leaves)
+                gradients = torch.autograd.grad(output, [read, *(leaves[name] for name in names)], behind)
+            self.network.forget(layer)
+            behind = gradients[0]
+            found |= dict(zip(names, gradients[1:], strict=True))
         self._tick(4 * len(rows))
         return total, found
 
-    def _forget(self, layer: int) -> None:
-        """Let go of what the sites of a block remember."""
-        for site in self.network.sites[layer].values():
-            site.forget()
+    @torch.no_grad()
+    def _forward(self, rows: Sequence[int], values: Values) -> list[Tensor]:
+        """Return what each block reads, and behind them what the last one puts out."""
+        states = [self.network.embed(self.stream.windows[list(rows)])[0]]
+        for layer in self.layers:
+            states.append(self._run(layer, states[-1], values))
+            self.network.forget(layer)
+        return states
+
+    def _run(self, layer: int, hidden: Tensor, values: Values) -> Tensor:
+        weights = self._blocks[layer].weights(values, lambda module: self.network.linear(layer, module).weight)
+        return self.network.differentiable(layer, hidden, self.stream.arguments_of(layer), weights)
+
+    def _divergence(self, row: int, hidden: Tensor, values: Values) -> Float[Tensor, ""]:
+        """Return the mean divergence of one window from what the last block puts out."""
+        weights = {name: values[name] - norm.offset for name, norm in self._final.items() if name in values}
+        with torch.no_grad():
+            expected = self.network.logits(self.targets[[row]].to(self.network.device))
+        return divergence(expected, self.network.logits(hidden, weights))[0].mean()
+
+    def _tick(self, windows: int) -> None:
+        """Show that some windows have run."""
+        for _ in zip(range(windows), self._ticks, strict=False):
+            pass
+
+
+def _scales_of(work: Propagation, layer: int, stored: Mapping[str, Tensor]) -> Iterator[tuple[str, _Scale]]:
+    """Yield the scales of a block that are stored in formats fine enough to be moved, by full name."""
+    graph, solver = work.network.subject.model.graph, work.block.solver
+    for linear in solver.linears_of(layer):
+        if any(name.startswith(f"{linear.name}{OUTLIERS}.") for name in stored):
+            continue  # the decoded weight has them in it, and they are not multiples of the scales
+        grid = solver.grid_of(linear)
+        places = grid.places(graph.width(linear.spec.reads))
+        for name, (columns, part) in zip(scale_names(linear.name, grid), places, strict=True):
+            if part.scheme.scale in WIDE_SCALES and name in stored and part.block_rows == 1:
+                yield name, _Scale(linear.spec.module, columns, part, decode_scale(stored[name], part.scheme.scale))

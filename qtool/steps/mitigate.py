@@ -30,8 +30,8 @@ from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import saliencies_of
-from qtool.steps.solved import Found, check_order
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
+from qtool.steps.solved import Found, check_order
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.token_weights import token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of

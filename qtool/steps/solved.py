@@ -15,7 +15,7 @@ from qtool.steps.options import Configured
 
 @dataclass
 class Found:
-    """What there is to say: reports by linear, of blocks and of the model, counters, what each block's experts went by."""
+    """What there is to say: reports of linears, blocks and the model, counters, what each block's experts went by."""
 
     reports: dict[str, Mapping[str, float]] = field(default_factory=dict)
     blocks: dict[str, Mapping[str, float]] = field(default_factory=dict)

@@ -2,8 +2,8 @@
 
 Codes stay as they are. What multiplies them is learned by Adam from the output of the model as it is executed: the
 scales of the groups, where they are stored in 16 bits or more, and beside them, as in Norm Tweaking, Li et al. 2023,
-arXiv:2309.02784, the gains of all norms, which cost nothing and are there also where scales are coarse. Both as factors,
-with steps that fall to 0.
+arXiv:2309.02784, the gains of all norms, which cost nothing and are there also where scales are coarse. Both are
+learned as factors, with steps that fall to 0.
 
 Differences from the paper: the objective is the divergence KL(full precision ‖ quantized) of the predicted tokens, not
 the likelihood of the text, which the calibration text would be fitted to; and what is best on held-out windows is kept,
@@ -12,6 +12,7 @@ which may be the start.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
 
@@ -74,37 +75,43 @@ class E2EQP:
         Raises:
             NumericalError: The divergence is not finite at the start.
         """
-        kinds = [
-            (values, rate) for values, rate in ((model.norms, config.norm_rate), (model.scales, config.rate)) if rate
-        ]
-        start = {name: value for values, _ in kinds for name, value in values.items()}
-        changes = {name: torch.zeros_like(value) for name, value in start.items()}
         judged = _held_out(model.windows)
-        learned = torch.tensor([row for row in range(model.windows) if row not in judged] or judged)
         lowest = before = model.loss(judged, {})
         if not isfinite(before):
             raise NumericalError("the output of the model is not finite", hint="run it in float32: --dtype float32")
-        best, best_epoch, generator = dict[str, Tensor](), 0, torch.Generator().manual_seed(model.seed)
-        steps = config.epochs * len(learned.split(config.batch))
-        if start and steps:
-            groups = [{"params": [changes[name] for name in values], "lr": rate} for values, rate in kinds]
-            optimizer = torch.optim.Adam(groups, betas=_BETAS)
-            falling = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps)
-            for epoch in range(config.epochs):
-                for rows in learned[torch.randperm(len(learned), generator=generator)].split(config.batch):
-                    _, gradients = model.descend(rows.tolist(), _moved(start, changes))
-                    for name, change in changes.items():
-                        change.grad = gradients[name] * start[name]
-                    optimizer.step()
-                    falling.step()
-                now = _moved(start, changes)
-                if (loss := model.loss(judged, now)) < lowest:
-                    lowest, best_epoch, best = loss, epoch + 1, now
+        best, best_epoch = dict[str, Tensor](), 0
+        for epoch, values in enumerate(_learned(model, config, judged), start=1):
+            if (loss := model.loss(judged, values)) < lowest:
+                lowest, best_epoch, best = loss, epoch, values
         return ModelResult(best, {"kl_before": before, "kl": lowest, "best_epoch": float(best_epoch)})
 
 
-def _moved(start: Values, changes: Values) -> dict[str, Tensor]:
-    return {name: value * (1 + changes[name]) for name, value in start.items()}
+def _learned(model: ModelProblem, config: E2EQPConfig, judged: list[int]) -> Iterator[dict[str, Tensor]]:
+    """Yield what has been learned after each epoch, from the windows that are not judged by."""
+    rates = ((model.norms, config.norm_rate), (model.scales, config.rate))
+    kinds = [(values, rate) for values, rate in rates if values and rate]
+    start = {name: value for values, _ in kinds for name, value in values.items()}
+    rows = torch.tensor([row for row in range(model.windows) if row not in judged] or judged)
+    steps = config.epochs * -(-len(rows) // config.batch)
+    if not start or not steps:
+        return
+    factors = {name: torch.ones_like(value) for name, value in start.items()}
+    groups = [{"params": [factors[name] for name in values], "lr": rate} for values, rate in kinds]
+    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    falling = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps)
+    generator = torch.Generator().manual_seed(model.seed)
+    for _ in range(config.epochs):
+        for some in torch.split(rows[torch.randperm(len(rows), generator=generator)], config.batch):
+            _, gradients = model.descend(some.tolist(), _multiplied(start, factors))
+            for name, factor in factors.items():
+                factor.grad = gradients[name] * start[name]
+            optimizer.step()
+            falling.step()
+        yield _multiplied(start, factors)
+
+
+def _multiplied(start: Values, factors: Values) -> dict[str, Tensor]:
+    return {name: value * factors[name] for name, value in start.items()}
 
 
 def _held_out(windows: int) -> list[int]:
