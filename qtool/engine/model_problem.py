@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Values = Mapping[str, Float[Tensor, "*shape"]]
+Values = Mapping[str, Float[Tensor, "..."]]
 """Gains of norms and scales of linears by name, in float32."""
 
 
