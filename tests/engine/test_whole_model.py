@@ -1,0 +1,188 @@
+"""The divergence of a whole model and its gradients, block by block, are torch's own over transformers' model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qtool.artifacts.store import Artifact
+from qtool.engine.model_problem import ModelProblem, ModelResult, Values
+from qtool.numerics.scales import decode_scale, encode_scale
+from qtool.plugins import Plugins
+from qtool.steps.calibrate import CalibrateRequest, calibrate
+from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.schemes import read_scheme
+from qtool.steps.subjects import open_subject
+from qtool.steps.workspace import Workspace
+from qtool.testing import double_precision, save_tiny_model
+from qtool.testing.families import family_configs
+from tests.oracles.end_to_end import divergence_oracle, integers_oracle, norms_oracle
+
+IN_FRONT = {
+    "gemma2": ("input_layernorm", "pre_feedforward_layernorm"),
+    "olmo2": (),
+    "gpt-neox": ("input_layernorm", "post_attention_layernorm"),
+}
+"""Norms in front of linears, inside a block; those of the others are Llama's."""
+Probe = Callable[[ModelProblem], object]
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return Plugins.discover()
+
+
+@dataclass
+class Bench:
+    """A tiny model of a family with statistics, and a method that only looks."""
+
+    workspace: Workspace
+    monkeypatch: pytest.MonkeyPatch
+    statistics: Artifact
+    model: Path
+    seen: list[Any] = field(default_factory=list)
+
+    def asked(self, weights: str, method: str = "rtn", **changes: Any) -> MitigateRequest:  # noqa: ANN401 - fields
+        parts = {"weights": weights, "activations": changes.pop("activations", "")}
+        scheme = read_scheme("", {name: text for name, text in parts.items() if text}, self.workspace.plugins)
+        return replace(MitigateRequest(str(self.statistics.path), method, scheme), **changes)
+
+    def looked(self, asked: MitigateRequest, probe: Probe) -> Any:  # noqa: ANN401 - what the probe returns
+        """Return what a probe finds in the problem that a method behind those asked for is given."""
+        method = self.workspace.plugins.load("mitigators", "e2e-qp")
+
+        def tune(problem: ModelProblem, _: object) -> ModelResult:
+            self.seen.append(probe(problem))
+            return ModelResult({}, {"kl": 0.0, "kl_before": 0.0})
+
+        self.monkeypatch.setattr(method, "tune", tune, raising=False)
+        output = self.workspace.home / f"probe-{len(self.seen)}.safetensors"
+        mitigate(replace(asked, method=f"{asked.method}+e2e-qp", output=output), self.workspace)
+        return self.seen[-1]
+
+
+Opened = Callable[[str], Bench]
+
+
+@pytest.fixture
+def bench(plugins: Plugins, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    def opened(family: str) -> Bench:
+        config = next(family_configs(plugins.load("families", family)))
+        config.tie_word_embeddings = False
+        save_tiny_model(tmp_path / family, config)
+        letters = torch.randint(97, 123, (600,), generator=torch.Generator().manual_seed(5))
+        (tmp_path / "text.txt").write_bytes(bytes(letters.tolist()))
+        (tmp_path / "desk").mkdir()
+        workspace = Workspace(plugins, tmp_path / "desk", cache)
+        request = CalibrateRequest(
+            str(tmp_path / family), data=str(tmp_path / "text.txt"), num_samples=4, seq_len=12, gather=("absmax",)
+        )
+        with double_precision():
+            statistics, _ = calibrate(request, workspace)
+        return Bench(workspace, monkeypatch, statistics, tmp_path / family)
+
+    return opened
+
+
+def reference(path: Path) -> Any:  # noqa: ANN401 - transformers' model
+    given = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **given)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def moved(values: Values, scale: str = "fp32") -> dict[str, Tensor]:
+    """Other values that the formats hold."""
+    generator = torch.Generator().manual_seed(7)
+    found = {}
+    for name, value in values.items():
+        other = value * (0.8 + 0.4 * torch.rand(value.shape, generator=generator))
+        found[name] = decode_scale(encode_scale(other, scale), scale) if name.endswith(".scale") else other  # type: ignore[arg-type]
+    return found
+
+
+def near(loss: float) -> Any:  # noqa: ANN401 - pytest's own
+    """The logarithms of a divergence are in float32."""
+    return pytest.approx(loss, rel=2e-6, abs=2e-7)
+
+
+def assert_alike(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
+    """Values come in float32."""
+    assert found[0] == near(expected[0])
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(
+            found[1][name].double(), gradient, rtol=1e-4, atol=1e-9 + 1e-5 * largest, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "weights", "scale"),
+    [
+        ("llama", "int4-g8-sfp32", "fp32"),
+        ("llama", "int3-asym-g4-sbf16", "bf16"),
+        ("gemma2", "int4-g8-signed_full-sfp16", "fp16"),
+        ("mixtral", "int4-asym-g8-sfp16", "fp16"),
+        ("qwen3-moe", "int4-g8-sbf16", "bf16"),
+        ("qwen3", "int2-asym-channel", "bf16"),
+        ("phi3", "int4-g8-signed_full", "bf16"),
+        ("olmo2", "int4-g8-sfp16", "fp16"),
+        ("gpt-neox", "int3-g8", "bf16"),
+    ],
+)
+def test_loss_and_gradients_are_those_of_the_whole_model(bench: Opened, family: str, weights: str, scale: str) -> None:
+    own = bench(family)
+    asked = own.asked(weights, batch=2)
+    bits = int(weights[3])
+    with double_precision():
+        left, _ = mitigate(asked, own.workspace)
+        model = reference(own.model)
+        graph = own.workspace.model(str(own.model)).graph
+        tensors = {name: left.tensor(name) for name in left.names()}
+        integers = {
+            one.name: integers_oracle(tensors, one.name, graph.width(one.spec.reads), bits=bits)
+            for one in graph.linears
+        }
+        norms = norms_oracle(model, IN_FRONT.get(family, ("input_layernorm", "post_attention_layernorm")))
+        offset = float(family.startswith("gemma"))
+        start = {f"{name}.scale": tensors[f"{name}.scale"].double() for name in integers}
+        start |= {name: model.get_parameter(name) + offset for name in norms}
+
+        def probe(problem: ModelProblem) -> Any:  # noqa: ANN401 - several things
+            own = {**problem.norms, **problem.scales}
+            rows, others = [2, 0, 3], moved(own, scale)
+            found = [(problem.loss(rows, given), problem.descend(rows, given)) for given in ({}, own, others)]
+            gains = {name: others[name] for name in problem.norms}
+            return problem, own, others, found, problem.loss(rows, gains), problem.loss([1], others)
+
+        problem, given, others, found, of_gains, of_one = own.looked(asked, probe)
+        windows = own.statistics.tensor("windows").long()
+        expected = [
+            divergence_oracle(model, windows[[2, 0, 3]], integers, one, offset=offset) for one in (start, start, others)
+        ]
+        mixed = start | {name: others[name] for name in norms}
+        assert of_gains == near(divergence_oracle(model, windows[[2, 0, 3]], integers, mixed, offset=offset)[0])
+        alone = divergence_oracle(model, windows[[1]], integers, others, offset=offset)[0]
+    assert of_one == near(alone)
+    assert problem.windows == len(windows) == 4
+    assert problem.norms.keys() == set(norms)
+    assert problem.scales.keys() == {f"{name}.scale" for name in integers}
+    for name, value in start.items():
+        assert given[name].dtype == torch.float32
+        torch.testing.assert_close(given[name].double(), value.double(), rtol=1e-6, atol=0)
+    assert expected[0][0] > 1e-4
+    for (loss, descended), one in zip(found, expected, strict=True):
+        assert loss == near(one[0])
+        if descended[1]:
+            assert_alike(descended, one)
+    assert found[1][1][1].keys() == start.keys()
+    idle = {name for name, gradient in expected[2][1].items() if not bool(gradient.any())}
+    assert not any("experts" not in name for name in idle)  # an expert may have no token
+    assert float(expected[2][1][next(name for name in norms if ".0." not in name and ".1." not in name)].abs().max()) > 1e-6
