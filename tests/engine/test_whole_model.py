@@ -17,9 +17,11 @@ from qtool.engine.model_problem import ModelProblem, ModelResult, Values
 from qtool.numerics.scales import decode_scale, encode_scale
 from qtool.plugins import Plugins
 from qtool.steps.calibrate import CalibrateRequest, calibrate
+from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
+from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 from qtool.testing import double_precision, save_tiny_model
 from qtool.testing.families import family_configs
@@ -31,7 +33,9 @@ IN_FRONT = {
     "gpt-neox": ("input_layernorm", "post_attention_layernorm"),
 }
 """Norms in front of linears, inside a block; those of the others are Llama's."""
+SETTINGS = {"rtn+lorc": {"rank": "3"}, "rtn+qwt": {"rank": "3"}, "spqr": {"tau": "0.05", "bilevel": "no"}}
 Probe = Callable[[ModelProblem], object]
+Learn = Callable[[ModelProblem], Values]
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +53,49 @@ class Bench:
     model: Path
     seen: list[Any] = field(default_factory=list)
 
-    def asked(self, weights: str, method: str = "rtn", **changes: Any) -> MitigateRequest:  # noqa: ANN401 - fields
-        parts = {"weights": weights, "activations": changes.pop("activations", "")}
-        scheme = read_scheme("", {name: text for name, text in parts.items() if text}, self.workspace.plugins)
-        return replace(MitigateRequest(str(self.statistics.path), method, scheme), **changes)
+    def asked(self, weights: str, method: str = "rtn", transforms: str = "", **parts: str) -> MitigateRequest:
+        scheme = read_scheme("", {"weights": weights, **parts}, self.workspace.plugins)
+        source = self.statistics.path
+        if transforms:
+            source = transform(TransformRequest(str(source), transforms, scheme=scheme), self.workspace)[0].path
+        return MitigateRequest(str(source), method, scheme, dict(SETTINGS.get(method, {})))
 
-    def looked(self, asked: MitigateRequest, probe: Probe) -> Any:  # noqa: ANN401 - what the probe returns
-        """Return what a probe finds in the problem that a method behind those asked for is given."""
+    def looked(self, asked: MitigateRequest, probe: Probe, learn: Learn = lambda _: {}) -> tuple[Any, Artifact]:
+        """Return what a probe finds in the problem that a method behind those asked for is given, and what is made.
+
+        Args:
+            asked: What is done before.
+            probe: Looks at the problem.
+            learn: What the method returns as learned.
+        """
         method = self.workspace.plugins.load("mitigators", "e2e-qp")
 
         def tune(problem: ModelProblem, _: object) -> ModelResult:
             self.seen.append(probe(problem))
-            return ModelResult({}, {"kl": 0.0, "kl_before": 0.0})
+            return ModelResult(learn(problem), {"kl": 0.0, "kl_before": 0.0})
 
         self.monkeypatch.setattr(method, "tune", tune, raising=False)
         output = self.workspace.home / f"probe-{len(self.seen)}.safetensors"
-        mitigate(replace(asked, method=f"{asked.method}+e2e-qp", output=output), self.workspace)
-        return self.seen[-1]
+        made, _ = mitigate(replace(asked, method=f"{asked.method}+e2e-qp", output=output), self.workspace)
+        return self.seen[-1], made
+
+    def measured(self, artifact: Artifact) -> Tensor:
+        """Return the divergence of every calibration window as ``eval`` finds it."""
+        windows = self.statistics.tensor("windows").long()
+        text = self.workspace.home / "windows.txt"
+        text.write_text(self.workspace.model(str(self.model)).tokenizer().decode(windows.flatten()))
+        asked = EvalRequest(str(artifact.path), perplexity=(str(text),), seq_len=windows.shape[1], kl=True)
+        return evaluate(asked, self.workspace)[0].tensor("kl/windows.txt").double().mean(1)
 
 
-Opened = Callable[[str], Bench]
+Opened = Callable[..., Bench]
 
 
 @pytest.fixture
 def bench(plugins: Plugins, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
-    def opened(family: str) -> Bench:
+    def opened(family: str, **sizes: int) -> Bench:
         config = next(family_configs(plugins.load("families", family)))
+        config.update(sizes)
         config.tie_word_embeddings = False
         save_tiny_model(tmp_path / family, config)
         letters = torch.randint(97, 123, (600,), generator=torch.Generator().manual_seed(5))
@@ -82,7 +103,7 @@ def bench(plugins: Plugins, tmp_path: Path, cache: Path, monkeypatch: pytest.Mon
         (tmp_path / "desk").mkdir()
         workspace = Workspace(plugins, tmp_path / "desk", cache)
         request = CalibrateRequest(
-            str(tmp_path / family), data=str(tmp_path / "text.txt"), num_samples=4, seq_len=12, gather=("absmax",)
+            str(tmp_path / family), data=str(tmp_path / "text.txt"), num_samples=4, seq_len=12, gather=("absmax", "hessian", "sample", "mean")
         )
         with double_precision():
             statistics, _ = calibrate(request, workspace)
@@ -139,7 +160,7 @@ def assert_alike(found: tuple[float, dict[str, Tensor]], expected: tuple[float, 
 )
 def test_loss_and_gradients_are_those_of_the_whole_model(bench: Opened, family: str, weights: str, scale: str) -> None:
     own = bench(family)
-    asked = own.asked(weights, batch=2)
+    asked = replace(own.asked(weights), batch=2)
     bits = int(weights[3])
     with double_precision():
         left, _ = mitigate(asked, own.workspace)
@@ -162,7 +183,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(bench: Opened, family: 
             gains = {name: others[name] for name in problem.norms}
             return problem, own, others, found, problem.loss(rows, gains), problem.loss([1], others)
 
-        problem, given, others, found, of_gains, of_one = own.looked(asked, probe)
+        (problem, given, others, found, of_gains, of_one), _ = own.looked(asked, probe)
         windows = own.statistics.tensor("windows").long()
         expected = [
             divergence_oracle(model, windows[[2, 0, 3]], integers, one, offset=offset) for one in (start, start, others)
@@ -186,3 +207,89 @@ def test_loss_and_gradients_are_those_of_the_whole_model(bench: Opened, family: 
     idle = {name for name, gradient in expected[2][1].items() if not bool(gradient.any())}
     assert not any("experts" not in name for name in idle)  # an expert may have no token
     assert float(expected[2][1][next(name for name in norms if ".0." not in name and ".1." not in name)].abs().max()) > 1e-6
+
+
+W4A4 = {"weights": "int4-g8-sfp32", "activations": "int4-asym-token"}
+NVFP4 = {"weights": "nvfp4", "activations": "nvfp4"}
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "transforms", "parts", "offered"),
+    [
+        ("llama", "rtn", "quarot", W4A4, True),
+        ("llama", "rtn", "atom", W4A4, True),
+        ("llama", "gptq", "quarot", NVFP4, False),
+        ("llama", "spqr", "", {"weights": "int3-asym-g8"}, False),
+        ("llama", "rtn+lorc", "", {"weights": "int3-g8-sfp16", "activations": "int8-sym-token"}, True),
+        ("llama", "rtn+qwt", "", {"weights": "int3-g8"}, True),
+        ("gemma2", "gptq", "", {"weights": "int3-asym-g8"}, True),
+        ("mixtral", "rtn", "quarot", {"weights": "int4-g8-signed_full", "activations": "int8-sym-token"}, True),
+    ],
+)
+def test_it_is_the_model_as_eval_executes_it(
+    bench: Opened, family: str, method: str, transforms: str, parts: dict[str, str], *, offered: bool
+) -> None:
+    """At no values that of the methods to the left, and at others that of what is stored with them."""
+    own = bench(family, hidden_size=32, intermediate_size=48)
+    with double_precision():
+        asked = replace(own.asked(method=method, transforms=transforms, **parts), round_activations=True)
+        left, _ = mitigate(asked, own.workspace)
+
+        def changed(problem: ModelProblem) -> dict[str, Tensor]:
+            return moved({**problem.norms, **problem.scales}, "fp32")
+
+        def probe(problem: ModelProblem) -> Any:  # noqa: ANN401 - several things
+            before, behind = ([problem.loss([row], one) for row in range(4)] for one in ({}, changed(problem)))
+            return before, behind, problem.loss([0, 1, 2, 3], changed(problem)), bool(problem.scales)
+
+        (before, behind, together, scales), made = own.looked(asked, probe, changed)
+        assert scales is offered
+        torch.testing.assert_close(torch.tensor(before).double(), own.measured(left), rtol=2e-5, atol=3e-7)
+        torch.testing.assert_close(torch.tensor(behind).double(), own.measured(made), rtol=2e-5, atol=3e-7)
+    assert min(before) > 1e-4
+    assert max(abs(one - other) / one for one, other in zip(before, behind, strict=True)) > 0.05
+    assert together == near(sum(behind) / 4)
+
+
+def test_scales_of_channels_apart_move_their_own_columns(bench: Opened) -> None:
+    """Along each of its gradients the loss changes as it says."""
+    own = bench("llama")
+    with double_precision():
+        asked = own.asked(transforms="atom", **W4A4)
+        asked = replace(asked, scheme=replace(asked.scheme, activations=None))
+
+        def probe(problem: ModelProblem) -> Any:  # noqa: ANN401 - several things
+            found, start = {}, problem.scales
+            _, gradients = problem.descend([1], start)
+            for name, gradient in gradients.items():
+                pushed = start[name] * gradient.sign() * 1e-2
+                losses = [problem.loss([1], {name: start[name] + way * pushed}) for way in (1, -1)]
+                found[name] = (losses[0] - losses[1]) / 2, float((gradient * pushed).sum())
+            return found
+
+        found, _ = own.looked(asked, probe)
+    assert sum(".segments.0.scale" in name for name in found) == 14
+    for name, (measured, told) in found.items():
+        assert abs(told) > 1e-6, name
+        assert measured == pytest.approx(told, rel=0.02, abs=3e-7), name
+
+
+@pytest.mark.parametrize(
+    ("weights", "method"),
+    [
+        ("int4-g8-se8m0", "rtn"),
+        ("fp4-g8-se4m3", "rtn"),
+        ("mxfp4", "rtn"),
+        ("fp8-b8-sbf16", "rtn"),
+        ("int3-asym-g8", "spqr"),
+        ("int3-asym-g8", "spqr-two-levels"),
+    ],
+)
+def test_scales_that_cannot_be_moved_by_little_are_not_offered(bench: Opened, weights: str, method: str) -> None:
+    own = bench("llama", hidden_size=32, intermediate_size=64)
+    asked = own.asked(weights, method.removesuffix("-two-levels"))
+    if method.endswith("levels"):
+        asked = replace(asked, settings={"tau": "none"})
+    (norms, scales), _ = own.looked(asked, lambda problem: (list(problem.norms), list(problem.scales)))
+    assert len(norms) == 5
+    assert scales == []
