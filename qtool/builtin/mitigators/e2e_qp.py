@@ -66,8 +66,8 @@ class E2EQP:
 
     def windows_run(self, windows: int, config: E2EQPConfig) -> int:
         """Return how many windows run through the model, one with gradients counted four times."""
-        held = _held_out(windows)
-        return 4 * config.epochs * (windows - len(held)) + len(held) * (1 + config.epochs)
+        held = len(_held_out(windows))
+        return 4 * config.epochs * (windows - held or held) + held * (1 + config.epochs)
 
     def tune(self, model: ModelProblem, config: E2EQPConfig) -> ModelResult:
         """Learn, and keep what is best on held-out windows: the start, if nothing is better.
