@@ -12,6 +12,7 @@ from qtool.testing.families import check_family, family_configs
 from qtool.testing.formats import check_format
 from qtool.testing.kernels import check_kernel
 from qtool.testing.mitigators import check_mitigator, check_retargeter, correlated_problem, two_stream_problem
+from qtool.testing.models import check_model_mitigator, model_problem
 from qtool.testing.promise import EXACT, CheckError
 from qtool.testing.tiny_models import (
     TinyModel,
@@ -33,12 +34,14 @@ __all__ = [
     "check_format",
     "check_kernel",
     "check_mitigator",
+    "check_model_mitigator",
     "check_retargeter",
     "check_transform",
     "correlated_problem",
     "double_precision",
     "exact_logits",
     "family_configs",
+    "model_problem",
     "plan_of",
     "save_tiny_model",
     "tiny_config",
