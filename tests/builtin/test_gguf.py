@@ -35,6 +35,7 @@ from qtool.steps.pack import PackRequest, pack
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
+from tests.builtin.layouts.conftest import changed
 from tests.builtin.packed import written
 
 CPU = torch.device("cpu")
@@ -432,3 +433,27 @@ def test_a_vocabulary_of_pieces_has_scores_in_the_order_of_its_merges(make: Make
     assert scores["ab"] > scores["▁ab"] > scores["a"]
     kinds = dict(zip(keys["tokens"], keys["token_type"], strict=True))
     assert [kinds[text] for text in ("<unk>", "<0x41>", "ab", "[PAD262]")] == [2, 6, 1, 5]
+
+
+@pytest.mark.parametrize(("model", "offset"), [("llama", 0.0), ("gemma2", 1.0)])
+def test_norms_that_a_mitigator_changed_are_those_in_the_file(
+    make: Make, tmp_path: Path, model: str, offset: float
+) -> None:
+    """llama.cpp multiplies by what it reads, so what Gemma adds is in it."""
+    second = "pre_feedforward_layernorm" if model == "gemma2" else "post_attention_layernorm"
+    names = {"output_norm.weight": "model.norm.weight"}
+    for layer in range(2):
+        names[f"blk.{layer}.attn_norm.weight"] = f"model.layers.{layer}.input_layernorm.weight"
+        names[f"blk.{layer}.ffn_norm.weight"] = f"model.layers.{layer}.{second}.weight"
+    generator = torch.Generator().manual_seed(9)
+    norms = {name: torch.rand(64, generator=generator) for name in names.values()}
+    plain = make(HALF, model)
+    subject = changed(plain, tmp_path / "artifact", **{f"norms.{name}": norm for name, norm in norms.items()})
+    exported, before = (written(GGUF(), one, tmp_path / f"{i}") for i, one in enumerate((subject, plain)))
+    found, was = read(tmp_path / "0"), read(tmp_path / "1")
+    assert found.keys() == was.keys()
+    for name, tensor in was.items():
+        expected = norms[names[name]].numpy() + np.float32(offset) if name in names else tensor.data
+        assert found[name].tensor_type == tensor.tensor_type
+        np.testing.assert_array_equal(found[name].data, expected, err_msg=name)
+    assert exported.details["bytes"] == before.details["bytes"]

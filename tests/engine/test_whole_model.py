@@ -20,7 +20,6 @@ from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
-from qtool.steps.subjects import open_subject
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 from qtool.testing import double_precision, save_tiny_model
@@ -103,7 +102,11 @@ def bench(plugins: Plugins, tmp_path: Path, cache: Path, monkeypatch: pytest.Mon
         (tmp_path / "desk").mkdir()
         workspace = Workspace(plugins, tmp_path / "desk", cache)
         request = CalibrateRequest(
-            str(tmp_path / family), data=str(tmp_path / "text.txt"), num_samples=4, seq_len=12, gather=("absmax", "hessian", "sample", "mean")
+            str(tmp_path / family),
+            data=str(tmp_path / "text.txt"),
+            num_samples=4,
+            seq_len=12,
+            gather=("absmax", "hessian", "sample", "mean"),
         )
         with double_precision():
             statistics, _ = calibrate(request, workspace)
@@ -140,7 +143,11 @@ def assert_alike(found: tuple[float, dict[str, Tensor]], expected: tuple[float, 
     for name, gradient in expected[1].items():
         largest = float(gradient.abs().max())
         torch.testing.assert_close(
-            found[1][name].double(), gradient, rtol=1e-4, atol=1e-9 + 1e-5 * largest, msg=lambda text, n=name: f"{n}: {text}"
+            found[1][name].double(),
+            gradient,
+            rtol=1e-4,
+            atol=1e-9 + 1e-5 * largest,
+            msg=lambda text, n=name: f"{n}: {text}",
         )
 
 
@@ -206,7 +213,10 @@ def test_loss_and_gradients_are_those_of_the_whole_model(bench: Opened, family: 
     assert found[1][1][1].keys() == start.keys()
     idle = {name for name, gradient in expected[2][1].items() if not bool(gradient.any())}
     assert not any("experts" not in name for name in idle)  # an expert may have no token
-    assert float(expected[2][1][next(name for name in norms if ".0." not in name and ".1." not in name)].abs().max()) > 1e-6
+    assert (
+        float(expected[2][1][next(name for name in norms if ".0." not in name and ".1." not in name)].abs().max())
+        > 1e-6
+    )
 
 
 W4A4 = {"weights": "int4-g8-sfp32", "activations": "int4-asym-token"}
@@ -216,7 +226,7 @@ NVFP4 = {"weights": "nvfp4", "activations": "nvfp4"}
 @pytest.mark.parametrize(
     ("family", "method", "transforms", "parts", "offered"),
     [
-        ("llama", "rtn", "quarot", W4A4, True),
+        ("gemma", "rtn", "quarot", W4A4, True),
         ("llama", "rtn", "atom", W4A4, True),
         ("llama", "gptq", "quarot", NVFP4, False),
         ("llama", "spqr", "", {"weights": "int3-asym-g8"}, False),

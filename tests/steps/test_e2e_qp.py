@@ -51,7 +51,9 @@ def model_report(artifact: Artifact) -> Mapping[str, float]:
 def kl(source: Artifact, windows: Tensor, workspace: Workspace, **options: Any) -> float:  # noqa: ANN401 - of the request
     """Measure the divergence on some windows as eval does."""
     text = workspace.home / "windows.txt"
-    text.write_text(workspace.model(str(Path(source.manifest.inputs["model"].path))).tokenizer().decode(windows.flatten()))
+    text.write_text(
+        workspace.model(str(Path(source.manifest.inputs["model"].path))).tokenizer().decode(windows.flatten())
+    )
     request = EvalRequest(str(source.path), (str(text),), seq_len=windows.shape[1], kl=True, **options)
     return float(evaluate(request, workspace)[0].tensor("kl/windows.txt").double().mean())
 
