@@ -303,3 +303,18 @@ def test_scales_that_cannot_be_moved_by_little_are_not_offered(bench: Opened, we
     (norms, scales), _ = own.looked(asked, lambda problem: (list(problem.norms), list(problem.scales)))
     assert len(norms) == 5
     assert scales == []
+
+
+def test_gradients_pass_what_is_rounded_on_the_way(bench: Opened) -> None:
+    """Activations and a cache of 8 bits change next to nothing, and gradients as little."""
+    own = bench("llama")
+    rounded = {"activations": "int8-asym-token", "kv": "int8-asym-token-head"}
+    with double_precision():
+
+        def probe(problem: ModelProblem) -> Any:  # noqa: ANN401 - two things
+            return problem.descend([0, 1], moved({**problem.norms, **problem.scales}))
+
+        found = [own.looked(own.asked("int3-g8", **parts), probe)[0] for parts in ({}, rounded)]
+    assert found[0][0] != found[1][0] == pytest.approx(found[0][0], rel=0.02)
+    for name, gradient in found[0][1].items():
+        assert float((found[1][1][name] - gradient).norm()) < 0.1 * float(gradient.norm()), name
