@@ -163,6 +163,7 @@ def assert_alike(found: tuple[float, dict[str, Tensor]], expected: tuple[float, 
         ("phi3", "int4-g8-signed_full", "bf16"),
         ("olmo2", "int4-g8-sfp16", "fp16"),
         ("gpt-neox", "int3-g8", "bf16"),
+        ("llama", "int4-tensor-sfp32", "fp32"),
     ],
 )
 def test_loss_and_gradients_are_those_of_the_whole_model(bench: Opened, family: str, weights: str, scale: str) -> None:

@@ -20,7 +20,8 @@ _EXPERT = re.compile(r"(.*)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)")
 def integers_oracle(tensors: Mapping[str, Tensor], name: str, n_in: int, *, bits: int) -> Tensor:
     """Code less zero point ``[out, in]``: without a stored one it is 2^(bits - 1)."""
     codes = _unpacked(tensors[f"{name}.codes"], n_in, bits)
-    groups = tensors[f"{name}.scale"].shape[1]
+    shape = tensors[f"{name}.scale"].shape
+    groups = shape[1] if len(shape) == 2 else 1
     zeros = torch.full((len(codes), groups), 2.0 ** (bits - 1), dtype=torch.float64)
     if f"{name}.zero_point" in tensors:
         zeros = _unpacked(tensors[f"{name}.zero_point"], groups, bits)
@@ -54,6 +55,7 @@ def divergence_oracle(
     weights = {}
     for name, numbers in integers.items():
         scale = leaves[f"{name}.scale"]
+        scale = scale if scale.ndim == 2 else scale.reshape(1, 1)
         weights[name] = (numbers.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
     changed = {name: leaf - offset for name, leaf in leaves.items() if not name.endswith(".scale")}
     changed |= _as_transformers_names_them(weights)
