@@ -25,6 +25,7 @@ from qtool.steps.workspace import Workspace
 from qtool.testing import double_precision, save_tiny_model
 from qtool.testing.families import family_configs
 from tests.oracles.end_to_end import divergence_oracle, integers_oracle, norms_oracle
+from tests.steps.conftest import Watch
 
 IN_FRONT = {
     "gemma2": ("input_layernorm", "pre_feedforward_layernorm"),
@@ -319,3 +320,18 @@ def test_gradients_pass_what_is_rounded_on_the_way(bench: Opened) -> None:
     assert found[0][0] != found[1][0] == pytest.approx(found[0][0], rel=0.02)
     for name, gradient in found[0][1].items():
         assert float((found[1][1][name] - gradient).norm()) < 0.1 * float(gradient.norm()), name
+
+
+def test_a_window_with_gradients_is_shown_as_four(bench: Opened) -> None:
+    own, watch, shown = bench("llama"), Watch(), list[int]()
+    own.workspace = replace(own.workspace, progress=watch)
+
+    def probe(problem: ModelProblem) -> None:
+        shown.append(len(watch.seen))
+        problem.loss([1, 2, 3], {})
+        shown.append(len(watch.seen))
+        problem.descend([0, 2], dict(problem.norms))
+        shown.append(len(watch.seen))
+
+    own.looked(own.asked("int4-g8"), probe)
+    assert shown == [2, 5, 13]  # two blocks first
