@@ -72,8 +72,12 @@ def register_mitigators() -> Sequence[Entry]:
         _entry("qwt", "mitigators.qwt:QwT", "a linear layer beside each block makes up for it (2411.13918)"),
         _entry("e2e-qp", "mitigators.e2e_qp:E2EQP", "scales and norms learned from the whole model (2407.11062)"),
         _entry("autoround", "mitigators.autoround:AutoRound", "rounding and ranges learned from blocks (2309.05516)"),
-        _entry("qtool-best-int4", "mitigators.qtool_best:BEST_INT4", "GPTQ, then learned from blocks; integers"),
-        _entry("qtool-best-fp4", "mitigators.qtool_best:BEST_FP4", "swept scales, GPTQ, then learned; for FP4"),
+        _entry(
+            "qtool-best-int4",
+            "mitigators.qtool_best:BEST_INT4",
+            "GPTQ, then blocks, then the model; for integers",
+        ),
+        _entry("qtool-best-fp4", "mitigators.qtool_best:BEST_FP4", "swept scales, then the same; for FP4"),
         _entry("cd", "mitigators.cd:CD", "coordinate descent on the codes of another method (2309.01885)"),
         _entry(
             "lorc",

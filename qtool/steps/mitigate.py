@@ -214,6 +214,7 @@ class _Work:
         reason = {
             request.propagate == "none": ("which takes passes over the text", "--propagate quantized"),
             self.experts == "routed": ("and routed experts see other tokens there", "--experts all"),
+            self.whole is not None and not self.rounds: ("as the model is executed", "--round-activations"),
         }.get(True)
         if reason is not None:
             raise UsageError(f"`{request.method}` compares with full precision, {reason[0]}", hint=reason[1])

@@ -86,7 +86,7 @@ class _Foreseen:
 
     @property
     def windows_learned(self) -> int:
-        """Windows that methods run through each block to learn from, one with gradients counted three times."""
+        """Windows that methods run through each block to learn from, one with gradients counted three or four times."""
         learning = ((method.mitigator, method.config) for method in self.methods)
         return sum(
             one.windows_run(self.windows[0], config)
@@ -195,6 +195,8 @@ def _memory(step: _Foreseen) -> dict[str, int]:
         memory["embedding"] = graph.dims.vocab * graph.dims.hidden * size
         streams = 1 + bool(step.exact_passes)
         memory["activations between blocks"] = streams * windows * seq_len * graph.dims.hidden * size
+        if any(method.of_model for method in step.methods):
+            memory["all weights, decoded"] = sum(blocks) * size
         memory["activations inside a block"] = batch * seq_len * wide * _FLOAT
     return memory
 

@@ -105,7 +105,6 @@ def test_without_epochs_nothing_is_changed(desk: Desk) -> None:
     assert was.keys() == now.keys()
     assert all(torch.equal(now[name], tensor) for name, tensor in was.items())
     assert model_report(after)["kl"] == model_report(after)["kl_before"] > 0
-    assert model_report(after)["best_epoch"] == 0
 
 
 @pytest.mark.parametrize("left", ["rtn", LONG])
@@ -113,7 +112,7 @@ def test_interrupted_in_the_last_stage_and_run_again(desk: Desk, left: str) -> N
     request = asked(desk, f"{left}+e2e-qp")
     undisturbed, watch = desk.watched()
     whole, _ = mitigate(replace(request, output=desk.workspace.home / "whole.safetensors"), undisturbed)
-    blocks, windows = 2, 1 * (1 + 3) + 4 * 3 * 11
+    blocks, windows = 2, 2 * 1 + 4 * 3 * 12
     assert len(watch.seen) == blocks + windows
     workspace, _ = desk.watched(stop_after=blocks + 60)
     with pytest.raises(KeyboardInterrupt):

@@ -47,23 +47,23 @@ def test_without_scales_norms_are_learned() -> None:
     assert result.report["kl"] < result.report["kl_before"]
 
 
-def test_a_descent_that_diverges_keeps_the_start() -> None:
-    result = E2EQP().tune(model_problem(), E2EQPConfig(rate=0.9, norm_rate=0.9))
-    assert result.values == {}
-    assert result.report["kl"] == result.report["kl_before"]
-    assert result.report["best_epoch"] == 0
+def test_a_descent_that_diverges_is_told() -> None:
+    problem = model_problem()
+    result = E2EQP().tune(problem, E2EQPConfig(rate=0.9, norm_rate=0.9))
+    assert result.report["kl"] == problem.loss([0], result.values) > result.report["kl_before"]
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_a_loss_that_is_not_finite_is_never_the_best(wrong: float) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(wrong: float) -> None:
     problem = model_problem()
 
     def loss(rows: Any, values: Any) -> float:  # noqa: ANN401 - passed through
         return wrong if values else problem.loss(rows, values)
 
-    result = E2EQP().tune(replace(problem, loss=loss), E2EQPConfig())
-    assert result.values == {}
-    with pytest.raises(NumericalError, match="the output of the model is not finite") as refused:
+    with pytest.raises(NumericalError) as refused:
+        E2EQP().tune(replace(problem, loss=loss), E2EQPConfig())
+    assert "learn less at a step" in refused.value.hint
+    with pytest.raises(NumericalError) as refused:
         E2EQP().tune(replace(problem, loss=lambda *_: wrong), E2EQPConfig())
     assert "--dtype float32" in refused.value.hint
 
@@ -81,10 +81,8 @@ def test_one_window_is_learned_from_and_judged_by() -> None:
     assert result.report["kl"] == problem.loss([0], result.values) < result.report["kl_before"]
 
 
-@pytest.mark.parametrize(("windows", "batch", "held"), [(16, 4, {0}), (40, 7, {0, 20}), (3, 8, {0})])
-def test_every_window_that_is_not_held_out_is_learned_from_once_an_epoch(
-    windows: int, batch: int, held: set[int]
-) -> None:
+@pytest.mark.parametrize(("windows", "batch"), [(16, 4), (40, 7), (3, 8)])
+def test_every_window_is_learned_from_once_an_epoch(windows: int, batch: int) -> None:
     problem = model_problem(windows=windows)
     seen: list[list[int]] = []
 
@@ -93,17 +91,17 @@ def test_every_window_that_is_not_held_out_is_learned_from_once_an_epoch(
         return problem.descend(rows, values)
 
     E2EQP().tune(replace(problem, descend=descend), E2EQPConfig(epochs=2, batch=batch))
-    steps = -(-(windows - len(held)) // batch)
+    steps = -(-windows // batch)
     assert len(seen) == 2 * steps
     for epoch in (seen[:steps], seen[steps:]):
-        assert sorted(row for rows in epoch for row in rows) == [row for row in range(windows) if row not in held]
+        assert sorted(row for rows in epoch for row in rows) == [*range(windows)]
         assert all(len(rows) == batch for rows in epoch[:-1])
     assert seen[:steps] != seen[steps:] or steps == 1
 
 
 def test_a_step_is_that_of_adam_on_factors() -> None:
     """Adam's first step has the size of its rate, against the sign of the gradient, whatever a value's own size."""
-    problem = model_problem(windows=2)
+    problem = model_problem(windows=1)
     tried: list[dict[str, Tensor]] = []
 
     def loss(rows: Any, values: Any) -> float:  # noqa: ANN401 - passed through
@@ -114,7 +112,7 @@ def test_a_step_is_that_of_adam_on_factors() -> None:
     assert tried[0] == {}
     for start, rate in ((problem.norms, 2e-3), (problem.scales, 1e-3)):
         for name, value in start.items():
-            _, gradients = problem.descend([1], {**problem.norms, **problem.scales})
+            _, gradients = problem.descend([0], {**problem.norms, **problem.scales})
             clear = (gradients[name] * value).abs() > 1e-6
             expected = 1 - rate * (gradients[name] * value).sign()
             torch.testing.assert_close((tried[1][name] / value)[clear], expected[clear], rtol=0, atol=0.02 * rate)
