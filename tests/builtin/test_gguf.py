@@ -282,6 +282,8 @@ def test_what_llama_cpp_does_not_run_is_refused(make: Make) -> None:
         (make(Q4_0, "qwen3", changes=(("attention_bias", True),)), "reads no bias at"),
         (make(Q4_0, "mistral", changes=(("sliding_window", 8),)), "sliding windows"),
         (make(Q4_0, "gemma2", changes=(("query_pre_attn_scalar", 16),)), "queries scaled by 16"),
+        (make(Q4_0, "gemma2", changes=(("attn_logit_softcapping", None),)), "without a cap"),
+        (make(Q4_0, "gemma2", changes=(("final_logit_softcapping", None),)), "without a cap"),
         (make(Q4_0, "gemma", changes=(("tie_word_embeddings", False),)), "a head beside the embedding"),
         (make(Q4_0, changes=(("hidden_act", "gelu"),)), "the activation `gelu`"),
     ]

@@ -3,6 +3,12 @@
 Measured on SmolLM2-135M, 34 tokens, RTN, as the largest difference of a log-probability over the vocabulary, and as
 mean KL divergence: F16 0.04 and 4e-6; Q8_0 1.14 and 0.0034; Q4_0 1.27 and 0.0061; MXFP4 1.13 and 0.0062. In blocks it
 rounds activations to 8 bits, which in qtool's own forward pass makes differences of up to 1.1 to 1.6 as well.
+
+That this and other rounding of llama.cpp's is all that differs is shown on tiny models. In float32, the cache too, the
+KL divergence is 1e-13; where GELU is computed it is up to 2e-6, for llama.cpp has a table of GELU in float16, and 5e-9
+where qtool rounds likewise. In Q4_0 it is at most 1.5 times what the same 8 bits do to qtool's own: 1e-4 mostly, and
+7e-3 in six blocks of Gemma 3, whose norms (1 + w, also of queries, keys and outputs) make rounding grow threefold with
+every two blocks.
 """
 
 from __future__ import annotations
@@ -11,14 +17,16 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qtool.builtin.models.smollm2 import SmolLM2
 from qtool.engine.execute import BlockExecutable
@@ -44,7 +52,7 @@ SIZES: dict[str, Any] = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-TIED = {"tie_word_embeddings": True}
+TIED = {"tie_word_embeddings": True, "hidden_size": 96}  # Gemma's, scaled by a root that is no whole number
 WINDOWS = {"sliding_window": 8, "query_pre_attn_scalar": 32, **TIED}
 MODELS: dict[str, dict[str, Any]] = {
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
@@ -90,7 +98,7 @@ def packed(model: Path, weights: str, to: str, workspace: Workspace) -> tuple[Su
 
 
 def executed(folder: Path, file: Path, tokens: list[int], **more: object) -> dict[str, Any]:
-    request = json.dumps({"tokens": tokens, "generate": 0, **more})
+    request = json.dumps({"tokens": tokens, "texts": [], "generate": 0, "exact": False, **more})
     command = ["node", str(SCRIPT), str(folder), str(file)]
     done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
@@ -131,8 +139,8 @@ def test_smollm2_has_the_probabilities_that_qtool_measures(
     subject, file = packed(model, weights, to, workspace)
     tokenizer: Any = subject.model.tokenizer()
     tokens = tokenizer(TEXT).input_ids
-    answer = executed(node_llama_cpp, file, tokens, text=TEXT, generate=8)
-    assert answer["tokenized"] == tokens
+    answer = executed(node_llama_cpp, file, tokens, texts=[TEXT], generate=8)
+    assert answer["tokenized"] == [tokens]
     ours, theirs = measured(subject, tokens), log_probabilities(answer["logits"])
     assert len(answer["followed"]) == 8
     assert answer["followed"][0] == int(theirs[-1].argmax())
@@ -140,21 +148,49 @@ def test_smollm2_has_the_probabilities_that_qtool_measures(
     assert divergence(ours, theirs) < kl
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_architecture_is_computed_as_qtool_does(
-    node_llama_cpp: Path, workspace: Workspace, tmp_path: Path, name: str
-) -> None:
+def in_float32(file: Path) -> Path:
+    """Copy a GGUF file with every tensor in float32, where no product of llama.cpp's rounds its inputs."""
+    reader, wide = gguf.GGUFReader(file), file.with_name("wide.gguf")
+    writer = gguf.GGUFWriter(wide, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return wide
+
+
+def save_model(folder: Path, name: str) -> None:
+    """Save a tiny model of values that bfloat16 and float16 hold, and a tokenizer that llama.cpp loads."""
     config = {"tie_word_embeddings": False, **SIZES, **MODELS[name]}
-    save_tiny_model(tmp_path / "model", AutoConfig.for_model(name.partition(" ")[0], **config))
+    save_tiny_model(folder, AutoConfig.for_model(name.partition(" ")[0], **config))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
     tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(texts)}, merges=[("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_is_computed_as_qtool_does(
+    node_llama_cpp: Path, workspace: Workspace, tmp_path: Path, name: str
+) -> None:
+    save_model(tmp_path / "model", name)
     tokens = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(3)).tolist()
-    schemes = [(HALF, "gguf-f16", 2e-4), (Q4_0, "gguf", 1e-2)]
-    schemes += [("nvfp4", "gguf", 1e-2)] if name in ("llama 3", "qwen3") else []
-    for weights, to, kl in schemes:
-        subject, file = packed(tmp_path / "model", weights, to, workspace)
+    subject, file = packed(tmp_path / "model", "mxfp4", "gguf-f16", workspace)
+    theirs = log_probabilities(executed(node_llama_cpp, in_float32(file), tokens, exact=True)["logits"])
+    assert divergence(measured(subject, tokens), theirs) < (1e-5 if name.startswith("gemma") else 1e-11)
+    eight = parse_tensor_scheme("int8-sym-g32-sfp16-full", workspace.plugins.format, vector="token")
+    for weights in (Q4_0, *(("nvfp4",) if name in ("llama 3", "qwen3") else ())):
+        subject, file = packed(tmp_path / "model", weights, "gguf", workspace)
         theirs = log_probabilities(executed(node_llama_cpp, file, tokens)["logits"])
-        assert divergence(measured(subject, tokens), theirs) < kl, (weights, to)
+        ours = measured(subject, tokens)
+        rounded = measured(replace(subject, scheme=replace(subject.scheme, activations=eight)), tokens)
+    assert divergence(ours, theirs) < 2 * divergence(ours, rounded), weights
