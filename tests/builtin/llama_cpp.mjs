@@ -1,6 +1,6 @@
 // Runs a GGUF file in llama.cpp: node llama_cpp.mjs FOLDER-OF-NODE-LLAMA-CPP FILE < JSON > JSON
 // In: {"tokens": [...], "texts": ["...", ...], "generate": n, "exact": bool}; "exact" keeps the cache in float32.
-// Out: logits behind every token, the texts' tokens, what follows.
+// Out: logits behind every token, what follows, the texts' tokens, and the texts made of them again.
 import {readFileSync} from "node:fs";
 import {join} from "node:path";
 import {pathToFileURL} from "node:url";
@@ -28,5 +28,7 @@ if (generate > 0)
         followed.push(token);
         if (followed.length >= generate) break;
     }
-console.log(JSON.stringify({logits, followed, tokenized: texts.map((text) => model.tokenize(text))}));
+const tokenized = texts.map((text) => model.tokenize(text));
+const restored = tokenized.map((found) => model.detokenize(found));
+console.log(JSON.stringify({logits, followed, tokenized, restored}));
 await llama.dispose();

@@ -434,3 +434,32 @@ def test_a_vocabulary_of_pieces_has_scores_in_the_order_of_its_merges(make: Make
     assert scores["ab"] > scores["▁ab"] > scores["a"]
     kinds = dict(zip(keys["tokens"], keys["token_type"], strict=True))
     assert [kinds[text] for text in ("<unk>", "<0x41>", "ab", "[PAD262]")] == [2, 6, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("merges", "step", "says"),
+    [
+        ([("a", "b"), ("b", "c"), ("ab", "c")], None, "pieces `a` and `bc` that it does not merge"),
+        ([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")], normalizers.NFKC(), "behind steps of its own: NFKC"),
+        ([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")], None, ""),
+    ],
+)
+def test_pieces_that_sentencepiece_reads_otherwise_are_refused(
+    make: Make,
+    tmp_path: Path,
+    merges: list[tuple[str, str]],
+    step: Any,  # noqa: ANN401 - a normalizer of the library
+    says: str,
+) -> None:
+    texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "ab", "bc", "abc"]
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([*([step] if step else []), normalizers.Replace(" ", "▁")])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    model = replace(make(Q4_0, changes=(("vocab_size", 264),)).model, path=tmp_path)
+    if not says:
+        add_vocabulary(gguf.GGUFWriter(None, "llama"), model)
+        return
+    with pytest.raises(ModelError, match="cannot read text") as refused:
+        add_vocabulary(gguf.GGUFWriter(None, "llama"), model)
+    assert says in str(dict(refused.value.facts)["it has"])

@@ -24,10 +24,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from qtool.artifacts.store import Artifact
+from qtool.builtin.exporters.gguf import FILE, GGUF
 from qtool.builtin.models.smollm2 import SmolLM2
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.subject import Subject
@@ -39,6 +41,8 @@ from qtool.steps.pack import PackRequest, pack
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
+from tests.builtin.layouts.conftest import changed
+from tests.builtin.packed import written
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
@@ -55,6 +59,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 TIED = {"tie_word_embeddings": True, "hidden_size": 96}  # Gemma's, scaled by a root that is no whole number
 WINDOWS = {"sliding_window": 8, "query_pre_attn_scalar": 32, **TIED}
 MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
     "llama 3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32}},
     "llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
@@ -90,9 +95,13 @@ def workspace(tmp_path: Path, cache: Path) -> Workspace:
     return Workspace(Plugins.discover(), tmp_path / "home", cache)
 
 
-def packed(model: Path, weights: str, to: str, workspace: Workspace) -> tuple[Subject, Path]:
+def quantized(model: Path, weights: str, workspace: Workspace) -> Artifact:
     scheme = ModelScheme(weights=parse_tensor_scheme(weights, workspace.plugins.format))
-    artifact, _ = mitigate(MitigateRequest(str(model), "rtn", scheme, dtype="float32"), workspace)
+    return mitigate(MitigateRequest(str(model), "rtn", scheme, dtype="float32"), workspace)[0]
+
+
+def packed(model: Path, weights: str, to: str, workspace: Workspace) -> tuple[Subject, Path]:
+    artifact = quantized(model, weights, workspace)
     checkpoint, _ = pack(PackRequest(str(artifact.path), to), workspace)
     return open_subject(str(artifact.path), workspace).subject, checkpoint.path / "model.gguf"
 
@@ -165,9 +174,9 @@ def in_float32(file: Path) -> Path:
     return wide
 
 
-def save_model(folder: Path, name: str) -> None:
+def save_model(folder: Path, name: str, **changes: object) -> None:
     """Save a tiny model of values that bfloat16 and float16 hold, and a tokenizer that llama.cpp loads."""
-    config = {"tie_word_embeddings": False, **SIZES, **MODELS[name]}
+    config = {"tie_word_embeddings": False, **SIZES, **MODELS[name], **changes}
     save_tiny_model(folder, AutoConfig.for_model(name.partition(" ")[0], **config))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -187,10 +196,83 @@ def test_every_architecture_is_computed_as_qtool_does(
     subject, file = packed(tmp_path / "model", "mxfp4", "gguf-f16", workspace)
     theirs = log_probabilities(executed(node_llama_cpp, in_float32(file), tokens, exact=True)["logits"])
     assert divergence(measured(subject, tokens), theirs) < (1e-5 if name.startswith("gemma") else 1e-11)
-    eight = parse_tensor_scheme("int8-sym-g32-sfp16-full", workspace.plugins.format, vector="token")
     for weights in (Q4_0, *(("nvfp4",) if name in ("llama 3", "qwen3") else ())):
-        subject, file = packed(tmp_path / "model", weights, "gguf", workspace)
-        theirs = log_probabilities(executed(node_llama_cpp, file, tokens)["logits"])
-        ours = measured(subject, tokens)
-        rounded = measured(replace(subject, scheme=replace(subject.scheme, activations=eight)), tokens)
-    assert divergence(ours, theirs) < 2 * divergence(ours, rounded), weights
+        assert_blocks(*packed(tmp_path / "model", weights, "gguf", workspace), node_llama_cpp, tokens)
+
+
+def assert_blocks(subject: Subject, file: Path, folder: Path, tokens: list[int]) -> None:
+    """Say that llama.cpp is as far away as 8 bits of inputs in groups of 32 are, which it rounds to."""
+    eight = parse_tensor_scheme("int8-sym-g32-sfp16-full", subject.plugins.format, vector="token")
+    theirs, ours = log_probabilities(executed(folder, file, tokens)["logits"]), measured(subject, tokens)
+    rounded = measured(replace(subject, scheme=replace(subject.scheme, activations=eight)), tokens)
+    assert divergence(ours, theirs) < 2 * divergence(ours, rounded)
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "gemma"])
+def test_q4_1_is_computed_as_qtool_does(node_llama_cpp: Path, workspace: Workspace, tmp_path: Path, name: str) -> None:
+    """With scales of powers of two, for most others have offsets that float16 does not have."""
+    save_model(tmp_path / "model", name)
+    subject = open_subject(str(quantized(tmp_path / "model", "int4-asym-g32-sfp16", workspace).path), workspace).subject
+    assert subject.quantized is not None
+    held = {key: subject.quantized.tensor(key) for key in subject.quantized.names() if key.endswith(".scale")}
+    scales = {key: (2.0 ** scale.float().log2().round()).half() for key, scale in held.items()}
+    subject = changed(subject, tmp_path / "changed", **scales)
+    written(GGUF(), subject, tmp_path / "out")
+    assert {one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "out" / FILE).tensors} >= {"Q4_1"}
+    tokens = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(3)).tolist()
+    assert_blocks(subject, tmp_path / "out" / FILE, node_llama_cpp, tokens)
+
+
+LINES = (
+    "The quick brown fox jumps over the lazy dog, and the dog does not care.",
+    "for (int i = 0; i < n; i++) { sum += weights[i] * inputs[i]; }",
+    "In 1789 there were 600000 people in Paris.  Two spaces, and  two more.",
+    "quantization, quantized, quantizing; weights and inputs; the weights of the inputs",
+)
+TEXTS = (
+    *("the quantized inputs of the fox", "two  spaces,   three", "12345 people", "new\nline\n\nmore", "tab\tand end "),
+    *("é, 😀 and 日本語", "", "x", "thethe queen, we tested one tin", "▁"),
+)
+
+
+def save_pieces(folder: Path, *, prefix: bool) -> int:
+    """Train pieces on a few lines; save them as transformers turns a SentencePiece model, and return how many.
+
+    It merges all halves of a piece that are pieces, those of the first piece first.
+    """
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = normalizers.Replace(" ", "▁")
+    learned.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=110, show_progress=False))
+    pieces = sorted(learned.get_vocab(), key=lambda text: learned.get_vocab()[text])
+    halves = [(text[:at], text[at:]) for text in pieces for at in range(1, len(text))]
+    merges = [two for two in halves if all(half in pieces for half in two)]
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    vocabulary = [*special.values(), *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {text: i for i, text in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        )
+    )
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_pieces_are_those_of_transformers(
+    node_llama_cpp: Path, workspace: Workspace, tmp_path: Path, name: str
+) -> None:
+    rows = save_pieces(tmp_path / "tokenizer", prefix=name == "llama") + 5
+    save_model(tmp_path / "model", name, vocab_size=rows)
+    save_pieces(tmp_path / "model", prefix=name == "llama")
+    subject, file = packed(tmp_path / "model", "mxfp4", "gguf-f16", workspace)
+    tokenizer: Any = subject.model.tokenizer()
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+    tokens = [one for found in ids for one in found]
+    assert len(ids[0]) < 0.7 * len(TEXTS[0])
+    answer = executed(node_llama_cpp, in_float32(file), tokens[:60], texts=list(TEXTS), exact=True)
+    assert dict(zip(TEXTS, answer["tokenized"], strict=True)) == dict(zip(TEXTS, ids, strict=True))
+    assert answer["restored"] == [text.replace("▁", " ") for text in TEXTS]
+    apart = divergence(measured(subject, tokens[:60]), log_probabilities(answer["logits"]))
+    assert apart < (1e-5 if name == "gemma" else 1e-11)
