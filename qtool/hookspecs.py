@@ -64,7 +64,10 @@ def register_presets() -> Sequence[Preset]:  # type: ignore[empty-body]
 
 @hookspec
 def register_exporters() -> Sequence[Entry]:  # type: ignore[empty-body]
-    """Offer exporters: quantized artifact to a checkpoint (see ``qtool.engine.exporter.Exporter``)."""
+    """Offer exporters: quantized artifact to a checkpoint (see ``qtool.engine.exporter.Exporter``).
+
+    One that reads checkpoints of its layout too is a ``PackedReader`` beside it.
+    """
 
 
 @hookspec

@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()", "--no-cache"]
 
@@ -31,11 +33,14 @@ def test_every_module_of_the_package_is_in_a_layer() -> None:
     assert {layer.removeprefix("qtool.") for layer in layers} == modules - {"__init__", "__main__"}
 
 
-def test_an_import_upwards_would_be_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "imported"), [("numerics.packing", "artifacts.store"), ("steps.pack", "builtin.exporters.hf")]
+)
+def test_an_import_upwards_or_of_a_built_in_would_be_seen(tmp_path: Path, module: str, imported: str) -> None:
     shutil.copytree(ROOT / "qtool", tmp_path / "qtool", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    with (tmp_path / "qtool" / "numerics" / "packing.py").open("a") as file:
-        file.write("\nfrom qtool.artifacts import store\n")
+    with (tmp_path / "qtool" / f"{module.replace('.', '/')}.py").open("a") as file:
+        file.write(f"\nimport qtool.{imported}\n")
     done = lint(tmp_path)
     assert done.returncode != 0
-    assert "qtool.numerics.packing -> qtool.artifacts.store" in done.stdout
+    assert f"qtool.{module} -> qtool.{imported}" in done.stdout

@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ def artifact_facts(scheme: ModelScheme, *, dtype: torch.dtype | None = None) -> 
         dtype: What its checkpoint is stored in.
     """
     cache = scheme.keys or scheme.values
-    kinds: tuple[tuple[str, TensorScheme | None], ...] = (("activations", scheme.activations), ("KV cache", cache))
-    lost = " and ".join(f"{part.format} {what}" for what, part in kinds if part is not None)
+    inputs = " and ".join(dict.fromkeys(part.format for part in scheme.every("activations")))
+    parts = [f"{inputs} activations"] if inputs else []
+    parts += [f"{cache.format} KV cache"] if cache is not None else []
+    lost = " and ".join(parts)
     facts: dict[str, Any] = {
         "scale": "" if scheme.weights is None else scheme.weights.scale,
         "range_rule": "" if scheme.activations is None else scheme.activations.range_rule,
@@ -79,21 +82,55 @@ def _of_artifact(path: Path, cases: tuple[Case, ...], bits_of: Callable[[str], i
     if not (path / CHECKPOINT_MANIFEST).is_file():
         return cases
     scheme = ModelScheme.from_json(open_artifact(path).manifest.schemes)
-    if scheme.weights is None:
-        return cases
-    facts: dict[str, Any] = artifact_facts(scheme)
-    bits = bits_of(scheme.weights.format)
-    return tuple(
-        replace(case, **facts, bits=bits if case.method in (DENSE, GGUF_FILE) and len(cases) == 1 else case.bits)
-        for case in cases
-    )
+    found = (one for case in cases for one in _as_quantized(case, scheme, bits_of))
+    return tuple(dict.fromkeys(found)) if scheme.every("weights") else cases
+
+
+def _as_quantized(case: Case, scheme: ModelScheme, bits_of: Callable[[str], int]) -> Iterator[Case]:
+    """Yield a case with what the artifact tells, once for each of its schemes that these linears may have."""
+    unsaid = case.method in (DENSE, GGUF_FILE)
+    parts = (case.bits, case.symmetric, case.group_size)[: 1 if unsaid else None]
+    inputs = (case.input_bits, case.input_symmetric, case.input_group_size)
+    whole = replace(scheme, rules=tuple(rule for rule in scheme.rules if rule.part == "activations"))
+    options: tuple[ModelScheme, ...] = (whole,) if case.method != CT else (replace(scheme, activations=None, rules=()),)
+    if case.inputs != "none":
+        found = _alike(scheme.every("activations"), inputs, bits_of)
+        options = tuple(replace(scheme, activations=one, rules=()) for one in found) or options
+    for weights, own in product(_alike(scheme.every("weights"), parts, bits_of), options):
+        facts = artifact_facts(replace(own, weights=weights))
+        yield replace(case, **facts, bits=bits_of(weights.format) if unsaid else case.bits)
+
+
+def _alike(
+    schemes: tuple[TensorScheme, ...], wanted: tuple[object, ...], bits_of: Callable[[str], int]
+) -> tuple[TensorScheme, ...]:
+    """Return the schemes with these bits, symmetry and group size, as far as any has them."""
+    for place, value in enumerate(wanted):
+        size = (one.group_size if one.strategy == "group" else -1 for one in schemes)
+        of_each = ((bits_of(one.format), one.symmetric, own)[place] for one, own in zip(schemes, size, strict=True))
+        schemes = tuple(one for one, own in zip(schemes, of_each, strict=True) if own == value) or schemes
+    return schemes
+
+
+def quant_method(folder: Path) -> str:
+    """Return how the config in a folder says that its linears are packed; empty where it does not."""
+    if not (folder / "config.json").is_file():
+        return ""
+    config = _quantization(folder, _json(folder / "config.json"))
+    return str(config.get("quant_method", "")) if isinstance(config, Mapping) else ""
+
+
+def _quantization(folder: Path, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - JSON, perhaps of a wrong type
+    """Return the ``quantization_config``, which ModelOpt may have beside the config."""
+    found = config.get("quantization_config")
+    if found is None and (folder / _MODELOPT).is_file():
+        return {"quant_method": "modelopt", **_json(folder / _MODELOPT).get("quantization", {})}
+    return found
 
 
 def _read_folder(folder: Path) -> tuple[Case, ...]:
     config = _json(folder / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization is None and (folder / _MODELOPT).is_file():
-        quantization = {"quant_method": "modelopt", **_json(folder / _MODELOPT).get("quantization", {})}
+    quantization = _quantization(folder, config)
     if quantization is not None and not isinstance(quantization, Mapping):
         raise ArtifactError(
             "cannot understand the `quantization_config`",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from qtool.engine.subject import Subject
+from qtool.plugins import Plugins
 
 UNREADABLE = "cannot be read"
 """How the words on a consumer begin that loads a checkpoint as something else, or not at all."""
@@ -51,4 +52,37 @@ class Exporter(Protocol):
 
         Raises:
             ArtifactError: A weight that the consumer reads differs from ours; names it.
+        """
+
+
+@runtime_checkable
+class PackedReader(Protocol):
+    """An exporter that reads checkpoints too, for other exporters to write; its name is their ``quant_method``."""
+
+    def open(self, directory: Path, plugins: Plugins, *, cache: Path, identity: str = "") -> Subject:
+        """Open a packed checkpoint, whoever wrote it, as what is to be packed.
+
+        Args:
+            directory: The checkpoint.
+            plugins: Where families and formats are found.
+            cache: Where digests of large files are remembered.
+            identity: What the original model is called; the checkpoint's own digest if empty.
+
+        Raises:
+            SchemeError: It has several schemes, or one that is not read back.
+            ArtifactError: A linear is not quantized, or something else is.
+        """
+
+    def check_scales(self, subject: Subject, to: str) -> int:
+        """Refuse scales that another exporter would turn into other weights.
+
+        Args:
+            subject: What ``open`` returned.
+            to: Name of the other exporter.
+
+        Returns:
+            How many scales it stores with an error in the last bit.
+
+        Raises:
+            NumericalError: A weight would differ; names the linear.
         """

@@ -25,9 +25,8 @@ from qtool.artifacts.store import (
     open_artifact,
     write_atomically,
 )
-from qtool.builtin.exporters.packed_layouts import packed_method
-from qtool.builtin.exporters.packed_source import check_global_scales_of, open_packed
-from qtool.engine.exporter import Exported, Exporter
+from qtool.consumers.checkpoint import quant_method
+from qtool.engine.exporter import Exported, Exporter, PackedReader
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, UsageError
@@ -72,9 +71,10 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
         ResourceError: The disk is full; nothing is left behind.
     """
     exporter: Exporter = workspace.plugins.load("exporters", request.to)
-    opened = _opened(request, workspace)
+    reader = _reader(request, workspace)
+    opened = _opened(request, workspace) if reader is None else _opened_checkpoint(request, reader, workspace)
     exporter.check(opened.subject)
-    inexact = check_global_scales_of(opened.subject, request.to)
+    inexact = 0 if reader is None else reader.check_scales(opened.subject, request.to)
     if inexact:
         workspace.warn(f"{inexact} global scales have no exact reciprocal in float32: W4A4 may differ in the last bit")
     rotated = bool(opened.subject.plan.at(RESIDUAL).operators)
@@ -88,12 +88,24 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     return _written(exporter, opened, manifest, path, workspace), False
 
 
+def _reader(request: PackRequest, workspace: Workspace) -> PackedReader | None:
+    """Return the exporter that reads the source, if that is a packed checkpoint.
+
+    Raises:
+        UsageError: It is the one that was asked to write it.
+    """
+    method = quant_method(Path(request.source)) if request.source else ""
+    offered = method in workspace.plugins.offers["exporters"]
+    found = workspace.plugins.load("exporters", method) if offered else None
+    if not isinstance(found, PackedReader):
+        return None
+    if method == request.to:
+        raise UsageError(f"`{request.source}` is laid out for {method} already", hint="--to another exporter")
+    return found
+
+
 def _opened(request: PackRequest, workspace: Workspace) -> Opened:
-    """Open a quantized artifact, or a packed checkpoint whose codes and scales are to be laid out in another way."""
-    source = Path(request.source)
-    method = packed_method(source) if request.source else None
-    if method is not None:
-        return _opened_checkpoint(source, method, request.to, workspace)
+    """Open a quantized artifact."""
     opened = open_subject(request.source, workspace)
     kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
     if kind != "quantized":
@@ -105,13 +117,12 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
     return opened
 
 
-def _opened_checkpoint(source: Path, method: str, to: str, workspace: Workspace) -> Opened:
+def _opened_checkpoint(request: PackRequest, reader: PackedReader, workspace: Workspace) -> Opened:
     """Open a packed checkpoint, qtool's own or another tool's; what is known of its making goes with it."""
-    if method == to:
-        raise UsageError(f"`{source}` is laid out for {to} already", hint="--to another exporter")
+    source = Path(request.source)
     made = open_artifact(source) if (source / CHECKPOINT_MANIFEST).is_file() else None
     identity = "" if made is None else made.manifest.subject
-    subject = open_packed(source.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
+    subject = reader.open(source.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
     if made is None:
         here = Input(subject.model.id, str(source.resolve()))
         return Opened(subject, {"model": here, "checkpoint": here})

@@ -1,15 +1,17 @@
 // Runs a GGUF file in llama.cpp: node llama_cpp.mjs FOLDER-OF-NODE-LLAMA-CPP FILE < JSON > JSON
-// In: {"tokens": [...], "text": "...", "generate": n}; out: logits behind every token, the text's tokens, what follows.
+// In: {"tokens": [...], "texts": ["...", ...], "generate": n, "exact": bool}; "exact" keeps the cache in float32.
+// Out: logits behind every token, what follows, the texts' tokens, and the texts made of them again.
 import {readFileSync} from "node:fs";
 import {join} from "node:path";
 import {pathToFileURL} from "node:url";
 
 const [folder, file] = process.argv.slice(2);
 const {getLlama, LlamaLogLevel} = await import(pathToFileURL(join(folder, "dist", "index.js")).href);
-const {tokens, text, generate} = JSON.parse(readFileSync(0, "utf8"));
+const {tokens, texts, generate, exact} = JSON.parse(readFileSync(0, "utf8"));
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error, progressLogs: false});
 const model = await llama.loadModel({modelPath: file, gpuLayers: 0});
-const context = await model.createContext({contextSize: 512, threads: 2});
+const wide = {flashAttention: false, experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
+const context = await model.createContext({contextSize: 512, threads: 2, ...(exact ? wide : {})});
 const sequence = context.getSequence();
 const outputs = await sequence.controlledEvaluate(
     tokens.map((token) => [token, {generateNext: {logits: true, options: {temperature: 0}}}])
@@ -26,5 +28,7 @@ if (generate > 0)
         followed.push(token);
         if (followed.length >= generate) break;
     }
-console.log(JSON.stringify({logits, followed, tokenized: text == null ? [] : model.tokenize(text)}));
+const tokenized = texts.map((text) => model.tokenize(text));
+const restored = tokenized.map((found) => model.detokenize(found));
+console.log(JSON.stringify({logits, followed, tokenized, restored}));
 await llama.dispose();

@@ -28,6 +28,7 @@ from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout
 from qtool.builtin.exporters.ct_tensors import pack_words
 from qtool.builtin.exporters.hf import HuggingFace, dense
 from qtool.builtin.exporters.shards import Shards
+from qtool.builtin.formats.presets import PRESETS
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.consumers.table import said
@@ -330,6 +331,9 @@ def test_words_hold_codes_from_the_lowest_bit_on(rows: int, n: int, bits: int) -
         assert stream >> (bits * n) == 0
 
 
+W4A4_SYM = next(preset for preset in PRESETS if preset.name == "W4A4_SYM")
+
+
 @pytest.mark.parametrize(
     ("preset", "weights", "activations"),
     [
@@ -338,6 +342,7 @@ def test_words_hold_codes_from_the_lowest_bit_on(rows: int, n: int, bits: int) -
         ("W8A8", "int8-sym-channel", "int8-sym-token"),
         ("W4A8", "int4-sym-g128", "int8-sym-token"),
         ("W4A4", "int4-sym-g128", "int4-sym-token"),
+        ("W4A4", W4A4_SYM.weights, W4A4_SYM.activations),
         ("FP8_DYNAMIC", "fp8-channel", "fp8-token"),
         ("NVFP4", "nvfp4", "nvfp4"),
         ("NVFP4A16", "nvfp4", ""),

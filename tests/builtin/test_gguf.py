@@ -283,6 +283,8 @@ def test_what_llama_cpp_does_not_run_is_refused(make: Make) -> None:
         (make(Q4_0, "qwen3", changes=(("attention_bias", True),)), "reads no bias at"),
         (make(Q4_0, "mistral", changes=(("sliding_window", 8),)), "sliding windows"),
         (make(Q4_0, "gemma2", changes=(("query_pre_attn_scalar", 16),)), "queries scaled by 16"),
+        (make(Q4_0, "gemma2", changes=(("attn_logit_softcapping", None),)), "without a cap"),
+        (make(Q4_0, "gemma2", changes=(("final_logit_softcapping", None),)), "without a cap"),
         (make(Q4_0, "gemma", changes=(("tie_word_embeddings", False),)), "a head beside the embedding"),
         (make(Q4_0, changes=(("hidden_act", "gelu"),)), "the activation `gelu`"),
     ]
@@ -457,3 +459,32 @@ def test_norms_that_a_mitigator_changed_are_those_in_the_file(
         assert found[name].tensor_type == tensor.tensor_type
         np.testing.assert_array_equal(found[name].data, expected, err_msg=name)
     assert exported.details["bytes"] == before.details["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("merges", "step", "says"),
+    [
+        ([("a", "b"), ("b", "c"), ("ab", "c")], None, "pieces `a` and `bc` that it does not merge"),
+        ([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")], normalizers.NFKC(), "behind steps of its own: NFKC"),
+        ([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")], None, ""),
+    ],
+)
+def test_pieces_that_sentencepiece_reads_otherwise_are_refused(
+    make: Make,
+    tmp_path: Path,
+    merges: list[tuple[str, str]],
+    step: Any,  # noqa: ANN401 - a normalizer of the library
+    says: str,
+) -> None:
+    texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "ab", "bc", "abc"]
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([*([step] if step else []), normalizers.Replace(" ", "▁")])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    model = replace(make(Q4_0, changes=(("vocab_size", 264),)).model, path=tmp_path)
+    if not says:
+        add_vocabulary(gguf.GGUFWriter(None, "llama"), model)
+        return
+    with pytest.raises(ModelError, match="cannot read text") as refused:
+        add_vocabulary(gguf.GGUFWriter(None, "llama"), model)
+    assert says in str(dict(refused.value.facts)["it has"])

@@ -15,8 +15,9 @@ from tests.cli.conftest import Run
 ASYMMETRIC = "int4-asym-g64"
 APART = "int4-sym-g64,q_proj=int8-sym-channel"
 TOGETHER = "int4-sym-g64,down_proj=int8-sym-channel"
+PRESETS = ("W4A16", "W4A4", "W4A4_SYM", "W8A8", "FP8_DYNAMIC", "MXFP4", "NVFP4")
 PACKED = (
-    *(("compressed-tensors", scheme) for scheme in ("W4A16", "W4A4", "W8A8", "FP8_DYNAMIC", "MXFP4", "NVFP4")),
+    *(("compressed-tensors", scheme) for scheme in PRESETS),
     ("compressed-tensors", APART),
     ("compressed-tensors", TOGETHER),
     ("gptq", "W4A16"),
@@ -85,6 +86,8 @@ def test_doctor_says_what_pack_said(qtool: Run, packed: Mapping[str, Path], name
         ("compressed-tensors W4A16", "vllm", "sm90", 0, ""),
         ("compressed-tensors W4A4", "vllm", "sm90", 8, "vllm on sm90: will not load"),
         ("compressed-tensors W4A4", "transformers", "", 0, ""),
+        ("compressed-tensors W4A4_SYM", "vllm", "sm89", 8, "vllm on sm89: loads, but executes something else"),
+        ("compressed-tensors W4A4_SYM", "transformers", "", 0, ""),
         ("compressed-tensors NVFP4", "vllm", "sm90", 8, "vllm on sm90: loads, but executes something else"),
         ("compressed-tensors NVFP4", "vllm", "sm100", 0, ""),
         ("gptq-v2 int4-asym-g64", "vllm", "cpu", 8, "vllm on cpu: will not load"),

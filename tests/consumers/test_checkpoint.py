@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qtool.artifacts.manifest import Manifest, Step
 from qtool.consumers.case import Case
 from qtool.consumers.checkpoint import read_checkpoint
+from qtool.consumers.table import answer
 from qtool.errors import ArtifactError, ConsumerError, UsageError
 from qtool.plugins import Plugins
 from qtool.steps.consumers import examine_checkpoint, require_as_meant
+from qtool.steps.schemes import read_scheme
 
 NAME = "model.layers.0.mlp.up_proj"
 EXPERT = "model.layers.0.mlp.experts.0.up_proj"
@@ -104,6 +107,40 @@ def test_experts_and_scales_come_from_the_heads_of_files(tmp_path: Path) -> None
     assert case.scale == "fp32"
     (plain,) = read_checkpoint(checkpoint(tmp_path / "plain", None, "model.norm.weight"), bits_of)
     assert (plain.method, plain.bits, plain.experts) == ("dense", 16, False)
+
+
+def of_artifact(folder: Path, config: Any, weights: str, activations: str) -> Path:  # noqa: ANN401 - JSON
+    """Write a checkpoint as qtool does of an artifact of several schemes."""
+    scheme = read_scheme("", {"weights": weights, "activations": activations}, Plugins.discover())
+    path = checkpoint(folder, config, f"{NAME}.weight_scale" if config else f"{NAME}.weight")
+    manifest = Manifest("checkpoint", Step("pack", "", 1, "test"), {}, "model", "llama", scheme.to_json())
+    (path / "qtool.json").write_text(manifest.to_text())
+    return path
+
+
+def group(bits: int, size: int, inputs: int, target: str) -> Any:  # noqa: ANN401 - JSON
+    weights = {"num_bits": bits, "type": "int", "symmetric": True}
+    weights |= {"strategy": "group", "group_size": size} if size > 0 else {"strategy": "channel"}
+    dynamic = {"num_bits": inputs, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    return {"targets": [target], "weights": weights, "input_activations": dynamic if inputs else None}
+
+
+MIXED = (
+    "int4-sym-g64-sfp32,down_proj=int8-sym-channel,up_proj=int4-sym-g32",
+    "int4-sym-token-half,down_proj=int8-sym-token-full,up_proj=none",
+)
+
+
+def test_each_kind_of_linears_has_the_scales_and_ranges_of_its_own_scheme(tmp_path: Path) -> None:
+    groups = {"a": group(4, 64, 4, "q_proj"), "b": group(8, -1, 8, "down_proj"), "c": group(4, 32, 0, "up_proj")}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    found = read_checkpoint(of_artifact(tmp_path / "ct", config, *MIXED), bits_of)
+    assert [(one.scale, one.range_rule) for one in found] == [("fp32", "half"), ("bf16", "full"), ("bf16", "")]
+    said = answer(found, "transformers", "any").says
+    assert said.count("fp32 scales are rounded") == said.count("range is `half` instead of `full`") == 1
+    dense = read_checkpoint(of_artifact(tmp_path / "dense", None, *MIXED), bits_of)
+    assert {one.bits for one in dense} == {4, 8}
+    assert {one.lost for one in dense} == {" (without the int4 and int8 activations of the artifact)"}
 
 
 def test_a_config_beside_the_config_is_read(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
 @pytest.mark.parametrize(
     ("config", "consumer", "device", "verdict", "says"),
     [
-        (W4A4, "vllm", "sm90", "executes-other", "W4A16 on most kernels; W4A4 with --linear-backend humming"),
+        (W4A4, "vllm", "sm90", "executes-other", "W4A16 on most kernels; W4A4 with --linear-backend humming, which is"),
         (W4A4, "transformers", "any", "loads", "W4A4: dynamic INT4 activations per token, emulated in bfloat16"),
         (W4A4, "sglang", "sm90", "refuses", "refused: integers with quantized activations are INT8 with INT8"),
         (W4A4, "vllm", "cpu", "executes-other", "W4A16: activations are NOT quantized"),

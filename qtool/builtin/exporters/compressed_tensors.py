@@ -28,6 +28,7 @@ from qtool.builtin.exporters.ct_transforms import (
     verify_transforms,
 )
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers, refuse_mixed_experts
+from qtool.builtin.exporters.packed_source import PackedSource
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
@@ -57,7 +58,7 @@ _EXPERTS = r"re:.*\.experts\..*"
 """What a config calls the experts: transformers looks for their scheme in the group that names them by a pattern."""
 
 
-class CompressedTensors:
+class CompressedTensors(PackedSource):
     """Writes ``pack-quantized``, ``int-quantized``, ``float-quantized`` and the FP4 layouts."""
 
     version = 1

@@ -40,6 +40,7 @@ class Architecture:
         full_every: One block in so many attends to everything, the others to a window; 0: there are no windows.
         tensor_scales: Whether it multiplies by the scale of an NVFP4 tensor; where it does not, it says nothing.
         large: Number of blocks of the one size whose queries are scaled by hidden size over heads.
+        capped: Whether scores and logits have caps, those of the paper where a file names none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Architecture:
     full_every: int = 0
     tensor_scales: bool = False
     large: int = 0
+    capped: bool = False
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -66,7 +68,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("qwen2", biases=_QKV, wide=False),
     "qwen3": Architecture("qwen3", tensor_scales=True),
     "gemma": Architecture("gemma", own_head=False, activations=_GELU),
-    "gemma2": Architecture("gemma2", own_head=False, activations=_GELU, full_every=2, large=46),
+    "gemma2": Architecture("gemma2", own_head=False, activations=_GELU, full_every=2, large=46, capped=True),
     "gemma3_text": Architecture("gemma3", activations=_GELU, full_every=6, large=62),
 }
 """By the ``model_type`` of a config."""
@@ -108,6 +110,8 @@ def check_architecture(subject: Subject) -> None:
         "heads that are not as wide as the residual": not found.wide and dims.num_heads * dims.head_dim != dims.hidden,
         "these blocks with sliding windows": _windows(config) != _windows_of(found, dims.num_layers),
         f"queries scaled by {scalar} ** -0.5 instead of {heads} ** -0.5": scalar != heads,
+        "scores and logits without a cap": found.capped
+        and not (config.attn_logit_softcapping and config.final_logit_softcapping),
         "a head beside the embedding": not found.own_head
         and (not dims.tied or subject.plan.unties_head(tied=dims.tied)),
     }

@@ -2,6 +2,9 @@
 
 Everything is read from the tokenizer that transformers loads, so a model whose files hold a SentencePiece model alone
 is written as well. Splits are known by name in llama.cpp; one that has no name there is refused.
+
+A vocabulary of pieces is read there as SentencePiece reads it, which puts a space in front of a text that begins with
+spaces too. transformers' ``Metaspace(first)``, Llama's without ``legacy``, does not: such texts begin otherwise.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ def add_vocabulary(writer: Any, model: Model) -> None:  # noqa: ANN401 - the pac
         raise _refusal(model, "a tokenizer without merges, which it does not load")
     tokens, types = _tokens(model, described)
     if vocabulary.get("byte_fallback"):
+        _check_pieces(model, described, merges)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(tokens, merges))
@@ -126,6 +130,27 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
     return [-float(ranks.get(token, len(merges))) for token in tokens]
+
+
+def _check_pieces(model: Model, described: Mapping[str, Any], merges: list[tuple[str, ...]]) -> None:
+    """Refuse what SentencePiece does not do: steps in front of the merges, and merges that leave a token out."""
+    named = (described.get("normalizer") or {}, described.get("pre_tokenizer") or {})
+    parts = [one.get("normalizers", one.get("pretokenizers", [one] if one else [])) for one in named]
+    odd = [str(one["type"]) for one in (*parts[0], *parts[1]) if not _only_spaces(one)]
+    if odd:
+        raise _refusal(model, f"pieces behind steps of its own: {', '.join(odd)}")
+    vocabulary, added = described["model"]["vocab"], {one["content"] for one in described["added_tokens"]}
+    halves = ((text[:at], text[at:]) for text in vocabulary if text not in added for at in range(1, len(text)))
+    known = {*merges}
+    lost = next((two for two in halves if two not in known and all(half in vocabulary for half in two)), None)
+    if lost is not None:
+        raise _refusal(model, f"pieces `{lost[0]}` and `{lost[1]}` that it does not merge, though both are one token")
+
+
+def _only_spaces(one: Mapping[str, Any]) -> bool:
+    """Say whether a step of a tokenizer of pieces does no more than write spaces as SentencePiece does."""
+    whole = one["type"] == "Metaspace" and not one.get("split", True)
+    return whole or one["type"] == "Prepend" or one.get("pattern") == {"String": " "}
 
 
 def _add_special(writer: Any, tokenizer: Any) -> None:  # noqa: ANN401 - as above

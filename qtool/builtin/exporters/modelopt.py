@@ -33,6 +33,7 @@ from qtool.builtin.exporters.modelopt_config import (
     hf_quant_config,
     quantization_config,
 )
+from qtool.builtin.exporters.packed_source import PackedSource
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
@@ -64,7 +65,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 _UNREADABLE = (KeyError, ValueError, RuntimeError)
 
 
-class ModelOpt:
+class ModelOpt(PackedSource):
     """Writes ``weight``, ``weight_scale`` and, for NVFP4, ``weight_scale_2`` and ``input_scale``."""
 
     version = 1

@@ -170,6 +170,18 @@ class PackedArtifact(Artifact):
         return first
 
 
+class PackedSource:
+    """What ``PackedReader`` asks of the exporters whose layouts are read."""
+
+    def open(self, directory: Path, plugins: Plugins, *, cache: Path, identity: str = "") -> Subject:
+        """Open a packed checkpoint as what is to be packed."""
+        return open_packed(directory, plugins, cache=cache, identity=identity)
+
+    def check_scales(self, subject: Subject, to: str) -> int:
+        """Refuse global scales that another exporter would turn into other weights."""
+        return check_global_scales_of(subject, to)
+
+
 def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str = "") -> Subject:
     """Open a packed checkpoint as what is to be packed.
 

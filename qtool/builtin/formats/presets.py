@@ -1,7 +1,8 @@
 """Names of model schemes as the ecosystem spells them, except ``W4A4``, which is that of arXiv:2507.17417.
 
-Those named after a method are what its authors publish their figures with, clip ratios and the rule for scales
-included. A cache's scale per head of a token is for heads of 128 a group of 128.
+What compressed-tensors calls W4A4 is ``W4A4_SYM``. Those named after a method are what its authors publish their
+figures with, clip ratios and the rule for scales included. A cache's scale per head of a token is for heads of 128 a
+group of 128.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ PRESETS: tuple[Preset, ...] = (
         None,
         "the survey's: INT4 weights per output row, asymmetric INT4 inputs per token; -gN groups both",
         group_activations=True,
+    ),
+    Preset(
+        "W4A4_SYM",
+        "int4-sym-g128",
+        "int4-sym-token-sfp32-half",
+        None,
+        "INT4 weights in groups of 128, symmetric INT4 inputs per token: compressed-tensors' W4A4, which vLLM executes",
     ),
     Preset("NVFP4", "nvfp4", "nvfp4", None, "NVFP4 weights and inputs"),
     Preset("NVFP4A16", "nvfp4", None, None, "NVFP4 weights"),

@@ -1,7 +1,7 @@
 """Loads checkpoints with vLLM, one after the other, and prints what came of each: run by vLLM's own Python.
 
 The first argument is the prompt as JSON, the others are folders. A line begins with ``RESULT``: the folder, its
-log-probabilities (none where it was refused), and the message of a refusal.
+log-probabilities (none where it was refused), the names of the kernels of its linears, and the message of a refusal.
 """
 
 from __future__ import annotations
@@ -10,26 +10,35 @@ import gc
 import json
 import sys
 
+import torch
 from vllm import LLM, SamplingParams
 
 
-def executed(folder: str, prompt: list[int]) -> list[float]:
-    """Return the log-probability of each token of the prompt after its first."""
+def kernels(model: torch.nn.Module) -> list[str]:
+    """Return the classes of the kernels that linears hold, or the schemes of linears."""
+    holders = [getattr(module, name, None) for module in model.modules() for name in ("quant_method", "scheme")]
+    held = {type(value).__name__ for holder in holders if holder is not None for value in vars(holder).values()}
+    return sorted(name for name in held if name.endswith("Kernel"))
+
+
+def executed(folder: str, prompt: list[int]) -> tuple[list[float], list[str]]:
+    """Return the log-probability of each token of the prompt after its first, and the kernels."""
     llm = LLM(folder, enforce_eager=True, dtype="bfloat16", max_model_len=64, skip_tokenizer_init=True)
     wanted = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     (made,) = llm.generate([{"prompt_token_ids": prompt}], wanted)
-    return [found[token].logprob for found, token in zip(made.prompt_logprobs[1:], prompt[1:], strict=True)]
+    values = [found[token].logprob for found, token in zip(made.prompt_logprobs[1:], prompt[1:], strict=True)]
+    return values, llm.apply_model(kernels)[0]
 
 
 def main(prompt: list[int], folders: list[str]) -> None:
     for folder in folders:
-        values, message = [], ""
+        values, names, message = [], [], ""
         try:
-            values = executed(folder, prompt)
+            values, names = executed(folder, prompt)
         except Exception as error:  # what refuses is a result too
             message = f"{type(error).__name__}: {error}"
         gc.collect()
-        print("RESULT", json.dumps([folder, values, message]), flush=True)  # noqa: T201
+        print("RESULT", json.dumps([folder, values, names, message]), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file
