@@ -8,7 +8,7 @@ another.
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
     <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale format>][-<range rule>]
-        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>]
+        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>]
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ class TensorScheme:
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
             stay in 16 bits, and the others are quantized as if those were 0; None quantizes all.
         real: Zero points of integers are real numbers in the format of scales, and 0 need not have a code.
+        scale_bits: Scales of integer weights are codes of so many bits, ``low + step * code``, and so are zero points,
+            which are then real numbers; ``low`` and ``step`` are in the format ``scale``. None for one level of scales.
+        scale_rows: Neighbouring rows that share ``low`` and ``step``.
     """
 
     format: str
@@ -75,6 +78,8 @@ class TensorScheme:
     clip: float = 1.0
     outlier_threshold: float | None = None
     real: bool = False
+    scale_bits: int | None = None
+    scale_rows: int | None = None
 
     def __str__(self) -> str:
         where = () if self.strategy in ("group", "block") else (self.strategy,)
@@ -89,6 +94,8 @@ class TensorScheme:
             parts.append(f"c{self.clip!r}")
         if self.outlier_threshold is not None:
             parts.append(f"o{self.outlier_threshold!r}".removesuffix(".0"))
+        if self.scale_bits is not None:
+            parts.append(f"scales{self.scale_bits}g{self.scale_rows}")
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:
@@ -213,21 +220,17 @@ def _read(data: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - a scheme, tw
 
 @dataclass(frozen=True)
 class SecondLevel:
-    """Scales or zero points of neighbouring rows as codes: ``low + step * code``.
+    """Scales or zero points as codes: ``low + step * code``. Each tensor has one entry a group, as scales have.
 
     Attributes:
-        codes: One a value, in ``[0, 2**bits)``.
-        low: The least value of each block of rows, as stored, in float32.
+        codes: In ``[0, 2**bits)``, for the ``scale_bits`` of the scheme.
+        low: The least value of its block of rows, as stored, in float32; equal in all rows of a block.
         step: The value of one code, likewise.
-        bits: Bits of a code.
-        block: Rows that share ``low`` and ``step``; the last block may have fewer.
     """
 
-    codes: UInt8[Tensor, "rows groups"]
-    low: Float[Tensor, "blocks groups"]
-    step: Float[Tensor, "blocks groups"]
-    bits: int
-    block: int
+    codes: UInt8[Tensor, "*rows"]
+    low: Float[Tensor, "*rows"]
+    step: Float[Tensor, "*rows"]
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,7 @@ _GROUP = re.compile(r"g(\d+)")
 _BLOCK = re.compile(r"b(\d+)")
 _CLIP = re.compile(r"c(\d*\.?\d+)")
 _OUTLIERS = re.compile(r"o(\d*\.?\d+)")
+_SCALES = re.compile(r"scales(\d+)g(\d+)")
 
 
 def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: Strategy = "channel") -> TensorScheme:
@@ -368,6 +372,8 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, clip=float(kept[1]))
     if outliers := _OUTLIERS.fullmatch(part):
         return replace(scheme, outlier_threshold=float(outliers[1]))
+    if codes := _SCALES.fullmatch(part):
+        return replace(scheme, scale_bits=int(codes[1]), scale_rows=int(codes[2]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
         facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale>]"),),

@@ -15,7 +15,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
 from qtool.scheme import TensorScheme
-from qtool.scheme_parts import RuledPart
+from qtool.scheme_parts import RuledPart, one_level
 
 
 def quantized_weights(subject: Subject) -> TensorScheme:
@@ -39,11 +39,12 @@ def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False)
         online: Whether it may hold operators in the forward pass; then they are not refused here.
 
     Raises:
-        SchemeError: Zero points that are real numbers.
+        SchemeError: Zero points that are real numbers, or scales that are codes.
         UsageError: One tensor of all experts, channels set apart, operators in the forward pass, something added to the
             outputs of blocks, low-rank corrections, outliers, or scales of two levels; names the first.
     """
     _refuse_real(subject, layout)
+    _refuse_scale_codes(subject, layout)
     _refuse_stacked(subject, layout)
     _refuse_segments(subject, layout)
     if not online:
@@ -92,6 +93,16 @@ def _refuse_real(subject: Subject, layout: str) -> None:
                 facts=((name, part),),
                 hint=f"nearest that fits: --{name} {replace(part, real=False)}",
             )
+
+
+def _refuse_scale_codes(subject: Subject, layout: str) -> None:
+    coded = next((part for part in subject.scheme.every("weights") if part.scale_bits is not None), None)
+    if coded is not None:
+        raise SchemeError(
+            f"{layout} has no scales that are codes themselves",
+            facts=(("weights", coded),),
+            hint=f"nearest that fits: --weights {one_level(coded)}, or qtool pack SOURCE --to hf, which decodes them",
+        )
 
 
 def _refuse_stacked(subject: Subject, layout: str) -> None:
