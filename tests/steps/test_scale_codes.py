@@ -220,12 +220,15 @@ def test_a_model_is_made_counted_foreseen_and_run(desk: Desk, weights: str) -> N
     written = load_file(Path(packed.path) / "model.safetensors")[f"{LAST}.weight"]
     assert torch.equal(written, decoded.to(written.dtype))
     nearest = str(scheme.weights).partition("-scales")[0]
-    for layout in ("compressed-tensors", "gptq", "awq", "modelopt", "gguf"):
+    for layout in ("compressed-tensors", "gptq", "awq"):
+        with pytest.raises(SchemeError, match="has no scales that are codes themselves") as refused:
+            pack(PackRequest(str(artifact.path), layout), workspace)
+        assert refused.value.hint.startswith(f"nearest that fits: --weights {nearest}, or qtool pack SOURCE --to hf")
+    for layout, hint in (("modelopt", "--scheme NVFP4"), ("gguf", "--weights int4")):
         with pytest.raises(SchemeError) as refused:
             pack(PackRequest(str(artifact.path), layout), workspace)
-        assert "are codes" in str(refused.value), layout
-        assert nearest in refused.value.hint
-        assert "--to hf" in str(refused.value)
+        assert refused.value.hint.startswith(f"nearest that fits: {hint}")
+        assert "scales4" not in refused.value.hint
 
 
 def test_what_is_foreseen_before_any_work_is_what_is_stored(desk: Desk) -> None:

@@ -44,7 +44,7 @@ def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False)
             outputs of blocks, low-rank corrections, outliers, or scales of two levels; names the first.
     """
     _refuse_real(subject, layout)
-    _refuse_scale_codes(subject, layout)
+    refuse_scale_codes(subject, layout)
     _refuse_stacked(subject, layout)
     _refuse_segments(subject, layout)
     if not online:
@@ -95,7 +95,12 @@ def _refuse_real(subject: Subject, layout: str) -> None:
             )
 
 
-def _refuse_scale_codes(subject: Subject, layout: str) -> None:
+def refuse_scale_codes(subject: Subject, layout: str) -> None:
+    """Refuse scales that are codes, before a scheme near this one is named that has them too.
+
+    Raises:
+        SchemeError: Names the scheme with one level of scales.
+    """
     coded = next((part for part in subject.scheme.every("weights") if part.scale_bits is not None), None)
     if coded is not None:
         raise SchemeError(
