@@ -311,8 +311,8 @@ class Format(Protocol):
         """Return ``decode(encode(groups))`` in the dtype of ``groups``, without forming the codes."""
 
 
-_GROUP = re.compile(r"g(\d+)")
-_BLOCK = re.compile(r"b(\d+)")
+_SIZE = re.compile(r"([gb])([1-9]\d*)")
+_SIZED: Mapping[str, Strategy] = {"g": "group", "b": "block"}
 _CLIP = re.compile(r"c(\d*\.?\d+)")
 _OUTLIERS = re.compile(r"o(\d*\.?\d+)")
 _SCALES = re.compile(r"scales(\d+)g(\d+)")
@@ -358,10 +358,8 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, strategy="token-head")
     if part == "real":
         return replace(scheme, real=True)
-    if (group := _GROUP.fullmatch(part)) and int(group[1]) > 0:
-        return replace(scheme, strategy="group", group_size=int(group[1]))
-    if (block := _BLOCK.fullmatch(part)) and int(block[1]) > 0:
-        return replace(scheme, strategy="block", group_size=int(block[1]))
+    if size := _SIZE.fullmatch(part):
+        return replace(scheme, strategy=_SIZED[size[1]], group_size=int(size[2]))
     if part.startswith("s") and part[1:] in get_args(ScaleFormat):
         return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
     if part in get_args(RangeRule):

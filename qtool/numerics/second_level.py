@@ -79,9 +79,7 @@ def store_second_level(
     """
 
     def fitted(values: Tensor, *, positive: bool) -> SecondLevel:
-        return fit_second_level(
-            values, num_bits=num_bits, block=block, scale_format=scale_format, positive=positive
-        )
+        return fit_second_level(values, num_bits=num_bits, block=block, scale_format=scale_format, positive=positive)
 
     scales = fitted(parameters.scale.masked_fill(silent, 0.0), positive=True)
     zeros = None if parameters.zero_point is None else fitted(parameters.zero_point, positive=False)

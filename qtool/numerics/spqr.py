@@ -32,7 +32,7 @@ class RangeColumns:
         columns: How many.
         group_size: Neighbours that share parameters.
         num_bits: Bits of a code.
-        fit: ``fit(values [out, groups, group_size])`` returns parameters ``[out, groups]`` as they are going to be stored.
+        fit: ``fit(values [out, groups, group_size])`` returns parameters ``[out, groups]``, as they are to be stored.
     """
 
     columns: int

@@ -135,7 +135,9 @@ def test_symmetric_ones_have_no_zero_points(plugins: Plugins) -> None:
     assert own.scale.squeeze(1).tolist() == pytest.approx([8 / 7, 8 / 7, least], rel=1e-6)
 
 
-@pytest.mark.parametrize("text", ["int3-asym-g16-scales3g16", "int2-g32-full-scales5g3-sfp16", "int4-asym-channel-scales1g7"])
+@pytest.mark.parametrize(
+    "text", ["int3-asym-g16-scales3g16", "int2-g32-full-scales5g3-sfp16", "int4-asym-channel-scales1g7"]
+)
 @pytest.mark.parametrize("method", ["rtn", "rtn clipped", "gptq", "gptq fresh", "ldlq"])
 def test_methods_store_what_they_decode(text: str, method: str, plugins: Plugins) -> None:
     of = problem_of(text, plugins)
@@ -158,7 +160,10 @@ def test_methods_store_what_they_decode(text: str, method: str, plugins: Plugins
     per_level = groups * (-(-37 * (scheme.scale_bits or 0) // 8) + 2 * size * blocks)
     assert by_part["scales"] == per_level
     assert by_part.get("zeros", 0) == (0 if scheme.symmetric else per_level)
-    assert found.report["loss"] < 2.5 * RTN().quantize(problem_of(text.partition("-scales")[0], plugins), ClipOptions()).report["loss"]
+    assert (
+        found.report["loss"]
+        < 2.5 * RTN().quantize(problem_of(text.partition("-scales")[0], plugins), ClipOptions()).report["loss"]
+    )
 
 
 def test_more_bits_of_scales_come_to_real_ones(plugins: Plugins) -> None:
@@ -212,7 +217,9 @@ def test_a_model_is_made_counted_foreseen_and_run(desk: Desk, weights: str) -> N
     assert row["scales"] == pytest.approx(8 * found.linears["scales"] / found.weights, abs=1e-12)
     text = workspace.home / "own.txt"
     text.write_bytes(bytes(range(97, 123)) * 20)
-    metrics, _ = evaluate(EvalRequest(str(artifact.path), perplexity=(str(text),), seq_len=16, max_windows=1), workspace)
+    metrics, _ = evaluate(
+        EvalRequest(str(artifact.path), perplexity=(str(text),), seq_len=16, max_windows=1), workspace
+    )
     assert metrics.manifest.details["bits"] == found.bits
     packed, _ = pack(PackRequest(str(artifact.path), "hf"), workspace)
     last = opened.subject.model.graph.linear(LAST)

@@ -2,15 +2,18 @@
 
 All of it is what the artifact holds in other names: ``weight_scale_2`` and ``input_scale`` are the multipliers whose
 reciprocals compressed-tensors stores. FP8 has a scale an output row, or one a tensor. Its inputs are dynamic, since
-qtool calibrates no input scale of FP8, for which vLLM and SGLang ask where the weights have one scale a tensor.
+qtool calibrates no input scale of FP8, for which vLLM and SGLang ask where the weights have one scale a tensor. Linears
+of several algorithms are ``MIXED_PRECISION``, of which ``quantized_layers`` says what each linear has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,11 +28,11 @@ from qtool.builtin.exporters.mixed import (
     groups_of,
     mixed_consumers,
     refuse_mixed_experts,
-    refuse_several,
 )
 from qtool.builtin.exporters.modelopt_config import (
     HF_QUANT_CONFIG,
     Algorithm,
+    algorithm_of,
     hf_quant_config,
     quantization_config,
 )
@@ -43,10 +46,10 @@ from qtool.builtin.exporters.read_back import (
 from qtool.builtin.exporters.refusals import (
     check_global_scales,
     input_multiplier,
-    quantized_weights,
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.shards import write_json
+from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
@@ -75,13 +78,12 @@ class ModelOpt:
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
-        refuse_several(subject, "modelopt")
+        algorithms = _algorithms(subject)
         refuse_mixed_experts(subject, "modelopt")
-        algorithm = choose_algorithm(groups_of(subject)[0][0])
         refuse_all_but_codes(subject, "modelopt")
-        if algorithm not in _FP8:
-            check_global_scales(subject)
-        elif subject.model.graph.dims.experts > 0:
+        _dtype(subject)
+        check_global_scales(subject)
+        if any(linear.expert is not None for algorithm in _FP8 for linear in algorithms.get(algorithm, ())):
             raise UsageError(
                 "no consumer reads experts in FP8 with such scales and dynamic inputs from modelopt",
                 hint="qtool pack SOURCE --to compressed-tensors",
@@ -89,22 +91,27 @@ class ModelOpt:
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
-        algorithm, model = choose_algorithm(groups_of(subject)[0][0]), subject.model
-        dtype = checkpoint_dtype(quantized_weights(subject), model.dtype)
+        model, dtype = subject.model, _dtype(subject)
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {} if linear.spec.kept or linear.name in subject.kept else _stored(subject, linear)
 
         ignored = sorted(not_quantized(model, subject.kept))
-        config = quantization_config(algorithm, ignored)
+        algorithms = _algorithms(subject)
+        layers = {algorithm: _stored_names(subject, linears) for algorithm, linears in algorithms.items()}
+        config = quantization_config(layers, ignored)
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
-        write_json(directory / HF_QUANT_CONFIG, hf_quant_config(algorithm, ignored))
-        details: dict[str, object] = {"layout": f"modelopt {algorithm}", "dtype": str(dtype).removeprefix("torch.")}
+        write_json(directory / HF_QUANT_CONFIG, hf_quant_config(layers, ignored))
+        said = f"modelopt {config['quant_algo']}"
+        details: dict[str, object] = {"layout": said, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(model)}
-        facts = artifact_facts(groups_of(subject)[0][0], dtype=dtype)
-        facts |= {"apart": bool(fused_apart(subject)), "inputs": "dynamic"}
-        (case,) = cases_of(config, experts=model.graph.dims.experts > 0, **facts)
-        return Exported(mixed_consumers([(subject.linears, case)]), details)
+        each, about = [], {"apart": bool(fused_apart(subject)), "inputs": "dynamic"}
+        cases = {case.layout: case for case in cases_of(config, **about)}
+        for algorithm, linears in algorithms.items():
+            facts = artifact_facts(subject.scheme.of(linears[0].name), dtype=dtype)
+            facts["experts"] = any(linear.expert is not None for linear in linears)
+            each.append((linears, replace(cases[algorithm], **facts)))
+        return Exported(mixed_consumers(each), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear by ModelOpt's formula, as the written config says, and compare it with ours.
@@ -114,14 +121,19 @@ class ModelOpt:
         """
         model = subject.model
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-        algorithm, plain = config.quantization_config["quant_algo"], deepcopy(config)
+        said, plain = _said(directory, config.quantization_config), deepcopy(config)
         del plain.quantization_config
         module = with_linear_experts(empty_model(plain, model), model)
         reader = CheckpointReader(directory, model)
-        reader.compare(with_stored_shapes(module, subject.linears, lambda child, _: _shapes(child, algorithm)))
+
+        def algorithm_at(linear: LinearSite) -> str:
+            return algorithm_of(said, *_stored_names(subject, [linear]))
+
+        shaped = with_stored_shapes(module, subject.linears, lambda child, own: _shapes(child, algorithm_at(own)))
+        reader.compare(shaped)
         for linear in subject.linears:
             ours = subject.linear(linear).weight(subject.weight_grid(linear))
-            tensors = reader.module(linear.name)
+            tensors, algorithm = reader.module(linear.name), algorithm_at(linear)
             try:
                 read = _decode(tensors, algorithm)
             except _UNREADABLE as error:
@@ -168,9 +180,53 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
     return algorithm
 
 
+def _algorithms(subject: Subject) -> dict[Algorithm, list[LinearSite]]:
+    """Return the linears of each algorithm, that of most linears first.
+
+    Raises:
+        SchemeError: A scheme has no algorithm.
+    """
+    found: dict[Algorithm, list[LinearSite]] = {}
+    for scheme, linears in groups_of(subject):
+        found.setdefault(choose_algorithm(scheme), []).extend(linears)
+    return found
+
+
+def _dtype(subject: Subject) -> torch.dtype:
+    """Return what the checkpoint's other tensors are stored in: bfloat16 where any linear is in FP4.
+
+    Raises:
+        SchemeError: float16 scales on a bfloat16 model.
+    """
+    weights = [scheme.weights for scheme, _ in groups_of(subject) if scheme.weights is not None]
+    asked = [checkpoint_dtype(one, subject.model.dtype) for one in weights]
+    return torch.bfloat16 if torch.bfloat16 in asked else asked[0]
+
+
+def _stored_names(subject: Subject, linears: Sequence[LinearSite]) -> list[str]:
+    """Return what files call some linears."""
+    named = (stored_tensor_name(subject.model, f"{linear.name}.weight") for linear in linears)
+    return [name.removesuffix(".weight") for name in named]
+
+
+def _said(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the config says of linears, if the one beside it says the same.
+
+    Raises:
+        ArtifactError: They differ.
+    """
+    beside = json.loads((directory / HF_QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
+    for key in ("quant_algo", "quantized_layers"):
+        if beside.get(key) != config.get(key):
+            raise ArtifactError(f"config.json and {HF_QUANT_CONFIG} say another `{key}`", hint="pack again")
+    return config
+
+
 def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     """Return what is stored of a linear, named below it."""
-    found, scheme = subject.linear(linear), quantized_weights(subject)
+    found, scheme = subject.linear(linear), subject.scheme.of(linear.name).weights
+    if scheme is None:
+        raise TypeError(scheme)
     (parameters,) = found.parameters
     if parameters.global_scale is None:
         rows = scheme.strategy == "channel"
@@ -186,7 +242,7 @@ def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     return tensors if multiplier is None else tensors | {"input_scale": multiplier.float().reshape(())}
 
 
-def _shapes(linear: nn.Linear, algorithm: Algorithm) -> dict[str, tuple[int, ...]]:
+def _shapes(linear: nn.Linear, algorithm: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a linear's tensors, without its bias."""
     n_out, n_in = linear.out_features, linear.in_features
     if algorithm in _FP8:
@@ -195,7 +251,7 @@ def _shapes(linear: nn.Linear, algorithm: Algorithm) -> dict[str, tuple[int, ...
     return shapes | ({"input_scale": ()} if algorithm == "NVFP4" else {})
 
 
-def _decode(tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Float[Tensor, "out in"]:
+def _decode(tensors: Mapping[str, Tensor], algorithm: str) -> Float[Tensor, "out in"]:
     """Return the float32 weight that stored tensors stand for."""
     raw, scale = tensors["weight"], tensors["weight_scale"].float()
     if algorithm in _FP8:

@@ -8,6 +8,7 @@ with.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qtool.builtin.exporters.ct_tensors import global_divisor
-from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG
+from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG, algorithm_of
 from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.errors import ArtifactError, NumericalError, SchemeError
@@ -26,6 +27,7 @@ from qtool.model.files import CONFIG
 from qtool.numerics.packing import packed_size, unpack_codes
 from qtool.numerics.scales import decode_scale
 from qtool.scheme import Format, GroupParameters, ModelScheme, ScaleFormat, TensorScheme
+from qtool.scheme_parts import Rule
 
 LEAVES = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape")
 INPUT_LEAVES = ("input_scale", "input_global_scale", "input_zero_point")
@@ -58,12 +60,14 @@ def packed_method(directory: Path) -> str | None:
     return method if method in METHODS else None
 
 
-def read_scheme(directory: Path, scale: torch.dtype, lookup: Callable[[str], Format]) -> ModelScheme:
-    """Return the scheme that a packed checkpoint says of all its linears.
+def read_scheme(
+    directory: Path, scales: Mapping[str, tuple[str, torch.dtype]], lookup: Callable[[str], Format]
+) -> ModelScheme:
+    """Return the scheme that a packed checkpoint says of its linears; exceptions are of ModelOpt's.
 
     Args:
         directory: The checkpoint.
-        scale: What its first scale is stored in, which no config says.
+        scales: What files call each linear, and what its scales are stored in, which no config says.
         lookup: Finds a format by name.
 
     Raises:
@@ -71,7 +75,7 @@ def read_scheme(directory: Path, scale: torch.dtype, lookup: Callable[[str], For
     """
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
     if packed_method(directory) == "modelopt":
-        return _modelopt_scheme(directory, config, scale, lookup)
+        return _modelopt_scheme(directory, config, scales, lookup)
     groups = list(config.get("config_groups", {}).values())
     if len(groups) != 1 or groups[0].get("targets") != ["Linear"] or not groups[0].get("weights"):
         raise _unread("several groups, or one that is not of all linears", config.get("config_groups"))
@@ -83,7 +87,7 @@ def read_scheme(directory: Path, scale: torch.dtype, lookup: Callable[[str], For
     if groups[0].get("output_activations"):
         raise _unread("quantized outputs", groups[0]["output_activations"])
     weights, inputs = groups[0]["weights"], groups[0].get("input_activations")
-    held = _tensor_scheme(weights, lookup, _FLOATS.get(scale))
+    held = _tensor_scheme(weights, lookup, _FLOATS.get(next(iter(scales.values()))[1]))
     return ModelScheme(held, None if not inputs else _input_scheme(inputs, lookup))
 
 
@@ -183,19 +187,38 @@ def is_reciprocal(multiplier: Float[Tensor, ""]) -> bool:
 
 
 def _modelopt_scheme(
-    directory: Path, config: Mapping[str, Any], scale: torch.dtype, lookup: Callable[[str], Format]
+    directory: Path,
+    config: Mapping[str, Any],
+    scales: Mapping[str, tuple[str, torch.dtype]],
+    lookup: Callable[[str], Format],
 ) -> ModelScheme:
-    """Return the scheme that ModelOpt's algorithm is."""
+    """Return the scheme that ModelOpt's algorithm is; of several that of most linears, and the others by name."""
     said: Mapping[str, Any] = config
     if (directory / HF_QUANT_CONFIG).is_file():
         said = json.loads((directory / HF_QUANT_CONFIG).read_text(encoding="utf-8")).get("quantization", {})
-    algorithm = said.get("quant_algo")
-    if algorithm not in _MODELOPT:
-        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT))
     if said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"):
         raise _unread("a quantized KV cache", said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"))
-    parts = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
-    weights, activations = parts
+    try:
+        algorithms = {name: algorithm_of(said, stored) for name, (stored, _) in scales.items()}
+    except (KeyError, TypeError) as error:
+        raise _unread("linears whose algorithm it does not say", error) from error
+    found = {name: _modelopt_linear(algorithms[name], dtype, lookup) for name, (_, dtype) in scales.items()}
+    ((main, _), *_) = Counter(found.values()).most_common(1)
+    others = {name: own for name, own in found.items() if own != main}
+    rules = [Rule("weights", name, own.weights) for name, own in others.items() if own.weights != main.weights]
+    rules += [
+        Rule("activations", name, own.activations)
+        for name, own in others.items()
+        if own.activations != main.activations
+    ]
+    return replace(main, rules=tuple(rules))
+
+
+def _modelopt_linear(algorithm: str, scale: torch.dtype, lookup: Callable[[str], Format]) -> ModelScheme:
+    """Return the scheme of linears of one algorithm."""
+    if algorithm not in _MODELOPT:
+        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT))
+    weights, activations = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
     if weights is not None and weights.format == "fp8":
         weights = replace(weights, scale=_FLOATS[scale])
     return ModelScheme(weights, activations)

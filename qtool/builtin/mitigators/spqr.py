@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from qtool.builtin.formats.integer import Integer

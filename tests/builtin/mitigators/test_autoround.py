@@ -24,7 +24,16 @@ from qtool.numerics.levels import levels
 from qtool.numerics.losses import relative_loss
 from qtool.scheme import parse_tensor_scheme
 from qtool.steps.subjects import open_subject
-from tests.builtin.mitigators.block_cases import FORMATS, HandBlock, Tinies, by_hand, decoded, measured_loss, tiny_models, watch
+from tests.builtin.mitigators.block_cases import (
+    FORMATS,
+    HandBlock,
+    Tinies,
+    by_hand,
+    decoded,
+    measured_loss,
+    tiny_models,
+    watch,
+)
 from tests.oracles.learned_rounding import as_stored, asymmetric_oracle, symmetric_oracle
 
 FEW = AutoRoundConfig(steps=12, batch=3, rate=0.06, range_rate=0.004)
