@@ -24,6 +24,7 @@ from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
 from qtool.builtin.exporters.hf import HuggingFace
 from qtool.builtin.exporters.mixed import fused_apart
 from qtool.builtin.exporters.modelopt import ModelOpt
+from qtool.builtin.exporters.packed_source import open_packed
 from qtool.consumers.checkpoint import read_checkpoint
 from qtool.consumers.table import answer
 from qtool.engine.execute import BlockExecutable
@@ -31,6 +32,7 @@ from qtool.engine.exporter import Exporter
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.plugins import Plugins
+from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
@@ -75,9 +77,17 @@ def make(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Make:
         return folder
 
     @lru_cache
+    def statistics(name: str) -> Path:
+        text = tmp_path_factory.mktemp("text") / "text.txt"
+        text.write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+        request = CalibrateRequest(str(model(name)), data=str(text), num_samples=2, seq_len=16, gather=("absmax",))
+        return calibrate(request, workspace)[0].path
+
+    @lru_cache
     def made(weights: str, activations: str = "", *, name: str = "llama") -> Subject:
         scheme = read_scheme("", {"weights": weights, "activations": activations}, plugins)
-        artifact, _ = mitigate(MitigateRequest(str(model(name)), "rtn", scheme, dtype="float32"), workspace)
+        source = str(statistics(name) if "nvfp4" in activations or "static" in activations else model(name))
+        artifact, _ = mitigate(MitigateRequest(source, "rtn", scheme, dtype="float32"), workspace)
         return open_subject(str(artifact.path), workspace).subject
 
     return made
@@ -294,7 +304,11 @@ class TestOneSchemeOnly:
 
 
 MIXTURES = {
-    "W4A4 and W8A8": ("nvfp4,down_proj=fp8-channel-sbf16", "nvfp4,down_proj=fp8-token", {"down_proj": "FP8_PER_CHANNEL_PER_TOKEN"}),
+    "W4A4 and W8A8": (
+        "nvfp4,down_proj=fp8-channel-sbf16",
+        "nvfp4,down_proj=fp8-token",
+        {"down_proj": "FP8_PER_CHANNEL_PER_TOKEN"},
+    ),
     "W4A4 and W4A16": ("nvfp4", "nvfp4,o_proj=none", {"o_proj": "W4A16_NVFP4"}),
     "three, and 16 bits": (
         "nvfp4,down_proj=fp8-channel,layers.0.self_attn=none",
@@ -355,11 +369,14 @@ class TestModelOpt:
         assert answer(cases, "sglang", "sm100").verdict in ("unknown", "refuses")
 
     def test_linears_that_engines_fuse_have_one_algorithm(self, make: Make, tmp_path: Path) -> None:
-        subject = make("nvfp4,q_proj=fp8-channel", "none,self_attn.[qkv]_proj=fp8-token")
-        with pytest.raises(SchemeError, match="FP8|NVFP4"):
+        subject = make("nvfp4,q_proj=fp8-channel", "nvfp4")
+        with pytest.raises(SchemeError, match="go with FP8 inputs"):
             ModelOpt().check(subject)
-        subject = make("nvfp4,layers.0.self_attn.v_proj=none", "nvfp4")
-        written(ModelOpt(), subject, tmp_path / "out")
+        subject = make("nvfp4,layers.0.self_attn.v_proj=none,down_proj=fp8-channel", "nvfp4,down_proj=fp8-token")
+        exported = written(ModelOpt(), subject, tmp_path / "out")
+        assert exported.consumers["vllm"].startswith("refused: q, k and v")
+        cases = read_checkpoint(tmp_path / "out", lambda _: 0)
+        assert answer(cases, "vllm", "sm90").verdict == "refuses"
 
     def test_a_damaged_map_is_found(self, make: Make, tmp_path: Path) -> None:
         weights, activations, _ = MIXTURES["W4A4 and W8A8"]
@@ -371,6 +388,41 @@ class TestModelOpt:
         path.write_text(json.dumps(said))
         with pytest.raises(ArtifactError, match="say another `quantized_layers`"):
             ModelOpt().verify(subject, tmp_path / "out")
+
+    @pytest.mark.parametrize("name", ["llama", "mixtral"])
+    def test_it_is_read_as_what_it_was_made_of(self, make: Make, tmp_path: Path, cache: Path, name: str) -> None:
+        kind = "down_proj" if name == "llama" else "v_proj"
+        weights = f"nvfp4,self_attn=fp8-channel-sbf16,{kind}=fp8-channel-sbf16"
+        subject = make(weights, f"nvfp4,self_attn=fp8-token,{kind}=fp8-token", name=name)
+        written(ModelOpt(), subject, tmp_path / "modelopt")
+        packed = open_packed(tmp_path / "modelopt", subject.plugins, cache=cache)
+        for linear in subject.linears:
+            mine, theirs = subject.scheme.of(linear.name), packed.scheme.of(linear.name)
+            assert str(theirs.activations) == str(mine.activations)
+            assert str(theirs.weights) == str(mine.weights).replace("bf16", "fp32")
+            one, other = subject.linear(linear), packed.linear(linear)
+            assert torch.equal(one.codes, other.codes)
+            assert torch.equal(one.parameters[0].scale, other.parameters[0].scale)
+        for exporter in (HuggingFace(), CompressedTensors()):
+            for place, of in (("direct", subject), ("through", packed)):
+                written(exporter, of, tmp_path / f"{place} {type(exporter).__name__}")
+            first, second = (
+                load_file(tmp_path / f"{place} {type(exporter).__name__}" / "model.safetensors")
+                for place in ("direct", "through")
+            )
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[leaf].float(), second[leaf].float()) for leaf in first)
+
+    def test_what_no_map_names_is_not_read(self, make: Make, tmp_path: Path, cache: Path) -> None:
+        weights, activations, _ = MIXTURES["W4A4 and W8A8"]
+        subject = make(weights, activations)
+        written(ModelOpt(), subject, tmp_path / "out")
+        path = tmp_path / "out" / "hf_quant_config.json"
+        said = json.loads(path.read_text())
+        said["quantization"]["quantized_layers"].pop("model.layers.1.mlp.down_proj")
+        path.write_text(json.dumps(said))
+        with pytest.raises(SchemeError, match="linears whose algorithm it does not say"):
+            open_packed(tmp_path / "out", subject.plugins, cache=cache)
 
     def test_experts_in_fp8_are_refused_beside_others_too(self, make: Make, tmp_path: Path) -> None:
         subject = make("nvfp4,experts=fp8-channel", "nvfp4,experts=fp8-token", name="mixtral")

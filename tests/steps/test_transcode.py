@@ -141,36 +141,6 @@ def test_modelopt_and_back_is_the_same_checkpoint(quantize: Quantize, workspace:
     same(third, first)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_several_algorithms_of_modelopt_become_groups(
-    quantize: Quantize, workspace: Workspace, tmp_path: Path, own: bool
-) -> None:
-    scheme = (
-        "nvfp4,down_proj=fp8-channel-sbf16,o_proj=fp8-channel-sbf16",
-        "nvfp4,down_proj=fp8-token,o_proj=fp8-token",
-    )
-    quantized = with_invertible_scales(quantize(*scheme), workspace, tmp_path)
-    direct = pack(PackRequest(quantized, "compressed-tensors", tmp_path / "direct"), workspace)[0]
-    packed = pack(PackRequest(quantized, "modelopt"), workspace)[0].path
-    packed = packed if own else foreign(packed, tmp_path / "foreign")
-    subject = open_packed(packed, workspace.plugins, cache=workspace.cache)
-    ours = open_subject(quantized, workspace).subject
-    for linear in ours.model.graph.linears:
-        mine, theirs = ours.scheme.of(linear.name), subject.scheme.of(linear.name)
-        assert str(theirs.activations) == str(mine.activations)
-        assert str(theirs.weights).replace("fp32", "bf16") == str(mine.weights), "ModelOpt's scales are float32"
-        one, other = ours.linear(linear), subject.linear(linear)
-        assert torch.equal(one.codes, other.codes)
-        assert torch.equal(one.parameters[0].scale, other.parameters[0].scale)
-    through = pack(PackRequest(str(packed), "hf", tmp_path / "through"), workspace)[0]
-    dense = pack(PackRequest(quantized, "hf", tmp_path / "dense"), workspace)[0]
-    same(through.path, dense.path)
-    again = pack(PackRequest(str(packed), "compressed-tensors", tmp_path / "again"), workspace)[0].path
-    mine, theirs = (load_file(one / "model.safetensors") for one in (direct.path, again))
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name].float(), theirs[name].float()) for name in mine)
-
-
 def test_what_is_read_is_the_artifact(quantize: Quantize, workspace: Workspace) -> None:
     for weights in ("int3-asym-channel", "int5-sym-g16", "int8-asym-g32", "mxfp4", "fp8-tensor-sfp32"):
         quantized = quantize(weights)
