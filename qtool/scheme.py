@@ -7,8 +7,8 @@ another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale format>][-<range rule>]
-        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-static][-s<scale format>]
+        [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>]
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class TensorScheme:
         scale_bits: Scales of integer weights are codes of so many bits, ``low + step * code``, and so are zero points,
             which are then real numbers; ``low`` and ``step`` are in the format ``scale``. None for one level of scales.
         scale_rows: Neighbouring rows that share ``low`` and ``step``.
+        static: Of activations only: the one scale of a tensor is calibrated, and not taken as the model runs.
     """
 
     format: str
@@ -80,12 +81,13 @@ class TensorScheme:
     real: bool = False
     scale_bits: int | None = None
     scale_rows: int | None = None
+    static: bool = False
 
     def __str__(self) -> str:
         where = () if self.strategy in ("group", "block") else (self.strategy,)
         size = f"{'b' if self.strategy == 'block' else 'g'}{self.group_size}"
         parts = [self.format, "sym" if self.symmetric else "asym", *where, *((size,) if self.group_size else ())]
-        parts += ["real", f"s{self.scale}"] if self.real else [f"s{self.scale}"]
+        parts += [*(word for word in ("real", "static") if getattr(self, word)), f"s{self.scale}"]
         if self.range_rule != "tight":
             parts.append(self.range_rule)
         if self.scale == "e8m0" and self.exponent_rule != "even":
@@ -356,8 +358,8 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
     if part == "head" and scheme.strategy == "token":
         return replace(scheme, strategy="token-head")
-    if part == "real":
-        return replace(scheme, real=True)
+    if part in ("real", "static"):
+        return replace(scheme, **{part: True})  # type: ignore[arg-type]
     if size := _SIZE.fullmatch(part):
         return replace(scheme, strategy=_SIZED[size[1]], group_size=int(size[2]))
     if part.startswith("s") and part[1:] in get_args(ScaleFormat):

@@ -95,6 +95,8 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
     reason, nearest = f"`{scheme.strategy}` means nothing for {name}", scheme
     if scheme.scale_bits is not None and name != "weights":
         reason, nearest = f"{_TWO_LEVELS}, and those of {name} are made anew for each token", one_level(scheme)
+    elif scheme.static and name == "weights":
+        reason, nearest = "`static` is of activations: the scales of weights are stored", replace(scheme, static=False)
     elif scheme.outlier_threshold is not None and name == "weights":
         reason = "weights have no outlier columns: those are of activations"
         nearest = replace(scheme, outlier_threshold=None)
@@ -130,6 +132,9 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
     reasons, nearest, size = [], replace(scheme, outlier_threshold=None), scheme.group_size
     if nearest != scheme:
         reasons.append("kv have no outlier columns: those are of activations")
+    if scheme.static:
+        reasons.append("kv have no calibrated scales: `static` is of activations")
+        nearest = replace(nearest, static=False)
     if scheme.scale_bits is not None:
         reasons.append(f"{_TWO_LEVELS}, and those of kv are made anew for each token")
         nearest = one_level(nearest)

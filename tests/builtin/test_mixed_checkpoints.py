@@ -310,6 +310,11 @@ MIXTURES = {
         {"down_proj": "FP8_PER_CHANNEL_PER_TOKEN"},
     ),
     "W4A4 and W4A16": ("nvfp4", "nvfp4,o_proj=none", {"o_proj": "W4A16_NVFP4"}),
+    "calibrated W8A8": (
+        "nvfp4,down_proj=fp8-tensor,o_proj=fp8-tensor-sbf16",
+        "nvfp4,down_proj=fp8-tensor-static,o_proj=fp8-tensor-static",
+        {"down_proj": "FP8", "o_proj": "FP8"},
+    ),
     "three, and 16 bits": (
         "nvfp4,down_proj=fp8-channel,layers.0.self_attn=none",
         "none,down_proj=fp8-token,layers.1.self_attn.o_proj=nvfp4",
@@ -341,14 +346,19 @@ class TestModelOpt:
         for name, one in wanted.items():
             leaves = {key.removeprefix(f"{name}.") for key in stored if key.startswith(f"{name}.")}
             four = {"weight", "weight_scale", "weight_scale_2"}
-            expected = {"NVFP4": {*four, "input_scale"}, "W4A16_NVFP4": four}.get(one, {"weight", "weight_scale"})
-            assert leaves == expected, name
+            plain = {"weight", "weight_scale"}
+            expected = {"NVFP4": {*four, "input_scale"}, "W4A16_NVFP4": four, "FP8": {*plain, "input_scale"}}
+            assert leaves == expected.get(one, plain), name
             rows, columns = stored[f"{name}.weight"].shape
             assert stored[f"{name}.weight"].dtype == (torch.uint8 if "FP4" in one else torch.float8_e4m3fn)
             scale = stored[f"{name}.weight_scale"].shape
-            assert scale == ((rows, columns // 8) if "FP4" in one else (rows,))
+            assert scale == ((rows, columns // 8) if "FP4" in one else () if one == "FP8" else (rows,))
         assert re.search(r"\d+ linears \(.*W4A", exported.consumers["vllm"])
-        assert "dynamic FP8 activations per token" in exported.consumers["vllm"] or "FP8" not in str(others)
+        if "fp8" in activations:
+            how = (
+                "static FP8 activations per tensor" if "static" in activations else "dynamic FP8 activations per token"
+            )
+            assert how in exported.consumers["vllm"]
         assert exported.details["layout"] == "modelopt MIXED_PRECISION"
 
     @pytest.mark.parametrize("mixture", MIXTURES)

@@ -1,9 +1,9 @@
 """NVIDIA ModelOpt's checkpoints: NVFP4 and FP8, for vLLM, SGLang and TensorRT-LLM.
 
 All of it is what the artifact holds in other names: ``weight_scale_2`` and ``input_scale`` are the multipliers whose
-reciprocals compressed-tensors stores. FP8 has a scale an output row, or one a tensor. Its inputs are dynamic, since
-qtool calibrates no input scale of FP8, for which vLLM and SGLang ask where the weights have one scale a tensor. Linears
-of several algorithms are ``MIXED_PRECISION``, of which ``quantized_layers`` says what each linear has.
+reciprocals compressed-tensors stores. FP8 has a scale an output row, or one a tensor; beside the latter vLLM and SGLang
+ask for calibrated inputs (``fp8-tensor-static``), and other inputs are dynamic. Linears of several algorithms are
+``MIXED_PRECISION``, of which ``quantized_layers`` says what each linear has.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.numerics.packing import pack_codes
 from qtool.numerics.scales import encode_scale
-from qtool.scheme import ModelScheme
+from qtool.scheme import ModelScheme, TensorScheme
 
 _GROUP = 16
 _FP8: tuple[Algorithm, Algorithm] = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
@@ -79,11 +79,20 @@ class ModelOpt:
             UsageError: Names what does not fit and the nearest that does.
         """
         algorithms = _algorithms(subject)
+        static = _static(subject)
         refuse_mixed_experts(subject, "modelopt")
         refuse_all_but_codes(subject, "modelopt")
         _dtype(subject)
         check_global_scales(subject)
-        if any(linear.expert is not None for algorithm in _FP8 for linear in algorithms.get(algorithm, ())):
+        whole = [linear for linear in algorithms.get("FP8", ()) if linear.name not in static]
+        if static and whole:
+            raise SchemeError(
+                "one config says of all linears in FP8 whether their inputs are calibrated",
+                facts=(("calibrated", min(static)), ("as the model runs", whole[0].name)),
+                hint="nearest that fits: --activations fp8-tensor-static for all of them",
+            )
+        rows = algorithms.get(_FP8[1], ())
+        if any(linear.expert is not None for linear in (*whole, *rows)):
             raise UsageError(
                 "no consumer reads experts in FP8 with such scales and dynamic inputs from modelopt",
                 hint="qtool pack SOURCE --to compressed-tensors",
@@ -99,13 +108,14 @@ class ModelOpt:
         ignored = sorted(not_quantized(model, subject.kept))
         algorithms = _algorithms(subject)
         layers = {algorithm: _stored_names(subject, linears) for algorithm, linears in algorithms.items()}
-        config = quantization_config(layers, ignored)
+        static = bool(_static(subject))
+        config = quantization_config(layers, ignored, static=static)
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
         write_json(directory / HF_QUANT_CONFIG, hf_quant_config(layers, ignored))
         said = f"modelopt {config['quant_algo']}"
         details: dict[str, object] = {"layout": said, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(model)}
-        each, about = [], {"apart": bool(fused_apart(subject)), "inputs": "dynamic"}
+        each, about = [], {"apart": bool(fused_apart(subject)), "inputs": "static" if static else "dynamic"}
         cases = {case.layout: case for case in cases_of(config, **about)}
         for algorithm, linears in algorithms.items():
             facts = artifact_facts(subject.scheme.of(linears[0].name), dtype=dtype)
@@ -129,8 +139,11 @@ class ModelOpt:
         def algorithm_at(linear: LinearSite) -> str:
             return algorithm_of(said, *_stored_names(subject, [linear]))
 
-        shaped = with_stored_shapes(module, subject.linears, lambda child, own: _shapes(child, algorithm_at(own)))
-        reader.compare(shaped)
+        def shapes(child: nn.Linear, own: LinearSite) -> dict[str, tuple[int, ...]]:
+            calibrated = input_multiplier(subject, own) is not None
+            return _shapes(child, algorithm_at(own)) | ({"input_scale": ()} if calibrated else {})
+
+        reader.compare(with_stored_shapes(module, subject.linears, shapes))
         for linear in subject.linears:
             ours = subject.linear(linear).weight(subject.weight_grid(linear))
             tensors, algorithm = reader.module(linear.name), algorithm_at(linear)
@@ -142,7 +155,7 @@ class ModelOpt:
             if read.shape != ours.shape or not torch.equal(read, ours):
                 raise weight_difference(linear.name, read, ours)
             multiplier = input_multiplier(subject, linear)
-            if algorithm == "NVFP4" and multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
+            if multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
                 raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], multiplier)
 
 
@@ -171,9 +184,11 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
         raise _refusal("NVFP4 weights go with NVFP4 activations", scheme, "--activations nvfp4")
     if weights.format != "fp8":
         raise _refusal("modelopt is written for NVFP4 and FP8 weights", scheme, "--scheme NVFP4")
-    whole = {("channel", "token"): _FP8[1], ("tensor", "tensor"): _FP8[0]}
-    algorithm = None if activations is None else whole.get((weights.strategy, activations.strategy))
-    held = activations is not None and replace(activations, format="fp8", scale="fp32", clip=1.0) == activations
+    whole = {"channel": ("token", _FP8[1]), "tensor": ("tensor", _FP8[0])}
+    strategy, algorithm = whole.get(weights.strategy, ("", None))
+    plain = TensorScheme("fp8", strategy=strategy)  # type: ignore[arg-type]
+    clip = activations.clip if activations is not None and strategy == "tensor" else 1.0
+    held = activations in (plain, replace(plain, static=True, clip=clip))
     if algorithm is None or not held or weights.scale not in _FLOAT_SCALES:
         reason = "FP8 weights with a scale a row go with FP8 inputs with one a token, those with one a tensor likewise"
         raise _refusal(reason, scheme, "--scheme FP8_DYNAMIC")
@@ -190,6 +205,12 @@ def _algorithms(subject: Subject) -> dict[Algorithm, list[LinearSite]]:
     for scheme, linears in groups_of(subject):
         found.setdefault(choose_algorithm(scheme), []).extend(linears)
     return found
+
+
+def _static(subject: Subject) -> set[str]:
+    """Return the names of the linears in FP8 whose inputs have a calibrated scale."""
+    inputs = ((linear.name, subject.scheme.of(linear.name).activations) for linear in subject.linears)
+    return {name for name, activations in inputs if activations is not None and activations.static}
 
 
 def _dtype(subject: Subject) -> torch.dtype:
@@ -231,24 +252,23 @@ def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     if parameters.global_scale is None:
         rows = scheme.strategy == "channel"
         scale = parameters.scale.float().squeeze(-1) if rows else parameters.scale.float().reshape(())
-        return {"weight": found.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
-    tensors = {
-        "weight": pack_codes(found.codes, 4),
-        "weight_scale": encode_scale(parameters.scale, scheme.scale),
-        "weight_scale_2": parameters.global_scale.float().reshape(()),
-    }
-    calibrated = subject.scheme.of(linear.name).activations is not None
-    multiplier = input_multiplier(subject, linear) if calibrated else None
+        tensors = {"weight": found.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+    else:
+        tensors = {
+            "weight": pack_codes(found.codes, 4),
+            "weight_scale": encode_scale(parameters.scale, scheme.scale),
+            "weight_scale_2": parameters.global_scale.float().reshape(()),
+        }
+    multiplier = input_multiplier(subject, linear)
     return tensors if multiplier is None else tensors | {"input_scale": multiplier.float().reshape(())}
 
 
 def _shapes(linear: nn.Linear, algorithm: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a linear's tensors, without its bias."""
+    """Return the shapes of a linear's tensors, without its bias and what is calibrated."""
     n_out, n_in = linear.out_features, linear.in_features
     if algorithm in _FP8:
         return {"weight": (n_out, n_in), "weight_scale": () if algorithm == "FP8" else (n_out,)}
-    shapes = {"weight": (n_out, n_in // 2), "weight_scale": (n_out, n_in // _GROUP), "weight_scale_2": ()}
-    return shapes | ({"input_scale": ()} if algorithm == "NVFP4" else {})
+    return {"weight": (n_out, n_in // 2), "weight_scale": (n_out, n_in // _GROUP), "weight_scale_2": ()}
 
 
 def _decode(tensors: Mapping[str, Tensor], algorithm: str) -> Float[Tensor, "out in"]:

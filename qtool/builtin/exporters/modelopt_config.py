@@ -30,18 +30,24 @@ MIXED = "MIXED_PRECISION"
 """What ModelOpt calls a checkpoint whose linears have several algorithms."""
 
 
-def quantization_config(layers: Mapping[Algorithm, Sequence[str]], ignored: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    layers: Mapping[Algorithm, Sequence[str]], ignored: Sequence[str], *, static: bool = False
+) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
     Args:
         layers: The linears of each algorithm, as files call them.
         ignored: Linears that are not quantized.
+        static: Whether the inputs of ``FP8`` are calibrated.
     """
     several = len(layers) > 1
     groups = {
         f"group_{index}": {"targets": list(names) if several else ["Linear"], **_GROUPS[algorithm]}
         for index, (algorithm, names) in enumerate(layers.items())
     }
+    for group, algorithm in zip(groups.values(), layers, strict=True):
+        if static and algorithm == "FP8":
+            group["input_activations"] = {**group["input_activations"], "dynamic": False}
     about = {"quant_method": "modelopt", "quant_algo": MIXED if several else next(iter(layers))}
     told = {"config_groups": groups, "ignore": list(ignored)}
     return about | {"producer": _producer()} | told | ({"quantized_layers": _layers(layers)} if several else {})

@@ -21,6 +21,7 @@ from qtool.artifacts.store import Artifact
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
+    Seen,
     check_reciprocal,
     is_reciprocal,
     packed_method,
@@ -199,25 +200,19 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
         del config.quantization_config
     families: dict[str, Family] = {name: plugins.load("families", name) for name in plugins.offers["families"]}
     model = PackedModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
-    scales = {
-        name.removesuffix(_SCALE): (place.name.removesuffix(_SCALE), _DTYPES[place.stored.slot.dtype])
-        for name, place in model.packed.items()
-        if name.endswith(_SCALE) and place.stored.slot.dtype in _DTYPES
+    scales = {name.removesuffix(_SCALE): place for name, place in model.packed.items() if name.endswith(_SCALE)}
+    seen = {
+        name: Seen(place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed)
+        for name, place in scales.items()
+        if (dtype := _DTYPES.get(place.stored.slot.dtype)) is not None
     }
-    if not scales:
+    if not seen:
         raise ArtifactError(f"`{directory}` has no scales", hint="check that the download is complete")
-    scheme = read_scheme(directory, scales, plugins.format)
+    scheme = read_scheme(directory, seen, plugins.format)
     _refuse_other_codes(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
-    whole = (name for name in scales if method == "modelopt" and _weights_of(scheme, name).format == "fp8")
-    if any(f"{name}.input_scale" in model.packed for name in whole):
-        raise UsageError(
-            "the checkpoint has calibrated input scales of FP8, and only NVFP4's are transcoded",
-            facts=(("checkpoint", directory),),
-            hint="pack it from the artifact that it came from",
-        )
     return Subject(model, plugins, scheme=scheme, quantized=artifact)
 
 

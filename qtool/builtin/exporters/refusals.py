@@ -63,25 +63,28 @@ def check_global_scales(subject: Subject) -> None:
     """
     known: dict[tuple[str, str], Tensor] = {}
     for linear in subject.linears:
-        if not subject.weight_grid(linear).parts[0].has_global_scale:
-            continue
-        scale = _multiplier(subject, f"{linear.name}.global_scale")
-        if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
+        if subject.weight_grid(linear).parts[0].has_global_scale:
+            scale = _multiplier(subject, f"{linear.name}.global_scale")
+            if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
+                raise UsageError(
+                    "linears that read one input have different global scales, and consumers fuse them",
+                    facts=(("input", linear.reads), ("linear", linear.name)),
+                    hint="use a mitigator that keeps the global scale it is given",
+                )
+        inputs = subject.input_grid(linear)
+        wanted = inputs is not None and any(part.has_global_scale for part in inputs.parts)
+        if wanted and input_multiplier(subject, linear) is None:
             raise UsageError(
-                "linears that read one input have different global scales, and consumers fuse them",
-                facts=(("input", linear.reads), ("linear", linear.name)),
-                hint="use a mitigator that keeps the global scale it is given",
-            )
-        if subject.scheme.of(linear.name).activations is not None and input_multiplier(subject, linear) is None:
-            raise UsageError(
-                "the activations were not calibrated, and NVFP4 needs a global scale for each input",
+                "the activations were not calibrated, and these need a scale for each input",
                 facts=(("input", linear.reads),),
                 hint="qtool calibrate MODEL --gather hessian,absmax, then mitigate again",
             )
 
 
 def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
-    """Return the calibrated tensor-level multiplier of what a linear reads, None without one."""
+    """Return the calibrated tensor-level multiplier of what a linear reads, None where it has none or reads 16 bits."""
+    if subject.scheme.of(linear.name).activations is None:
+        return None
     return _multiplier(subject, f"{linear.reads}{INPUT_GLOBAL_SCALE}")
 
 

@@ -79,6 +79,9 @@ def nearest_scheme(
     if nearest.real and (nearest.symmetric or not real_zero_points):
         reasons.append("`real` is for the zero points of asymmetric integers")
         nearest = replace(nearest, real=False)
+    if nearest.static:
+        reasons.append(f"`{scheme.format}` has no calibrated scales of inputs: fp8-tensor has")
+        nearest = replace(nearest, static=False)
     nearest, found = _nearest_codes(nearest, defaults, scale_codes=scale_codes)
     reasons += found
     if nearest.exponent_rule != "even" and nearest.scale != "e8m0":
