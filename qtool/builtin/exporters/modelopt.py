@@ -58,7 +58,7 @@ from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.numerics.packing import pack_codes
 from qtool.numerics.scales import encode_scale
-from qtool.scheme import ModelScheme, TensorScheme
+from qtool.scheme import ModelScheme
 
 _GROUP = 16
 _FP8: tuple[Algorithm, Algorithm] = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
@@ -184,12 +184,11 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
         raise _refusal("NVFP4 weights go with NVFP4 activations", scheme, "--activations nvfp4")
     if weights.format != "fp8":
         raise _refusal("modelopt is written for NVFP4 and FP8 weights", scheme, "--scheme NVFP4")
-    whole = {"channel": ("token", _FP8[1]), "tensor": ("tensor", _FP8[0])}
-    strategy, algorithm = whole.get(weights.strategy, ("", None))
-    plain = TensorScheme("fp8", strategy=strategy)  # type: ignore[arg-type]
-    clip = activations.clip if activations is not None and strategy == "tensor" else 1.0
-    held = activations in (plain, replace(plain, static=True, clip=clip))
-    if algorithm is None or not held or weights.scale not in _FLOAT_SCALES:
+    whole = {("channel", "token"): _FP8[1], ("tensor", "tensor"): _FP8[0]}
+    algorithm = None if activations is None else whole.get((weights.strategy, activations.strategy))
+    held = activations is not None and replace(activations, format="fp8", scale="fp32") == activations
+    clipped = activations is not None and activations.clip != 1 and not activations.static
+    if algorithm is None or not held or clipped or weights.scale not in _FLOAT_SCALES:
         reason = "FP8 weights with a scale a row go with FP8 inputs with one a token, those with one a tensor likewise"
         raise _refusal(reason, scheme, "--scheme FP8_DYNAMIC")
     return algorithm
