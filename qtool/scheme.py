@@ -34,6 +34,9 @@ VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token",
 """What a vector of the last axis is in each part of a model: an output row, what one token has, or a head of it."""
 
 
+_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False}  # not stored where so
+
+
 @dataclass(frozen=True)
 class TensorScheme:
     """How one tensor is quantized.
@@ -201,8 +204,10 @@ class ModelScheme:
         check_cache(self.keys, self.values)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the scheme as plain JSON values; of rules nothing where there are none."""
-        data = asdict(self)
+        """Return the scheme as plain JSON values; of rules, and of what few schemes have, nothing where it is not."""
+        data = asdict(
+            self, dict_factory=lambda fields: {key: of for key, of in fields if _RARE.get(key, ...) is not of}
+        )
         rules = list(data.pop("rules"))
         return {**data, "rules": rules} if rules else data
 
