@@ -205,9 +205,7 @@ class ModelScheme:
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheme as plain JSON values; of rules, and of what few schemes have, nothing where it is not."""
-        data = asdict(
-            self, dict_factory=lambda fields: {key: of for key, of in fields if _RARE.get(key, ...) is not of}
-        )
+        data = asdict(self, dict_factory=lambda own: {key: of for key, of in own if _RARE.get(key, ...) is not of})
         rules = list(data.pop("rules"))
         return {**data, "rules": rules} if rules else data
 
