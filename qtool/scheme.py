@@ -7,8 +7,8 @@ another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale format>][-<range rule>]
-        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-static][-s<scale format>]
+        [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>]
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ ExponentRule = Literal["even", "floor", "rceil", "search"]
 
 VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token-head"}
 """What a vector of the last axis is in each part of a model: an output row, what one token has, or a head of it."""
+
+
+_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False}  # not stored where so
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class TensorScheme:
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
             stay in 16 bits, and the others are quantized as if those were 0; None quantizes all.
         real: Zero points of integers are real numbers in the format of scales, and 0 need not have a code.
+        scale_bits: Scales of integer weights are codes of so many bits, ``low + step * code``, and so are zero points,
+            which are then real numbers; ``low`` and ``step`` are in the format ``scale``. None for one level of scales.
+        scale_rows: Neighbouring rows that share ``low`` and ``step``.
+        static: Of activations only: the one scale of a tensor is calibrated, and not taken as the model runs.
     """
 
     format: str
@@ -75,12 +82,15 @@ class TensorScheme:
     clip: float = 1.0
     outlier_threshold: float | None = None
     real: bool = False
+    scale_bits: int | None = None
+    scale_rows: int | None = None
+    static: bool = False
 
     def __str__(self) -> str:
         where = () if self.strategy in ("group", "block") else (self.strategy,)
         size = f"{'b' if self.strategy == 'block' else 'g'}{self.group_size}"
         parts = [self.format, "sym" if self.symmetric else "asym", *where, *((size,) if self.group_size else ())]
-        parts += ["real", f"s{self.scale}"] if self.real else [f"s{self.scale}"]
+        parts += [*(word for word in ("real", "static") if getattr(self, word)), f"s{self.scale}"]
         if self.range_rule != "tight":
             parts.append(self.range_rule)
         if self.scale == "e8m0" and self.exponent_rule != "even":
@@ -89,6 +99,8 @@ class TensorScheme:
             parts.append(f"c{self.clip!r}")
         if self.outlier_threshold is not None:
             parts.append(f"o{self.outlier_threshold!r}".removesuffix(".0"))
+        if self.scale_bits is not None:
+            parts.append(f"scales{self.scale_bits}g{self.scale_rows}")
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:
@@ -192,8 +204,8 @@ class ModelScheme:
         check_cache(self.keys, self.values)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the scheme as plain JSON values; of rules nothing where there are none."""
-        data = asdict(self)
+        """Return the scheme as plain JSON values; of rules, and of what few schemes have, nothing where it is not."""
+        data = asdict(self, dict_factory=lambda own: {key: of for key, of in own if _RARE.get(key, ...) is not of})
         rules = list(data.pop("rules"))
         return {**data, "rules": rules} if rules else data
 
@@ -213,21 +225,17 @@ def _read(data: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - a scheme, tw
 
 @dataclass(frozen=True)
 class SecondLevel:
-    """Scales or zero points of neighbouring rows as codes: ``low + step * code``.
+    """Scales or zero points as codes: ``low + step * code``. Each tensor has one entry a group, as scales have.
 
     Attributes:
-        codes: One a value, in ``[0, 2**bits)``.
-        low: The least value of each block of rows, as stored, in float32.
+        codes: In ``[0, 2**bits)``, for the ``scale_bits`` of the scheme.
+        low: The least value of its block of rows, as stored, in float32; equal in all rows of a block.
         step: The value of one code, likewise.
-        bits: Bits of a code.
-        block: Rows that share ``low`` and ``step``; the last block may have fewer.
     """
 
-    codes: UInt8[Tensor, "rows groups"]
-    low: Float[Tensor, "blocks groups"]
-    step: Float[Tensor, "blocks groups"]
-    bits: int
-    block: int
+    codes: UInt8[Tensor, "*rows"]
+    low: Float[Tensor, "*rows"]
+    step: Float[Tensor, "*rows"]
 
 
 @dataclass(frozen=True)
@@ -308,10 +316,11 @@ class Format(Protocol):
         """Return ``decode(encode(groups))`` in the dtype of ``groups``, without forming the codes."""
 
 
-_GROUP = re.compile(r"g(\d+)")
-_BLOCK = re.compile(r"b(\d+)")
+_SIZE = re.compile(r"([gb])([1-9]\d*)")
+_SIZED: Mapping[str, Strategy] = {"g": "group", "b": "block"}
 _CLIP = re.compile(r"c(\d*\.?\d+)")
 _OUTLIERS = re.compile(r"o(\d*\.?\d+)")
+_SCALES = re.compile(r"scales(\d+)g(\d+)")
 
 
 def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: Strategy = "channel") -> TensorScheme:
@@ -352,12 +361,10 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
     if part == "head" and scheme.strategy == "token":
         return replace(scheme, strategy="token-head")
-    if part == "real":
-        return replace(scheme, real=True)
-    if (group := _GROUP.fullmatch(part)) and int(group[1]) > 0:
-        return replace(scheme, strategy="group", group_size=int(group[1]))
-    if (block := _BLOCK.fullmatch(part)) and int(block[1]) > 0:
-        return replace(scheme, strategy="block", group_size=int(block[1]))
+    if part in ("real", "static"):
+        return replace(scheme, **{part: True})  # type: ignore[arg-type]
+    if size := _SIZE.fullmatch(part):
+        return replace(scheme, strategy=_SIZED[size[1]], group_size=int(size[2]))
     if part.startswith("s") and part[1:] in get_args(ScaleFormat):
         return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
     if part in get_args(RangeRule):
@@ -368,6 +375,8 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, clip=float(kept[1]))
     if outliers := _OUTLIERS.fullmatch(part):
         return replace(scheme, outlier_threshold=float(outliers[1]))
+    if codes := _SCALES.fullmatch(part):
+        return replace(scheme, scale_bits=int(codes[1]), scale_rows=int(codes[2]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
         facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale>]"),),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RuledPart = Literal["weights", "activations"]
 _NUMBERS = re.compile(r"(\d+)-(\d+)")
 _TOKENS = 32
+_TWO_LEVELS = "scales that are codes are of weights, whose rows share ranges"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ def cache_of(keys: TensorScheme | None, values: TensorScheme | None) -> TensorSc
     return keys if keys == values else KeysAndValues(keys, values)
 
 
+def one_level(scheme: TensorScheme) -> TensorScheme:
+    """Return a scheme whose scales are no codes."""
+    return replace(scheme, scale_bits=None, scale_rows=None)
+
+
 def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None:
     """Refuse what means nothing for weights or for activations.
 
@@ -87,7 +93,11 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
     if scheme is None:
         return
     reason, nearest = f"`{scheme.strategy}` means nothing for {name}", scheme
-    if scheme.outlier_threshold is not None and name == "weights":
+    if scheme.scale_bits is not None and name != "weights":
+        reason, nearest = f"{_TWO_LEVELS}, and those of {name} are made anew for each token", one_level(scheme)
+    elif scheme.static and name == "weights":
+        reason, nearest = "`static` is of activations: the scales of weights are stored", replace(scheme, static=False)
+    elif scheme.outlier_threshold is not None and name == "weights":
         reason = "weights have no outlier columns: those are of activations"
         nearest = replace(scheme, outlier_threshold=None)
     elif scheme.strategy == "block" and name != "weights":
@@ -122,6 +132,12 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
     reasons, nearest, size = [], replace(scheme, outlier_threshold=None), scheme.group_size
     if nearest != scheme:
         reasons.append("kv have no outlier columns: those are of activations")
+    if scheme.static:
+        reasons.append("kv have no calibrated scales: `static` is of activations")
+        nearest = replace(nearest, static=False)
+    if scheme.scale_bits is not None:
+        reasons.append(f"{_TWO_LEVELS}, and those of kv are made anew for each token")
+        nearest = one_level(nearest)
     if scheme.strategy == "block":
         reasons.append("blocks are of weights: of kv a token has groups")
         nearest = replace(nearest, strategy="group")

@@ -15,7 +15,6 @@ CT, GGUF_FILE, DENSE = "compressed-tensors", "gguf", "dense"
 UNREAD_KEYS: Mapping[str, frozenset[str]] = {
     CT: frozenset({"sparsity_config"}),
     "gptq": frozenset({"dynamic", "modules_in_block_to_quantize"}),
-    "modelopt": frozenset({"quantized_layers"}),
 }
 """Keys of a config that change what linears are, and that no rule speaks of."""
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -48,7 +47,8 @@ class Case:
         cache_group_size: As ``group_size``.
         experts: Whether the model has experts.
         apart: Whether linears that engines fuse into one have several schemes.
-        beside: Whether other linears have another scheme and the config asks to decode all of them on loading.
+        beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
+            modelopt, says for each linear what it has.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
         biased: Whether a linear behind such a rotation has a bias.
         act_order: Whether columns are in an order of their own.
@@ -159,7 +159,11 @@ def _apart(config: Mapping[str, Any]) -> bool:
     targets = [group.get("targets", ()) for group in config["config_groups"].values()]
     of_all = next((index for index, names in enumerate(targets) if "Linear" in names), None)
     known: dict[str, int | None] = {name: index for index, names in enumerate(targets) for name in names}
-    known |= dict.fromkeys(config.get("ignore", ()), None)
+    return _any_apart(known | dict.fromkeys(config.get("ignore", ()), None), of_all)
+
+
+def _any_apart(known: Mapping[str, object], of_all: object) -> bool:
+    """Say whether linears that engines fuse differ in what is known of them; ``of_all`` is of those not named."""
     for name in known:
         front, _, leaf = name.rpartition(".")
         fused = next((names for names in FUSED if leaf in names), ())
@@ -209,6 +213,18 @@ def _awq(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _modelopt(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     algorithm = str(config["quant_algo"]).upper()
+    if algorithm != "MIXED_PRECISION":
+        return [_modelopt_linears(algorithm, config)]
+    each = {name: str(one["quant_algo"]).upper() for name, one in config["quantized_layers"].items()}
+    if not each:
+        raise ValueError("`quantized_layers` names no linear")
+    groups = dict.fromkeys(config.get("ignore") or config.get("exclude_modules") or (), None)
+    about = {"apart": _any_apart({**groups, **each}, None), "beside": len(set(each.values())) > 1}
+    return [about | _modelopt_linears(one, config) for one in dict.fromkeys(each.values())]
+
+
+def _modelopt_linears(algorithm: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of linears of one algorithm."""
     four = "FP4" in algorithm
     strategy = "tensor_group" if four else "tensor" if algorithm == "FP8" else "channel"
     static: Mapping[str, Any] = {"strategy": strategy, "type": "float", "symmetric": True}
@@ -217,11 +233,13 @@ def _modelopt(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         found |= _inputs({"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"})
     elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         found |= _inputs({"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"})
+    elif algorithm == "W4A16_NVFP4":
+        found["inputs"] = "none"
     algorithm_of_cache = config.get("kv_cache_quant_algo")
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} if algorithm_of_cache == "FP8" else None
     if algorithm_of_cache not in (None, "", "FP8"):
         found["unread"] = "kv_cache_quant_algo"
-    return [found | _cache(config.get("kv_cache_scheme") or scheme)]
+    return found | _cache(config.get("kv_cache_scheme") or scheme)
 
 
 def _weights(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ _EXPERTS = re.compile(r"\.experts\.")
 _STORED = {CT: (".weight_packed", ".weight_scale"), "gptq": (".qweight",), "awq": (".qweight",)}
 _STORED["modelopt"] = (".weight_scale",)
 _MODELOPT = "hf_quant_config.json"
+_INPUT_SCALE = ".input_scale"
 _BLOCK_BITS = {"F16": 16, "BF16": 16, "F32": 32, "Q4_0": 4, "Q4_1": 4, "Q8_0": 8, "MXFP4": 4, "NVFP4": 4}
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PLAIN = ("F32", "F16", "BF16")
@@ -144,8 +145,9 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
         "biased": any(f"{target}.bias" in names for target in _rotated(quantization)),
         "scale": scale,
     }
-    if quantization is not None and str(quantization.get("quant_algo", "")).upper() == "FP8":
-        about["inputs"] = "static" if any(name.endswith(".input_scale") for name in names) else "dynamic"
+    if whole := _whole_fp8(quantization, names):
+        calibrated = {name.removesuffix(_INPUT_SCALE) for name in names if name.endswith(_INPUT_SCALE)}
+        about["inputs"] = "static" if whole & calibrated else "dynamic"
     cases = cases_of(quantization, **about)
     ends = _STORED.get(cases[0].method, ())
     if names and ends and not any(name.endswith(ends) for name in names):
@@ -155,6 +157,16 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
             hint="pack again, or report it with the config",
         )
     return cases
+
+
+def _whole_fp8(quantization: Mapping[str, Any] | None, names: Iterable[str]) -> set[str]:
+    """Return the linears whose weights have one scale in ModelOpt's FP8, whose config does not tell of inputs."""
+    said = quantization or {}
+    layers = said.get("quantized_layers")
+    if layers:
+        return {name for name, one in layers.items() if str(one.get("quant_algo", "")).upper() == "FP8"}
+    whole = str(said.get("quant_algo", "")).upper() == "FP8"
+    return {name.rpartition(".")[0] for name in names} if whole else set()
 
 
 def _rotated(quantization: Mapping[str, Any] | None) -> Iterator[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from qtool.errors import SchemeError
 from qtool.model.plan import Segment
 from qtool.numerics.groups import each_parameter, from_groups, repeat_rows, to_blocks, to_groups
+from qtool.numerics.second_level import store_second_level
 from qtool.scheme import Format, GroupParameters, TensorScheme
 
 GlobalScales = tuple[Tensor | None, ...]
@@ -48,8 +49,8 @@ class GridPart:
 
     @property
     def shares_rows(self) -> bool:
-        """Whether rows of a weight share a scale."""
-        return self.scheme.strategy in ("tensor", "block")
+        """Whether rows of a weight share a scale, or a range of scales."""
+        return self.scheme.strategy in ("tensor", "block") or self.scheme.scale_rows is not None
 
     @property
     def block_rows(self) -> int:
@@ -98,11 +99,28 @@ class GridPart:
     def fit(
         self, groups: Float[Tensor, "*rows group"], *, global_scale: Tensor | None, clip: float = 1.0
     ) -> GroupParameters:
-        """Fit groups to a fraction of the range that the scheme keeps; those of a block together."""
+        """Fit groups to a fraction of the range that the scheme keeps; those of a block together.
+
+        Scales that are codes are so already.
+        """
+        return self.stored(groups, self.fit_each(groups, global_scale=global_scale, clip=clip))
+
+    def fit_each(
+        self, groups: Float[Tensor, "*rows group"], *, global_scale: Tensor | None, clip: float = 1.0
+    ) -> GroupParameters:
+        """Fit groups as ``fit`` does, with scales that are not codes yet: those depend on other rows."""
         if self.block_rows > 1:
-            found = self.each_group.fit(self.together(groups), global_scale=global_scale, clip=clip)
+            found = self.each_group.fit_each(self.together(groups), global_scale=global_scale, clip=clip)
             return self.a_row_each(found, len(groups))
         return self.format.fit(groups, self.scheme, global_scale=global_scale, clip=clip * self.scheme.clip)
+
+    def stored(self, groups: Float[Tensor, "*rows group"], fitted: GroupParameters) -> GroupParameters:
+        """Return what ``fit_each`` found for groups with scales that are codes, if the scheme has such."""
+        bits, rows = self.scheme.scale_bits, self.scheme.scale_rows
+        if bits is None or rows is None:
+            return fitted
+        silent = (groups == 0).all(-1)
+        return store_second_level(fitted, silent, num_bits=bits, block=rows, scale_format=self.scheme.scale)
 
 
 @dataclass(frozen=True)
@@ -198,7 +216,8 @@ def scheme_in(scheme: TensorScheme, fmt: Format) -> TensorScheme:
     for with_groups, with_symmetry, with_scale, with_rule in product((True, False), repeat=4):
         tried = replace(own, strategy=scheme.strategy, group_size=scheme.group_size) if with_groups else own
         tried = replace(tried, symmetric=scheme.symmetric) if with_symmetry else tried
-        tried = replace(tried, scale=scheme.scale) if with_scale else tried
+        scales = {"scale": scheme.scale, "scale_bits": scheme.scale_bits, "scale_rows": scheme.scale_rows}
+        tried = replace(tried, **scales) if with_scale else tried  # type: ignore[arg-type]
         tried = replace(tried, range_rule=scheme.range_rule) if with_rule else tried
         try:
             fmt.check(tried)

@@ -16,6 +16,7 @@ from qtool.numerics.groups import from_groups
 from qtool.numerics.learned_grid import Groups, LearnedGrid
 from qtool.numerics.soft_levels import levels_of
 from qtool.scheme import GroupParameters, TensorScheme
+from qtool.scheme_parts import one_level
 
 Kind = tuple[TensorScheme, int]
 """Groups of which kind: scheme, and values to a group."""
@@ -106,7 +107,7 @@ class LearnedBlock:
 
 
 def _check_learnable(name: str, part: GridPart, parameters: GroupParameters) -> None:
-    """Refuse scales that rows share in blocks, which are learned a row at a time, and a second scale of a group.
+    """Refuse scales that rows share in blocks, scales that are codes, and a second scale of a group.
 
     Raises:
         SchemeError: The part has such scales.
@@ -116,6 +117,12 @@ def _check_learnable(name: str, part: GridPart, parameters: GroupParameters) -> 
             f"ranges are learned for each row, and the rows of `{name}` share theirs in blocks",
             facts=(("scheme", part.scheme),),
             hint="--method gptq, or --weights fp8-channel",
+        )
+    if parameters.scale_codes is not None:
+        raise SchemeError(
+            f"ranges are learned, and the scales of `{name}` are codes that rows share ranges of",
+            facts=(("scheme", part.scheme),),
+            hint=f"--method gptq, or --weights {one_level(part.scheme)}",
         )
     if parameters.negative is not None:
         raise SchemeError(

@@ -99,6 +99,10 @@ def foreseen_bytes(scheme: TensorScheme, fmt: Format, n_out: int, n_in: int) -> 
     rows = 1 if scheme.strategy == "tensor" else ceil(n_out / part.block_rows)
     groups, zero_point = scheme.groups_of(n_in, layer="the linear"), stored.get("probe.zero_point")
     found = Counter({"codes": n_out * packed_size(n_in, fmt.bits)})
+    for part_name, leaf in (("scales", "scale"), ("zeros", "zero_point")):
+        if (low := stored.get(f"probe.{leaf}.low")) is not None:
+            ranges = 2 * ceil(n_out / (scheme.scale_rows or 1)) * low.element_size()
+            found[part_name] += groups * (packed_size(n_out, scheme.scale_bits or 0) + ranges)
     for scale in [stored[name] for name in ("probe.scale", "probe.negative_scale") if name in stored]:
         packed = scheme.scale in PACKED
         found["scales"] += packed_size(rows * groups, 4) if packed else rows * groups * scale.element_size()

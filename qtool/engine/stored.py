@@ -5,12 +5,12 @@ Names are ``<linear>.codes``, ``.scale``, ``.negative_scale`` (where negative va
 ``.outliers.values``, and ``<site>.input_global_scale``; of channels that are set apart ``<linear>.segments.<i>.codes``
 and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and ``.adapter.up_scale``; that of one which
 reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are codes themselves are ``.scale.codes``,
-``.scale.low``, ``.scale.step`` and ``.scale.form`` (bits of a code, rows of a block), and zero points likewise. What is
-added to a block's output is ``<block>.compensation.bias`` and, where it has them, ``.scale``, ``.down`` and ``.up``.
-Norms whose weights are others than the model's are ``norms.<norm>.weight``.
-Codes are a dense bit stream along the input axis, those of scales along the rows, so the bytes stored are the bytes
-that bits per weight counts. Scales of 4 bits are one dense stream, row by row. Zero points that are no codes are
-floats: in the format of the scales if the scheme says ``real``, else of 32 bits.
+``.scale.low`` and ``.scale.step``, and zero points likewise: what the rows of a block share comes once. What is added
+to a block's output is ``<block>.compensation.bias`` and, where it has them, ``.scale``, ``.down`` and ``.up``. Norms
+whose weights are others than the model's are ``norms.<norm>.weight``. Codes are a dense bit stream along the input axis,
+those of scales along the rows, so the bytes stored are the bytes that bits per weight counts. Scales of 4 bits are one
+dense stream, row by row. Zero points that are no codes are floats: in the format of the scales if the scheme says
+``real``, else of 32 bits.
 """
 
 from __future__ import annotations
@@ -168,16 +168,16 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     bits = part.format.bits
     tensors = {f"{name}.codes": pack_codes(codes, bits)}
     if parameters.scale_codes is not None:
-        tensors |= _second_level_tensors(f"{name}.scale", parameters.scale_codes)
+        tensors |= _second_level_tensors(name, "scale", parameters.scale_codes, part)
     else:
-        stored = encode_scale(_one_a_block(name, parameters.scale, part), part.scheme.scale)
+        stored = encode_scale(_one_a_block(name, parameters.scale, part.block_rows, part), part.scheme.scale)
         packed = part.scheme.scale in PACKED
         tensors[f"{name}.scale"] = pack_codes(stored.reshape(1, -1), 4) if packed else stored
     if parameters.negative is not None:
         tensors[f"{name}.negative_scale"] = encode_scale(parameters.negative, part.scheme.scale)
     zero_point = parameters.zero_point
     if parameters.zero_point_codes is not None:
-        tensors |= _second_level_tensors(f"{name}.zero_point", parameters.zero_point_codes)
+        tensors |= _second_level_tensors(name, "zero_point", parameters.zero_point_codes, part)
     elif zero_point is not None:
         are_codes = bool(((zero_point >= 0) & (zero_point < 2**bits) & (zero_point.frac() == 0)).all())
         rows = zero_point.reshape(-1, zero_point.shape[-1])  # that of a whole tensor has one axis
@@ -190,17 +190,16 @@ def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: G
     return tensors
 
 
-def _one_a_block(name: str, scale: Tensor, part: GridPart) -> Tensor:
-    """Return the scales that are stored of those of each row.
+def _one_a_block(name: str, scale: Tensor, rows: int, part: GridPart) -> Tensor:
+    """Return what is stored of what each row has, where blocks of rows have the same.
 
     Raises:
         SchemeError: Rows of a block have scales of their own: the method does not know that they share one.
     """
-    rows = part.block_rows
     stored = scale[::rows] if rows > 1 else scale
     if rows > 1 and not torch.equal(repeat_rows(stored, rows, len(scale)), scale):
         raise SchemeError(
-            f"the method gave the rows of `{name}` scales of their own, and a block has one",
+            f"the method gave rows of `{name}` scales of their own, and blocks of {rows} rows share theirs",
             facts=(("scheme", part.scheme),),
             hint="--method rtn or --method gptq",
         )
@@ -219,8 +218,8 @@ def _real_zero_point(zero_point: Tensor, part: GridPart) -> Tensor:
 def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, codes: Tensor) -> GroupParameters:
     """Read the parameters of one part, whose codes have been read."""
     rows, shape = len(codes), part.groups(codes).shape[:-1]
-    scale_codes = _read_second_level(f"{name}.scale", tensors, rows)
-    zero_point_codes = _read_second_level(f"{name}.zero_point", tensors, rows)
+    scale_codes = _read_second_level(f"{name}.scale", tensors, rows, part)
+    zero_point_codes = _read_second_level(f"{name}.zero_point", tensors, rows, part)
     if scale_codes is None:
         stored = tensors[f"{name}.scale"]
         if part.scheme.scale in PACKED:
@@ -244,22 +243,38 @@ def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, c
     )
 
 
-def _second_level_tensors(name: str, found: SecondLevel) -> dict[str, Tensor]:
-    return {
-        f"{name}.codes": pack_codes(found.codes.T.contiguous(), found.bits),
-        f"{name}.low": found.low.half(),
-        f"{name}.step": found.step.half(),
-        f"{name}.form": torch.tensor([found.bits, found.block], dtype=torch.uint8),
-    }
+def _second_level_tensors(name: str, leaf: str, found: SecondLevel, part: GridPart) -> dict[str, Tensor]:
+    bits, block = _second_form(part)
+    tensors = {f"{name}.{leaf}.codes": pack_codes(found.codes.T.contiguous(), bits)}
+    for what, of_rows in (("low", found.low), ("step", found.step)):
+        tensors[f"{name}.{leaf}.{what}"] = encode_scale(_one_a_block(name, of_rows, block, part), part.scheme.scale)
+    return tensors
 
 
-def _read_second_level(name: str, tensors: Mapping[str, Tensor], rows: int) -> SecondLevel | None:
+def _read_second_level(name: str, tensors: Mapping[str, Tensor], rows: int, part: GridPart) -> SecondLevel | None:
     packed = tensors.get(f"{name}.codes")
     if packed is None:
         return None
-    bits, block = (int(one) for one in tensors[f"{name}.form"])
+    bits, block = _second_form(part)
+    low, step = (decode_scale(tensors[f"{name}.{what}"], part.scheme.scale) for what in ("low", "step"))
     codes = unpack_codes(packed, bits, rows).T.contiguous()
-    return SecondLevel(codes, tensors[f"{name}.low"].float(), tensors[f"{name}.step"].float(), bits, block)
+    return SecondLevel(codes, repeat_rows(low, block, rows), repeat_rows(step, block, rows))
+
+
+def _second_form(part: GridPart) -> tuple[int, int]:
+    """Return the bits of a scale's code, and how many rows share a range.
+
+    Raises:
+        SchemeError: The scheme does not say that scales are codes.
+    """
+    bits, rows = part.scheme.scale_bits, part.scheme.scale_rows
+    if bits is None or rows is None:
+        raise SchemeError(
+            "scales are codes, and the scheme does not say so",
+            facts=(("scheme", part.scheme),),
+            hint=f"--weights {part.scheme}-scales3g16",
+        )
+    return bits, rows
 
 
 def _outlier_tensors(name: str, outliers: Outliers, n_in: int) -> dict[str, Tensor]:

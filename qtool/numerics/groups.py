@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qtool.errors import ShapeError
-from qtool.scheme import GroupParameters, Strategy
+from qtool.scheme import GroupParameters, SecondLevel, Strategy
 
 
 def to_groups(
@@ -88,7 +88,7 @@ def combine_parameters(parts: Sequence[GroupParameters], combine: Callable[[list
     """Combine parameters, tensor by tensor: those with one entry a group; the multiplier is that of the first.
 
     Args:
-        parts: Parameters with the same tensors. Second levels of scales do not go through.
+        parts: Parameters with the same tensors.
         combine: Makes one tensor of those of the parts.
     """
     first = parts[0]
@@ -97,11 +97,19 @@ def combine_parameters(parts: Sequence[GroupParameters], combine: Callable[[list
         found = [getattr(part, name) for part in parts]
         return None if found[0] is None else combine(found)
 
+    def second(name: str) -> SecondLevel | None:
+        found = [getattr(part, name) for part in parts]
+        if found[0] is None:
+            return None
+        return SecondLevel(*(combine([getattr(one, leaf) for one in found]) for leaf in ("codes", "low", "step")))
+
     return GroupParameters(
         combine([part.scale for part in parts]),
         combined("zero_point"),
         first.global_scale,
-        negative=combined("negative"),
+        second("scale_codes"),
+        second("zero_point_codes"),
+        combined("negative"),
     )
 
 

@@ -37,8 +37,7 @@ LARGEST_SHORT: Mapping[str, float] = {**{name: kind.max_value for name, kind in 
 """Largest scale of the formats that have a tensor-level multiplier above them."""
 PACKED = frozenset({"e2m1", "int4"})
 """Scale formats of 4 bits, two of which are stored in a byte."""
-# Least and largest positive value. Subnormals count where the format is narrow and hardware keeps them.
-_LIMITS: Mapping[str, tuple[float, float]] = {
+LIMITS: Mapping[str, tuple[float, float]] = {
     "fp32": (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max),
     "fp16": (2.0**-24, torch.finfo(torch.float16).max),
     "bf16": (torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max),
@@ -47,6 +46,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "int4": (1.0, 15.0),
     "e8m0": (2.0**-127, 2.0**127),
 }
+"""Least and largest positive value. Subnormals count where the format is narrow and hardware keeps them."""
 _LEAST_NORMAL: Mapping[str, float] = {
     "fp16": torch.finfo(torch.float16).tiny,
     "e5m2": torch.finfo(torch.float8_e5m2).tiny,
@@ -108,7 +108,7 @@ def store_scale(
             hint="pass what the format's `global_scale` returns for the largest magnitude of the tensor",
         )
     relative = scale.float() if global_scale is None else scale.float() / global_scale
-    stored = decode_scale(encode_scale(relative.abs().clamp(*_LIMITS[scale_format]), scale_format), scale_format)
+    stored = decode_scale(encode_scale(relative.abs().clamp(*LIMITS[scale_format]), scale_format), scale_format)
     return stored.copysign(relative).masked_fill(scale == 0, 1.0)
 
 
@@ -119,7 +119,7 @@ def count_subnormal(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) ->
     """
     if scale_format in PACKED:
         return 0
-    magnitude, least = scale.abs(), _LIMITS[scale_format][0]
+    magnitude, least = scale.abs(), LIMITS[scale_format][0]
     return int(((magnitude < _LEAST_NORMAL.get(scale_format, 0.0)) | (magnitude <= least)).sum())
 
 

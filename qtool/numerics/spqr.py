@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from qtool.errors import ShapeError
+from qtool.numerics.groups import combine_parameters
 from qtool.numerics.integers import encode_integers, round_integers
-from qtool.numerics.second_level import join_second_levels
-from qtool.scheme import GroupParameters, SecondLevel
+from qtool.scheme import GroupParameters
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,13 @@ class RangeColumns:
         columns: How many.
         group_size: Neighbours that share parameters.
         num_bits: Bits of a code.
-        store: ``store(scale [out, groups], zero_point [out, groups])`` returns parameters as they are going to be
-            stored; the scale is 0 for groups of zeros.
+        fit: ``fit(values [out, groups, group_size])`` returns parameters ``[out, groups]``, as they are to be stored.
     """
 
     columns: int
     group_size: int
     num_bits: int
-    store: Callable[[Tensor, Tensor], GroupParameters]
-
-    def fit(self, groups: Float[Tensor, "out groups size"]) -> GroupParameters:
-        """Return the stored parameters of groups, ``[out, groups]``."""
-        low, high = groups.amin(-1).float(), groups.amax(-1).float()
-        return self.store(*_range(low, high, self.num_bits))
+    fit: Callable[[Tensor], GroupParameters]
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ def spqr_round(
         for first in range(start, start + part.columns, part.group_size):
             fitted.append(loop.fitted(part, first))
             codes.append(loop.round(part, first, fitted[-1]))
-        parameters.append(_joined(fitted))
+        parameters.append(combine_parameters(fitted, partial(torch.cat, dim=1)))
         start += part.columns
     loss = (loop.residuals / upper.diagonal().unsqueeze(-1)).square().sum(0)
     values, outliers = loop.values.T.contiguous(), loop.outliers.T.contiguous()
@@ -202,20 +197,3 @@ def _range(
     """Return ``scale = (high - low) / (2^b - 1)`` and ``-low / scale``; a group of one value gets a code for that."""
     scale = torch.where(high > low, high - low, low.abs()) / (2**num_bits - 1)
     return scale, -low / scale.masked_fill(scale == 0, 1.0)
-
-
-def _joined(fitted: Sequence[GroupParameters]) -> GroupParameters:
-    """Put the groups' parameters side by side."""
-    zero_points = [one.zero_point for one in fitted if one.zero_point is not None]
-    scales = [one.scale for one in fitted]
-    joined = GroupParameters(torch.cat(scales, dim=1), torch.cat(zero_points, dim=1) if zero_points else None)
-    return replace(
-        joined,
-        scale_codes=_joined_codes([one.scale_codes for one in fitted]),
-        zero_point_codes=_joined_codes([one.zero_point_codes for one in fitted]),
-    )
-
-
-def _joined_codes(found: Sequence[SecondLevel | None]) -> SecondLevel | None:
-    known = [one for one in found if one is not None]
-    return join_second_levels(known) if known else None

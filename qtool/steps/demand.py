@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -159,6 +160,12 @@ def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
         weight = _rounded(torch.rand(count, n), grid)
         return sum(tensor.nbytes for tensor in linear_tensors("", weight, grid).values())
 
+    blocks = [part.scheme.scale_rows for part in grid.parts if part.scheme.scale_rows is not None]
+    if blocks:  # scales that are codes: those of a group are one stream of bits, and their ranges come once a block
+        period = lcm(8, *blocks)
+        if rows < 2 * period:
+            return stored(rows)
+        return stored(period + rows % period) + (rows // period - 1) * (stored(2 * period) - stored(period))
     two, side = stored(2), max(part.block_rows for part in grid.parts)
     pair = stored(4) - two if side == 1 else 0
     if side > 1:

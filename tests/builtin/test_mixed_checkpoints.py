@@ -24,11 +24,15 @@ from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
 from qtool.builtin.exporters.hf import HuggingFace
 from qtool.builtin.exporters.mixed import fused_apart
 from qtool.builtin.exporters.modelopt import ModelOpt
+from qtool.builtin.exporters.packed_source import open_packed
+from qtool.consumers.checkpoint import read_checkpoint
+from qtool.consumers.table import answer
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import Exporter
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, SchemeError
+from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.plugins import Plugins
+from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
@@ -73,9 +77,17 @@ def make(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Make:
         return folder
 
     @lru_cache
+    def statistics(name: str) -> Path:
+        text = tmp_path_factory.mktemp("text") / "text.txt"
+        text.write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+        request = CalibrateRequest(str(model(name)), data=str(text), num_samples=2, seq_len=16, gather=("absmax",))
+        return calibrate(request, workspace)[0].path
+
+    @lru_cache
     def made(weights: str, activations: str = "", *, name: str = "llama") -> Subject:
         scheme = read_scheme("", {"weights": weights, "activations": activations}, plugins)
-        artifact, _ = mitigate(MitigateRequest(str(model(name)), "rtn", scheme, dtype="float32"), workspace)
+        source = str(statistics(name) if "nvfp4" in activations or "static" in activations else model(name))
+        artifact, _ = mitigate(MitigateRequest(source, "rtn", scheme, dtype="float32"), workspace)
         return open_subject(str(artifact.path), workspace).subject
 
     return made
@@ -282,7 +294,6 @@ class TestOneSchemeOnly:
         ("exporter", "weights"),
         [
             (AWQ(), "int4-asym-g32-sfp16,down_proj=int4-asym-channel-sfp16"),
-            (ModelOpt(), "nvfp4,down_proj=fp8-channel"),
         ],
     )
     def test_another_scheme_is_refused_and_the_nearest_named(
@@ -290,6 +301,148 @@ class TestOneSchemeOnly:
     ) -> None:
         with pytest.raises(SchemeError, match=r"one scheme(.|\n)*0.mlp.down_proj(.|\n)*,down_proj=none, or pack"):
             exporter.check(make(weights))
+
+
+MIXTURES = {
+    "W4A4 and W8A8": (
+        "nvfp4,down_proj=fp8-channel-sbf16",
+        "nvfp4,down_proj=fp8-token",
+        {"down_proj": "FP8_PER_CHANNEL_PER_TOKEN"},
+    ),
+    "W4A4 and W4A16": ("nvfp4", "nvfp4,o_proj=none", {"o_proj": "W4A16_NVFP4"}),
+    "calibrated W8A8": (
+        "nvfp4,down_proj=fp8-tensor,o_proj=fp8-tensor-sbf16",
+        "nvfp4,down_proj=fp8-tensor-static,o_proj=fp8-tensor-static",
+        {"down_proj": "FP8", "o_proj": "FP8"},
+    ),
+    "three, and 16 bits": (
+        "nvfp4,down_proj=fp8-channel,layers.0.self_attn=none",
+        "none,down_proj=fp8-token,layers.1.self_attn.o_proj=nvfp4",
+        {"down_proj": "FP8_PER_CHANNEL_PER_TOKEN", "o_proj": "NVFP4"},
+    ),
+}  # fmt: skip
+
+
+class TestModelOpt:
+    @pytest.mark.parametrize("mixture", MIXTURES)
+    def test_each_linear_has_its_own_algorithm(self, make: Make, tmp_path: Path, mixture: str) -> None:
+        weights, activations, others = MIXTURES[mixture]
+        subject = make(weights, activations)
+        exported = written(ModelOpt(), subject, tmp_path / "out")
+        most = "W4A16_NVFP4" if activations.startswith("none") else "NVFP4"
+        kept = names("q_proj", "k_proj", "v_proj", "o_proj", layers=(0,)) if "none" in weights else set()
+        all_names = names(*(kind.rpartition(".")[2] for kind in KINDS)) - kept
+        wanted = {name: others.get(name.rpartition(".")[2], most) for name in all_names}
+        sized = {
+            name: {"quant_algo": one} | ({"group_size": 16} if "FP4" in one else {}) for name, one in wanted.items()
+        }
+        config = config_of(tmp_path / "out")
+        beside = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+        assert config["quant_algo"] == beside["quant_algo"] == "MIXED_PRECISION"
+        assert config["quantized_layers"] == beside["quantized_layers"] == sized
+        assert set(config["ignore"]) == set(beside["exclude_modules"]) == {"lm_head"} | kept
+        assert {name for group in config["config_groups"].values() for name in group["targets"]} == all_names
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        for name, one in wanted.items():
+            leaves = {key.removeprefix(f"{name}.") for key in stored if key.startswith(f"{name}.")}
+            four = {"weight", "weight_scale", "weight_scale_2"}
+            plain = {"weight", "weight_scale"}
+            expected = {"NVFP4": {*four, "input_scale"}, "W4A16_NVFP4": four, "FP8": {*plain, "input_scale"}}
+            assert leaves == expected.get(one, plain), name
+            rows, columns = stored[f"{name}.weight"].shape
+            assert stored[f"{name}.weight"].dtype == (torch.uint8 if "FP4" in one else torch.float8_e4m3fn)
+            scale = stored[f"{name}.weight_scale"].shape
+            assert scale == ((rows, columns // 8) if "FP4" in one else () if one == "FP8" else (rows,))
+        assert re.search(r"\d+ linears \(.*W4A", exported.consumers["vllm"])
+        if "fp8" in activations:
+            how = (
+                "static FP8 activations per tensor" if "static" in activations else "dynamic FP8 activations per token"
+            )
+            assert how in exported.consumers["vllm"]
+        assert exported.details["layout"] == "modelopt MIXED_PRECISION"
+
+    @pytest.mark.parametrize("mixture", MIXTURES)
+    def test_doctor_knows_what_was_written(self, make: Make, tmp_path: Path, mixture: str) -> None:
+        weights, activations, others = MIXTURES[mixture]
+        written(ModelOpt(), make(weights, activations), tmp_path / "out")
+        cases = read_checkpoint(tmp_path / "out", lambda _: 0)
+        most = "W4A16_NVFP4" if activations.startswith("none") else "NVFP4"
+        assert {case.layout for case in cases} == {most, *others.values()}
+        assert all(case.beside and case.apart == False for case in cases)  # noqa: E712 - a value, not a truth
+        by = {case.layout: case for case in cases}
+        assert by["NVFP4"].inputs == "local"
+        assert by.get("W4A16_NVFP4", by["NVFP4"]).input_bits in (4, 16)
+        if "W4A16_NVFP4" in by:
+            assert by["W4A16_NVFP4"].inputs == "none"
+        found = answer(cases, "vllm", "sm100")
+        assert found.verdict == "loads"
+        assert answer(cases, "sglang", "sm100").verdict in ("unknown", "refuses")
+
+    def test_linears_that_engines_fuse_have_one_algorithm(self, make: Make, tmp_path: Path) -> None:
+        subject = make("nvfp4,q_proj=fp8-channel", "nvfp4")
+        with pytest.raises(SchemeError, match="go with FP8 inputs"):
+            ModelOpt().check(subject)
+        subject = make("nvfp4,layers.0.self_attn.v_proj=none,down_proj=fp8-channel", "nvfp4,down_proj=fp8-token")
+        exported = written(ModelOpt(), subject, tmp_path / "out")
+        assert exported.consumers["vllm"].startswith("refused: q, k and v")
+        cases = read_checkpoint(tmp_path / "out", lambda _: 0)
+        assert answer(cases, "vllm", "sm90").verdict == "refuses"
+
+    def test_a_damaged_map_is_found(self, make: Make, tmp_path: Path) -> None:
+        weights, activations, _ = MIXTURES["W4A4 and W8A8"]
+        subject = make(weights, activations)
+        written(ModelOpt(), subject, tmp_path / "out")
+        path = tmp_path / "out" / "hf_quant_config.json"
+        said = json.loads(path.read_text())
+        said["quantization"]["quantized_layers"].popitem()
+        path.write_text(json.dumps(said))
+        with pytest.raises(ArtifactError, match="say another `quantized_layers`"):
+            ModelOpt().verify(subject, tmp_path / "out")
+
+    @pytest.mark.parametrize("name", ["llama", "mixtral"])
+    def test_it_is_read_as_what_it_was_made_of(self, make: Make, tmp_path: Path, cache: Path, name: str) -> None:
+        kind = "down_proj" if name == "llama" else "v_proj"
+        weights = f"nvfp4,self_attn=fp8-channel-sbf16,{kind}=fp8-channel-sbf16"
+        subject = make(weights, f"nvfp4,self_attn=fp8-token,{kind}=fp8-token", name=name)
+        written(ModelOpt(), subject, tmp_path / "modelopt")
+        packed = open_packed(tmp_path / "modelopt", subject.plugins, cache=cache)
+        for linear in subject.linears:
+            mine, theirs = subject.scheme.of(linear.name), packed.scheme.of(linear.name)
+            assert str(theirs.activations) == str(mine.activations)
+            assert str(theirs.weights) == str(mine.weights).replace("bf16", "fp32")
+            one, other = subject.linear(linear), packed.linear(linear)
+            assert torch.equal(one.codes, other.codes)
+            assert torch.equal(one.parameters[0].scale, other.parameters[0].scale)
+        for exporter in (HuggingFace(), CompressedTensors()):
+            for place, of in (("direct", subject), ("through", packed)):
+                written(exporter, of, tmp_path / f"{place} {type(exporter).__name__}")
+            first, second = (
+                load_file(tmp_path / f"{place} {type(exporter).__name__}" / "model.safetensors")
+                for place in ("direct", "through")
+            )
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[leaf].float(), second[leaf].float()) for leaf in first)
+
+    def test_what_no_map_names_is_not_read(self, make: Make, tmp_path: Path, cache: Path) -> None:
+        weights, activations, _ = MIXTURES["W4A4 and W8A8"]
+        subject = make(weights, activations)
+        written(ModelOpt(), subject, tmp_path / "out")
+        path = tmp_path / "out" / "hf_quant_config.json"
+        said = json.loads(path.read_text())
+        said["quantization"]["quantized_layers"].pop("model.layers.1.mlp.down_proj")
+        path.write_text(json.dumps(said))
+        with pytest.raises(SchemeError, match="linears whose algorithm it does not say"):
+            open_packed(tmp_path / "out", subject.plugins, cache=cache)
+
+    def test_experts_in_fp8_are_refused_beside_others_too(self, make: Make, tmp_path: Path) -> None:
+        subject = make("nvfp4,experts=fp8-channel", "nvfp4,experts=fp8-token", name="mixtral")
+        with pytest.raises(UsageError, match="no consumer reads experts in FP8"):
+            ModelOpt().check(subject)
+        subject = make("nvfp4,self_attn=fp8-channel", "nvfp4,self_attn=fp8-token", name="mixtral")
+        written(ModelOpt(), subject, tmp_path / "out")
+        layers = config_of(tmp_path / "out")["quantized_layers"]
+        assert layers["model.layers.0.block_sparse_moe.experts.1.w2"] == {"quant_algo": "NVFP4", "group_size": 16}
+        assert layers["model.layers.0.self_attn.o_proj"] == {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
 
 
 class TestDequantized:

@@ -106,7 +106,7 @@ def cases() -> tuple[Case, ...]:
         replace(case, online=kind, biased=biased) for case in plain for kind, biased in product(ONLINE, (True, False))
     ]
     made += [replace(case, **alike) for case in plain if case.method in METHODS for alike in SEVERAL]
-    made += [replace(case, inputs="dynamic") for case in plain if case.layout == "FP8"]
+    made += [replace(case, inputs=how) for case in plain if case.layout == "FP8" for how in ("dynamic", "static")]
     made += [Case("gguf", kind, bits=4) for kind in ("F16", "Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4", "Q4_K")]
     return tuple(dict.fromkeys(made))
 

@@ -148,7 +148,7 @@ def test_spqr_rounds_them_to_what_is_stored(plugins: Plugins) -> None:
     weight, inputs = torch.randn(6, 32, generator=generator), torch.randn(100, 32, generator=generator)
     grid = Grid.of(parse_tensor_scheme("int3-asym-g8-real", plugins.format), plugins.format("int3"))
     problem = LayerProblem("one", weight, grid, inputs.T @ inputs / 100, global_scales=(None,))
-    solved = SpQR().quantize(problem, SpQRConfig(tau=None, bilevel=False))
+    solved = SpQR().quantize(problem, SpQRConfig(tau=None))
     stored = linear_tensors("one", solved, grid)
     assert stored["one.zero_point"].dtype == torch.bfloat16
     assert torch.equal(read_linear("one", 32, stored, grid).weight(grid), solved.weight(grid))

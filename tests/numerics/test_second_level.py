@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from qtool.numerics.second_level import decode_second_level, fit_second_level, join_second_levels
+from qtool.numerics.groups import combine_parameters, repeat_rows
+from qtool.numerics.second_level import decode_second_level, fit_second_level
+from qtool.scheme import GroupParameters, ScaleFormat
 from tests.oracles.spqr import second_level
 
 
@@ -16,7 +20,9 @@ def values(rows: int, groups: int = 3, seed: int = 0) -> torch.Tensor:
 def test_equals_the_formula_block_by_block(rows: int, bits: int, block: int) -> None:
     given = values(rows)
     found = fit_second_level(given, num_bits=bits, block=block)
-    assert (found.bits, found.block, found.low.shape) == (bits, block, (-(-rows // block), 3))
+    assert int(found.codes.max()) < 2**bits
+    assert torch.equal(repeat_rows(found.low[::block], block, rows), found.low)
+    assert torch.equal(repeat_rows(found.step[::block], block, rows), found.step)
     assert torch.equal(found.low.half().float(), found.low)
     assert torch.equal(found.step.half().float(), found.step)
     expected = torch.tensor([second_level(column, bits, block) for column in given.double().T.tolist()]).T
@@ -49,6 +55,17 @@ def test_what_float16_cannot_hold_stays_finite() -> None:
 def test_groups_side_by_side_are_those_of_each() -> None:
     given = values(20)
     whole = fit_second_level(given, num_bits=3, block=16)
-    joined = join_second_levels([fit_second_level(given[:, [i]], num_bits=3, block=16) for i in range(3)])
+    each = [fit_second_level(given[:, [i]], num_bits=3, block=16) for i in range(3)]
+    parameters = [GroupParameters(decode_second_level(one), scale_codes=one) for one in each]
+    joined = combine_parameters(parameters, partial(torch.cat, dim=1)).scale_codes
+    assert joined is not None
     assert torch.equal(joined.codes, whole.codes)
     assert torch.equal(decode_second_level(joined), decode_second_level(whole))
+
+
+@pytest.mark.parametrize(("scale_format", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_ranges_are_stored_as_the_scheme_says(scale_format: ScaleFormat, dtype: torch.dtype) -> None:
+    found = fit_second_level(values(32), num_bits=3, block=16, scale_format=scale_format)
+    assert torch.equal(found.low[0], values(32)[:16].amin(0).to(dtype).float())
+    step = (values(32)[:16].amax(0) - found.low[0]) / 7
+    assert torch.equal(found.step[0], step.to(dtype).float())

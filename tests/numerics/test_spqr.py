@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from torch import Tensor
 
 from qtool.errors import ShapeError
 from qtool.numerics.gptq import ColumnGrid, factorize_inverse, gptq_round
-from qtool.numerics.integers import decode_integers, encode_integers, round_integers
-from qtool.numerics.second_level import decode_second_level, fit_second_level
+from qtool.numerics.integers import decode_integers, encode_integers, fit_real, round_integers
+from qtool.numerics.second_level import store_second_level
 from qtool.numerics.spqr import RangeColumns, leave_one_out_gain, outlier_threshold, spqr_round
 from qtool.scheme import GroupParameters
 from tests.oracles.spqr import SpQROptions, group_loss, spqr_oracle
@@ -30,23 +32,26 @@ def problem(seed: int = 0, n_out: int = 20, n_in: int = 32) -> tuple[Tensor, Ten
     return weight, hessian, factorize_inverse(hessian, 0.0).upper
 
 
-def plain(scale: Tensor, zero_point: Tensor) -> GroupParameters:
-    return GroupParameters(scale.masked_fill(scale == 0, 1.0), zero_point)
+def plain(groups: Tensor, bits: int) -> GroupParameters:
+    return GroupParameters(*fit_real(groups, num_bits=bits, scale_format="fp32"))
 
 
-def bilevel(scale: Tensor, zero_point: Tensor) -> GroupParameters:
-    scales = fit_second_level(scale, num_bits=3, block=16, positive=True)
-    zeros = fit_second_level(zero_point, num_bits=3, block=16)
-    return GroupParameters(decode_second_level(scales), decode_second_level(zeros), None, scales, zeros)
+def two_levels(groups: Tensor, bits: int) -> GroupParameters:
+    silent = (groups == 0).all(-1)
+    return store_second_level(plain(groups, bits), silent, num_bits=3, block=16, scale_format="fp16")
 
 
-@pytest.mark.parametrize("two_levels", [False, True])
+def columns(n: int, size: int, bits: int, fit: Callable[[Tensor, int], GroupParameters] = plain) -> RangeColumns:
+    return RangeColumns(n, size, bits, partial(fit, bits=bits))
+
+
+@pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize(("bits", "tau"), [(2, 0.2), (3, 0.05), (3, 1e9), (4, 0.02)])
-def test_equals_the_paper_weight_by_weight(bits: int, tau: float, two_levels: bool) -> None:
+def test_equals_the_paper_weight_by_weight(bits: int, tau: float, coded: bool) -> None:
     weight, hessian, upper = problem(bits)
-    grid = RangeColumns(32, 8, bits, bilevel if two_levels else plain)
+    grid = columns(32, 8, bits, two_levels if coded else plain)
     found = spqr_round(weight, upper, grid=[grid], tau=tau)
-    expected = spqr_oracle(weight, hessian, SpQROptions(bits, 8, tau, second_bits=3 if two_levels else 0))
+    expected = spqr_oracle(weight, hessian, SpQROptions(bits, 8, tau, second_bits=3 if coded else 0))
     assert torch.equal(found.outliers, expected.outliers)
     assert bool(found.outliers.any()) == (tau < 1e9)
     inside = ~expected.outliers
@@ -60,7 +65,7 @@ def test_equals_the_paper_weight_by_weight(bits: int, tau: float, two_levels: bo
 @pytest.mark.parametrize("bits", [2, 4])
 def test_without_outliers_it_is_gptq_with_fresh_groups(bits: int) -> None:
     weight, hessian, upper = problem()
-    part = RangeColumns(32, 8, bits, plain)
+    part = columns(32, 8, bits)
     found = spqr_round(weight, upper, grid=[part])
     same = ColumnGrid(
         8,
@@ -75,10 +80,12 @@ def test_without_outliers_it_is_gptq_with_fresh_groups(bits: int) -> None:
     assert not found.outliers.any()
 
 
-@pytest.mark.parametrize("store", [plain, bilevel])
-def test_the_loss_is_that_of_the_result_and_outliers_are_not_propagated(store: object) -> None:
+@pytest.mark.parametrize("fit", [plain, two_levels])
+def test_the_loss_is_that_of_the_result_and_outliers_are_not_propagated(
+    fit: Callable[[Tensor, int], GroupParameters],
+) -> None:
     weight, hessian, upper = problem(5)
-    found = spqr_round(weight, upper, grid=[RangeColumns(32, 16, 3, store)], tau=0.05)  # type: ignore[arg-type]
+    found = spqr_round(weight, upper, grid=[columns(32, 16, 3, fit)], tau=0.05)
     error = weight - found.values
     torch.testing.assert_close(found.loss, ((error @ hessian) * error).sum(1), rtol=1e-8, atol=0)
     assert torch.equal(found.values[found.outliers], found.values[found.outliers].half().double())
@@ -86,7 +93,7 @@ def test_the_loss_is_that_of_the_result_and_outliers_are_not_propagated(store: o
 
 def test_a_lower_threshold_keeps_more_and_loses_less() -> None:
     weight, _, upper = problem(1)
-    grid = [RangeColumns(32, 8, 2, plain)]
+    grid = [columns(32, 8, 2)]
     results = [spqr_round(weight, upper, grid=grid, tau=tau) for tau in (math.inf, 1.0, 0.3, 0.1, 0.03, 0.01, 0.0)]
     counts = [int(result.outliers.sum()) for result in results]
     assert counts == sorted(set(counts))
@@ -120,7 +127,7 @@ def test_the_threshold_is_relative_to_columns_replaced_by_their_mean() -> None:
 
 def test_codes_below_outliers_stand_for_0_as_near_as_may_be() -> None:
     weight, _, upper = problem(5)
-    found = spqr_round(weight, upper, grid=[RangeColumns(32, 16, 3, plain)], tau=0.05)
+    found = spqr_round(weight, upper, grid=[columns(32, 16, 3)], tau=0.05)
     (own,) = found.parameters
     assert own.zero_point is not None
     nearest = own.zero_point.round().clamp(0, 7).repeat_interleave(16, dim=1)
@@ -129,17 +136,17 @@ def test_codes_below_outliers_stand_for_0_as_near_as_may_be() -> None:
 
 def test_groups_of_one_value_have_it_exactly() -> None:
     weight = torch.tensor([[0.5] * 4, [-3.0] * 4, [0.0] * 4])
-    found = spqr_round(weight, torch.eye(4), grid=[RangeColumns(4, 4, 3, plain)])
+    found = spqr_round(weight, torch.eye(4), grid=[columns(4, 4, 3)])
     assert torch.equal(found.values, weight)
     for value in (0.5, -3.0, 0.0):
         same = torch.full((16, 4), value)
-        two_levels = spqr_round(same, torch.eye(4), grid=[RangeColumns(4, 4, 3, bilevel)])
-        torch.testing.assert_close(two_levels.values, same, rtol=2e-3, atol=1e-6)
+        coded = spqr_round(same, torch.eye(4), grid=[columns(4, 4, 3, two_levels)])
+        torch.testing.assert_close(coded.values, same, rtol=2e-3, atol=1e-6)
 
 
 def test_what_float16_cannot_hold_is_no_outlier() -> None:
     weight, _, upper = problem(3)
-    grid = [RangeColumns(32, 8, 2, plain)]
+    grid = [columns(32, 8, 2)]
     assert float(weight.abs().amax()) * 2.0**14 > 65504
     large = spqr_round(weight * 2.0**14, upper, grid=grid, tau=0.01)
     assert torch.isfinite(large.values).all()
@@ -151,7 +158,7 @@ def test_what_float16_cannot_hold_is_no_outlier() -> None:
 
 def test_parts_side_by_side_have_their_own_bits() -> None:
     weight, _, upper = problem(6)
-    grid = [RangeColumns(24, 8, 2, plain), RangeColumns(8, 8, 8, plain)]
+    grid = [columns(24, 8, 2), columns(8, 8, 8)]
     found = spqr_round(weight, upper, grid=grid)
     assert [own.scale.shape for own in found.parameters] == [(20, 3), (20, 1)]
     assert int(found.codes[:, :24].max()) == 3
@@ -162,4 +169,4 @@ def test_parts_side_by_side_have_their_own_bits() -> None:
 def test_what_does_not_fit_is_refused(parts: list[tuple[int, int]]) -> None:
     weight, _, upper = problem()
     with pytest.raises(ShapeError, match="do not fit each other"):
-        spqr_round(weight, upper, grid=[RangeColumns(n, size, 3, plain) for n, size in parts])
+        spqr_round(weight, upper, grid=[columns(n, size, 3) for n, size in parts])

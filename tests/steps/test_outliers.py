@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from qtool.artifacts.store import Artifact
 from qtool.engine.execute import BlockExecutable
-from qtool.errors import SchemeError, UsageError
+from qtool.errors import SchemeError
 from qtool.steps.labels import labels_of
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
@@ -22,8 +22,11 @@ from tests.steps.conftest import Desk
 LAST = "model.layers.1.mlp.down_proj"
 
 
-def spqr(desk: Desk, method: str = "spqr", **settings: str) -> Artifact:
-    scheme = read_scheme("", {"weights": "int3-asym-g8"}, desk.workspace.plugins)
+CODED = "int3-asym-g8-sfp16-scales3g16"
+
+
+def spqr(desk: Desk, method: str = "spqr", weights: str = CODED, **settings: str) -> Artifact:
+    scheme = read_scheme("", {"weights": weights}, desk.workspace.plugins)
     request = MitigateRequest(str(desk.calibrate().path), method, scheme, {"tau": "0.05", **settings})
     return mitigate(request, desk.workspace)[0]
 
@@ -56,28 +59,26 @@ def test_what_is_stored_is_executed_counted_and_packed(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason", "first"),
+    ("weights", "reason", "nearest"),
     [
-        ({}, "no outliers in front of its codes", "model.layers.0.mlp.down_proj"),
-        ({"tau": "none"}, "no scales of two levels", "model.layers.0.mlp.down_proj.scale.codes"),
-        ({"tau": "none", "bilevel": "false"}, "zero points are whole", "model.layers.0.mlp.down_proj.zero_point"),
+        (CODED, "compressed-tensors has no scales that are codes", "int3-asym-g8-sfp16"),
+        ("int3-asym-g8-real", "zero points of compressed-tensors are whole", "int3-asym-g8-sbf16"),
     ],
 )
 def test_compressed_tensors_refuses_what_it_has_no_place_for(
-    desk: Desk, settings: dict[str, str], reason: str, first: str
+    desk: Desk, weights: str, reason: str, nearest: str
 ) -> None:
-    artifact = spqr(desk, **settings)
-    with pytest.raises(UsageError, match=reason) as refused:
+    artifact = spqr(desk, weights=weights, tau="none")
+    with pytest.raises(SchemeError, match=reason) as refused:
         pack(PackRequest(str(artifact.path), "compressed-tensors"), desk.workspace)
-    assert ("first", first) in refused.value.facts
-    assert "--to hf" in refused.value.hint
+    assert refused.value.hint.startswith(f"nearest that fits: --weights {nearest}")
     assert not list(desk.workspace.home.glob("pack-*"))
 
 
 def test_settings_are_read_and_a_tau_of_none_is_off(desk: Desk) -> None:
-    artifact = spqr(desk, **{"tau": "none", "bilevel": "no", "dampening-frac": "0.01"})
+    artifact = spqr(desk, weights="int3-asym-g8-real", **{"tau": "none", "dampening-frac": "0.01"})
     assert not [name for name in artifact.header.slots if ".outliers." in name or ".scale.codes" in name]
-    assert artifact.header.slots[f"{LAST}.zero_point"].dtype == "F32"
+    assert artifact.header.slots[f"{LAST}.zero_point"].dtype == "BF16"
 
 
 def logits(desk: Desk, batch: int = 1, **parts: str) -> torch.Tensor:

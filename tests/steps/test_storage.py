@@ -30,7 +30,8 @@ from qtool.testing import TinyModel, tiny_model
 
 PARTS = {
     "gptq+lorc": ("int4-asym-g8", "", {"codes", "scales", "zeros", "adapters"}),
-    "spqr": ("int3-asym-g8", "", {"codes", "scales", "zeros", "outliers"}),
+    "spqr": ("int3-asym-g8-scales3g16", "", {"codes", "scales", "zeros", "outliers"}),
+    "gptq": ("int2-sym-g8-scales5g3", "", {"codes", "scales"}),
     "rtn+qwt": ("int2-g8", "", {"codes", "scales", "compensations"}),
     "rtn": ("nvfp4", "nvfp4", {"codes", "scales", "inputs"}),
 }
@@ -137,6 +138,7 @@ def test_queries_and_keys_are_not_linears(tiny: TinyModel) -> None:
         ),
         *("nvfp4", "mxfp4", "fp4-g16-se2m1", "fp4-g48-sint4", "fp4-asym-g16", "nf4", "mxfp6_e2m3", "int2-asym-channel"),
         *("fp8-b4", "fp8-b128", "amxfp4", "amxfp4-se8m0"),
+        *("int3-asym-g16-scales3g16", "int2-g48-scales5g3-sfp32", "int4-asym-channel-scales1g256", "int4-scales4g2"),
     ],
 )
 def test_what_is_foreseen_is_what_is_stored(found_plugins: Plugins, text: str) -> None:

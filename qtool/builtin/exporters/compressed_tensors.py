@@ -69,7 +69,8 @@ class CompressedTensors(PackedSource):
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
-        layouts = {choose_layout(scheme) for scheme, _ in groups_of(subject)}
+        for scheme, _ in groups_of(subject):
+            choose_layout(scheme)
         with_groups_in_cache(subject.scheme, subject.model.graph.dims)
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
@@ -80,8 +81,7 @@ class CompressedTensors(PackedSource):
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
                 hint="--scheme W4A4, or pack --to hf",
             )
-        if "nvfp4-pack-quantized" in layouts:
-            check_global_scales(subject)
+        check_global_scales(subject)
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
@@ -161,9 +161,12 @@ def _consumers(
 
 
 def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
-    calibrated = subject.scheme.of(linear.name).activations is not None
-    multiplier = input_multiplier(subject, linear) if calibrated else None
-    return {} if multiplier is None else {"input_global_scale": global_divisor(multiplier)}
+    multiplier, inputs = input_multiplier(subject, linear), subject.scheme.of(linear.name).activations
+    if multiplier is None or inputs is None:
+        return {}
+    if inputs.static:
+        return {"input_scale": multiplier.float().reshape(1)}
+    return {"input_global_scale": global_divisor(multiplier)}
 
 
 def _dtype(subject: Subject) -> torch.dtype:

@@ -116,7 +116,7 @@ def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> L
 
 def _check_activations(layout: Layout, activations: TensorScheme, block: int | None) -> None:
     """Refuse activations that cannot be said beside a layout; ``block`` is the side of the weights' blocks, if any."""
-    if activations.clip != 1:
+    if activations.clip != 1 and not activations.static:
         raise _clipped("activations", activations)
     if activations.outlier_threshold is not None:
         nearest = replace(activations, outlier_threshold=None)

@@ -16,6 +16,7 @@ from qtool.engine.problem import QuantizedLinear
 from qtool.errors import SchemeError
 from qtool.numerics.scales import encode_scale
 from qtool.scheme import TensorScheme
+from qtool.scheme_parts import one_level
 
 Kind: TypeAlias = Literal["Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"]
 
@@ -50,6 +51,8 @@ def choose_type(weights: TensorScheme) -> Kind:
         _refuse(f"GGUF has no type for `{weights.format}`", weights, FOUR_BITS if few else EIGHT_BITS)
     if not weights.symmetric and kind != "Q4_1":
         _refuse(f"{kind} has no zero points", weights, replace(weights, symmetric=True))
+    if weights.scale_bits is not None:
+        _refuse("no type's scales are codes in these groups; --to hf decodes them", weights, one_level(weights))
     if weights.real:
         _refuse(f"the zero points of {kind} are made from whole numbers", weights, replace(weights, real=False))
     if weights.strategy == "group" and (weights.group_size or 1) % SCALED[kind]:

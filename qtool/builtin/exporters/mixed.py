@@ -88,7 +88,7 @@ def mixed_consumers(each: Sequence[tuple[Sequence[LinearSite], Case]]) -> dict[s
         each: Linears that are alike, each with how the checkpoint describes them.
     """
     told, of_each = {}, [said([case]) for _, case in each]
-    for loader in of_each[0]:
+    for loader in (name for name in of_each[0] if all(name in words for words in of_each)):
         texts = [words[loader] for words in of_each]
         refused = next((text for text in texts if text.startswith(_REFUSED)), None)
         source = texts[0][at:] if (at := texts[0].rfind(" (")) >= 0 else ""

@@ -1,16 +1,19 @@
 """NVIDIA ModelOpt's checkpoints: NVFP4 and FP8, for vLLM, SGLang and TensorRT-LLM.
 
 All of it is what the artifact holds in other names: ``weight_scale_2`` and ``input_scale`` are the multipliers whose
-reciprocals compressed-tensors stores. FP8 has a scale an output row, or one a tensor. Its inputs are dynamic, since
-qtool calibrates no input scale of FP8, for which vLLM and SGLang ask where the weights have one scale a tensor.
+reciprocals compressed-tensors stores. FP8 has a scale an output row, or one a tensor; beside the latter vLLM and SGLang
+ask for calibrated inputs (``fp8-tensor-static``), and other inputs are dynamic. Linears of several algorithms are
+``MIXED_PRECISION``, of which ``quantized_layers`` says what each linear has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,11 +28,11 @@ from qtool.builtin.exporters.mixed import (
     groups_of,
     mixed_consumers,
     refuse_mixed_experts,
-    refuse_several,
 )
 from qtool.builtin.exporters.modelopt_config import (
     HF_QUANT_CONFIG,
     Algorithm,
+    algorithm_of,
     hf_quant_config,
     quantization_config,
 )
@@ -44,10 +47,10 @@ from qtool.builtin.exporters.read_back import (
 from qtool.builtin.exporters.refusals import (
     check_global_scales,
     input_multiplier,
-    quantized_weights,
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.shards import write_json
+from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
@@ -76,13 +79,21 @@ class ModelOpt(PackedSource):
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
-        refuse_several(subject, "modelopt")
+        algorithms = _algorithms(subject)
+        static = _static(subject)
         refuse_mixed_experts(subject, "modelopt")
-        algorithm = choose_algorithm(groups_of(subject)[0][0])
         refuse_all_but_codes(subject, "modelopt")
-        if algorithm not in _FP8:
-            check_global_scales(subject)
-        elif subject.model.graph.dims.experts > 0:
+        _dtype(subject)
+        check_global_scales(subject)
+        whole = [linear for linear in algorithms.get("FP8", ()) if linear.name not in static]
+        if static and whole:
+            raise SchemeError(
+                "one config says of all linears in FP8 whether their inputs are calibrated",
+                facts=(("calibrated", min(static)), ("as the model runs", whole[0].name)),
+                hint="nearest that fits: --activations fp8-tensor-static for all of them",
+            )
+        rows = algorithms.get(_FP8[1], ())
+        if any(linear.expert is not None for linear in (*whole, *rows)):
             raise UsageError(
                 "no consumer reads experts in FP8 with such scales and dynamic inputs from modelopt",
                 hint="qtool pack SOURCE --to compressed-tensors",
@@ -90,22 +101,28 @@ class ModelOpt(PackedSource):
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
-        algorithm, model = choose_algorithm(groups_of(subject)[0][0]), subject.model
-        dtype = checkpoint_dtype(quantized_weights(subject), model.dtype)
+        model, dtype = subject.model, _dtype(subject)
 
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {} if linear.spec.kept or linear.name in subject.kept else _stored(subject, linear)
 
         ignored = sorted(not_quantized(model, subject.kept))
-        config = quantization_config(algorithm, ignored)
+        algorithms = _algorithms(subject)
+        layers = {algorithm: _stored_names(subject, linears) for algorithm, linears in algorithms.items()}
+        static = bool(_static(subject))
+        config = quantization_config(layers, ignored, static=static)
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
-        write_json(directory / HF_QUANT_CONFIG, hf_quant_config(algorithm, ignored))
-        details: dict[str, object] = {"layout": f"modelopt {algorithm}", "dtype": str(dtype).removeprefix("torch.")}
+        write_json(directory / HF_QUANT_CONFIG, hf_quant_config(layers, ignored))
+        said = f"modelopt {config['quant_algo']}"
+        details: dict[str, object] = {"layout": said, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(model)}
-        facts = artifact_facts(groups_of(subject)[0][0], dtype=dtype)
-        facts |= {"apart": bool(fused_apart(subject)), "inputs": "dynamic"}
-        (case,) = cases_of(config, experts=model.graph.dims.experts > 0, **facts)
-        return Exported(mixed_consumers([(subject.linears, case)]), details)
+        each, about = [], {"apart": bool(fused_apart(subject)), "inputs": "static" if static else "dynamic"}
+        cases = {case.layout: case for case in cases_of(config, **about)}
+        for algorithm, linears in algorithms.items():
+            facts = artifact_facts(subject.scheme.of(linears[0].name), dtype=dtype)
+            facts["experts"] = any(linear.expert is not None for linear in linears)
+            each.append((linears, replace(cases[algorithm], **facts)))
+        return Exported(mixed_consumers(each), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Decode every linear by ModelOpt's formula, as the written config says, and compare it with ours.
@@ -115,14 +132,22 @@ class ModelOpt(PackedSource):
         """
         model = subject.model
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-        algorithm, plain = config.quantization_config["quant_algo"], deepcopy(config)
+        said, plain = _said(directory, config.quantization_config), deepcopy(config)
         del plain.quantization_config
         module = with_linear_experts(empty_model(plain, model), model)
         reader = CheckpointReader(directory, model)
-        reader.compare(with_stored_shapes(module, subject.linears, lambda child, _: _shapes(child, algorithm)))
+
+        def algorithm_at(linear: LinearSite) -> str:
+            return algorithm_of(said, *_stored_names(subject, [linear]))
+
+        def shapes(child: nn.Linear, own: LinearSite) -> dict[str, tuple[int, ...]]:
+            calibrated = input_multiplier(subject, own) is not None
+            return _shapes(child, algorithm_at(own)) | ({"input_scale": ()} if calibrated else {})
+
+        reader.compare(with_stored_shapes(module, subject.linears, shapes))
         for linear in subject.linears:
             ours = subject.linear(linear).weight(subject.weight_grid(linear))
-            tensors = reader.module(linear.name)
+            tensors, algorithm = reader.module(linear.name), algorithm_at(linear)
             try:
                 read = _decode(tensors, algorithm)
             except _UNREADABLE as error:
@@ -131,7 +156,7 @@ class ModelOpt(PackedSource):
             if read.shape != ours.shape or not torch.equal(read, ours):
                 raise weight_difference(linear.name, read, ours)
             multiplier = input_multiplier(subject, linear)
-            if algorithm == "NVFP4" and multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
+            if multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
                 raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], multiplier)
 
 
@@ -162,41 +187,91 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
         raise _refusal("modelopt is written for NVFP4 and FP8 weights", scheme, "--scheme NVFP4")
     whole = {("channel", "token"): _FP8[1], ("tensor", "tensor"): _FP8[0]}
     algorithm = None if activations is None else whole.get((weights.strategy, activations.strategy))
-    held = activations is not None and replace(activations, format="fp8", scale="fp32", clip=1.0) == activations
-    if algorithm is None or not held or weights.scale not in _FLOAT_SCALES:
+    held = activations is not None and replace(activations, format="fp8", scale="fp32") == activations
+    clipped = activations is not None and activations.clip != 1 and not activations.static
+    if algorithm is None or not held or clipped or weights.scale not in _FLOAT_SCALES:
         reason = "FP8 weights with a scale a row go with FP8 inputs with one a token, those with one a tensor likewise"
         raise _refusal(reason, scheme, "--scheme FP8_DYNAMIC")
     return algorithm
 
 
+def _algorithms(subject: Subject) -> dict[Algorithm, list[LinearSite]]:
+    """Return the linears of each algorithm, that of most linears first.
+
+    Raises:
+        SchemeError: A scheme has no algorithm.
+    """
+    found: dict[Algorithm, list[LinearSite]] = {}
+    for scheme, linears in groups_of(subject):
+        found.setdefault(choose_algorithm(scheme), []).extend(linears)
+    return found
+
+
+def _static(subject: Subject) -> set[str]:
+    """Return the names of the linears in FP8 whose inputs have a calibrated scale."""
+    inputs = ((linear.name, subject.scheme.of(linear.name).activations) for linear in subject.linears)
+    return {name for name, activations in inputs if activations is not None and activations.static}
+
+
+def _dtype(subject: Subject) -> torch.dtype:
+    """Return what the checkpoint's other tensors are stored in: bfloat16 where any linear is in FP4.
+
+    Raises:
+        SchemeError: float16 scales on a bfloat16 model.
+    """
+    weights = [scheme.weights for scheme, _ in groups_of(subject) if scheme.weights is not None]
+    asked = [checkpoint_dtype(one, subject.model.dtype) for one in weights]
+    return torch.bfloat16 if torch.bfloat16 in asked else asked[0]
+
+
+def _stored_names(subject: Subject, linears: Sequence[LinearSite]) -> list[str]:
+    """Return what files call some linears."""
+    named = (stored_tensor_name(subject.model, f"{linear.name}.weight") for linear in linears)
+    return [name.removesuffix(".weight") for name in named]
+
+
+def _said(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the config says of linears, if the one beside it says the same.
+
+    Raises:
+        ArtifactError: They differ.
+    """
+    beside = json.loads((directory / HF_QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
+    for key in ("quant_algo", "quantized_layers"):
+        if beside.get(key) != config.get(key):
+            raise ArtifactError(f"config.json and {HF_QUANT_CONFIG} say another `{key}`", hint="pack again")
+    return config
+
+
 def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     """Return what is stored of a linear, named below it."""
-    found, scheme = subject.linear(linear), quantized_weights(subject)
+    found, scheme = subject.linear(linear), subject.scheme.of(linear.name).weights
+    if scheme is None:
+        raise TypeError(scheme)
     (parameters,) = found.parameters
     if parameters.global_scale is None:
         rows = scheme.strategy == "channel"
         scale = parameters.scale.float().squeeze(-1) if rows else parameters.scale.float().reshape(())
-        return {"weight": found.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
-    tensors = {
-        "weight": pack_codes(found.codes, 4),
-        "weight_scale": encode_scale(parameters.scale, scheme.scale),
-        "weight_scale_2": parameters.global_scale.float().reshape(()),
-    }
-    calibrated = subject.scheme.of(linear.name).activations is not None
-    multiplier = input_multiplier(subject, linear) if calibrated else None
+        tensors = {"weight": found.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+    else:
+        tensors = {
+            "weight": pack_codes(found.codes, 4),
+            "weight_scale": encode_scale(parameters.scale, scheme.scale),
+            "weight_scale_2": parameters.global_scale.float().reshape(()),
+        }
+    multiplier = input_multiplier(subject, linear)
     return tensors if multiplier is None else tensors | {"input_scale": multiplier.float().reshape(())}
 
 
-def _shapes(linear: nn.Linear, algorithm: Algorithm) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a linear's tensors, without its bias."""
+def _shapes(linear: nn.Linear, algorithm: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a linear's tensors, without its bias and what is calibrated."""
     n_out, n_in = linear.out_features, linear.in_features
     if algorithm in _FP8:
         return {"weight": (n_out, n_in), "weight_scale": () if algorithm == "FP8" else (n_out,)}
-    shapes = {"weight": (n_out, n_in // 2), "weight_scale": (n_out, n_in // _GROUP), "weight_scale_2": ()}
-    return shapes | ({"input_scale": ()} if algorithm == "NVFP4" else {})
+    return {"weight": (n_out, n_in // 2), "weight_scale": (n_out, n_in // _GROUP), "weight_scale_2": ()}
 
 
-def _decode(tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Float[Tensor, "out in"]:
+def _decode(tensors: Mapping[str, Tensor], algorithm: str) -> Float[Tensor, "out in"]:
     """Return the float32 weight that stored tensors stand for."""
     raw, scale = tensors["weight"], tensors["weight_scale"].float()
     if algorithm in _FP8:

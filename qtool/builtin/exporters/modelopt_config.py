@@ -26,27 +26,61 @@ _GROUPS: Mapping[Algorithm, Mapping[str, Any]] = {
 }
 
 
-def quantization_config(algorithm: Algorithm, ignored: Sequence[str]) -> dict[str, Any]:
+MIXED = "MIXED_PRECISION"
+"""What ModelOpt calls a checkpoint whose linears have several algorithms."""
+
+
+def quantization_config(
+    layers: Mapping[Algorithm, Sequence[str]], ignored: Sequence[str], *, static: bool = False
+) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
     Args:
-        algorithm: Of all linears.
+        layers: The linears of each algorithm, as files call them.
         ignored: Linears that are not quantized.
+        static: Whether the inputs of ``FP8`` are calibrated.
     """
-    return {
-        "quant_method": "modelopt",
-        "quant_algo": algorithm,
-        "producer": _producer(),
-        "config_groups": {"group_0": {"targets": ["Linear"], **_GROUPS[algorithm]}},
-        "ignore": list(ignored),
+    several = len(layers) > 1
+    groups = {
+        f"group_{index}": {"targets": list(names) if several else ["Linear"], **_GROUPS[algorithm]}
+        for index, (algorithm, names) in enumerate(layers.items())
     }
+    for group, algorithm in zip(groups.values(), layers, strict=True):
+        if static and algorithm == "FP8":
+            group["input_activations"] = {**group["input_activations"], "dynamic": False}
+    about = {"quant_method": "modelopt", "quant_algo": MIXED if several else next(iter(layers))}
+    told = {"config_groups": groups, "ignore": list(ignored)}
+    return about | {"producer": _producer()} | told | ({"quantized_layers": _layers(layers)} if several else {})
 
 
-def hf_quant_config(algorithm: Algorithm, ignored: Sequence[str]) -> dict[str, Any]:
+def hf_quant_config(layers: Mapping[Algorithm, Sequence[str]], ignored: Sequence[str]) -> dict[str, Any]:
     """Return what ``hf_quant_config.json`` says; arguments as for ``quantization_config``."""
-    group = {"group_size": 16} if "NVFP4" in algorithm else {}
+    first, *others = layers
+    own: dict[str, Any] = {"quantized_layers": _layers(layers)} if others else _group_size(first)
+    algorithm = MIXED if others else first
     about = {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": list(ignored)}
-    return {"producer": _producer(), "quantization": about | group}
+    return {"producer": _producer(), "quantization": about | own}
+
+
+def algorithm_of(config: Mapping[str, Any], name: str) -> str:
+    """Return the algorithm that either config says of a linear.
+
+    Raises:
+        KeyError: It says nothing of this linear.
+    """
+    algorithm = str(config["quant_algo"]).upper()
+    return str(config["quantized_layers"][name]["quant_algo"]).upper() if algorithm == MIXED else algorithm
+
+
+def _layers(layers: Mapping[Algorithm, Sequence[str]]) -> dict[str, Any]:
+    each = {
+        name: {"quant_algo": algorithm} | _group_size(algorithm) for algorithm in layers for name in layers[algorithm]
+    }
+    return dict(sorted(each.items()))
+
+
+def _group_size(algorithm: Algorithm) -> dict[str, Any]:
+    return {"group_size": 16} if "NVFP4" in algorithm else {}
 
 
 def _producer() -> dict[str, str]:

@@ -8,17 +8,18 @@ with.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qtool.builtin.exporters.ct_tensors import global_divisor
-from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG
+from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG, algorithm_of
 from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.errors import ArtifactError, NumericalError, SchemeError
@@ -26,10 +27,26 @@ from qtool.model.files import CONFIG
 from qtool.numerics.packing import packed_size, unpack_codes
 from qtool.numerics.scales import decode_scale
 from qtool.scheme import Format, GroupParameters, ModelScheme, ScaleFormat, TensorScheme
+from qtool.scheme_parts import Rule
 
 LEAVES = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape")
 INPUT_LEAVES = ("input_scale", "input_global_scale", "input_zero_point")
 METHODS = ("compressed-tensors", "modelopt")
+
+
+class Seen(NamedTuple):
+    """What the files say of a linear, and no config does.
+
+    Attributes:
+        name: What they call it.
+        scale: What its scales are stored in.
+        calibrated: Whether a scale of its inputs is stored.
+    """
+
+    name: str
+    scale: torch.dtype
+    calibrated: bool
+
 
 _FLOATS: Mapping[torch.dtype, ScaleFormat] = {
     torch.float32: "fp32",
@@ -58,12 +75,12 @@ def packed_method(directory: Path) -> str | None:
     return method if method in METHODS else None
 
 
-def read_scheme(directory: Path, scale: torch.dtype, lookup: Callable[[str], Format]) -> ModelScheme:
-    """Return the scheme that a packed checkpoint says of all its linears.
+def read_scheme(directory: Path, seen: Mapping[str, Seen], lookup: Callable[[str], Format]) -> ModelScheme:
+    """Return the scheme that a packed checkpoint says of its linears; exceptions are of ModelOpt's.
 
     Args:
         directory: The checkpoint.
-        scale: What its first scale is stored in, which no config says.
+        seen: What no config says of each linear.
         lookup: Finds a format by name.
 
     Raises:
@@ -71,7 +88,7 @@ def read_scheme(directory: Path, scale: torch.dtype, lookup: Callable[[str], For
     """
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
     if packed_method(directory) == "modelopt":
-        return _modelopt_scheme(directory, config, scale, lookup)
+        return _modelopt_scheme(directory, config, seen, lookup)
     groups = list(config.get("config_groups", {}).values())
     if len(groups) != 1 or groups[0].get("targets") != ["Linear"] or not groups[0].get("weights"):
         raise _unread("several groups, or one that is not of all linears", config.get("config_groups"))
@@ -83,7 +100,7 @@ def read_scheme(directory: Path, scale: torch.dtype, lookup: Callable[[str], For
     if groups[0].get("output_activations"):
         raise _unread("quantized outputs", groups[0]["output_activations"])
     weights, inputs = groups[0]["weights"], groups[0].get("input_activations")
-    held = _tensor_scheme(weights, lookup, _FLOATS.get(scale))
+    held = _tensor_scheme(weights, lookup, _FLOATS.get(next(iter(seen.values())).scale))
     return ModelScheme(held, None if not inputs else _input_scheme(inputs, lookup))
 
 
@@ -142,9 +159,9 @@ def read_packed(
 
 def read_multiplier(method: str, tensors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:
     """Return the calibrated multiplier of a linear's inputs, None without one."""
-    if method == "modelopt":
-        found = tensors.get("input_scale")
-        return None if found is None else found.float().reshape(())
+    found = tensors.get("input_scale")
+    if found is not None:
+        return found.float().reshape(())
     return _reciprocal(tensors.get("input_global_scale"))
 
 
@@ -183,21 +200,44 @@ def is_reciprocal(multiplier: Float[Tensor, ""]) -> bool:
 
 
 def _modelopt_scheme(
-    directory: Path, config: Mapping[str, Any], scale: torch.dtype, lookup: Callable[[str], Format]
+    directory: Path,
+    config: Mapping[str, Any],
+    seen: Mapping[str, Seen],
+    lookup: Callable[[str], Format],
 ) -> ModelScheme:
-    """Return the scheme that ModelOpt's algorithm is."""
+    """Return the scheme that ModelOpt's algorithm is; of several that of most linears, and the others by name."""
     said: Mapping[str, Any] = config
     if (directory / HF_QUANT_CONFIG).is_file():
         said = json.loads((directory / HF_QUANT_CONFIG).read_text(encoding="utf-8")).get("quantization", {})
-    algorithm = said.get("quant_algo")
-    if algorithm not in _MODELOPT:
-        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT))
     if said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"):
         raise _unread("a quantized KV cache", said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"))
-    parts = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
-    weights, activations = parts
+    try:
+        algorithms = {name: algorithm_of(said, one.name) for name, one in seen.items()}
+    except (KeyError, TypeError) as error:
+        raise _unread("linears whose algorithm it does not say", error) from error
+    found = {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}
+    ((main, _), *_) = Counter(found.values()).most_common(1)
+    others = {name: own for name, own in found.items() if own != main}
+    rules = [Rule("weights", name, own.weights) for name, own in others.items() if own.weights != main.weights]
+    rules += [
+        Rule("activations", name, own.activations)
+        for name, own in others.items()
+        if own.activations != main.activations
+    ]
+    return replace(main, rules=tuple(rules))
+
+
+def _modelopt_linear(algorithm: str, seen: Seen, lookup: Callable[[str], Format]) -> ModelScheme:
+    """Return the scheme of linears of one algorithm."""
+    if algorithm not in _MODELOPT:
+        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT))
+    weights, activations = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
     if weights is not None and weights.format == "fp8":
-        weights = replace(weights, scale=_FLOATS[scale])
+        weights = replace(weights, scale=_FLOATS[seen.scale])
+    if activations is not None and activations.strategy == "tensor":
+        activations = replace(activations, static=seen.calibrated)
+    elif seen.calibrated and (activations is None or activations.format == "fp8"):
+        raise _unread("calibrated inputs beside the algorithm", algorithm)
     return ModelScheme(weights, activations)
 
 
@@ -229,10 +269,12 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Callable[[str], Format], sca
 
 
 def _input_scheme(said: Mapping[str, Any], lookup: Callable[[str], Format]) -> TensorScheme:
-    """Return the scheme of inputs whose scales are fitted as the model runs."""
-    if not said.get("dynamic"):
-        raise _unread("inputs with calibrated scales", said)
+    """Return the scheme of inputs whose scales are fitted as the model runs, or one calibrated scale of FP8."""
     scheme = _tensor_scheme(said, lookup, "fp32")
+    if not said.get("dynamic"):
+        if (scheme.format, scheme.strategy) != ("fp8", "tensor"):
+            raise _unread("inputs with calibrated scales", said)
+        return replace(scheme, static=True)
     half = scheme.format.startswith("int") and scheme.symmetric
     return replace(scheme, range_rule="half") if half else scheme
 

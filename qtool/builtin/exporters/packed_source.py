@@ -21,6 +21,7 @@ from qtool.artifacts.store import Artifact
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
+    Seen,
     check_reciprocal,
     is_reciprocal,
     packed_method,
@@ -43,6 +44,14 @@ from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, TensorScheme
 
 _CODES = ("F8_E4M3", "U8", "I8", "I32")
+_SCALE = ".weight_scale"
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 _UNREADABLE = (KeyError, ValueError, RuntimeError, IndexError)
 
 
@@ -99,9 +108,9 @@ class PackedArtifact(Artifact):
     def header(self) -> Header:
         """The names of all tensors; shapes and places are those of the checkpoint's own."""
         slots: dict[str, TensorSlot] = {}
-        weights = _weights_of(self.scheme)
         for linear in self.model.graph.linears:
-            leaves = ["codes", "scale", *([] if weights.symmetric else ["zero_point"])]
+            symmetric = _weights_of(self.scheme, linear.name).symmetric
+            leaves = ["codes", "scale", *([] if symmetric else ["zero_point"])]
             leaves += ["global_scale"] if self._global_leaf(linear.name) else []
             slots |= dict.fromkeys((f"{linear.name}.{leaf}" for leaf in leaves), TensorSlot("U8", (), 0, 0))
             if any(f"{linear.name}.{leaf}" in self.model.packed for leaf in INPUT_LEAVES):
@@ -120,7 +129,7 @@ class PackedArtifact(Artifact):
         name = prefix.removesuffix(".")
         if name not in {linear.name for linear in self.model.graph.linears}:
             return {}
-        stored = linear_tensors(name, self.read(name), self._grid)
+        stored = linear_tensors(name, self.read(name), self._grid(name))
         return {full.removeprefix(prefix): tensor for full, tensor in stored.items()}
 
     def read(self, name: str) -> QuantizedLinear:
@@ -129,10 +138,10 @@ class PackedArtifact(Artifact):
         Raises:
             ArtifactError: They do not fit the config.
         """
-        linear, weights = self.model.graph.linear(name), _weights_of(self.scheme)
+        linear, weights = self.model.graph.linear(name), _weights_of(self.scheme, name)
         try:
             return read_packed(
-                self.method, self.stored_of(name), self.model.graph.width(linear.spec.reads), weights, self._grid
+                self.method, self.stored_of(name), self.model.graph.width(linear.spec.reads), weights, self._grid(name)
             )
         except (*_UNREADABLE, ArtifactError) as error:
             reason = str(error).split("\n")[0]
@@ -149,9 +158,9 @@ class PackedArtifact(Artifact):
     def _global_leaf(self, name: str) -> bool:
         return any(f"{name}.{leaf}" in self.model.packed for leaf in ("weight_scale_2", "weight_global_scale"))
 
-    @cached_property
-    def _grid(self) -> Grid:
-        return Grid.of(_weights_of(self.scheme), self.plugins.format(_weights_of(self.scheme).format))
+    def _grid(self, name: str) -> Grid:
+        weights = _weights_of(self.scheme, name)
+        return Grid.of(weights, self.plugins.format(weights.format))
 
     def _input_multiplier(self, site: str) -> Tensor:
         """Return the multiplier of a site's activations, on which the linears that read it must agree."""
@@ -203,20 +212,19 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
         del config.quantization_config
     families: dict[str, Family] = {name: plugins.load("families", name) for name in plugins.offers["families"]}
     model = PackedModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
-    scales = [place for name, place in model.packed.items() if name.endswith(".weight_scale")]
-    if not scales:
+    scales = {name.removesuffix(_SCALE): place for name, place in model.packed.items() if name.endswith(_SCALE)}
+    seen = {
+        name: Seen(place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed)
+        for name, place in scales.items()
+        if (dtype := _DTYPES.get(place.stored.slot.dtype)) is not None
+    }
+    if not seen:
         raise ArtifactError(f"`{directory}` has no scales", hint="check that the download is complete")
-    scheme = read_scheme(directory, Files().read(scales[0]).dtype, plugins.format)
+    scheme = read_scheme(directory, seen, plugins.format)
     _refuse_other_codes(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
-    if method == "modelopt" and _weights_of(scheme).format == "fp8" and any("input_scale" in n for n in model.packed):
-        raise UsageError(
-            "the checkpoint has calibrated input scales of FP8, and only NVFP4's are transcoded",
-            facts=(("checkpoint", directory),),
-            hint="pack it from the artifact that it came from",
-        )
     return Subject(model, plugins, scheme=scheme, quantized=artifact)
 
 
@@ -263,7 +271,8 @@ def _refuse_other_codes(model: PackedModel) -> None:
         )
 
 
-def _weights_of(scheme: ModelScheme) -> TensorScheme:
-    if scheme.weights is None:
-        raise LookupError(scheme)
-    return scheme.weights
+def _weights_of(scheme: ModelScheme, name: str) -> TensorScheme:
+    weights = scheme.of(name).weights
+    if weights is None:
+        raise LookupError(name)
+    return weights

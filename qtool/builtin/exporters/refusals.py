@@ -15,7 +15,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
 from qtool.scheme import TensorScheme
-from qtool.scheme_parts import RuledPart
+from qtool.scheme_parts import RuledPart, one_level
 
 
 def quantized_weights(subject: Subject) -> TensorScheme:
@@ -39,11 +39,12 @@ def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False)
         online: Whether it may hold operators in the forward pass; then they are not refused here.
 
     Raises:
-        SchemeError: Zero points that are real numbers.
+        SchemeError: Zero points that are real numbers, or scales that are codes.
         UsageError: One tensor of all experts, channels set apart, operators in the forward pass, something added to the
             outputs of blocks, low-rank corrections, outliers, or scales of two levels; names the first.
     """
     _refuse_real(subject, layout)
+    refuse_scale_codes(subject, layout)
     _refuse_stacked(subject, layout)
     _refuse_segments(subject, layout)
     if not online:
@@ -62,25 +63,28 @@ def check_global_scales(subject: Subject) -> None:
     """
     known: dict[tuple[str, str], Tensor] = {}
     for linear in subject.linears:
-        if not subject.weight_grid(linear).parts[0].has_global_scale:
-            continue
-        scale = _multiplier(subject, f"{linear.name}.global_scale")
-        if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
+        if subject.weight_grid(linear).parts[0].has_global_scale:
+            scale = _multiplier(subject, f"{linear.name}.global_scale")
+            if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
+                raise UsageError(
+                    "linears that read one input have different global scales, and consumers fuse them",
+                    facts=(("input", linear.reads), ("linear", linear.name)),
+                    hint="use a mitigator that keeps the global scale it is given",
+                )
+        inputs = subject.input_grid(linear)
+        wanted = inputs is not None and any(part.has_global_scale for part in inputs.parts)
+        if wanted and input_multiplier(subject, linear) is None:
             raise UsageError(
-                "linears that read one input have different global scales, and consumers fuse them",
-                facts=(("input", linear.reads), ("linear", linear.name)),
-                hint="use a mitigator that keeps the global scale it is given",
-            )
-        if subject.scheme.of(linear.name).activations is not None and input_multiplier(subject, linear) is None:
-            raise UsageError(
-                "the activations were not calibrated, and NVFP4 needs a global scale for each input",
+                "the activations were not calibrated, and these need a scale for each input",
                 facts=(("input", linear.reads),),
                 hint="qtool calibrate MODEL --gather hessian,absmax, then mitigate again",
             )
 
 
 def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
-    """Return the calibrated tensor-level multiplier of what a linear reads, None without one."""
+    """Return the calibrated tensor-level multiplier of what a linear reads, None where it has none or reads 16 bits."""
+    if subject.scheme.of(linear.name).activations is None:
+        return None
     return _multiplier(subject, f"{linear.reads}{INPUT_GLOBAL_SCALE}")
 
 
@@ -92,6 +96,21 @@ def _refuse_real(subject: Subject, layout: str) -> None:
                 facts=((name, part),),
                 hint=f"nearest that fits: --{name} {replace(part, real=False)}",
             )
+
+
+def refuse_scale_codes(subject: Subject, layout: str) -> None:
+    """Refuse scales that are codes, before a scheme near this one is named that has them too.
+
+    Raises:
+        SchemeError: Names the scheme with one level of scales.
+    """
+    coded = next((part for part in subject.scheme.every("weights") if part.scale_bits is not None), None)
+    if coded is not None:
+        raise SchemeError(
+            f"{layout} has no scales that are codes themselves",
+            facts=(("weights", coded),),
+            hint=f"nearest that fits: --weights {one_level(coded)}, or qtool pack SOURCE --to hf, which decodes them",
+        )
 
 
 def _refuse_stacked(subject: Subject, layout: str) -> None:

@@ -7,9 +7,13 @@ from dataclasses import replace
 
 from qtool.errors import SchemeError
 from qtool.scheme import RangeRule, TensorScheme
+from qtool.scheme_parts import one_level
 
 LEAST_CLIP = 0.01
 """The least fraction of a range that can be kept: less has never helped, and is mostly a percentage by mistake."""
+
+MOST_ROWS = 256
+"""The most rows whose scales share a range; the published number is 16."""
 
 _FLOAT_SCALES = ("fp32", "fp16", "bf16")
 
@@ -38,6 +42,7 @@ def nearest_scheme(
     range_rules: Sequence[RangeRule],
     blocks: bool = False,
     real_zero_points: bool = False,
+    scale_codes: bool = False,
 ) -> tuple[TensorScheme, list[str]]:
     """Find the parts of a scheme that its format does not have.
 
@@ -49,6 +54,7 @@ def nearest_scheme(
         range_rules: What it has besides ``tight``.
         blocks: Whether rows can share scales.
         real_zero_points: Whether it has them where a scheme asks for them.
+        scale_codes: Whether its scales can be codes, likewise.
 
     Returns:
         The scheme with those parts put right, and what is wrong with each: nothing for a scheme that works.
@@ -73,6 +79,11 @@ def nearest_scheme(
     if nearest.real and (nearest.symmetric or not real_zero_points):
         reasons.append("`real` is for the zero points of asymmetric integers")
         nearest = replace(nearest, real=False)
+    if nearest.static:
+        reasons.append(f"`{scheme.format}` has no calibrated scales of inputs: fp8-tensor has")
+        nearest = replace(nearest, static=False)
+    nearest, found = _nearest_codes(nearest, defaults, scale_codes=scale_codes)
+    reasons += found
     if nearest.exponent_rule != "even" and nearest.scale != "e8m0":
         reasons.append(f"`{nearest.exponent_rule}` rounds e8m0 scales, and these are {nearest.scale}")
         nearest = replace(nearest, exponent_rule="even")
@@ -86,6 +97,34 @@ def nearest_scheme(
     if nearest.outlier_threshold is not None and not 1e-3 <= nearest.outlier_threshold <= 1e6:
         reasons.append(f"outliers are of a magnitude from 0.001 to 1000000 on, not {nearest.outlier_threshold:g}")
         nearest = replace(nearest, outlier_threshold=6.0)
+    return nearest, reasons
+
+
+def _nearest_codes(
+    scheme: TensorScheme, defaults: TensorScheme, *, scale_codes: bool
+) -> tuple[TensorScheme, list[str]]:
+    """Return the nearest scheme whose scales can be codes, if they are to be, and what is wrong with this one."""
+    if scheme.scale_bits is None:
+        return scheme, []
+    if not scale_codes or scheme.strategy == "tensor":
+        what = "one scale of a tensor is no code" if scale_codes else f"scales of `{scheme.format}` are no codes"
+        return one_level(scheme), [f"the {what}: those of rows of integers may be"]
+    nearest, reasons = scheme, []
+    if nearest.scale not in _FLOAT_SCALES:
+        reasons.append(f"scales that are codes have float ranges, not {nearest.scale}")
+        nearest = replace(nearest, scale=defaults.scale)
+    if nearest.range_rule == "signed_full":
+        reasons.append("scales that are codes have no sign")
+        nearest = replace(nearest, range_rule="tight")
+    if nearest.real:
+        reasons.append("`real` says nothing beside `scales`: zero points that are codes are real numbers")
+        nearest = replace(nearest, real=False)
+    if not 1 <= scheme.scale_bits <= 8:
+        reasons.append(f"scales are codes of 1 to 8 bits, not {scheme.scale_bits}")
+        nearest = replace(nearest, scale_bits=3)
+    if not 2 <= (scheme.scale_rows or 0) <= MOST_ROWS:
+        reasons.append(f"2 to {MOST_ROWS} rows share a range of scales, not {scheme.scale_rows}")
+        nearest = replace(nearest, scale_rows=16)
     return nearest, reasons
 
 

@@ -31,7 +31,7 @@ def _defaults(name: str) -> TensorScheme:
 class Integer:
     """``scale * (code - zero_point)``; symmetric codes are offset by ``2^(bits - 1)``.
 
-    Zero points are integers of ``bits`` bits, and 0 always has a code; unless the scheme has ``real`` ones.
+    Zero points are integers of ``bits`` bits, and 0 always has a code; unless the scheme has ``real`` ones, or codes.
     """
 
     name: str
@@ -46,9 +46,14 @@ class Integer:
 
     def check(self, scheme: TensorScheme) -> None:
         """Refuse short scales, which are FP4's, and zero points beside power-of-two scales."""
-        scales = ("fp32", "fp16", "bf16", "e8m0")
         nearest, reasons = nearest_scheme(
-            scheme, self.defaults, scales=scales, zero_points=True, range_rules=_RULES, real_zero_points=True
+            scheme,
+            self.defaults,
+            scales=("fp32", "fp16", "bf16", "e8m0"),
+            zero_points=True,
+            range_rules=_RULES,
+            real_zero_points=True,
+            scale_codes=True,
         )
         refuse_unless_empty(scheme, reasons, nearest)
 
@@ -63,17 +68,22 @@ class Integer:
         global_scale: Float[Tensor, ""] | None = None,
         clip: float = 1.0,
     ) -> GroupParameters:
-        """Fit scales, and zero points if asymmetric; ``global_scale`` has no meaning here."""
+        """Fit scales, and zero points if asymmetric; ``global_scale`` has no meaning here.
+
+        Those that are going to be codes are not rounded: their code depends on other groups.
+        """
+        coded = scheme.scale_bits is not None
+        scale_format = "fp32" if coded else scheme.scale
         if not scheme.symmetric:
-            fitted_by = fit_real if scheme.real else fit_asymmetric
-            scale, zero_point = fitted_by(groups, num_bits=self.bits, scale_format=scheme.scale, clip=clip)
+            fitted_by = fit_real if scheme.real or coded else fit_asymmetric
+            scale, zero_point = fitted_by(groups, num_bits=self.bits, scale_format=scale_format, clip=clip)
             return GroupParameters(scale, zero_point)
         fitted = [
             fit_symmetric(
                 groups,
                 num_bits=self.bits,
                 range_rule=scheme.range_rule,
-                scale_format=scheme.scale,
+                scale_format=scale_format,
                 exponent_rule=scheme.exponent_rule,
                 clip=clip * factor,
             )

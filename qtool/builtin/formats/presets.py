@@ -77,6 +77,16 @@ PRESETS: tuple[Preset, ...] = (
         "int4-asym-token-head",
         "Atom's: groups of 128, weights clipped to 0.85 and inputs to 0.9 of their ranges",
     ),
+    *(
+        Preset(
+            f"SPQR-W{bits}A16",
+            f"int{bits}-asym-g16-sfp16-scales3g16",
+            None,
+            None,
+            "SpQR's with `--method spqr`: groups of 16, whose scales and zero points are codes of 3 bits",
+        )
+        for bits in (3, 4)
+    ),
     Preset(
         "DUQUANT-W4A4KV4",
         "int4-asym-channel-c0.8",

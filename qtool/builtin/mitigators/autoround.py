@@ -80,11 +80,9 @@ class AutoRound:
 
         Raises:
             NumericalError: A weight, a statistic or an output of the block is not finite.
-            UsageError: Scales are codes of a second level, which is not learned.
+            SchemeError: Rows share scales, or scales are codes, which are not learned.
         """
         starts = starts_of(block)
-        if any(own.scale_codes is not None for start in starts.values() for own in start.parameters):
-            raise UsageError("`autoround` learns scales, and cannot where they are codes", hint="--set bilevel=false")
         learned = _Rounding(LearnedBlock(block.problems, starts), config)
         report = tune(block, learned, config.schedule)
         found = learned.block.quantized() if report["best_step"] else starts

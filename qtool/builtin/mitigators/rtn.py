@@ -138,6 +138,8 @@ def fit_groups(
 ) -> ClippedFit:
     """Fit groups of weights as the clip options say.
 
+    The search looks at scales before they become codes, which depend on the ranges of other rows.
+
     Args:
         part: What the groups are of.
         groups: Values; the last axis shares a scale.
@@ -157,7 +159,7 @@ def fit_groups(
     each, together = part.each_group, part.together
 
     def fit_round(values: Tensor, clip: float) -> tuple[GroupParameters, Tensor]:
-        parameters = each.fit(values, global_scale=global_scale, clip=clip)
+        parameters = each.fit_each(values, global_scale=global_scale, clip=clip)
         return parameters, part.format.round(values, parameters)
 
     weights = moments = None
@@ -180,7 +182,8 @@ def fit_groups(
     found = search_clip(
         together(groups), fit_round, ratios=ratios, norm=options.clip_norm, weights=weights, moments=moments
     )
-    return ClippedFit(part.a_row_each(found.parameters, len(groups)), part.repeated(found.ratio, len(groups)))
+    parameters = part.stored(groups, part.a_row_each(found.parameters, len(groups)))
+    return ClippedFit(parameters, part.repeated(found.ratio, len(groups)))
 
 
 def round_nearest(problem: LayerProblem, options: ClipOptions | None = None) -> QuantizedLinear:

@@ -15,15 +15,25 @@ from qtool.artifacts.store import Artifact
 from qtool.builtin.mitigators.autoround import AutoRound, AutoRoundConfig
 from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
 from qtool.builtin.mitigators.lorc import LoRC, LoRCConfig
+from qtool.builtin.mitigators.lwc import LWC
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions, round_nearest
 from qtool.engine.block_problem import BlockProblem, BlockResult
 from qtool.engine.problem import LayerProblem, QuantizedLinear
-from qtool.errors import NumericalError, UsageError
+from qtool.errors import NumericalError, SchemeError, UsageError
 from qtool.numerics.levels import levels
 from qtool.numerics.losses import relative_loss
-from qtool.numerics.second_level import fit_second_level
+from qtool.scheme import parse_tensor_scheme
 from qtool.steps.subjects import open_subject
-from tests.builtin.mitigators.block_cases import HandBlock, Tinies, by_hand, decoded, measured_loss, tiny_models, watch
+from tests.builtin.mitigators.block_cases import (
+    FORMATS,
+    HandBlock,
+    Tinies,
+    by_hand,
+    decoded,
+    measured_loss,
+    tiny_models,
+    watch,
+)
 from tests.oracles.learned_rounding import as_stored, asymmetric_oracle, symmetric_oracle
 
 FEW = AutoRoundConfig(steps=12, batch=3, rate=0.06, range_rate=0.004)
@@ -266,7 +276,7 @@ CASES: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     ),
     "adapters behind": ("autoround+qera", {"weights": "int2-g16"}, {"settings": {"qera.rank": "3"}}),
     "target": ("target+autoround", {"weights": "int3-asym-g16"}, {}),
-    "outliers": ("spqr+autoround", {"weights": "int3-asym-g16"}, {"settings": {"spqr.bilevel": "false"}}),
+    "outliers": ("spqr+autoround", {"weights": "int3-asym-g16-real"}, {}),
 }
 
 
@@ -322,17 +332,13 @@ def test_seeds_and_repetition_through_the_whole_step(tinies: Tinies) -> None:
     assert ids[0].manifest.id != ids[2].manifest.id
 
 
-def test_scales_that_are_codes_are_refused() -> None:
-    def second_level(of: LayerProblem) -> QuantizedLinear:
-        start = round_nearest(of)
-        (own,) = start.parameters
-        codes = fit_second_level(own.scale, num_bits=3, block=16, positive=True)
-        return replace(start, parameters=(replace(own, scale_codes=codes),))
-
-    with pytest.raises(
-        UsageError, match=r"`autoround` learns scales, and cannot where they are codes\nhint: --set bil"
-    ):
-        AutoRound().refine(HandBlock("int3-asym-g16", second_level).problem(), FEW)
+@pytest.mark.parametrize("method", [AutoRound(), LWC()])
+@pytest.mark.parametrize("text", ["int3-asym-g16-scales3g16", "int4-g16-sfp16-scales4g2"])
+def test_scales_that_are_codes_are_refused(method: AutoRound | LWC, text: str) -> None:
+    with pytest.raises(SchemeError, match=r"ranges are learned, and the scales of `\w+` are codes") as refused:
+        method.refine(HandBlock(text).problem(), method.Config(steps=1))
+    nearest = parse_tensor_scheme(text.partition("-scales")[0], FORMATS.__getitem__)
+    assert refused.value.hint == f"--method gptq, or --weights {nearest}"
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
