@@ -711,6 +711,8 @@ def test_shards_are_numbered_and_load_like_one_file(
         ("amxfp4", None, "qtool pack SOURCE --to hf"),
         ("mxfp6_e2m3", "mxfp6_e2m3", "qtool pack SOURCE --to hf"),
         ("nf4", None, "qtool pack SOURCE --to hf"),
+        ("fp4_e1m2", "fp4_e1m2-tensor", "qtool pack SOURCE --to hf"),
+        ("fp4_e3m0-g32", None, "qtool pack SOURCE --to hf"),
         ("fp8_e5m2", None, "qtool pack SOURCE --to hf"),
         ("fp4-g16-se2m1", None, "nearest that fits: --weights nvfp4"),
         ("fp4-g32-sint4", None, "nearest that fits: --weights nvfp4"),

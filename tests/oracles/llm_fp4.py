@@ -8,18 +8,20 @@ from collections.abc import Sequence
 EXPONENT_BITS, MANTISSA_BITS = 2, 1
 
 
-def bias_of(amax: float) -> float:
+def bias_of(amax: float, exponent_bits: int = EXPONENT_BITS, mantissa_bits: int = MANTISSA_BITS) -> float:
     """Return ``b = 2^E - log2(amax) + log2(2 - 2^-M) - 1``, at which ``amax`` is the largest value."""
-    return 2**EXPONENT_BITS - math.log2(amax) + math.log2(2 - 2.0**-MANTISSA_BITS) - 1
+    return 2**exponent_bits - math.log2(amax) + math.log2(2 - 2.0**-mantissa_bits) - 1
 
 
-def quantize(x: float, bias: float) -> float:
+def quantize(
+    x: float, bias: float, exponent_bits: int = EXPONENT_BITS, mantissa_bits: int = MANTISSA_BITS
+) -> float:
     """Return ``round(x / s) s`` with ``s = 2^(max(floor(log2|x| + b), 1) - M - b)``, within the largest value."""
-    limit = (2 - 2.0**-MANTISSA_BITS) * 2.0 ** (2**EXPONENT_BITS - 1 - bias)
+    limit = (2 - 2.0**-mantissa_bits) * 2.0 ** (2**exponent_bits - 1 - bias)
     clipped = math.copysign(min(abs(x), limit), x)
     if clipped == 0:
         return 0.0
-    scale = 2.0 ** (max(math.floor(math.log2(abs(clipped)) + bias), 1) - MANTISSA_BITS - bias)
+    scale = 2.0 ** (max(math.floor(math.log2(abs(clipped)) + bias), 1) - mantissa_bits - bias)
     return round(clipped / scale) * scale
 
 

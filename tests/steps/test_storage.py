@@ -136,7 +136,7 @@ def test_queries_and_keys_are_not_linears(tiny: TinyModel) -> None:
             "fp8-tensor",
         ),
         *("nvfp4", "mxfp4", "fp4-g16-se2m1", "fp4-g48-sint4", "fp4-asym-g16", "nf4", "mxfp6_e2m3", "int2-asym-channel"),
-        *("fp8-b4", "fp8-b128", "amxfp4", "amxfp4-se8m0"),
+        *("fp8-b4", "fp8-b128", "amxfp4", "amxfp4-se8m0", "fp4_e1m2-g32-sbf16", "fp4_e3m0"),
     ],
 )
 def test_what_is_foreseen_is_what_is_stored(found_plugins: Plugins, text: str) -> None:
