@@ -8,7 +8,7 @@ another.
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
     <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale format>][-<range rule>]
-        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>]
+        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-static]
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class TensorScheme:
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
             stay in 16 bits, and the others are quantized as if those were 0; None quantizes all.
         real: Zero points of integers are real numbers in the format of scales, and 0 need not have a code.
+        static: Of symmetric activations with a scale a tensor: it does not follow the values as they come, but is found
+            once for each input, as the one at which the outputs have the least error (``qtool.engine.static_scales``).
     """
 
     format: str
@@ -75,6 +77,7 @@ class TensorScheme:
     clip: float = 1.0
     outlier_threshold: float | None = None
     real: bool = False
+    static: bool = False
 
     def __str__(self) -> str:
         where = () if self.strategy in ("group", "block") else (self.strategy,)
@@ -89,6 +92,8 @@ class TensorScheme:
             parts.append(f"c{self.clip!r}")
         if self.outlier_threshold is not None:
             parts.append(f"o{self.outlier_threshold!r}".removesuffix(".0"))
+        if self.static:
+            parts.append("static")
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:
@@ -352,8 +357,8 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
     if part == "head" and scheme.strategy == "token":
         return replace(scheme, strategy="token-head")
-    if part == "real":
-        return replace(scheme, real=True)
+    if part in ("real", "static"):
+        return replace(scheme, **{part: True})
     if (group := _GROUP.fullmatch(part)) and int(group[1]) > 0:
         return replace(scheme, strategy="group", group_size=int(group[1]))
     if (block := _BLOCK.fullmatch(part)) and int(block[1]) > 0:

@@ -90,6 +90,9 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
     if scheme.outlier_threshold is not None and name == "weights":
         reason = "weights have no outlier columns: those are of activations"
         nearest = replace(scheme, outlier_threshold=None)
+    elif scheme.static and name != "activations":
+        reason = f"{name} have no static scales: those are of activations"
+        nearest = replace(scheme, static=False)
     elif scheme.strategy == "block" and name != "weights":
         reason = f"blocks are of weights: of {name} a token has groups"
         nearest = replace(scheme, strategy="group")
@@ -119,9 +122,10 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
     """Return the nearest scheme that works, and what is wrong with this one."""
     if scheme is None:
         return None, ""
-    reasons, nearest, size = [], replace(scheme, outlier_threshold=None), scheme.group_size
+    reasons, nearest, size = [], replace(scheme, outlier_threshold=None, static=False), scheme.group_size
     if nearest != scheme:
-        reasons.append("kv have no outlier columns: those are of activations")
+        what = "static scales" if scheme.outlier_threshold is None else "outlier columns"
+        reasons.append(f"kv have no {what}: those are of activations")
     if scheme.strategy == "block":
         reasons.append("blocks are of weights: of kv a token has groups")
         nearest = replace(nearest, strategy="group")

@@ -121,6 +121,9 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
     if activations.outlier_threshold is not None:
         nearest = replace(activations, outlier_threshold=None)
         raise _refusal("consumers quantize all columns of activations", "activations", activations, nearest)
+    if activations.static:
+        nearest = replace(activations, static=False)
+        raise _refusal("static scales are not written, only dynamic ones", "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
     where = (activations.group_size, activations.scale)
     if layout in _BLOCKS.values():
