@@ -25,9 +25,9 @@ OutputObserver = Callable[[Float[Tensor, "*batch out"]], None]
 class Rounding:
     """How activations are quantized: dynamic scales in each part of a grid, and calibrated multipliers if any.
 
-    What all tokens share (the scale of the strategy ``tensor``, a multiplier or static scale that was not calibrated,
-    which columns are outliers) is taken over one window, so that no window sees which others run beside it. Values of more than two axes
-    are windows along the first.
+    What all tokens share (the scale of the strategy ``tensor``, a multiplier or a static scale that was not calibrated,
+    which columns are outliers) is taken over one window, so that no window sees which others run beside it. Values of
+    more than two axes are windows along the first.
 
     Attributes:
         grid: The parts of the last axis.
