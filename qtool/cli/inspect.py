@@ -26,7 +26,7 @@ def inspect(
         list[str] | None,
         typer.Option(
             metavar="SCHEME",
-            help="What a model's linears would take in this scheme, or their errors, of statistics or a plan (repeatable).",
+            help="What a model's linears take in this scheme; of statistics or a plan, their errors (repeatable).",
         ),
     ] = None,
     activations: Annotated[

@@ -138,6 +138,9 @@ class CompressedTensors:
             ours = _as_consumer(subject, linear, tensors)
             if decoded.shape != ours.shape or not torch.equal(decoded, ours.to(decoded.dtype)):
                 raise weight_difference(linear.name, decoded, ours)
+            scales = _input_scale(subject, linear)
+            if "input_scale" in scales and not torch.equal(tensors["input_scale"], scales["input_scale"]):
+                raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], scales["input_scale"])
 
 
 def _consumers(
@@ -160,9 +163,13 @@ def _consumers(
 
 
 def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
-    calibrated = subject.scheme.of(linear.name).activations is not None
-    multiplier = input_multiplier(subject, linear) if calibrated else None
-    return {} if multiplier is None else {"input_global_scale": global_divisor(multiplier)}
+    activations = subject.scheme.of(linear.name).activations
+    multiplier = None if activations is None else input_multiplier(subject, linear)
+    if activations is None or multiplier is None:
+        return {}
+    if activations.static:
+        return {"input_scale": multiplier.float().reshape(1)}
+    return {"input_global_scale": global_divisor(multiplier)}
 
 
 def _dtype(subject: Subject) -> torch.dtype:

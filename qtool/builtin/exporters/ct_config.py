@@ -68,8 +68,8 @@ def _group(scheme: ModelScheme, layout: Layout, targets: Sequence[str]) -> dict[
 
 
 def _activations(scheme: TensorScheme) -> dict[str, Any]:
-    """Return arguments of dynamic activations; those with a calibrated multiplier are dynamic within it."""
-    return _arguments(scheme, dynamic="local" if scheme.scale == "e4m3" else True)
+    """Return arguments of activations; those with a calibrated multiplier are dynamic within it."""
+    return _arguments(scheme, dynamic="local" if scheme.scale == "e4m3" else not scheme.static)
 
 
 def _arguments(scheme: TensorScheme, *, dynamic: bool | str) -> dict[str, Any]:

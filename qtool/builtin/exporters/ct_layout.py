@@ -116,14 +116,15 @@ def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> L
 
 def _check_activations(layout: Layout, activations: TensorScheme, block: int | None) -> None:
     """Refuse activations that cannot be said beside a layout; ``block`` is the side of the weights' blocks, if any."""
-    if activations.clip != 1:
+    if activations.clip != 1 and not activations.static:
         raise _clipped("activations", activations)
     if activations.outlier_threshold is not None:
         nearest = replace(activations, outlier_threshold=None)
         raise _refusal("consumers quantize all columns of activations", "activations", activations, nearest)
-    if activations.static:
-        nearest = replace(activations, static=False)
-        raise _refusal("static scales are not written, only dynamic ones", "activations", activations, nearest)
+    if activations.static and layout not in ("int-quantized", "float-quantized"):
+        nearest = replace(activations, static=False, clip=1.0)
+        reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
+        raise _refusal(reason, "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
     where = (activations.group_size, activations.scale)
     if layout in _BLOCKS.values():
