@@ -222,7 +222,7 @@ def test_transformers_quantizes_activations_as_qtool_does(
     ("weights", "activations", "layout"),
     [
         ("int8-sym-channel", "int8-sym-tensor-sfp32-static", "int-quantized"),
-        ("int8-sym-channel", "int8-sym-tensor-sfp32-signed_full-c0.5-static", "int-quantized"),
+        ("int8-sym-channel", "int8-sym-tensor-sfp32-full-c0.5-static", "int-quantized"),
         ("fp8-channel-sbf16", "fp8-tensor-static", "float-quantized"),
         ("fp8-tensor", "fp8-tensor-static", "float-quantized"),
     ],

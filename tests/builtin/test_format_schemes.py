@@ -135,6 +135,8 @@ def test_the_presets_mean_what_the_ecosystem_means() -> None:
         ("int8-asym-tensor-static", "static scales come without zero points", "int8-sym-tensor-sbf16-static"),
         ("int8-tensor-o6-static", "outliers are found as they come", "int8-sym-tensor-sbf16-static"),
         ("fp4-tensor-se4m3-static", "no multiplier above them", "fp4-sym-tensor-sfp32-static"),
+        ("int8-tensor-signed_full-static", "have no sign", "int8-sym-tensor-sbf16-full-static"),
+        ("fp4-tensor-se8m0-search-static", "searched by what", "fp4-sym-tensor-se8m0-static"),
         ("nvfp4-static", "16 values", "fp4-sym-tensor-sfp32-static"),
         ("mxfp4-static", "32 values", "fp4-sym-tensor-se8m0-static"),
         ("amxfp4-static", "two scales, and of static ones there is one", "fp4-sym-tensor-sfp32-static"),

@@ -159,12 +159,12 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
         raise _refusal("NVFP4 weights go with NVFP4 activations", scheme, "--activations nvfp4")
     if weights.format != "fp8":
         raise _refusal("modelopt is written for NVFP4 and FP8 weights", scheme, "--scheme NVFP4")
+    if activations is not None and activations.static:
+        nearest = f"--activations {replace(activations, static=False, clip=1.0)}"
+        raise _refusal("FP8 inputs of modelopt are written with dynamic scales only", scheme, nearest)
     whole = {("channel", "token"): _FP8[1], ("tensor", "tensor"): _FP8[0]}
     algorithm = None if activations is None else whole.get((weights.strategy, activations.strategy))
-    held = (
-        activations is not None
-        and replace(activations, format="fp8", scale="fp32", clip=1.0, static=False) == activations
-    )
+    held = activations is not None and replace(activations, format="fp8", scale="fp32", clip=1.0) == activations
     if algorithm is None or not held or weights.scale not in _FLOAT_SCALES:
         reason = "FP8 weights with a scale a row go with FP8 inputs with one a token, those with one a tensor likewise"
         raise _refusal(reason, scheme, "--scheme FP8_DYNAMIC")

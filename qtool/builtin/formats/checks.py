@@ -103,6 +103,12 @@ def _static(scheme: TensorScheme, reasons: list[str]) -> tuple[TensorScheme, lis
     if scheme.outlier_threshold is not None:
         reasons.append("static scales are of all columns, and outliers are found as they come")
         nearest = replace(nearest, outlier_threshold=None)
+    if scheme.range_rule == "signed_full":
+        reasons.append("static scales have no sign, which `signed_full` gives them")
+        nearest = replace(nearest, range_rule="full")
+    if scheme.exponent_rule == "search":
+        reasons.append("static scales are searched by what they do to the outputs")
+        nearest = replace(nearest, exponent_rule="even")
     if scheme.scale not in (*_FLOAT_SCALES, "e8m0"):
         reasons.append(f"static scales have no multiplier above them, which {scheme.scale} ones have")
         nearest = replace(nearest, scale="fp32", range_rule="tight")
