@@ -358,7 +358,7 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
     if part == "head" and scheme.strategy == "token":
         return replace(scheme, strategy="token-head")
     if part in ("real", "static"):
-        return replace(scheme, **{part: True})
+        return replace(scheme, real=scheme.real or part == "real", static=scheme.static or part == "static")
     if (group := _GROUP.fullmatch(part)) and int(group[1]) > 0:
         return replace(scheme, strategy="group", group_size=int(group[1]))
     if (block := _BLOCK.fullmatch(part)) and int(block[1]) > 0:

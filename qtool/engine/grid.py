@@ -207,8 +207,8 @@ def scheme_in(scheme: TensorScheme, fmt: Format) -> TensorScheme:
     """
     own = replace(fmt.defaults, format=fmt.name, outlier_threshold=scheme.outlier_threshold)
     for with_groups, with_symmetry, with_scale, with_rule in product((True, False), repeat=4):
-        groups = {"strategy": scheme.strategy, "group_size": scheme.group_size, "static": scheme.static}
-        tried = replace(own, **groups) if with_groups else own
+        shared = replace(own, strategy=scheme.strategy, group_size=scheme.group_size, static=scheme.static)
+        tried = shared if with_groups else own
         tried = replace(tried, symmetric=scheme.symmetric) if with_symmetry else tried
         tried = replace(tried, scale=scheme.scale) if with_scale else tried
         tried = replace(tried, range_rule=scheme.range_rule) if with_rule else tried

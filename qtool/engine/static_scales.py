@@ -43,7 +43,7 @@ def calibrated_scales(
         sample: Some tokens of the input. Not modified.
         weights: Of the linears that read it, ``[out, n]``. Not modified.
     """
-    found = []
+    found: list[Tensor | None] = []
     for columns, part in grid.places(len(absmax)):
         amax = absmax[columns].amax()
         if part.scheme.static:

@@ -1,8 +1,8 @@
 """NVIDIA ModelOpt's checkpoints: NVFP4 and FP8, for vLLM, SGLang and TensorRT-LLM.
 
 All of it is what the artifact holds in other names: ``weight_scale_2`` and ``input_scale`` are the multipliers whose
-reciprocals compressed-tensors stores. FP8 has a scale an output row, or one a tensor. Its inputs are dynamic, since
-qtool calibrates no input scale of FP8, for which vLLM and SGLang ask where the weights have one scale a tensor.
+reciprocals compressed-tensors stores. FP8 has a scale an output row, or one a tensor. Its inputs are dynamic,
+though vLLM and SGLang ask for input scales where the weights have one scale a tensor; static ones are refused.
 """
 
 from __future__ import annotations
