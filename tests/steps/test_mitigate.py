@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from qtool.artifacts.store import Artifact
 from qtool.builtin.mitigators.rtn import round_nearest
+from qtool.engine import block
 from qtool.engine.carry import CarriedStatistics
 from qtool.engine.fold import fold_linear
+from qtool.engine.grid import GlobalScales, Grid
 from qtool.engine.static_scales import calibrated_scales
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, NumericalError, PluginError, SchemeError, UsageError
@@ -401,32 +404,41 @@ class TestSharedScales:
     @pytest.mark.parametrize("propagate", ["none", "quantized"])
     def test_static_scales_are_searched_for_each_input(
         self,
+        monkeypatch: pytest.MonkeyPatch,
         library: Workspace,
         speeches: Artifact,
         propagate: Any,  # noqa: ANN401 - a Literal
     ) -> None:
+        read: list[list[Tensor]] = []
+
+        def search(grid: Grid, absmax: Tensor, sample: Tensor, weights: list[Tensor]) -> GlobalScales:
+            read.append(weights)
+            return calibrated_scales(grid, absmax, sample, weights)
+
+        monkeypatch.setattr(block, "calibrated_scales", search)
         chosen = scheme(library, weights="fp4", activations="fp4-tensor-static,down_proj=fp4_e1m2-tensor-static")
         asked = MitigateRequest(str(speeches.path), "rtn", chosen, propagate=propagate)
         artifact, _ = mitigate(asked, library)
         assert len(artifact.names("layers.")) == 16
         subject = open_subject(str(artifact.path), library).subject
-        for name, modules in (("attn_in", "qkv"), ("up_down", ("down",))):
-            site = f"layers.0.{name}"
-            linears = [one for one in subject.model.graph.linears_of(0) if one.reads == site]
-            assert len(linears) == len(modules)
+        for layer, name in product(range(4), ("attn_in", "o_in", "mlp_in", "up_down")):
+            site = f"layers.{layer}.{name}"
+            linears = [one for one in subject.model.graph.linears_of(layer) if one.reads == site]
             weights = [subject.model.tensor(f"{linear.name}.weight").float() for linear in linears]
+            for mine, theirs in zip(read.pop(0), weights, strict=True):
+                assert torch.equal(mine.float(), theirs)
             absmax, sample = (speeches.tensor(f"{site}.{what}") for what in ("absmax", "sample"))
             grid = subject.input_grid(linears[0])
             assert grid is not None
-            expected = calibrated_scales(grid, absmax.float(), sample, weights)[0]
             found = artifact.tensor(f"{site}.input_global_scale")
-            if name == "attn_in" or propagate == "none":
+            if propagate == "none" or site == "layers.0.attn_in":
+                (expected,) = calibrated_scales(grid, absmax.float(), sample, weights)
                 assert torch.equal(found, expected)
-            rounding = subject.rounding(0, name, torch.device("cpu"))
+            rounding = subject.rounding(layer, name, torch.device("cpu"))
             assert rounding is not None
             assert torch.equal(rounding.global_scales[0], found)
             assert not rounding.shared
-            assert float(found) < float(grid.global_scales(absmax.float())[0])
+        assert read == []
 
     def test_dynamic_activations_store_nothing(self, desk: Desk) -> None:
         chosen = scheme(desk.workspace, "W4A4")
