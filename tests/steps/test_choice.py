@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from qtool.artifacts.store import Artifact
+from qtool.engine.carry import CarriedStatistics
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.numerics.losses import relative_loss
 from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.inspect import inspect
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
+from qtool.steps.subjects import open_subject
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 
@@ -89,11 +91,20 @@ def test_the_least_are_written_as_mitigate_takes_them(library: Workspace, speech
 
 def test_behind_a_plan_they_are_other_errors(library: Workspace, speeches: Artifact) -> None:
     plan, _ = transform(TransformRequest(str(speeches.path), "quarot"), library)
-    asked = {"activations": ["int4-token"]}
+    asked = {"activations": ["int4-token-sfp32-full"]}
     plain, turned = (told(library, one, **asked)["errors_of_activations"] for one in (speeches, plan))
     assert len(plain) == len(turned)
-    name = "int4-sym-token-sbf16"
+    name = "int4-sym-token-sfp32-full"
     assert sum(row[name] for row in turned) < 0.9 * sum(row[name] for row in plain)
+    subject = open_subject(str(plan.path), library).subject
+    carried = CarriedStatistics(speeches, subject.model, subject.plan)["layers.1.up_down"].entries["sample"].double()
+    weight = subject.folded(1)["mlp.down_proj.weight"].double()
+    step = carried.abs().amax(-1, keepdim=True) / 7
+    error = (((carried / step).round() * step - carried) @ weight.T).square().sum() / (
+        carried @ weight.T
+    ).square().sum()
+    (row,) = (row for row in turned if row["linear"] == "model.layers.1.mlp.down_proj")
+    assert row[name] == pytest.approx(float(error), rel=0.01)
 
 
 def test_what_cannot_be_measured(library: Workspace, speeches: Artifact, tmp_path: Path) -> None:
