@@ -60,7 +60,7 @@ def inspect(
     """
     if plot is not None and (strict or weights or activations):
         given = "--strict" if strict else "--weights" if weights else "--activations"
-        raise UsageError(f"`{given}` does not go with a picture", hint="leave one of them out")
+        raise UsageError(f"`{given}` belongs to tables, and `--plot` to a picture", hint="leave one of them out")
     if plot is not None:
         _plot(session, read_sources(sources), plot, plan, site or ())
         return

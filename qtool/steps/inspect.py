@@ -60,7 +60,7 @@ def inspect(
     if weights or activations:
         if artifact.manifest.kind not in ("statistics", "plan"):
             raise UsageError(
-                "schemes are shown for models, and their errors for statistics and plans",
+                "schemes of weights are shown for models, and errors in schemes for statistics and plans",
                 facts=(("received", artifact.manifest.kind),),
                 hint="qtool inspect MODEL --weights int4-sym-g32, or qtool inspect STATISTICS --activations fp4-token",
             )

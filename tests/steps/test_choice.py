@@ -112,7 +112,7 @@ def test_what_cannot_be_measured(library: Workspace, speeches: Artifact, tmp_pat
         inspect("tiny", library, activations=["fp4-token"])
     scheme = read_scheme("W4A16-g64", {}, library.plugins)
     done, _ = mitigate(MitigateRequest(str(speeches.path), "rtn", scheme, propagate="none"), library)
-    with pytest.raises(UsageError, match="their errors for statistics and plans"):
+    with pytest.raises(UsageError, match="errors in schemes for statistics and plans"):
         told(library, done, weights=["fp4"])
     with pytest.raises(SchemeError, match="static scales: those are of activations"):
         told(library, speeches, weights=["fp4-tensor-static"])

@@ -15,7 +15,7 @@ from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.storage import foreseen_bytes, part_of
 from qtool.engine.stored import linear_tensors
-from qtool.errors import SchemeError, UsageError
+from qtool.errors import SchemeError
 from qtool.numerics.groups import from_groups
 from qtool.plugins import Plugins
 from qtool.scheme import parse_tensor_scheme
@@ -173,5 +173,5 @@ def test_the_overhead_of_groups_is_the_survey_s() -> None:
 def test_schemes_that_do_not_fit_are_refused(tiny: TinyModel) -> None:
     with pytest.raises(SchemeError, match="group size 32 does not divide"):
         inspect(str(tiny.path), tiny.workspace, weights=["int4-g32"])
-    with pytest.raises(UsageError, match="schemes of weights are shown for models"):
+    with pytest.raises(SchemeError, match="group size 32 does not divide"):
         inspect(str(tiny.statistics.path), tiny.workspace, weights=["int4-g32"])
