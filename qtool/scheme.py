@@ -69,7 +69,8 @@ class TensorScheme:
         scale_bits: Scales of integer weights are codes of so many bits, ``low + step * code``, and so are zero points,
             which are then real numbers; ``low`` and ``step`` are in the format ``scale``. None for one level of scales.
         scale_rows: Neighbouring rows that share ``low`` and ``step``.
-        static: Of activations only: the one scale of a tensor is calibrated, and not taken as the model runs.
+        static: Of symmetric activations with a scale a tensor: it does not follow the values as they come, but is found
+            once for each input, as the one at which the outputs have the least error (``qtool.engine.static_scales``).
     """
 
     format: str

@@ -95,11 +95,12 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
     reason, nearest = f"`{scheme.strategy}` means nothing for {name}", scheme
     if scheme.scale_bits is not None and name != "weights":
         reason, nearest = f"{_TWO_LEVELS}, and those of {name} are made anew for each token", one_level(scheme)
-    elif scheme.static and name == "weights":
-        reason, nearest = "`static` is of activations: the scales of weights are stored", replace(scheme, static=False)
     elif scheme.outlier_threshold is not None and name == "weights":
         reason = "weights have no outlier columns: those are of activations"
         nearest = replace(scheme, outlier_threshold=None)
+    elif scheme.static and name != "activations":
+        reason = f"{name} have no static scales: those are of activations"
+        nearest = replace(scheme, static=False)
     elif scheme.strategy == "block" and name != "weights":
         reason = f"blocks are of weights: of {name} a token has groups"
         nearest = replace(scheme, strategy="group")
@@ -133,7 +134,7 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
     if nearest != scheme:
         reasons.append("kv have no outlier columns: those are of activations")
     if scheme.static:
-        reasons.append("kv have no calibrated scales: `static` is of activations")
+        reasons.append("kv have no static scales: those are of activations")
         nearest = replace(nearest, static=False)
     if scheme.scale_bits is not None:
         reasons.append(f"{_TWO_LEVELS}, and those of kv are made anew for each token")

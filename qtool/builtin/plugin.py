@@ -106,6 +106,8 @@ def register_formats() -> Sequence[Entry]:
     return [
         *integers,
         _entry("fp4", "formats.fp4:E2M1", "E2M1 with scales in floats of 32 to 8 bits, powers of two, or 4 bits"),
+        _entry("fp4_e1m2", "formats.fp4:E1M2", "4-bit floats E1M2, 3.5 at most: evenly spaced"),
+        _entry("fp4_e3m0", "formats.fp4:E3M0", "4-bit floats E3M0: powers of two from 0.25 to 16"),
         _entry("mxfp4", "formats.fp4:MXFP4", "OCP MX: E2M1 in blocks of 32 with power-of-two scales"),
         _entry("nvfp4", "formats.fp4:NVFP4", "E2M1 in blocks of 16 with E4M3 scales and a tensor scale"),
         _entry("amxfp4", "formats.amxfp4:AMXFP4", "E2M1 in blocks of 32 with a scale for each sign (2411.09909)"),

@@ -24,7 +24,14 @@ def inspect(
     ] = False,
     weights: Annotated[
         list[str] | None,
-        typer.Option(metavar="SCHEME", help="What a model's linears would take in this scheme (repeatable)."),
+        typer.Option(
+            metavar="SCHEME",
+            help="What a model's linears take in this scheme; of statistics or a plan, their errors (repeatable).",
+        ),
+    ] = None,
+    activations: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SCHEME", help="Of statistics or a plan, the errors of inputs in it (repeatable)."),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -47,10 +54,13 @@ def inspect(
     A model's parameters, a plan's operators and what they cost, what is stored by part, the losses of each linear and
     what `mitigate --strict` would refuse, measured values and their protocol. With --plot, a picture: of statistics,
     before a plan and after it; or of losses over layers, beside those of rounding to nearest.
+
+    With --weights or --activations given several times for statistics, the error of each linear in each scheme, and the
+    schemes with the least error, `least_weights` and `least_activations`, as `mitigate` takes them.
     """
-    if plot is not None and (strict or weights):
-        given = "--strict" if strict else "--weights"
-        raise UsageError(f"`{given}` belongs to models, and `--plot` to artifacts", hint="leave one of them out")
+    if plot is not None and (strict or weights or activations):
+        given = "--strict" if strict else "--weights" if weights else "--activations"
+        raise UsageError(f"`{given}` belongs to tables, and `--plot` to a picture", hint="leave one of them out")
     if plot is not None:
         _plot(session, read_sources(sources), plot, plan, site or ())
         return
@@ -60,7 +70,8 @@ def inspect(
     from qtool.steps.inspect import inspect as step
 
     with session.workspace() as workspace:
-        found = [step(source, workspace, strict=strict, weights=weights or ()) for source in read_sources(sources)]
+        schemes = {"weights": weights or (), "activations": activations or ()}
+        found = [step(source, workspace, strict=strict, **schemes) for source in read_sources(sources)]
     for description in found:
         if session.common.json:
             write_json(description.to_json())

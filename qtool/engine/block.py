@@ -19,6 +19,7 @@ from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.saliency import SALIENCY
 from qtool.engine.solve import Method, Solution, Solver
 from qtool.engine.starved import DEFAULT_SHARE, Completed, Routing, complete, expert_notes
+from qtool.engine.static_scales import calibrated_scales
 from qtool.engine.stored import (
     compensation_tensors,
     input_scales,
@@ -33,11 +34,21 @@ from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
 from qtool.model.statistics import SiteStatistics
 
-InputGrids = Callable[[LinearSite], Grid | None]
-"""What the input of a linear is rounded to."""
-
 Refine = Callable[[Method, Mapping[str, LayerProblem]], BlockResult]
 """Runs a block-wise method on the problems of a block's linears by full name."""
+
+
+@dataclass(frozen=True)
+class InputGrids:
+    """What inputs are rounded to, where anything of that is calibrated.
+
+    Attributes:
+        grid_of: Says it of the input of a linear.
+        needs: Statistics that calibration reads.
+    """
+
+    grid_of: Callable[[LinearSite], Grid | None]
+    needs: tuple[str, ...]
 
 
 def static_inputs(subject: Subject) -> InputGrids | None:
@@ -46,7 +57,9 @@ def static_inputs(subject: Subject) -> InputGrids | None:
         (linear.reads, subject.scheme.of(linear.name).activations): linear for linear in subject.model.graph.linears
     }
     grids = [grid for grid in map(subject.input_grid, by_site.values()) if grid is not None]
-    return subject.input_grid if any(part.has_global_scale for grid in grids for part in grid.parts) else None
+    parts = [part for grid in grids for part in grid.parts if part.has_global_scale]
+    searched = any(part.scheme.static for part in parts)
+    return InputGrids(subject.input_grid, ("absmax", "sample") if searched else ("absmax",)) if parts else None
 
 
 @dataclass
@@ -89,7 +102,7 @@ class BlockSolver:
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics that solving reads."""
-        static = () if self.inputs is None else ("absmax",)
+        static = () if self.inputs is None else self.inputs.needs
         return tuple(dict.fromkeys((*self.solver.needs, *static)))
 
     @cached_property
@@ -129,7 +142,7 @@ class BlockSolver:
                     site = linear.observed if linear.observed in known.statistics else linear.spec.reads
                     known.statistics[site].need(need, site=f"layers.{linear.layer}.{site}")
         self.solver.solve(self.leading, linears, state, known.statistics, block.solution)
-        block.scales |= self._static_scales(linears, known.statistics)
+        block.scales |= self._static_scales(linears, state, known.statistics)
         block.seen.append(replace(known, statistics={}))
         if self.following:
             block.statistics |= known.statistics
@@ -161,16 +174,25 @@ class BlockSolver:
             block.report |= result.report
         block.statistics = {}
 
-    def _static_scales(self, linears: Sequence[LinearSite], known: Mapping[str, SiteStatistics]) -> dict[str, Tensor]:
+    def _static_scales(
+        self, linears: Sequence[LinearSite], state: Mapping[str, Tensor], known: Mapping[str, SiteStatistics]
+    ) -> dict[str, Tensor]:
         """Return the calibrated tensor-level multipliers; of a site that all experts read there is one for all."""
         if self.inputs is None:
             return {}
         scales: dict[str, Tensor] = {}
-        inputs = ((linear, self.inputs(linear)) for linear in linears)
+        inputs = ((linear, self.inputs.grid_of(linear)) for linear in linears)
         grids = {(linear.reads, linear.spec.reads): grid for linear, grid in inputs if grid is not None}
+        device = self.solver.device
         for (site, name), grid in grids.items():
             absmax = known[name].need("absmax", site=site).float()
-            scales |= input_scales(site, grid.global_scales(absmax))
+            if not any(part.scheme.static for part in grid.parts):
+                scales |= input_scales(site, grid.global_scales(absmax))
+                continue
+            sample = known[name].need("sample", site=site).to(device)
+            read = (linear.spec.module for linear in linears if linear.reads == site)
+            weights = [state[f"{module}.weight"].to(device) for module in read]
+            scales |= input_scales(site, calibrated_scales(grid, absmax.to(device), sample, weights))
         return scales
 
     def replace(self, network: Network, linears: Sequence[LinearSite], solved: Mapping[str, QuantizedLinear]) -> None:

@@ -88,7 +88,13 @@ class GridPart:
         return to_groups(x, self.scheme.strategy, self.scheme.group_size)
 
     def global_scale(self, amax: Float[Tensor, ""]) -> Float[Tensor, ""] | None:
-        """Return the multiplier for values of largest magnitude ``amax``, or None without one."""
+        """Return the multiplier for values of largest magnitude ``amax``, or None without one.
+
+        Of static scales it is the scale itself.
+        """
+        if self.scheme.static:
+            fitted = self.format.fit(amax.reshape(1, 1), self.scheme, clip=self.scheme.clip)
+            return fitted.scale.reshape(())
         return self.format.global_scale(amax, self.scheme)
 
     @property
@@ -101,7 +107,7 @@ class GridPart:
     ) -> GroupParameters:
         """Fit groups to a fraction of the range that the scheme keeps; those of a block together.
 
-        Scales that are codes are so already.
+        Scales that are codes are so already. A static scale is ``global_scale``, whatever the groups are.
         """
         return self.stored(groups, self.fit_each(groups, global_scale=global_scale, clip=clip))
 
@@ -109,6 +115,8 @@ class GridPart:
         self, groups: Float[Tensor, "*rows group"], *, global_scale: Tensor | None, clip: float = 1.0
     ) -> GroupParameters:
         """Fit groups as ``fit`` does, with scales that are not codes yet: those depend on other rows."""
+        if self.scheme.static and global_scale is not None:
+            return GroupParameters(global_scale.expand(groups.shape[:-1]))
         if self.block_rows > 1:
             found = self.each_group.fit_each(self.together(groups), global_scale=global_scale, clip=clip)
             return self.a_row_each(found, len(groups))
@@ -214,7 +222,8 @@ def scheme_in(scheme: TensorScheme, fmt: Format) -> TensorScheme:
     """
     own = replace(fmt.defaults, format=fmt.name, outlier_threshold=scheme.outlier_threshold)
     for with_groups, with_symmetry, with_scale, with_rule in product((True, False), repeat=4):
-        tried = replace(own, strategy=scheme.strategy, group_size=scheme.group_size) if with_groups else own
+        shared = replace(own, strategy=scheme.strategy, group_size=scheme.group_size, static=scheme.static)
+        tried = shared if with_groups else own
         tried = replace(tried, symmetric=scheme.symmetric) if with_symmetry else tried
         scales = {"scale": scheme.scale, "scale_bits": scheme.scale_bits, "scale_rows": scheme.scale_rows}
         tried = replace(tried, **scales) if with_scale else tried  # type: ignore[arg-type]

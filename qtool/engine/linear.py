@@ -25,9 +25,9 @@ OutputObserver = Callable[[Float[Tensor, "*batch out"]], None]
 class Rounding:
     """How activations are quantized: dynamic scales in each part of a grid, and calibrated multipliers if any.
 
-    What all tokens share (the scale of the strategy ``tensor``, a multiplier that was not calibrated, which columns are
-    outliers) is taken over one window, so that no window sees which others run beside it. Values of more than two axes
-    are windows along the first.
+    What all tokens share (the scale of the strategy ``tensor``, a multiplier or a static scale that was not calibrated,
+    which columns are outliers) is taken over one window, so that no window sees which others run beside it. Values of
+    more than two axes are windows along the first.
 
     Attributes:
         grid: The parts of the last axis.
@@ -51,7 +51,8 @@ class Rounding:
         """Whether the tokens of a window share something that is fitted to them."""
         schemes = [part.scheme for part in self.grid.parts]
         apart = any(scheme.outlier_threshold is not None for scheme in schemes)
-        return apart or any(scheme.strategy == "tensor" for scheme in schemes) or any(self._fits_multiplier)
+        fitted = any(scheme.strategy == "tensor" and not scheme.static for scheme in schemes)
+        return apart or fitted or any(self._fits_multiplier)
 
     @cached_property
     def _calibrated(self) -> GlobalScales:

@@ -1,10 +1,12 @@
 """Floats of 4 to 8 bits: elements, scales without a sign, and E8M0, the power of two that MX blocks share.
 
-Rounding is to nearest, ties to the even code, and elements saturate instead of becoming infinite or NaN. Signed
+Rounding is to nearest, ties to the even code, and elements saturate instead of becoming infinite or NaN. Without a
+mantissa there is no even one, and ties between powers of two go to the larger (IEEE 754-2019, section 4.3.1). Signed
 zeros have codes of their own; what is rounded is values only, in which a zero may lose its sign.
 
 References:
     Rouhani et al. 2023, OCP Microscaling Formats (MX) v1.0. Micikevicius et al. 2022, FP8, arXiv:2209.05433.
+    Liu et al. 2023, LLM-FP4, arXiv:2310.16836 (E1M2 and E3M0).
 """
 
 from __future__ import annotations
@@ -111,7 +113,9 @@ def look_up(table: Sequence[float], codes: UInt8[Tensor, "*shape"]) -> Float[Ten
     return values.index_select(0, codes.flatten().int()).reshape(codes.shape)
 
 
+E1M2 = Minifloat(1, 2, 3.5)
 E2M1 = Minifloat(2, 1, 6.0)
+E3M0 = Minifloat(3, 0, 16.0)
 E2M3 = Minifloat(2, 3, 7.5)
 E3M2 = Minifloat(3, 2, 28.0)
 E4M3 = Minifloat(4, 3, 448.0, native=torch.float8_e4m3fn)

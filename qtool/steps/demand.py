@@ -191,6 +191,6 @@ def _input_scale_bytes(subject: Subject) -> int:
     inputs = static_inputs(subject)
     if inputs is None:
         return 0
-    found = ((linear.reads, inputs(linear)) for linear in subject.linears)
+    found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.linears)
     grids = {site: grid for site, grid in found if grid is not None}
     return sum(_SCALE for grid in grids.values() for part in grid.parts if part.has_global_scale)

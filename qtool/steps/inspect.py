@@ -12,6 +12,7 @@ from qtool.artifacts.store import Artifact, open_artifact
 from qtool.errors import ArtifactError, ResourceError, UsageError
 from qtool.model.source import Model
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS
+from qtool.steps.choice import describe_choice
 from qtool.steps.description import Cell, Description, Facts, Table, Tables
 from qtool.steps.inspect_plan import describe_plan
 from qtool.steps.inspect_quantized import describe_quantized
@@ -22,28 +23,48 @@ from qtool.steps.subjects import Opened, is_artifact, open_subject
 from qtool.steps.workspace import Workspace
 
 
-def inspect(source: str, workspace: Workspace, *, strict: bool = False, weights: Sequence[str] = ()) -> Description:
+def inspect(
+    source: str,
+    workspace: Workspace,
+    *,
+    strict: bool = False,
+    weights: Sequence[str] = (),
+    activations: Sequence[str] = (),
+) -> Description:
     """Describe a model or an artifact.
 
     Args:
         source: A model, or the path of an artifact.
         workspace: Where things are found.
         strict: Whether parameters that the model's family does not describe, or that are missing, are an error.
-        weights: Schemes of weights, of which to say what a model's linears would take in them.
+        weights: Schemes of weights: of a model, what its linears would take in them; of statistics or of a plan, the
+            error of each linear in each.
+        activations: Schemes of activations, of which to say that of statistics or of a plan.
 
     Raises:
         ArtifactError: The artifact is damaged.
         ModelError: There is no such model; or, with ``strict``, parameters are unknown or missing.
         SchemeError: One of ``weights`` cannot be read, or does not fit the model.
-        UsageError: ``weights`` of something that is no model.
+        UsageError: Schemes of something else.
     """
     if not is_artifact(source):
+        if activations:
+            raise UsageError(
+                "errors of activations are measured on statistics",
+                hint=f"qtool inspect STATISTICS --activations {activations[0]}, of qtool calibrate {source}",
+            )
         described = _describe_model(model := workspace.model(source), strict=strict)
         table = {"storage_by_scheme": scheme_table(model, weights, workspace.plugins)} if weights else {}
         return replace(described, tables={**table, **described.tables})
-    if weights:
-        raise UsageError("schemes of weights are shown for models", hint="qtool inspect MODEL --weights int4-sym-g32")
     artifact = open_artifact(Path(source))
+    if weights or activations:
+        if artifact.manifest.kind not in ("statistics", "plan"):
+            raise UsageError(
+                "schemes of weights are shown for models, and errors in schemes for statistics and plans",
+                facts=(("received", artifact.manifest.kind),),
+                hint="qtool inspect MODEL --weights int4-sym-g32, or qtool inspect STATISTICS --activations fp4-token",
+            )
+        return Description(*describe_choice(open_subject(source, workspace), workspace, weights, activations))
     opened = _opened(source, workspace)
     facts, tables = _DESCRIBED_BY[artifact.manifest.kind](artifact, opened)
     return Description({**_manifest_facts(artifact), **facts}, tables)

@@ -39,7 +39,10 @@ def check_format(fmt: Format, *, scheme: TensorScheme | None = None) -> None:
 
 
 def _check_ties(fmt: Format, parameters: GroupParameters) -> None:
-    """Check that values halfway between neighbouring levels go up and down in turn, on a grid with steps of 1."""
+    """Check that values halfway between neighbouring levels go up and down in turn, on a grid with steps of 1.
+
+    Around a level that has the same ratio to both its neighbours, as powers of two have, both may go away from 0.
+    """
     zero_point, multiplier = parameters.zero_point, parameters.global_scale
     unit = GroupParameters(
         torch.ones(1),
@@ -51,5 +54,7 @@ def _check_ties(fmt: Format, parameters: GroupParameters) -> None:
     ties = (levels[1:] + levels[:-1]) / 2
     up = fmt.round(ties[None], unit)[0] > ties
     exact = ties.double() == (levels[1:].double() + levels[:-1].double()) / 2  # others are nearer to one of the two
-    if ((up[1:] == up[:-1]) & exact[1:] & exact[:-1]).any():
+    away = (up == (ties > 0))[1:] & (up == (ties > 0))[:-1] & (levels[1:-1] != 0)
+    geometric = away & (levels[2:].double() * levels[:-2].double() == levels[1:-1].double().square())
+    if ((up[1:] == up[:-1]) & exact[1:] & exact[:-1] & ~geometric).any():
         raise CheckError(f"`{fmt.name}`: a value between two levels does not go to the even one")

@@ -6,7 +6,7 @@ import torch
 
 from qtool.builtin.formats.amxfp4 import AMXFP4
 from qtool.builtin.formats.floats import Floats
-from qtool.builtin.formats.fp4 import E2M1, MXFP4, NVFP4
+from qtool.builtin.formats.fp4 import E1M2, E2M1, E3M0, MXFP4, NVFP4
 from qtool.builtin.formats.fp6 import E2M3, E3M2, MXFP6E2M3, MXFP6E3M2
 from qtool.builtin.formats.fp8 import E4M3, E5M2, MXFP8
 from qtool.builtin.formats.integer import Int2, Int3, Int4, Int5, Int6, Int7, Int8, Integer
@@ -15,7 +15,7 @@ from qtool.numerics.groups import to_groups
 from qtool.scheme import GroupParameters, TensorScheme, parse_tensor_scheme
 
 CLASSES = (Int2, Int3, Int4, Int5, Int6, Int7, Int8, E2M1, MXFP4, NVFP4, E4M3)
-CLASSES += (E5M2, MXFP8, E2M3, E3M2, MXFP6E2M3, MXFP6E3M2, NF4, AMXFP4)
+CLASSES += (E5M2, MXFP8, E2M3, E3M2, MXFP6E2M3, MXFP6E3M2, NF4, AMXFP4, E1M2, E3M0)
 FORMATS = {cls.name: cls() for cls in CLASSES}
 WRITTEN = [
     *(f"int{b}-{rest}" for b in range(2, 9) for rest in ("sym-g32", "sym-full", "asym-g16-sfp16", "asym-token-sfp32")),
@@ -54,6 +54,10 @@ WRITTEN = [
     "amxfp4-g16-sfp32",
     "amxfp4-se8m0",
     "amxfp4-se8m0-search",
+    "fp4_e1m2-tensor",
+    "fp4_e1m2-g32-sfp16",
+    "fp4_e3m0-token",
+    "fp4_e3m0-g16-se8m0-search",
 ]
 
 

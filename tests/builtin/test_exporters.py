@@ -219,6 +219,47 @@ def test_transformers_quantizes_activations_as_qtool_does(
     assert f" {activations[:3].rstrip('8').upper()}" in exported.consumers["transformers"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations", "layout"),
+    [
+        ("int8-sym-channel", "int8-sym-tensor-sfp32-static", "int-quantized"),
+        ("int8-sym-channel", "int8-sym-tensor-sfp32-full-c0.5-static", "int-quantized"),
+        ("fp8-channel-sbf16", "fp8-tensor-static", "float-quantized"),
+        ("fp8-tensor", "fp8-tensor-static", "float-quantized"),
+    ],
+)
+def test_transformers_quantizes_with_the_static_scales_that_were_found(
+    make: Make, plugins: Plugins, tmp_path: Path, weights: str, activations: str, layout: str
+) -> None:
+    subject = with_input_scales(make(weights), parsed(activations, plugins), tmp_path)
+    exported = written(CompressedTensors(), subject, tmp_path / "out")
+    ours, theirs, alone = measured(subject), executed(tmp_path / "out"), measured(without_activations(subject))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+    assert (theirs - alone).abs().mean() > 1e-3
+    assert exported.details["layout"] == layout
+    kind = "INT8" if layout == "int-quantized" else "FP8"
+    assert exported.consumers["transformers"].startswith(f"W8A8: static {kind} activations per tensor")
+    assert exported.consumers["vllm"].startswith("W8A8")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    scales = {name: tensor for name, tensor in stored.items() if name.endswith(".input_scale")}
+    assert len(scales) == 2 * 7
+    for name, scale in scales.items():
+        site = subject.model.graph.linear(name.removesuffix(".input_scale")).reads
+        assert subject.quantized is not None
+        assert scale.tolist() == [float(subject.quantized.tensor(f"{site}.input_global_scale"))]
+
+
+def test_a_static_scale_that_another_has_changed_is_noticed(make: Make, plugins: Plugins, tmp_path: Path) -> None:
+    subject = with_input_scales(make("fp8-tensor"), parsed("fp8-tensor-static", plugins), tmp_path)
+    written(CompressedTensors(), subject, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.input_scale"] *= 1.01
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"up_proj \(input scale\)"):
+        CompressedTensors().verify(subject, tmp_path / "out")
+
+
 @pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4"])
 def test_transformers_quantizes_fp4_activations(make: Make, plugins: Plugins, tmp_path: Path, fmt: str) -> None:
     subject = make(fmt, fmt) if fmt == "mxfp4" else with_input_scales(make(fmt), parsed(fmt, plugins), tmp_path)
@@ -716,11 +757,15 @@ def test_shards_are_numbered_and_load_like_one_file(
         ("amxfp4", None, "qtool pack SOURCE --to hf"),
         ("mxfp6_e2m3", "mxfp6_e2m3", "qtool pack SOURCE --to hf"),
         ("nf4", None, "qtool pack SOURCE --to hf"),
+        ("fp4_e1m2", "fp4_e1m2-tensor", "qtool pack SOURCE --to hf"),
+        ("fp4_e3m0-g32", None, "qtool pack SOURCE --to hf"),
         ("fp8_e5m2", None, "qtool pack SOURCE --to hf"),
         ("fp4-g16-se2m1", None, "nearest that fits: --weights nvfp4"),
         ("fp4-g32-sint4", None, "nearest that fits: --weights nvfp4"),
         ("fp4-g16-sue5m3", None, "nearest that fits: --weights nvfp4"),
         ("nvfp4", "nvfp4-four_over_six", "nearest that fits: --activations nvfp4"),
+        ("int4-g32", "int8-tensor-static", "nearest that fits: --activations int8-sym-tensor-sbf16"),
+        ("int8-channel", "int8-tensor-c0.9", "nearest that fits: --activations int8-sym-tensor-sbf16"),
         ("mxfp4", "mxfp4-search", "nearest that fits: --activations mxfp4"),
     ],
 )

@@ -29,7 +29,7 @@ from qtool.errors import ArtifactError, ModelError, QtoolError, SchemeError, Usa
 from qtool.model.plan import Plan, Segment, SitePlan
 from qtool.numerics.operators import Hadamard
 from qtool.plugins import Plugins
-from qtool.scheme import GroupParameters, ModelScheme, parse_tensor_scheme
+from qtool.scheme import GroupParameters, ModelScheme, TensorScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.subjects import open_subject
@@ -246,6 +246,9 @@ def test_inputs_of_nvfp4_that_were_calibrated_have_their_scale_beside_the_weight
         == tensors["model.layers.1.self_attn.o_proj.global_scale"].reshape(-1).tolist()
     )
     assert [name for name in stored if name.endswith("input_scale")] == ["blk.1.attn_output.input_scale"]
+    static = TensorScheme("fp4", strategy="tensor", static=True)  # whose scale is no multiplier of scales
+    written(GGUF(), replace(subject, scheme=replace(subject.scheme, activations=static)), tmp_path / "static")
+    assert not [name for name in read(tmp_path / "static") if name.endswith("input_scale")]
 
 
 @pytest.mark.parametrize(

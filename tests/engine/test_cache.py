@@ -214,6 +214,7 @@ def test_gradients_pass_through_rounded_keys(plugins: Plugins) -> None:
         ("keys=int8,keys=int4", "cannot read the scheme of a cache", ""),
         ("heads=int8", "cannot read the scheme of a cache", ""),
         ("keys=int4-o6,values=none", "kv have no outlier columns", "keys=int4-sym-token-head-sbf16,values=none"),
+        ("int8-tensor-static", "kv have no static scales", "int8-sym-tensor-sbf16"),
     ],
 )  # fmt: skip
 def test_bad_schemes_of_a_cache_name_the_nearest(plugins: Plugins, text: str, message: str, hint: str) -> None:

@@ -9,8 +9,10 @@ import torch
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 
 from qtool.numerics.minifloats import (
+    E1M2,
     E2M1,
     E2M3,
+    E3M0,
     E3M2,
     E4M3,
     E5M2,
@@ -20,6 +22,7 @@ from qtool.numerics.minifloats import (
     encode_e8m0,
     shared_exponents,
 )
+from tests.oracles import llm_fp4
 from tests.oracles import rounding as oracle
 
 INFINITY = torch.tensor(torch.inf)
@@ -134,6 +137,38 @@ def probes_of(kind: Minifloat) -> torch.Tensor:
             torch.tensor([0.0, -0.0, 1e-40, -1e-40]),
         ]
     )
+
+
+BY_HAND = [
+    (E1M2, [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]),  # S.e.mm: below 2 the mantissa counts halves, above likewise
+    (E3M0, [0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]),  # S.eee.: 2^(e - 3), and 0
+]
+
+
+@pytest.mark.parametrize(("kind", "values"), BY_HAND)
+def test_bits_of_the_other_floats_of_4_bits(kind: Minifloat, values: list[float]) -> None:
+    table = torch.tensor([*values, *(-value for value in values)])
+    assert torch.equal(kind.decode(codes_of(kind)), table)
+    assert torch.equal(kind.decode(codes_of(kind)).signbit(), table.signbit())
+    assert kind.encode(table).tolist() == list(range(16))
+    assert (kind.min_value, kind.max_value) == (values[1], values[-1])
+
+
+@pytest.mark.parametrize(("kind", "values"), BY_HAND)
+def test_they_round_as_llm_fp4s_quantizer(kind: Minifloat, values: list[float]) -> None:
+    fields, bias = (kind.exponent_bits, kind.mantissa_bits), 2 ** (kind.exponent_bits - 1) - 1
+    probes = probes_of(kind)[::7].clamp(-1e9, 1e9)
+    expected = [llm_fp4.quantize(value, bias, *fields) for value in probes.tolist()]
+    assert kind.round(probes).tolist() == expected
+    assert torch.equal(kind.decode(kind.encode(probes)), kind.round(probes))
+    assert set(map(abs, expected)) == set(values)
+
+
+def test_without_a_mantissa_ties_go_to_the_larger_of_two_powers_of_two() -> None:
+    ties = torch.tensor([0.125, 0.375, 0.75, 1.5, 3.0, 6.0, 12.0])
+    assert E3M0.round(torch.cat([ties, -ties])).tolist() == [0, 0.5, 1, 2, 4, 8, 16, 0, -0.5, -1, -2, -4, -8, -16]
+    assert E3M0.encode(ties).tolist() == [0, 2, 3, 4, 5, 6, 7]
+    assert E3M0.round(torch.nextafter(ties, -INFINITY)).tolist() == [0, 0.25, 0.5, 1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)

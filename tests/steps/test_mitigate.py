@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from qtool.artifacts.store import Artifact
 from qtool.builtin.mitigators.rtn import round_nearest
+from qtool.engine import block
 from qtool.engine.carry import CarriedStatistics
 from qtool.engine.fold import fold_linear
+from qtool.engine.grid import GlobalScales, Grid
+from qtool.engine.static_scales import calibrated_scales
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, NumericalError, PluginError, SchemeError, UsageError
 from qtool.model.plan import Plan
@@ -397,6 +401,45 @@ class TestSharedScales:
         assert rounding.global_scales[0] is not None
         assert float(rounding.global_scales[0]) == float(artifact.tensor("layers.0.o_in.input_global_scale"))
 
+    @pytest.mark.parametrize("propagate", ["none", "quantized"])
+    def test_static_scales_are_searched_for_each_input(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        library: Workspace,
+        speeches: Artifact,
+        propagate: Any,  # noqa: ANN401 - a Literal
+    ) -> None:
+        read: list[list[Tensor]] = []
+
+        def search(grid: Grid, absmax: Tensor, sample: Tensor, weights: list[Tensor]) -> GlobalScales:
+            read.append(weights)
+            return calibrated_scales(grid, absmax, sample, weights)
+
+        monkeypatch.setattr(block, "calibrated_scales", search)
+        chosen = scheme(library, weights="fp4", activations="fp4-tensor-static,down_proj=fp4_e1m2-tensor-static")
+        asked = MitigateRequest(str(speeches.path), "rtn", chosen, propagate=propagate)
+        artifact, _ = mitigate(asked, library)
+        assert len(artifact.names("layers.")) == 16
+        subject = open_subject(str(artifact.path), library).subject
+        for layer, name in product(range(4), ("attn_in", "o_in", "mlp_in", "up_down")):
+            site = f"layers.{layer}.{name}"
+            linears = [one for one in subject.model.graph.linears_of(layer) if one.reads == site]
+            weights = [subject.model.tensor(f"{linear.name}.weight").float() for linear in linears]
+            for mine, theirs in zip(read.pop(0), weights, strict=True):
+                assert torch.equal(mine.float(), theirs)
+            absmax, sample = (speeches.tensor(f"{site}.{what}") for what in ("absmax", "sample"))
+            grid = subject.input_grid(linears[0])
+            assert grid is not None
+            found = artifact.tensor(f"{site}.input_global_scale")
+            if propagate == "none" or site == "layers.0.attn_in":
+                (expected,) = calibrated_scales(grid, absmax.float(), sample, weights)
+                assert torch.equal(found, expected)
+            rounding = subject.rounding(layer, name, torch.device("cpu"))
+            assert rounding is not None
+            assert torch.equal(rounding.global_scales[0], found)
+            assert not rounding.shared
+        assert read == []
+
     def test_dynamic_activations_store_nothing(self, desk: Desk) -> None:
         chosen = scheme(desk.workspace, "W4A4")
         artifact, _ = mitigate(MitigateRequest(str(desk.model), "rtn", chosen), desk.workspace)
@@ -583,6 +626,9 @@ class TestRefusals:
         )
         error = self.refused(desk, UsageError, "`rtn` needs statistics", static)
         assert error.facts == (("needs", "absmax"),)
+        searched = scheme(desk.workspace, weights="int4", activations="fp4-tensor-static")
+        error = self.refused(desk, UsageError, "`rtn` needs statistics", replace(static, scheme=searched))
+        assert error.facts == (("needs", "absmax, sample"),)
 
     def test_statistics_without_what_a_method_needs(self, desk: Desk) -> None:
         bare = str(desk.calibrate(gather=("mean",)).path)

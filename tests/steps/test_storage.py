@@ -15,7 +15,7 @@ from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.storage import foreseen_bytes, part_of
 from qtool.engine.stored import linear_tensors
-from qtool.errors import SchemeError, UsageError
+from qtool.errors import SchemeError
 from qtool.numerics.groups import from_groups
 from qtool.plugins import Plugins
 from qtool.scheme import parse_tensor_scheme
@@ -137,7 +137,7 @@ def test_queries_and_keys_are_not_linears(tiny: TinyModel) -> None:
             "fp8-tensor",
         ),
         *("nvfp4", "mxfp4", "fp4-g16-se2m1", "fp4-g48-sint4", "fp4-asym-g16", "nf4", "mxfp6_e2m3", "int2-asym-channel"),
-        *("fp8-b4", "fp8-b128", "amxfp4", "amxfp4-se8m0"),
+        *("fp8-b4", "fp8-b128", "amxfp4", "amxfp4-se8m0", "fp4_e1m2-g32-sbf16", "fp4_e3m0"),
         *("int3-asym-g16-scales3g16", "int2-g48-scales5g3-sfp32", "int4-asym-channel-scales1g256", "int4-scales4g2"),
     ],
 )
@@ -175,5 +175,5 @@ def test_the_overhead_of_groups_is_the_survey_s() -> None:
 def test_schemes_that_do_not_fit_are_refused(tiny: TinyModel) -> None:
     with pytest.raises(SchemeError, match="group size 32 does not divide"):
         inspect(str(tiny.path), tiny.workspace, weights=["int4-g32"])
-    with pytest.raises(UsageError, match="schemes of weights are shown for models"):
+    with pytest.raises(SchemeError, match="group size 32 does not divide"):
         inspect(str(tiny.statistics.path), tiny.workspace, weights=["int4-g32"])

@@ -139,6 +139,9 @@ class CompressedTensors(PackedSource):
             ours = _as_consumer(subject, linear, tensors)
             if decoded.shape != ours.shape or not torch.equal(decoded, ours.to(decoded.dtype)):
                 raise weight_difference(linear.name, decoded, ours)
+            scales = _input_scale(subject, linear)
+            if "input_scale" in scales and not torch.equal(tensors["input_scale"], scales["input_scale"]):
+                raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], scales["input_scale"])
 
 
 def _consumers(

@@ -121,6 +121,10 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
     if activations.outlier_threshold is not None:
         nearest = replace(activations, outlier_threshold=None)
         raise _refusal("consumers quantize all columns of activations", "activations", activations, nearest)
+    if activations.static and layout not in ("int-quantized", "float-quantized"):
+        nearest = replace(activations, static=False, clip=1.0)
+        reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
+        raise _refusal(reason, "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
     where = (activations.group_size, activations.scale)
     if layout in _BLOCKS.values():

@@ -267,8 +267,10 @@ def _scales(subject: Subject, linear: LinearSite, found: QuantizedLinear) -> dic
     (parameters,) = found.parameters
     if parameters.global_scale is None or subject.quantized is None:
         return {}
-    name = f"{linear.reads}{INPUT_GLOBAL_SCALE}"
-    inputs = {"input_scale": subject.quantized.tensor(name)} if name in subject.quantized.header.slots else {}
+    name, activations = f"{linear.reads}{INPUT_GLOBAL_SCALE}", subject.scheme.of(linear.name).activations
+    static = activations is not None and activations.static  # a scale, not what multiplies scales
+    calibrated = name in subject.quantized.header.slots and not static
+    inputs = {"input_scale": subject.quantized.tensor(name)} if calibrated else {}
     return {"scale": parameters.global_scale, **inputs}
 
 

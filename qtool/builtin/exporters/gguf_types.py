@@ -47,7 +47,7 @@ def choose_type(weights: TensorScheme) -> Kind:
     elif weights.format in ("fp4", "nvfp4", "mxfp4"):
         _refuse("FP4 is held as MXFP4 or NVFP4 only", weights, "nvfp4")
     else:
-        few = weights.format in ("int2", "int3")
+        few = weights.format in ("int2", "int3", "fp4_e1m2", "fp4_e3m0")
         _refuse(f"GGUF has no type for `{weights.format}`", weights, FOUR_BITS if few else EIGHT_BITS)
     if not weights.symmetric and kind != "Q4_1":
         _refuse(f"{kind} has no zero points", weights, replace(weights, symmetric=True))

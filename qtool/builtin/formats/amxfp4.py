@@ -8,6 +8,8 @@ E5M2 (``se5m2``); with ``se8m0`` they are powers of two, its AMX-PoT.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -25,6 +27,13 @@ class AMXFP4(Floats):
     defaults = TensorScheme(format="amxfp4", strategy="group", group_size=32, scale="e5m2")
     element = minifloats.E2M1
     scales = ("e5m2", "fp32", "fp16", "bf16", "e8m0")
+
+    def _nearest(self, scheme: TensorScheme) -> tuple[TensorScheme, list[str]]:
+        """Send static scales, of which there is one, to the format that has one."""
+        if not scheme.static:
+            return super()._nearest(scheme)
+        nearest, _ = super()._nearest(replace(scheme, scale="fp32"))
+        return replace(nearest, format="fp4"), [f"`{self.name}` has two scales, and of static ones there is one"]
 
     def fit(
         self,

@@ -79,9 +79,6 @@ def nearest_scheme(
     if nearest.real and (nearest.symmetric or not real_zero_points):
         reasons.append("`real` is for the zero points of asymmetric integers")
         nearest = replace(nearest, real=False)
-    if nearest.static:
-        reasons.append(f"`{scheme.format}` has no calibrated scales of inputs: fp8-tensor has")
-        nearest = replace(nearest, static=False)
     nearest, found = _nearest_codes(nearest, defaults, scale_codes=scale_codes)
     reasons += found
     if nearest.exponent_rule != "even" and nearest.scale != "e8m0":
@@ -97,6 +94,32 @@ def nearest_scheme(
     if nearest.outlier_threshold is not None and not 1e-3 <= nearest.outlier_threshold <= 1e6:
         reasons.append(f"outliers are of a magnitude from 0.001 to 1000000 on, not {nearest.outlier_threshold:g}")
         nearest = replace(nearest, outlier_threshold=6.0)
+    return _static(nearest, reasons)
+
+
+def _static(scheme: TensorScheme, reasons: list[str]) -> tuple[TensorScheme, list[str]]:
+    """Put right what static scales do not go with."""
+    if not scheme.static:
+        return scheme, reasons
+    nearest = scheme
+    if scheme.strategy != "tensor":
+        reasons.append("static scales are of whole tensors")
+        nearest = replace(nearest, strategy="tensor", group_size=None)
+    if not scheme.symmetric:
+        reasons.append("static scales come without zero points")
+        nearest = replace(nearest, symmetric=True, real=False)
+    if scheme.outlier_threshold is not None:
+        reasons.append("static scales are of all columns, and outliers are found as they come")
+        nearest = replace(nearest, outlier_threshold=None)
+    if scheme.range_rule == "signed_full":
+        reasons.append("static scales have no sign, which `signed_full` gives them")
+        nearest = replace(nearest, range_rule="full")
+    if scheme.exponent_rule == "search":
+        reasons.append("static scales are searched by what they do to the outputs")
+        nearest = replace(nearest, exponent_rule="even")
+    if scheme.scale not in (*_FLOAT_SCALES, "e8m0"):
+        reasons.append(f"static scales have no multiplier above them, which {scheme.scale} ones have")
+        nearest = replace(nearest, scale="fp32", range_rule="tight")
     return nearest, reasons
 
 

@@ -119,7 +119,8 @@ class Block(Floats):
         own = self.defaults
         reason = f"`{self.name}` has {own.scale} scales of {own.group_size} values and no zero point"
         nearest = scheme if scheme.symmetric else replace(scheme, symmetric=True)
-        if (scheme.strategy, scheme.group_size, scheme.scale) != (own.strategy, own.group_size, own.scale):
+        shared = (own.strategy, own.group_size, own.scale)
+        if (scheme.strategy, scheme.group_size, scheme.scale) != shared or scheme.static:
             nearest = replace(nearest, format=self.plain)
         corrected, reasons = super()._nearest(nearest)
         return corrected, reasons if nearest == scheme else [reason]

@@ -1,4 +1,7 @@
-"""4-bit floats E2M1: plain, and as the block formats MXFP4 (OCP MX v1.0) and NVFP4 (NVIDIA 2025, arXiv:2509.25149)."""
+"""4-bit floats E2M1: plain, and as the block formats MXFP4 (OCP MX v1.0) and NVFP4 (NVIDIA 2025, arXiv:2509.25149).
+
+The other two that LLM-FP4 compares with it (Liu et al. 2023, arXiv:2310.16836), E1M2 and E3M0, are plain.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,24 @@ class E2M1(Floats):
             return None
         largest = _SIX_OF_SIX if scheme.range_rule == "four_over_six" else None
         return fp4_global_scale(amax, scheme.scale, largest=largest)
+
+
+class E1M2(Floats):
+    """E1M2: 0 to 3.5 in steps of 0.5, which is INT4 without its code -8."""
+
+    name = "fp4_e1m2"
+    bits = 4
+    defaults = TensorScheme(format="fp4_e1m2")
+    element = minifloats.E1M2
+
+
+class E3M0(Floats):
+    """E3M0: 0 and the powers of two from 0.25 to 16."""
+
+    name = "fp4_e3m0"
+    bits = 4
+    defaults = TensorScheme(format="fp4_e3m0")
+    element = minifloats.E3M0
 
 
 class MXFP4(Block, E2M1):

@@ -10,9 +10,11 @@ whatever the format's mantissa, and no channel passes the tensor's largest value
 change no mantissa: the model in full precision stays what it was, bit for bit.
 
 The paper's search for real biases is a search for real scales, which rounding does: of weights, by the output's error,
-``--weights fp4-channel-sfp32 --method rtn --set clip=search --set clip_metric=output --set clip_ceiling=1.75``; the
-bias of the tensor of activations is their scale as they come, ``--activations fp4-tensor`` with ``-c`` for a fraction.
-Left out: the search of that fraction for each layer, and 4-bit floats other than E2M1, which the paper finds best.
+``--weights fp4-channel-sfp32 --method rtn --set clip=search --set clip_metric=output --set clip_ceiling=1.75``; of the
+tensor of activations, likewise, ``--activations fp4-tensor-static`` (``qtool.engine.static_scales``). Its search over
+formats, ``fp4``, ``fp4_e1m2`` and ``fp4_e3m0``, is ``qtool inspect PLAN --activations fp4-tensor-static --activations
+fp4_e1m2-tensor-static …``, whose ``least_activations`` is a scheme with exceptions for ``--activations``. Left out: to
+do weights and activations in turn several times.
 
 Shifted are all inputs whose scales are absorbed in front: behind norms, value heads, and inputs of down projections
 whose gate lets a scale pass. A channel that is never active keeps the scale 1.

@@ -28,6 +28,8 @@ TEXTS = [
     "nvfp4-four_over_six",
     "nf4-g32",
     "int4-g16-narrow",
+    "fp4_e1m2-g16",
+    "fp4_e3m0-g16",
 ]
 
 
