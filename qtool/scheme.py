@@ -7,8 +7,8 @@ another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-static][-s<scale format>]
-        [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale format>][-<range rule>]
+        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>][-static]
 """
 
 from __future__ import annotations
@@ -66,11 +66,10 @@ class TensorScheme:
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
             stay in 16 bits, and the others are quantized as if those were 0; None quantizes all.
         real: Zero points of integers are real numbers in the format of scales, and 0 need not have a code.
-        scale_bits: Scales of integer weights are codes of so many bits, ``low + step * code``, and so are zero points,
-            which are then real numbers; ``low`` and ``step`` are in the format ``scale``. None for one level of scales.
+        scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
+            with ``low`` and ``step`` in the format ``scale``. None for one level of scales.
         scale_rows: Neighbouring rows that share ``low`` and ``step``.
-        static: Of symmetric activations with a scale a tensor: it does not follow the values as they come, but is found
-            once for each input, as the one at which the outputs have the least error (``qtool.engine.static_scales``).
+        static: Of symmetric activations: the one scale of a tensor is found once (``qtool.engine.static_scales``).
     """
 
     format: str
@@ -91,7 +90,7 @@ class TensorScheme:
         where = () if self.strategy in ("group", "block") else (self.strategy,)
         size = f"{'b' if self.strategy == 'block' else 'g'}{self.group_size}"
         parts = [self.format, "sym" if self.symmetric else "asym", *where, *((size,) if self.group_size else ())]
-        parts += [*(word for word in ("real", "static") if getattr(self, word)), f"s{self.scale}"]
+        parts += ["real", f"s{self.scale}"] if self.real else [f"s{self.scale}"]
         if self.range_rule != "tight":
             parts.append(self.range_rule)
         if self.scale == "e8m0" and self.exponent_rule != "even":
@@ -102,6 +101,8 @@ class TensorScheme:
             parts.append(f"o{self.outlier_threshold!r}".removesuffix(".0"))
         if self.scale_bits is not None:
             parts.append(f"scales{self.scale_bits}g{self.scale_rows}")
+        if self.static:
+            parts.append("static")
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from qtool.consumers.table import answer
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import Exporter
 from qtool.engine.grid import Grid
+from qtool.engine.static_scales import biases_tried
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.plugins import Plugins
@@ -61,30 +63,13 @@ def test_values_by_hand(text: str, plugins: Plugins) -> None:
     ours = part.format.round(part.groups(x), part.fit(part.groups(x), global_scale=scale)).reshape(5, 16)
     steps = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
     assert torch.equal(ours, steps * scale)
-    assert float(part.global_scale(torch.zeros(())) or 0) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("text", "reason", "nearest"),
-    [
-        ("fp8-token-static", "one float32 for all", "fp8-sym-tensor-static-sfp32"),
-        ("fp8-tensor-static-sbf16", "one float32 for all", "fp8-sym-tensor-static-sfp32"),
-        ("fp8-tensor-static-o6", "one float32 for all", "fp8-sym-tensor-static-sfp32"),
-        ("int8-sym-tensor-static", "no calibrated scales of inputs", "int8-sym-tensor-sbf16"),
-        ("mxfp8-static", "no calibrated scales of inputs", "mxfp8-sym-g32-se8m0"),
-    ],
-)
-def test_other_scales_are_not_calibrated(text: str, reason: str, nearest: str, plugins: Plugins) -> None:
-    with pytest.raises(SchemeError, match=reason) as refused:
-        parse_tensor_scheme(text, plugins.format, vector="token")
-    assert refused.value.hint == f"nearest that works: {nearest}"
 
 
 @pytest.mark.parametrize(
     ("part", "nearest"), [("weights", "--weights fp8-sym-tensor-sfp32"), ("kv", "--kv fp8-sym-tensor-sfp32")]
 )
 def test_only_activations_have_them(part: str, nearest: str, plugins: Plugins) -> None:
-    with pytest.raises(SchemeError, match="`static` is of activations") as refused:
+    with pytest.raises(SchemeError, match="no static scales: those are of activations") as refused:
         read_scheme("", {"weights": "fp8-tensor", part: STATIC}, plugins)
     assert refused.value.hint == f"nearest that works: {nearest}"
 
@@ -95,10 +80,9 @@ def test_scales_are_calibrated_and_do_not_look_at_what_runs(tiny: TinyModel) -> 
     seen = open_statistics(tiny)
     for linear in subject.linears:
         scale = subject.quantized.tensor(f"{linear.reads}.input_global_scale")
-        # What stands behind rounded linears is seen again behind them.
-        first = linear.reads == subject.linears[0].reads
-        expected = float(seen[f"{linear.reads}.absmax"].max()) / 448
-        assert float(scale) == pytest.approx(expected, rel=1e-6 if first else 0.1)
+        if linear.reads == subject.linears[0].reads:  # what stands behind rounded linears is seen again behind them
+            bias = -math.log2(float(scale) / (float(seen[f"{linear.reads}.absmax"].max()) / 448))
+            assert min(abs(bias - tried) for tried in biases_tried()) < 1e-4
     window = torch.randint(97, 123, (1, 12), generator=torch.Generator().manual_seed(1))
 
     def logits(tokens: Tensor) -> Tensor:

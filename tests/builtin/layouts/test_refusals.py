@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
-from qtool.builtin.exporters.modelopt import ModelOpt, choose_algorithm
+from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.engine.exporter import UNREADABLE, Exporter
 from qtool.engine.planner import extend
 from qtool.errors import NumericalError, SchemeError, UsageError
@@ -93,16 +93,6 @@ def test_small_scales_that_float16_holds_exactly_are_written(make: Make, tmp_pat
     scales = subject.quantized.tensor(f"{NAME}.scale").clone()
     scales[5, 1] = 2.0**-20  # subnormal in float16
     written(GPTQ(), changed(subject, tmp_path / "odd", **{f"{NAME}.scale": scales}), tmp_path / "out")
-
-
-def test_static_scales_of_fp8_inputs_are_not_modelopts_here(make: Make) -> None:
-    scheme = make("fp8-tensor", "fp8-tensor").scheme
-    assert scheme.activations is not None
-    static = replace(scheme, activations=replace(scheme.activations, static=True, clip=0.9))
-    with pytest.raises(SchemeError, match="with dynamic scales only") as refused:
-        choose_algorithm(static)
-    assert refused.value.hint == f"nearest that fits: --activations {scheme.activations}"
-    assert choose_algorithm(scheme) == "FP8"
 
 
 @pytest.mark.parametrize(("weights", "divides"), [("int3-sym-channel", 32), ("int2-sym-channel", 16)])
