@@ -54,7 +54,7 @@ def pack_codes(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows
     if bits == 8:
         return codes.clone()
     lanes = _lanes(bits)
-    words = (pad(codes, (0, -n % lanes)) if n % lanes else codes.contiguous()).view(_WORDS[lanes])
+    words = (pad(codes, (0, -n % lanes)) if n % lanes else codes).flatten().contiguous().view(_WORDS[lanes])
     half = 1
     while half < lanes:
         low, apart = _low_halves(half, lanes, bits), half * (8 - bits)
@@ -62,7 +62,7 @@ def pack_codes(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows
         half *= 2
     whole = lanes * bits // 8
     stream = words.to(torch.uint8) if whole == 1 else _resized(words.view(torch.uint8), lanes, whole)
-    return stream[:, :size].contiguous()
+    return stream.reshape(rows, -1)[:, :size].contiguous()
 
 
 def unpack_codes(packed: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
@@ -89,16 +89,14 @@ def unpack_codes(packed: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt
         return packed.clone()
     lanes = _lanes(bits)
     whole = lanes * bits // 8
-    if whole == 1:
-        words = packed.contiguous().to(_WORDS[lanes])
-    else:
-        words = _resized(pad(packed, (0, -size % whole)), whole, lanes).view(_WORDS[lanes])
+    filled = (pad(packed, (0, -size % whole)) if size % whole else packed).flatten().contiguous()
+    words = filled.to(_WORDS[lanes]) if whole == 1 else _resized(filled, whole, lanes).view(_WORDS[lanes])
     half = lanes // 2
     while half:
         low, apart = _low_halves(half, lanes, bits), half * (8 - bits)
         words = (words << apart).bitwise_and_(low << half * 8).bitwise_or_(words & low)
         half //= 2
-    return words.view(torch.uint8)[:, :n].contiguous()
+    return words.view(torch.uint8).reshape(rows, -1)[:, :n].contiguous()
 
 
 def _lanes(bits: int) -> int:
@@ -111,10 +109,10 @@ def _low_halves(half: int, lanes: int, bits: int) -> int:
     return sum(((1 << half * bits) - 1) << 8 * place for place in range(0, lanes, 2 * half))
 
 
-def _resized(stream: UInt8[Tensor, "rows bytes"], old: int, new: int) -> UInt8[Tensor, "rows others"]:
+def _resized(stream: UInt8[Tensor, " bytes"], old: int, new: int) -> UInt8[Tensor, " others"]:
     """Make pieces of ``old`` bytes ones of ``new``: cut off, or filled up with 0."""
-    pieces = stream.unflatten(1, (-1, old))
-    resized = stream.new_zeros(*pieces.shape[:2], new)
+    pieces = stream.unflatten(0, (-1, old))
+    resized = stream.new_zeros(len(pieces), new)
     for place in range(min(old, new)):
-        resized[..., place] = pieces[..., place]
-    return resized.flatten(1)
+        resized[:, place] = pieces[:, place]
+    return resized.flatten()

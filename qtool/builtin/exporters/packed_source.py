@@ -37,7 +37,7 @@ from qtool.model.family import Family
 from qtool.model.files import StoredTensor, folder_digest
 from qtool.model.graph import LinearSite
 from qtool.model.naming import Place, places_of
-from qtool.model.reading import Files
+from qtool.model.reading import read_place
 from qtool.model.source import Model, family_of
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, TensorScheme
@@ -142,9 +142,9 @@ class PackedArtifact(Artifact):
 
     def stored_of(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a linear as the checkpoint has them, keyed by the last parts of their names."""
-        files, places = Files(), self.model.packed
+        places = self.model.packed
         leaves = (leaf for leaf in (*LEAVES, *INPUT_LEAVES, "weight") if f"{name}.{leaf}" in places)
-        return {leaf: files.read(places[f"{name}.{leaf}"]) for leaf in leaves}
+        return {leaf: read_place(places[f"{name}.{leaf}"]) for leaf in leaves}
 
     def _global_leaf(self, name: str) -> bool:
         return any(f"{name}.{leaf}" in self.model.packed for leaf in ("weight_scale_2", "weight_global_scale"))
@@ -194,7 +194,7 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     scales = [place for name, place in model.packed.items() if name.endswith(".weight_scale")]
     if not scales:
         raise ArtifactError(f"`{directory}` has no scales", hint="check that the download is complete")
-    scheme = read_scheme(directory, Files().read(scales[0]).dtype, plugins.format)
+    scheme = read_scheme(directory, read_place(scales[0]).dtype, plugins.format)
     _refuse_other_codes(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())

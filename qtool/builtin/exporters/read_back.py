@@ -16,7 +16,7 @@ from qtool.errors import ArtifactError
 from qtool.model.files import stored_tensors
 from qtool.model.graph import LinearSite
 from qtool.model.naming import places_of
-from qtool.model.reading import Files
+from qtool.model.reading import read_place
 from qtool.model.source import Model
 
 
@@ -106,7 +106,6 @@ class CheckpointReader:
         self.model = model
         self.stored = stored_tensors(directory)
         self._places = places_of(self.stored, model.family)
-        self._files = Files()
         self._leaves: dict[str, list[str]] = {}
         for name in self._places:
             module, _, leaf = name.rpartition(".")
@@ -114,7 +113,7 @@ class CheckpointReader:
 
     def module(self, name: str) -> dict[str, Tensor]:
         """Return a module's own tensors, keyed by the last part of their names."""
-        return {leaf: self._files.read(self._places[f"{name}.{leaf}"]) for leaf in self._leaves.get(name, ())}
+        return {leaf: read_place(self._places[f"{name}.{leaf}"]) for leaf in self._leaves.get(name, ())}
 
     def compare(self, module: nn.Module, *, any_shape: str = "") -> None:
         """Compare names and shapes with those that a model asks for.
