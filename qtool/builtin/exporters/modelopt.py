@@ -33,9 +33,14 @@ from qtool.builtin.exporters.modelopt_config import (
     hf_quant_config,
     quantization_config,
 )
+from qtool.builtin.exporters.packed_layouts import read_packed
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
+    compare_codes,
     empty_model,
+    take_rows,
+    take_stored,
+    telling_rows,
     weight_difference,
     with_linear_experts,
     with_stored_shapes,
@@ -50,6 +55,8 @@ from qtool.builtin.exporters.shards import write_json
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
+from qtool.engine.grid import Grid
+from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -107,7 +114,9 @@ class ModelOpt:
         return Exported(mixed_consumers([(subject.linears, case)]), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
-        """Decode every linear by ModelOpt's formula, as the written config says, and compare it with ours.
+        """Compare every code and scale with ours, and decode rows of every linear by ModelOpt's formula.
+
+        It is applied as the written config says.
 
         Raises:
             ArtifactError: Names the first weight, or input scale, that differs.
@@ -120,15 +129,8 @@ class ModelOpt:
         reader = CheckpointReader(directory, model)
         reader.compare(with_stored_shapes(module, subject.linears, lambda child, _: _shapes(child, algorithm)))
         for linear in subject.linears:
-            ours = subject.linear(linear).weight(subject.weight_grid(linear))
-            tensors = reader.module(linear.name)
-            try:
-                read = _decode(tensors, algorithm)
-            except _UNREADABLE as error:
-                reason = str(error).split("\n")[0]
-                raise ArtifactError(f"cannot decode `{linear.name}`", facts=(("reason", reason),)) from error
-            if read.shape != ours.shape or not torch.equal(read, ours):
-                raise weight_difference(linear.name, read, ours)
+            ours, tensors = subject.linear(linear), reader.module(linear.name)
+            _compare(linear.name, tensors, algorithm, ours, subject.weight_grid(linear))
             multiplier = input_multiplier(subject, linear)
             if algorithm == "NVFP4" and multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
                 raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], multiplier)
@@ -193,6 +195,26 @@ def _shapes(linear: nn.Linear, algorithm: Algorithm) -> dict[str, tuple[int, ...
         return {"weight": (n_out, n_in), "weight_scale": () if algorithm == "FP8" else (n_out,)}
     shapes = {"weight": (n_out, n_in // 2), "weight_scale": (n_out, n_in // _GROUP), "weight_scale_2": ()}
     return shapes | ({"input_scale": ()} if algorithm == "NVFP4" else {})
+
+
+def _compare(
+    name: str, tensors: Mapping[str, Tensor], algorithm: Algorithm, ours: QuantizedLinear, grid: Grid
+) -> None:
+    """Compare what is stored of one linear with what was packed."""
+    (parameters,), (part,), (n_out, n_in) = ours.parameters, grid.parts, ours.codes.shape
+    try:
+        read = read_packed("modelopt", tensors, n_in, part.scheme, grid)
+        compare_codes(name, read, ours)
+        multipliers = (read.parameters[0].global_scale, parameters.global_scale)
+        if multipliers != (None, None) and multipliers[0] != multipliers[1]:
+            raise weight_difference(name, *(torch.as_tensor(one) for one in multipliers))
+        for rows in telling_rows(ours, 1):
+            own, decoded = take_rows(ours, rows).weight(grid), _decode(take_stored(tensors, rows, n_out), algorithm)
+            if decoded.shape != own.shape or not torch.equal(decoded, own):
+                raise weight_difference(name, decoded, own)
+    except _UNREADABLE as error:
+        reason = str(error).split("\n")[0]
+        raise ArtifactError(f"cannot decode `{name}`", facts=(("reason", reason),)) from error
 
 
 def _decode(tensors: Mapping[str, Tensor], algorithm: Algorithm) -> Float[Tensor, "out in"]:

@@ -115,7 +115,7 @@ def read_packed(
     else:
         codes = raw.view(torch.uint8) if bits != 4 else unpack_codes(raw.view(torch.uint8), bits, n_in)
     shape = part.groups(codes).shape[:-1]
-    scale = decode_scale(tensors["weight_scale"], weights.scale)
+    scale = part.repeated(decode_scale(tensors["weight_scale"], weights.scale), len(codes))
     if codes.shape[1] != n_in or scale.numel() != shape.numel():
         facts = (
             ("codes", tuple(codes.shape)),
