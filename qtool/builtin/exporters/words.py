@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -73,8 +73,13 @@ class IntegerWords(ABC):
         """Return the shapes of a linear's tensors, without its bias, as a reader of the config expects them."""
 
     @abstractmethod
-    def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Float[Tensor, "out in"]:
-        """Return the float32 weight that a reader of the config decodes; shares no code with ``tensors``."""
+    def read(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[UInt8[Tensor, "out in"], Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
+        """Return codes, zero points and the group of each input as a reader of the config has them.
+
+        Shares no code with ``tensors``.
+        """
 
     @abstractmethod
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
@@ -137,7 +142,7 @@ class IntegerWords(ABC):
         return Exported(self._consumers(subject), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
-        """Unpack every linear as the written config says, bit by bit, and compare it with ours.
+        """Unpack every linear as the written config says and compare codes, zero points, scales and groups with ours.
 
         Names and shapes are compared with the model of the config with such linears.
 
@@ -156,14 +161,23 @@ class IntegerWords(ABC):
 
         reader.compare(with_stored_shapes(module, subject.linears, shapes))
         for linear in subject.linears:
-            ours = subject.linear(linear).weight(subject.weight_grid(linear))
+            tensors = reader.module(linear.name)
             try:
-                read = self.decode(reader.module(linear.name), self.config_of(linear.name, stated))
+                codes, zeros, groups = self.read(tensors, self.config_of(linear.name, stated))
             except _UNREADABLE as error:
                 reason = str(error).split("\n")[0]
                 raise ArtifactError(f"cannot unpack `{linear.name}`", facts=(("reason", reason),)) from error
-            if read.shape != ours.shape or not torch.equal(read, ours):
-                raise weight_difference(linear.name, read, ours)
+            ours, (part,) = subject.linear(linear), subject.weight_grid(linear).parts
+            (own,), n_in = ours.parameters, ours.codes.shape[1]
+            expected = torch.arange(n_in) // (n_in // own.scale.shape[-1])
+            for found, wanted in (
+                (codes, ours.codes),
+                (zeros, zero_points(own, part.format.bits)),
+                (tensors["scales"].T, own.scale),
+                (groups, expected),
+            ):
+                if found.shape != wanted.shape or not bool((found == wanted).all()):
+                    raise weight_difference(linear.name, found, wanted)
 
     def config_of(self, linear: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what a reader of the config takes it to say of a linear."""
