@@ -59,6 +59,4 @@ def read_slot(path: Path, slot: TensorSlot, *, size: int = 0) -> Tensor:
             pages = mmap.mmap(file.fileno(), first + slot.nbytes, access=mmap.ACCESS_COPY, offset=slot.start - first)
         return torch.frombuffer(pages, dtype=torch.uint8, offset=first).view(dtype).reshape(slot.shape)
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(
-            f"cannot read the tensors of `{path}`", facts=(("reason", error),), hint=AGAIN
-        ) from error
+        raise ArtifactError(f"cannot read the tensors of `{path}`", facts=(("reason", error),), hint=AGAIN) from error

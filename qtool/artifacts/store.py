@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.artifacts.layout import AGAIN, Header, TensorSlot, digest_slot, read_header, write_assembled
-from qtool.artifacts.mapped import read_slot
 from qtool.artifacts.manifest import Manifest, read_manifest
+from qtool.artifacts.mapped import read_slot
 from qtool.errors import ArtifactError, QtoolError, ResourceError, UsageError
 
 MANIFEST_KEY = "qtool"

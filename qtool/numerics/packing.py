@@ -52,7 +52,7 @@ def pack_codes(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise NumericalError(f"a code does not fit {bits} bits", facts=(("largest code", int(codes.max())),))
     if bits == 8:
-        return codes.clone()
+        return codes.clone(memory_format=torch.contiguous_format)
     lanes = _lanes(bits)
     words = (pad(codes, (0, -n % lanes)) if n % lanes else codes).flatten().contiguous().view(_WORDS[lanes])
     half = 1
@@ -86,7 +86,7 @@ def unpack_codes(packed: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt
             facts=(("bytes", packed_size(n, bits)), ("got", size)),
         )
     if bits == 8:
-        return packed.clone()
+        return packed.clone(memory_format=torch.contiguous_format)
     lanes = _lanes(bits)
     whole = lanes * bits // 8
     filled = (pad(packed, (0, -size % whole)) if size % whole else packed).flatten().contiguous()

@@ -28,6 +28,7 @@ from qtool.artifacts.store import (
 from qtool.builtin.exporters.packed_layouts import packed_method
 from qtool.builtin.exporters.packed_source import check_global_scales_of, open_packed
 from qtool.engine.exporter import Exported, Exporter
+from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, UsageError
@@ -184,6 +185,11 @@ class _Counted(Subject):
         """Read one quantized linear."""
         self.seen()
         return super().linear(linear)
+
+    def packed(self, linear: LinearSite) -> PackedLinear:
+        """Read one quantized linear, and leave its codes packed."""
+        self.seen()
+        return super().packed(linear)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from qtool.builtin.exporters.compressed_tensors import not_quantized
 from qtool.builtin.exporters.ct_tensors import pack_words
 from qtool.builtin.exporters.words import IntegerWords, group_size
+from qtool.engine.packed import PackedLinear, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
@@ -28,11 +29,12 @@ class AWQ(IntegerWords):
     layout = "awq"
     bits = (4,)
 
-    def tensors(
-        self, codes: UInt8[Tensor, "out in"], zeros: UInt8[Tensor, "out groups"], bits: int
-    ) -> dict[str, Tensor]:
+    def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return ``qweight`` and ``qzeros``, both in words along the outputs."""
-        return {"qweight": _pack(codes), "qzeros": _pack(zeros)}
+        weight = torch.empty(found.n_in, len(found.stream) // _LANES, dtype=torch.int32)
+        for rows in found.pieces():
+            take_rows(weight, rows, len(found.stream), axis=-1).copy_(_pack(found.rows(rows).codes))
+        return {"qweight": weight, "qzeros": _pack(zeros)}
 
     def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a linear's tensors."""

@@ -33,8 +33,6 @@ from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     compare_codes,
     empty_model,
-    take_rows,
-    take_stored,
     telling_rows,
     weight_difference,
     with_linear_experts,
@@ -49,7 +47,7 @@ from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.grid import Grid
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import PackedLinear, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -107,7 +105,7 @@ class CompressedTensors:
             beside = matrices_of(transforms, linear.name, dtype)
             if own.weights is None:
                 return beside
-            tensors = stored_tensors(subject.linear(linear), own.weights, choose_layout(own))
+            tensors = stored_tensors(subject.packed(linear), own.weights, choose_layout(own))
             return tensors | _input_scale(subject, linear) | beside
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
@@ -141,7 +139,7 @@ class CompressedTensors:
             found = match_targets(linear.name, nn.Linear(1, 1, device="meta"), targets)
             if not found:
                 raise ArtifactError(f"no group of the config is for `{linear.name}`")
-            _compare(linear.name, tensors, targets[found[0]], subject.linear(linear), subject.weight_grid(linear))
+            _compare(linear.name, tensors, targets[found[0]], subject.packed(linear), subject.weight_grid(linear))
 
 
 def _consumers(
@@ -232,14 +230,14 @@ def _skeleton(config: Any, parsed: CompressedTensorsConfig, model: Model) -> nn.
 
 
 def _compare(
-    name: str, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, ours: QuantizedLinear, grid: Grid
+    name: str, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, ours: PackedLinear, grid: Grid
 ) -> None:
     """Compare what is stored of one linear with what was packed.
 
     With a global scale the consumer divides by what we multiply with. The stored divisor must be our multiplier's
     reciprocal; then the step is formed as the consumer forms it, since the two differ in the last bit.
     """
-    (parameters,), (part,), (n_out, n_in) = ours.parameters, grid.parts, ours.codes.shape
+    parameters, (part,), n_out, n_in = ours.parameters, grid.parts, len(ours.stream), ours.n_in
     if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [n_out, n_in]:
         raise weight_difference(name, tensors["weight_shape"], torch.tensor((n_out, n_in)))
     try:
@@ -251,11 +249,10 @@ def _compare(
         divisor = tensors["weight_global_scale"]
         if abs(float(divisor.double() * parameters.global_scale.double()) - 1) > _RECIPROCAL_ERROR:
             raise weight_difference(f"{name} (global scale)", 1 / divisor, parameters.global_scale)
-        step = parameters.scale / divisor
-        ours = replace(ours, parameters=(replace(parameters, scale=step, global_scale=None),))
+        ours = replace(ours, parameters=replace(parameters, scale=parameters.scale / divisor, global_scale=None))
     for rows in telling_rows(ours, part.block_rows):
-        own = take_rows(ours, rows).weight(grid)
-        decoded = _decode(take_stored(tensors, rows, n_out), scheme, name)
+        own = ours.rows(rows).weight(grid)
+        decoded = _decode({leaf: take_rows(one, rows, n_out) for leaf, one in tensors.items()}, scheme, name)
         if decoded.shape != own.shape or not torch.equal(decoded, own.to(decoded.dtype)):
             raise weight_difference(name, decoded, own)
 

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Int32, Integer, UInt8
 from torch import Tensor
 
-from qtool.builtin.exporters.ct_tensors import pack_words
+from qtool.builtin.exporters.ct_tensors import as_words, pack_words
 from qtool.builtin.exporters.mixed import groups_of
 from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.builtin.exporters.words import IntegerWords, group_size
+from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
@@ -42,14 +43,12 @@ class GPTQv2(IntegerWords):
     several = True
     offset = 0
 
-    def tensors(
-        self, codes: UInt8[Tensor, "out in"], zeros: UInt8[Tensor, "out groups"], bits: int
-    ) -> dict[str, Tensor]:
+    def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return ``qweight`` in words along the inputs, ``qzeros`` along the outputs, and the group of each input."""
-        n_in, groups = codes.shape[1], zeros.shape[1]
+        n_in, groups = found.n_in, zeros.shape[1]
         return {
-            "qweight": pack_words(codes, bits).T.contiguous(),
-            "qzeros": pack_words((zeros - self.offset).T.contiguous(), bits),
+            "qweight": as_words(found.stream).T.contiguous(),
+            "qzeros": pack_words((zeros - self.offset).T.contiguous(), found.bits),
             "g_idx": torch.arange(n_in, dtype=torch.int32) // (n_in // groups),
         }
 

@@ -38,8 +38,6 @@ from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     compare_codes,
     empty_model,
-    take_rows,
-    take_stored,
     telling_rows,
     weight_difference,
     with_linear_experts,
@@ -56,11 +54,10 @@ from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.grid import Grid
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import PackedLinear, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
-from qtool.numerics.packing import pack_codes
 from qtool.numerics.scales import encode_scale
 from qtool.scheme import ModelScheme
 
@@ -129,7 +126,7 @@ class ModelOpt:
         reader = CheckpointReader(directory, model)
         reader.compare(with_stored_shapes(module, subject.linears, lambda child, _: _shapes(child, algorithm)))
         for linear in subject.linears:
-            ours, tensors = subject.linear(linear), reader.module(linear.name)
+            ours, tensors = subject.packed(linear), reader.module(linear.name)
             _compare(linear.name, tensors, algorithm, ours, subject.weight_grid(linear))
             multiplier = input_multiplier(subject, linear)
             if algorithm == "NVFP4" and multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
@@ -172,14 +169,14 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
 
 def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     """Return what is stored of a linear, named below it."""
-    found, scheme = subject.linear(linear), quantized_weights(subject)
-    (parameters,) = found.parameters
+    found, scheme = subject.packed(linear), quantized_weights(subject)
+    parameters = found.parameters
     if parameters.global_scale is None:
         rows = scheme.strategy == "channel"
         scale = parameters.scale.float().squeeze(-1) if rows else parameters.scale.float().reshape(())
-        return {"weight": found.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+        return {"weight": found.stream.view(torch.float8_e4m3fn), "weight_scale": scale}
     tensors = {
-        "weight": pack_codes(found.codes, 4),
+        "weight": found.stream,
         "weight_scale": encode_scale(parameters.scale, scheme.scale),
         "weight_scale_2": parameters.global_scale.float().reshape(()),
     }
@@ -197,19 +194,18 @@ def _shapes(linear: nn.Linear, algorithm: Algorithm) -> dict[str, tuple[int, ...
     return shapes | ({"input_scale": ()} if algorithm == "NVFP4" else {})
 
 
-def _compare(
-    name: str, tensors: Mapping[str, Tensor], algorithm: Algorithm, ours: QuantizedLinear, grid: Grid
-) -> None:
+def _compare(name: str, tensors: Mapping[str, Tensor], algorithm: Algorithm, ours: PackedLinear, grid: Grid) -> None:
     """Compare what is stored of one linear with what was packed."""
-    (parameters,), (part,), (n_out, n_in) = ours.parameters, grid.parts, ours.codes.shape
+    parameters, (part,), n_out = ours.parameters, grid.parts, len(ours.stream)
     try:
-        read = read_packed("modelopt", tensors, n_in, part.scheme, grid)
+        read = read_packed("modelopt", tensors, ours.n_in, part.scheme, grid)
         compare_codes(name, read, ours)
-        multipliers = (read.parameters[0].global_scale, parameters.global_scale)
+        multipliers = (read.parameters.global_scale, parameters.global_scale)
         if multipliers != (None, None) and multipliers[0] != multipliers[1]:
             raise weight_difference(name, *(torch.as_tensor(one) for one in multipliers))
         for rows in telling_rows(ours, 1):
-            own, decoded = take_rows(ours, rows).weight(grid), _decode(take_stored(tensors, rows, n_out), algorithm)
+            own = ours.rows(rows).weight(grid)
+            decoded = _decode({leaf: take_rows(one, rows, n_out) for leaf, one in tensors.items()}, algorithm)
             if decoded.shape != own.shape or not torch.equal(decoded, own):
                 raise weight_difference(name, decoded, own)
     except _UNREADABLE as error:

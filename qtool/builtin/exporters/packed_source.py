@@ -29,8 +29,8 @@ from qtool.builtin.exporters.packed_layouts import (
     read_scheme,
 )
 from qtool.engine.grid import Grid
-from qtool.engine.problem import QuantizedLinear
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, linear_tensors
+from qtool.engine.packed import PackedLinear
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, packed_tensors
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.family import Family
@@ -120,10 +120,10 @@ class PackedArtifact(Artifact):
         name = prefix.removesuffix(".")
         if name not in {linear.name for linear in self.model.graph.linears}:
             return {}
-        stored = linear_tensors(name, self.read(name), self._grid)
+        stored = packed_tensors(name, self.read(name), self._grid)
         return {full.removeprefix(prefix): tensor for full, tensor in stored.items()}
 
-    def read(self, name: str) -> QuantizedLinear:
+    def read(self, name: str) -> PackedLinear:
         """Return a linear's codes and scales.
 
         Raises:
@@ -227,13 +227,13 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     for linear in subject.model.graph.linears:
         if f"{linear.name}.global_scale" not in artifact.header.slots:
             continue
-        found = artifact.read(linear.name)
+        parameters = artifact.read(linear.name).parameters
         stored = artifact.stored_of(linear.name)
         if artifact.method == "compressed-tensors":
-            check_reciprocal(linear.name, found, stored["weight_global_scale"])
+            check_reciprocal(linear.name, parameters, stored["weight_global_scale"])
         elif to == "compressed-tensors":
-            check_reciprocal(linear.name, found)
-            multipliers = (found.parameters[0].global_scale, read_multiplier(artifact.method, stored))
+            check_reciprocal(linear.name, parameters)
+            multipliers = (parameters.global_scale, read_multiplier(artifact.method, stored))
             inexact |= {float(one) for one in multipliers if one is not None and not is_reciprocal(one)}
     return len(inexact)
 

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from qtool.builtin.exporters.stored_names import expected_shapes, stored_tensor_name
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import ROWS, PackedLinear
 from qtool.errors import ArtifactError
 from qtool.model.files import stored_tensors
 from qtool.model.graph import LinearSite
 from qtool.model.naming import places_of
 from qtool.model.reading import read_place
 from qtool.model.source import Model
-from qtool.numerics.groups import each_parameter
-
-_ROWS = 32
-"""Rows that a consumer's decoder is tried on, whose zero points of any bits fill whole words."""
 
 
 def empty_model(config: Any, model: Model) -> nn.Module:  # noqa: ANN401 - each family has its config
@@ -97,7 +93,7 @@ def weight_difference(name: str, decoded: Tensor, ours: Tensor) -> ArtifactError
     )
 
 
-def compare_codes(name: str, read: QuantizedLinear, ours: QuantizedLinear) -> None:
+def compare_codes(name: str, read: PackedLinear, ours: PackedLinear) -> None:
     """Compare every code, scale and zero point of a linear; multipliers are left to the caller.
 
     Args:
@@ -108,16 +104,24 @@ def compare_codes(name: str, read: QuantizedLinear, ours: QuantizedLinear) -> No
     Raises:
         ArtifactError: Something differs.
     """
-    (found,), (wanted,) = read.parameters, ours.parameters
-    pairs = [(read.codes, ours.codes), (found.scale, wanted.scale), (found.zero_point, wanted.zero_point)]
-    for theirs, own in pairs:
+    if not _same_bytes(read.stream, ours.stream):
+        whole = slice(0, len(ours.stream))
+        raise weight_difference(name, read.rows(whole).codes, ours.rows(whole).codes)
+    found, wanted = read.parameters, ours.parameters
+    for theirs, own in ((found.scale, wanted.scale), (found.zero_point, wanted.zero_point)):
         if theirs is not None and own is not None and not torch.equal(theirs, own):
             raise weight_difference(name, theirs, own)
         if (theirs is None) != (own is None):
             raise ArtifactError(f"`{name}` was written with zero points, or lacks its own")
 
 
-def telling_rows(ours: QuantizedLinear, step: int) -> list[slice]:
+def _same_bytes(one: UInt8[Tensor, "rows bytes"], other: UInt8[Tensor, "rows bytes"]) -> bool:
+    """Say whether bytes are equal, eight at a time where they fill whole words."""
+    whole = one.shape[-1] % 8 == 0 and one.is_contiguous() and other.is_contiguous()
+    return torch.equal(*((each.flatten().view(torch.int64) if whole else each) for each in (one, other)))
+
+
+def telling_rows(ours: PackedLinear, step: int) -> list[slice]:
     """Return the rows around the least and the largest scale of a linear: where a decoder would err, if anywhere.
 
     Args:
@@ -125,30 +129,11 @@ def telling_rows(ours: QuantizedLinear, step: int) -> list[slice]:
         step: Rows that are stored together; slices begin and end at whole ones. All rows are one slice where those do
             not fill the axis.
     """
-    (parameters,) = ours.parameters
-    scale, rows = parameters.scale.abs().flatten(), len(ours.codes)
-    step = max(step, _ROWS)
+    scale, rows = ours.parameters.scale.abs().flatten(), len(ours.stream)
+    step = max(step, ROWS)
     step = rows if rows % step else step
     places = {int(place) * rows // len(scale) // step for place in (scale.argmin(), scale.argmax())}
     return [slice(place * step, place * step + step) for place in sorted(places)]
-
-
-def take_rows(ours: QuantizedLinear, rows: slice) -> QuantizedLinear:
-    """Return some rows of a linear."""
-    (own,), n_out = ours.parameters, len(ours.codes)
-    return replace(ours, codes=ours.codes[rows], parameters=(each_parameter(own, lambda one: _take(one, rows, n_out)),))
-
-
-def take_stored(tensors: Mapping[str, Tensor], rows: slice, n_out: int) -> dict[str, Tensor]:
-    """Return what is stored of some rows of a linear, of whose tensors each has a first axis for its outputs."""
-    return {name: _take(tensor, rows, n_out) for name, tensor in tensors.items()}
-
-
-def _take(tensor: Tensor, rows: slice, n_out: int) -> Tensor:
-    """Return the part of a tensor that is of some rows; what has no axis of rows is of all."""
-    if tensor.ndim < 2 and tensor.shape != (n_out,):
-        return tensor
-    return tensor[rows.start * len(tensor) // n_out : -(-rows.stop * len(tensor) // n_out)]
 
 
 class CheckpointReader:
