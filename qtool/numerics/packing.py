@@ -111,7 +111,7 @@ def _low_halves(half: int, lanes: int, bits: int) -> int:
 
 def _resized(stream: UInt8[Tensor, " bytes"], old: int, new: int) -> UInt8[Tensor, " others"]:
     """Make pieces of ``old`` bytes ones of ``new``: cut off, or filled up with 0."""
-    pieces = stream.unflatten(0, (-1, old))
+    pieces = stream.reshape(-1, old)
     resized = stream.new_zeros(len(pieces), new)
     for place in range(min(old, new)):
         resized[:, place] = pieces[:, place]

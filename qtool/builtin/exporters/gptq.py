@@ -163,7 +163,7 @@ def _bits(weights: TensorScheme) -> int:
 def _from_stream(words: Int32[Tensor, "rows words"], bits: int) -> UInt8[Tensor, "rows n"]:
     """Read rows of codes, the lowest bit of the first word first: each place in as many words as codes fill."""
     places = _WORD // gcd(_WORD, bits)
-    pieces = words.unflatten(1, (-1, places * bits // _WORD))
+    pieces = words.reshape(len(words), -1, places * bits // _WORD)
     codes = words.new_empty(*pieces.shape[:2], places, dtype=torch.uint8)
     for place in range(places):
         word, shift = divmod(place * bits, _WORD)
