@@ -152,3 +152,15 @@ def test_codes_of_a_block_at_most_are_held(
     exporter.verify(subject, tmp_path / "out")
     assert len(held) == 2 * block
     assert most[0] <= 2
+
+
+@pytest.mark.parametrize(("exporter", "weights"), [(AWQ(), "int4-asym-g32"), (GPTQv2(), "int3-asym-g32")])
+def test_pieces_are_put_side_by_side(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exporter: Exporter, weights: str
+) -> None:
+    subject = make(weights)
+    written(exporter, subject, tmp_path / "whole")
+    monkeypatch.setattr("qtool.engine.packed._PIECE", 1)
+    written(exporter, subject, tmp_path / "pieces")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "pieces"))
+    assert first == second
