@@ -61,14 +61,13 @@ class TensorScheme:
         exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
             (OCP MX), ``rceil`` (never saturates), ``search`` (``even`` or a power of two beside it, whichever has the
             lesser squared error).
-        clip: Fraction of each group's range that is kept, from 0.01 to 1; what lies outside saturates. A method that
-            searches the range of weights starts from it.
+        clip: Fraction of each group's range that is kept, from 0.01 to 1, from which searches of the range start.
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
             stay in 16 bits, and the others are quantized as if those were 0; None quantizes all.
         real: Zero points of integers are real numbers in the format of scales, and 0 need not have a code.
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
-            with ``low`` and ``step`` in the format ``scale``. None for one level of scales.
-        scale_rows: Neighbouring rows that share ``low`` and ``step``.
+            with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
+        scale_rows: See ``scale_bits``.
         static: Of symmetric activations: the one scale of a tensor is found once (``qtool.engine.static_scales``).
     """
 

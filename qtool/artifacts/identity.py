@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 
 
 def canonical_json(value: object) -> str:
@@ -45,7 +45,7 @@ def digest_tensor(tensor: Tensor) -> str:
 def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hex digits."""
     with path.open("rb") as file:
-        return digest_bytes(iter(lambda: file.read(CHUNK), b""))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def step_key(step: Mapping[str, Any], inputs: Mapping[str, str], subject: str) -> str:

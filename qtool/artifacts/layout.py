@@ -93,17 +93,18 @@ def read_header(path: Path) -> Header:
     return Header(metadata, slots)
 
 
-def read_chunks(path: Path, slot: TensorSlot) -> Iterator[bytes]:
-    """Yield a tensor's bytes in pieces."""
-    with path.open("rb") as file:
+def read_chunks(path: Path, slot: TensorSlot) -> Iterator[memoryview]:
+    """Yield a tensor's bytes in pieces, each in the place of the one before."""
+    place = memoryview(bytearray(min(CHUNK, slot.nbytes)))
+    with path.open("rb", buffering=0) as file:
         file.seek(slot.start)
         left = slot.nbytes
         while left:
-            chunk = file.read(min(CHUNK, left))
-            if not chunk:
+            count = file.readinto(place[:left])
+            if not count:
                 raise ArtifactError(f"`{path}` is truncated", hint=AGAIN)
-            left -= len(chunk)
-            yield chunk
+            left -= count
+            yield place[:count]
 
 
 def digest_slot(path: Path, slot: TensorSlot) -> str:

@@ -10,10 +10,12 @@ import errno
 import os
 import re
 import shutil
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, takewhile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from qtool.artifacts.layout import AGAIN, Header, TensorSlot, digest_slot, read_header, write_assembled
 from qtool.artifacts.manifest import Manifest, read_manifest
+from qtool.artifacts.mapped import read_slot
 from qtool.errors import ArtifactError, QtoolError, ResourceError, UsageError
 
 MANIFEST_KEY = "qtool"
@@ -42,7 +45,16 @@ class Artifact:
 
     def names(self, prefix: str = "") -> tuple[str, ...]:
         """Return the names of the tensors that begin with ``prefix``, sorted."""
-        return tuple(sorted(name for name in self.header.slots if name.startswith(prefix)))
+        first = bisect_left(self._sorted, prefix)
+        return tuple(takewhile(lambda name: name.startswith(prefix), islice(self._sorted, first, None)))
+
+    @cached_property
+    def _size(self) -> int:
+        return max(slot.stop for slot in self.header.slots.values())
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.header.slots)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -54,21 +66,11 @@ class Artifact:
             raise ArtifactError(
                 f"`{self.path}` has no tensor `{name}`", facts=(("kind", self.manifest.kind),), hint=AGAIN
             )
-        return self._read({name: name})[name]
+        return read_slot(self.path, self.header.slots[name], size=self._size)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Read the tensors below ``prefix``, keyed by the rest of their names."""
-        return self._read({name.removeprefix(prefix): name for name in self.names(prefix)})
-
-    def _read(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Read tensors by the names in the file, keyed by the names asked for."""
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                return {wanted: file.get_tensor(name) for wanted, name in names.items()}
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"cannot read the tensors of `{self.path}`", facts=(("reason", error),), hint=AGAIN
-            ) from error
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
 
     def verify(self) -> None:
         """Compare every tensor with the digest in the manifest.

@@ -48,10 +48,10 @@ class Exporter(Protocol):
         """Write weights, config, tokenizer and whatever else the consumer expects into an empty directory."""
 
     def verify(self, subject: Subject, directory: Path) -> None:
-        """Read back what was written with the consumer's own reader and compare every decoded weight.
+        """Read back what was written: compare every code and scale, and rows that the consumer's own decoder reads.
 
         Raises:
-            ArtifactError: A weight that the consumer reads differs from ours; names it.
+            ArtifactError: A weight that was written, or that the consumer reads, differs from ours; names it.
         """
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qtool.engine.block_problem import Compensation
 from qtool.engine.grid import GlobalScales, Grid, GridPart
+from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import Adapter, QuantizedLinear, Reads
 from qtool.errors import SchemeError
 from qtool.numerics.groups import repeat_rows
@@ -46,7 +47,7 @@ def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, 
     tensors: dict[str, Tensor] = {}
     places = grid.places(linear.codes.shape[1])
     for prefix, (columns, part), parameters in zip(_names(name, grid), places, linear.parameters, strict=True):
-        tensors |= _part_tensors(prefix, linear.codes[:, columns], parameters, part)
+        tensors |= _part_tensors(prefix, pack_codes(linear.codes[:, columns], part.format.bits), parameters, part)
     if linear.adapter is not None:
         tensors |= _adapter_tensors(name, linear.adapter)
     if linear.outliers is not None:
@@ -86,6 +87,23 @@ def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid)
         _read_adapter(name, tensors),
         outliers=_read_outliers(f"{name}{OUTLIERS}", tensors),
     )
+
+
+def read_packed_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid) -> PackedLinear:
+    """Read what ``linear_tensors`` made of a linear without channels that are set apart, and leave its codes packed.
+
+    Arguments are as for ``read_linear``; adapters and outliers are left out.
+    """
+    (part,) = grid.parts
+    stream = tensors[f"{name}.codes"]
+    shape = torch.empty((len(stream), n_in), dtype=torch.uint8, device="meta")
+    return PackedLinear(stream, part.format.bits, n_in, _read_parameters(name, tensors, part, shape))
+
+
+def packed_tensors(name: str, packed: PackedLinear, grid: Grid) -> dict[str, Tensor]:
+    """Return a linear whose codes are packed as the tensors that are stored."""
+    (part,) = grid.parts
+    return _part_tensors(name, packed.stream, packed.parameters, part)
 
 
 def compensation_tensors(block: str, compensation: Compensation) -> dict[str, Tensor]:
@@ -163,10 +181,10 @@ def _read_adapter(name: str, tensors: Mapping[str, Tensor]) -> Adapter | None:
     return None
 
 
-def _part_tensors(name: str, codes: Tensor, parameters: GroupParameters, part: GridPart) -> dict[str, Tensor]:
+def _part_tensors(name: str, stream: Tensor, parameters: GroupParameters, part: GridPart) -> dict[str, Tensor]:
     """Return the stored tensors of one part."""
     bits = part.format.bits
-    tensors = {f"{name}.codes": pack_codes(codes, bits)}
+    tensors = {f"{name}.codes": stream}
     if parameters.scale_codes is not None:
         tensors |= _second_level_tensors(name, "scale", parameters.scale_codes, part)
     else:
@@ -216,7 +234,7 @@ def _real_zero_point(zero_point: Tensor, part: GridPart) -> Tensor:
 
 
 def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, codes: Tensor) -> GroupParameters:
-    """Read the parameters of one part, whose codes have been read."""
+    """Read the parameters of one part; of its codes the shape counts."""
     rows, shape = len(codes), part.groups(codes).shape[:-1]
     scale_codes = _read_second_level(f"{name}.scale", tensors, rows, part)
     zero_point_codes = _read_second_level(f"{name}.zero_point", tensors, rows, part)

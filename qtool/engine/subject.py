@@ -19,8 +19,16 @@ from qtool.engine.cache import CacheRounding
 from qtool.engine.fold import fold_block, fold_ends, shifts_inputs
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
+from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import Adapter, QuantizedLinear
-from qtool.engine.stored import COMPENSATION, NORMS, read_compensation, read_input_scales, read_linear
+from qtool.engine.stored import (
+    COMPENSATION,
+    NORMS,
+    read_compensation,
+    read_input_scales,
+    read_linear,
+    read_packed_linear,
+)
 from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.source import Model
@@ -125,12 +133,20 @@ class Subject:
 
     def linear(self, linear: LinearSite) -> QuantizedLinear:
         """Read one quantized linear."""
+        width = self.model.graph.width(linear.spec.reads)
+        return read_linear(linear.name, width, self._stored_of(linear), self.weight_grid(linear))
+
+    def packed(self, linear: LinearSite) -> PackedLinear:
+        """Read one quantized linear of one scheme, and leave its codes packed."""
+        width = self.model.graph.width(linear.spec.reads)
+        return read_packed_linear(linear.name, width, self._stored_of(linear), self.weight_grid(linear))
+
+    def _stored_of(self, linear: LinearSite) -> dict[str, Tensor]:
+        """Read the stored tensors of a quantized linear by their full names."""
         if self.quantized is None:
             raise LookupError(linear.name)
         prefix = f"{linear.name}."
-        tensors = {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}
-        width = self.model.graph.width(linear.spec.reads)
-        return read_linear(linear.name, width, tensors, self.weight_grid(linear))
+        return {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}
 
     @cached_property
     def linears(self) -> tuple[LinearSite, ...]:

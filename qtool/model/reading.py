@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from qtool.artifacts.mapped import read_slot
 from qtool.errors import ModelError, NumericalError
 from qtool.model.naming import SCALE, Place
 from qtool.model.prequantized import BlockShape, dequantize_blocks
@@ -27,7 +25,7 @@ CODES = (FLOAT8, "F8_E5M2", "F8_E8M0", "U8", "I8")
 
 
 def read_tensors(places: Mapping[str, Place], dtype: torch.dtype, block: BlockShape | None = None) -> dict[str, Tensor]:
-    """Read tensors of a model, experts' weights as ``[out, in]``; each file is opened once.
+    """Read tensors of a model, experts' weights as ``[out, in]``.
 
     Args:
         places: Where they lie, by the names that they are returned under.
@@ -38,12 +36,12 @@ def read_tensors(places: Mapping[str, Place], dtype: torch.dtype, block: BlockSh
         ModelError: A tensor holds codes that have no scales.
         NumericalError: A tensor holds NaN or Inf.
     """
-    files, found = Files(), {}
+    found = {}
     for name, place in places.items():
         require_readable(name, place, block)
-        tensor = files.read(place)
+        tensor = read_place(place)
         if place.scale is not None and block is not None:
-            scale = files.read(Place(f"{place.name}{SCALE}", place.scale))
+            scale = read_place(Place(f"{place.name}{SCALE}", place.scale))
             tensor = dequantize_blocks(tensor, scale, block).to(dtype)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             facts = (("file", place.stored.file),)
@@ -52,23 +50,13 @@ def read_tensors(places: Mapping[str, Place], dtype: torch.dtype, block: BlockSh
     return found
 
 
-class Files:
-    """Reads tensors as they are stored; opens each file once, and lets go of all when it is dropped itself."""
-
-    def __init__(self) -> None:
-        self._opened: dict[Path, Any] = {}
-
-    def read(self, place: Place) -> Tensor:
-        """Read one tensor, or the transposed slice of one that belongs to an expert."""
-        path = place.stored.file
-        if path not in self._opened:
-            self._opened[path] = safe_open(str(path), framework="pt")
-        file = self._opened[path]
-        if place.expert is None:
-            whole: Tensor = file.get_tensor(place.name)
-            return whole
-        part: Tensor = file.get_slice(place.name)[place.expert]
-        return part.mT.contiguous() if part.ndim > 1 else part
+def read_place(place: Place) -> Tensor:
+    """Read one tensor as it is stored, or the transposed slice of one that belongs to an expert."""
+    whole = read_slot(place.stored.file, place.stored.slot)
+    if place.expert is None:
+        return whole
+    part = whole[place.expert]
+    return part.mT.contiguous() if part.ndim > 1 else part
 
 
 def require_readable(name: str, place: Place, block: BlockShape | None) -> None:

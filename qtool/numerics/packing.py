@@ -3,9 +3,14 @@
 Rows start on a whole byte. Read as little-endian 32-bit words, the stream of a row whose bits fill whole words is
 that of compressed-tensors' ``pack-quantized``. With 4 bits the even value is in the low nibble, as in NVFP4 and MXFP4
 checkpoints.
+
+The fewest codes that fill whole bytes lie in an integer with a byte for each: there halves are moved together, then
+halves of halves, so that no code is touched alone.
 """
 
 from __future__ import annotations
+
+from math import gcd
 
 import torch
 from jaxtyping import UInt8
@@ -14,7 +19,7 @@ from torch.nn.functional import pad
 
 from qtool.errors import NumericalError, ShapeError
 
-_LANES = 8  # eight codes of b bits fill b bytes exactly
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the codes in them, a byte for each
 
 
 def packed_size(n: int, bits: int) -> int:
@@ -47,15 +52,17 @@ def pack_codes(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise NumericalError(f"a code does not fit {bits} bits", facts=(("largest code", int(codes.max())),))
     if bits == 8:
-        return codes.clone()
-    lanes = pad(codes, (0, -n % _LANES))
-    if bits == 4:
-        return (lanes[:, 0::2] | lanes[:, 1::2] << 4)[:, :size].contiguous()
-    words = torch.zeros(rows, lanes.shape[1] // _LANES, dtype=torch.int64, device=codes.device)
-    for lane in range(_LANES):
-        words |= lanes[:, lane::_LANES].long() << (bits * lane)
-    parts = torch.stack([words >> (8 * byte) & 0xFF for byte in range(bits)], dim=-1)
-    return parts.to(torch.uint8).reshape(rows, -1)[:, :size].contiguous()
+        return codes.clone(memory_format=torch.contiguous_format)
+    lanes = _lanes(bits)
+    words = (pad(codes, (0, -n % lanes)) if n % lanes else codes).flatten().contiguous().view(_WORDS[lanes])
+    half = 1
+    while half < lanes:
+        low, apart = _low_halves(half, lanes, bits), half * (8 - bits)
+        words = (words >> apart).bitwise_and_(low << half * bits).bitwise_or_(words & low)
+        half *= 2
+    whole = lanes * bits // 8
+    stream = words.to(torch.uint8) if whole == 1 else _resized(words.view(torch.uint8), lanes, whole)
+    return stream.reshape(rows, -1)[:, :size].contiguous()
 
 
 def unpack_codes(packed: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
@@ -79,13 +86,33 @@ def unpack_codes(packed: UInt8[Tensor, "rows bytes"], bits: int, n: int) -> UInt
             facts=(("bytes", packed_size(n, bits)), ("got", size)),
         )
     if bits == 8:
-        return packed.clone()
-    if bits == 4:
-        return torch.stack((packed & 0xF, packed >> 4), dim=-1).reshape(rows, -1)[:, :n].contiguous()
-    parts = pad(packed, (0, -size % bits)).reshape(rows, -1, bits)
-    words = torch.zeros(parts.shape[:2], dtype=torch.int64, device=packed.device)
-    for byte in range(bits):
-        words |= parts[..., byte].long() << (8 * byte)
-    mask = (1 << bits) - 1
-    codes = torch.stack([(words >> (bits * lane) & mask).to(torch.uint8) for lane in range(_LANES)], dim=-1)
-    return codes.reshape(rows, -1)[:, :n].contiguous()
+        return packed.clone(memory_format=torch.contiguous_format)
+    lanes = _lanes(bits)
+    whole = lanes * bits // 8
+    filled = (pad(packed, (0, -size % whole)) if size % whole else packed).flatten().contiguous()
+    words = filled.to(_WORDS[lanes]) if whole == 1 else _resized(filled, whole, lanes).view(_WORDS[lanes])
+    half = lanes // 2
+    while half:
+        low, apart = _low_halves(half, lanes, bits), half * (8 - bits)
+        words = (words << apart).bitwise_and_(low << half * 8).bitwise_or_(words & low)
+        half //= 2
+    return words.view(torch.uint8).reshape(rows, -1)[:, :n].contiguous()
+
+
+def _lanes(bits: int) -> int:
+    """Return the fewest codes that fill whole bytes."""
+    return 8 // gcd(8, bits)
+
+
+def _low_halves(half: int, lanes: int, bits: int) -> int:
+    """Return the mask of ``half`` codes, side by side, at the beginning of every two times ``half`` bytes."""
+    return sum(((1 << half * bits) - 1) << 8 * place for place in range(0, lanes, 2 * half))
+
+
+def _resized(stream: UInt8[Tensor, " bytes"], old: int, new: int) -> UInt8[Tensor, " others"]:
+    """Make pieces of ``old`` bytes ones of ``new``: cut off, or filled up with 0."""
+    pieces = stream.reshape(-1, old)
+    resized = stream.new_zeros(len(pieces), new)
+    for place in range(min(old, new)):
+        resized[:, place] = pieces[:, place]
+    return resized.flatten()

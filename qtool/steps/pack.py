@@ -27,6 +27,7 @@ from qtool.artifacts.store import (
 )
 from qtool.consumers.checkpoint import quant_method
 from qtool.engine.exporter import Exported, Exporter, PackedReader
+from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, UsageError
@@ -195,6 +196,11 @@ class _Counted(Subject):
         """Read one quantized linear."""
         self.seen()
         return super().linear(linear)
+
+    def packed(self, linear: LinearSite) -> PackedLinear:
+        """Read one quantized linear, and leave its codes packed."""
+        self.seen()
+        return super().packed(linear)
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 def main(folder: Path, width: int, layers: int) -> None:
     alphabet = {letter: code for code, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokens = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokens = Tokenizer(models.BPE(vocab={**alphabet, "th": len(alphabet)}, merges=[("t", "h")]))  # GGUF asks for one
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder)  # type: ignore[no-untyped-call]
     config = LlamaConfig(
-        vocab_size=len(alphabet),
+        vocab_size=tokens.get_vocab_size(),
         hidden_size=width,
         intermediate_size=8 * width // 3 // 64 * 64,
         num_hidden_layers=layers,

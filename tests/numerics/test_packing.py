@@ -55,6 +55,16 @@ def test_the_input_is_not_shared(bits: int) -> None:
     assert torch.equal(codes, before)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_strides_do_not_matter(bits: int) -> None:
+    """A column has strides of 1, and counts as contiguous when it is one of one row."""
+    for codes in (random_codes(16, 1, bits).T, random_codes(24, 16, bits).T, random_codes(3, 32, bits)[:, ::2]):
+        packed = pack_codes(codes, bits)
+        assert torch.equal(packed, pack_codes(codes.clone(memory_format=torch.contiguous_format), bits))
+        strided = packed.T.contiguous().T
+        assert torch.equal(unpack_codes(strided, bits, codes.shape[1]), codes)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_code_that_does_not_fit_is_refused(bits: int) -> None:
     with pytest.raises(NumericalError, match=f"does not fit {bits} bits"):

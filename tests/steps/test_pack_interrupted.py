@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,15 +65,17 @@ def test_ctrl_c_leaves_nothing_behind(
     artifact = quantized(quantize, to)
     before = everything(tmp_path)
     exporter = workspace.plugins.load("exporters", to)
-    linear = Subject.linear
     writing = {"now": False, "seen": 0}
 
-    def interrupted(subject: Subject, site: object) -> object:
-        if writing["now"]:
-            writing["seen"] += 1
-            if writing["seen"] > 8:  # seven linears a block
-                os.kill(os.getpid(), signal.SIGINT)
-        return linear(subject, site)
+    def interrupted(read: Callable[[Subject, object], object]) -> Callable[[Subject, object], object]:
+        def reading(subject: Subject, site: object) -> object:
+            if writing["now"]:
+                writing["seen"] += 1
+                if writing["seen"] > 8:  # seven linears a block
+                    os.kill(os.getpid(), signal.SIGINT)
+            return read(subject, site)
+
+        return reading
 
     class Watched:
         version = exporter.version
@@ -87,7 +90,8 @@ def test_ctrl_c_leaves_nothing_behind(
 
         verify = staticmethod(exporter.verify)
 
-    monkeypatch.setattr(Subject, "linear", interrupted)
+    for name in ("linear", "packed"):
+        monkeypatch.setattr(Subject, name, interrupted(getattr(Subject, name)))
     watched = replace(workspace, plugins=replace(workspace.plugins, _instances={("exporters", to): Watched()}))
     with pytest.raises(KeyboardInterrupt):
         pack(PackRequest(artifact, to, tmp_path / "out"), watched)

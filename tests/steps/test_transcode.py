@@ -16,7 +16,6 @@ from torch import Tensor
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.builtin.exporters.packed_layouts import check_reciprocal, is_reciprocal
 from qtool.builtin.exporters.packed_source import open_packed
-from qtool.engine.problem import QuantizedLinear
 from qtool.errors import NumericalError, QtoolError, UsageError
 from qtool.scheme import GroupParameters
 from qtool.steps.pack import PackRequest, pack
@@ -186,22 +185,21 @@ def test_scales_that_a_type_would_round_are_refused(quantize: Quantize, workspac
     assert not (tmp_path / "out").exists()
 
 
-def linear_of(multiplier: float, scale: float) -> QuantizedLinear:
-    parameters = GroupParameters(torch.tensor([[scale]]), None, torch.tensor(multiplier))
-    return QuantizedLinear(torch.zeros(1, 16, dtype=torch.uint8), (parameters,))
+def parameters_of(multiplier: float, scale: float) -> GroupParameters:
+    return GroupParameters(torch.tensor([[scale]]), None, torch.tensor(multiplier))
 
 
 def test_a_divisor_that_decodes_to_another_weight_is_refused() -> None:
     """``1.0625 m`` and ``1.0625 / d`` fall on two sides of the middle of two bfloat16 values."""
     m = torch.tensor((1 + 2.0**-8) / 0.5).float()  # 0.5 m is halfway between two values of bfloat16
-    check_reciprocal("a", linear_of(float(m), 1.0), 1 / m.double())
+    check_reciprocal("a", parameters_of(float(m), 1.0), 1 / m.double())
     below = torch.nextafter(1 / m, torch.tensor(2.0))
     with pytest.raises(NumericalError, match="no reciprocal") as refused:
-        check_reciprocal("a", linear_of(float(torch.nextafter(m, torch.tensor(9.0))), 1.0), below)
+        check_reciprocal("a", parameters_of(float(torch.nextafter(m, torch.tensor(9.0))), 1.0), below)
     assert ("scales that differ", 1) in refused.value.facts
     above = torch.nextafter(1 / m, torch.tensor(0.0))
     with pytest.raises(NumericalError, match="no reciprocal"):
-        check_reciprocal("a", linear_of(float(m), 1.0), above)
+        check_reciprocal("a", parameters_of(float(m), 1.0), above)
 
 
 def test_reciprocals_that_do_not_invert_are_known() -> None:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Int32, Integer, UInt8
 from torch import Tensor
 
 from qtool.builtin.exporters.compressed_tensors import not_quantized
 from qtool.builtin.exporters.ct_tensors import pack_words
 from qtool.builtin.exporters.words import IntegerWords, group_size
+from qtool.engine.packed import PackedLinear, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
@@ -28,11 +29,12 @@ class AWQ(IntegerWords):
     layout = "awq"
     bits = (4,)
 
-    def tensors(
-        self, codes: UInt8[Tensor, "out in"], zeros: UInt8[Tensor, "out groups"], bits: int
-    ) -> dict[str, Tensor]:
+    def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return ``qweight`` and ``qzeros``, both in words along the outputs."""
-        return {"qweight": _pack(codes), "qzeros": _pack(zeros)}
+        weight = torch.empty(found.n_in, len(found.stream) // _LANES, dtype=torch.int32)
+        for rows in found.pieces():
+            take_rows(weight, rows, len(found.stream), axis=-1).copy_(_pack(found.rows(rows).codes))
+        return {"qweight": weight, "qzeros": _pack(zeros)}
 
     def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a linear's tensors."""
@@ -41,12 +43,13 @@ class AWQ(IntegerWords):
         words = n_out // _LANES
         return {"qweight": (n_in, words), "qzeros": (groups, words), "scales": (groups, n_out)}
 
-    def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Float[Tensor, "out in"]:
-        """Return the weight, each output read from its own place in a word."""
+    def read(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[UInt8[Tensor, "out in"], Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
+        """Return codes, zero points and the group of each input, each output read from its own place in a word."""
         codes, zeros = _outputs(tensors["qweight"]), _outputs(tensors["qzeros"])
-        size = config["group_size"]
-        groups = torch.arange(len(codes)) // (len(codes) if size == -1 else size)
-        return ((codes - zeros[groups]).float() * tensors["scales"].float()[groups]).T.contiguous()
+        n_in, size = codes.shape[1], config["group_size"]
+        return codes, zeros, torch.arange(n_in) // (n_in if size == -1 else size)
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
@@ -75,9 +78,10 @@ def _pack(codes: UInt8[Tensor, "out n"]) -> Int32[Tensor, "n words"]:
     return pack_words(lanes.reshape(codes.shape[1], -1), 4)
 
 
-def _outputs(words: Int32[Tensor, "n words"]) -> Int32[Tensor, "n out"]:
+def _outputs(words: Int32[Tensor, "n words"]) -> UInt8[Tensor, "out n"]:
     """Return the code of each output: of eight, even ones lie in the low half of a word, odd ones in the high half."""
-    column = torch.arange(words.shape[1] * _LANES)
-    lane = column % _LANES
-    shift = 16 * (lane % 2) + 4 * (lane // 2)
-    return words[:, column // _LANES] >> shift.int() & 0xF
+    turned = words.T.contiguous()
+    codes = turned.new_empty(len(turned), _LANES, turned.shape[1], dtype=torch.uint8)
+    for lane in range(_LANES):
+        codes[:, lane] = turned >> 16 * (lane % 2) + 4 * (lane // 2) & 0xF
+    return codes.flatten(0, 1)

@@ -28,10 +28,13 @@ from qtool.builtin.exporters.ct_transforms import (
     verify_transforms,
 )
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers, refuse_mixed_experts
+from qtool.builtin.exporters.packed_layouts import read_packed
 from qtool.builtin.exporters.packed_source import PackedSource
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
+    compare_codes,
     empty_model,
+    telling_rows,
     weight_difference,
     with_linear_experts,
 )
@@ -44,7 +47,8 @@ from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.grid import Grid
+from qtool.engine.packed import PackedLinear, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -54,6 +58,7 @@ from qtool.model.source import Model
 _ZERO_POINT = ".weight_zero_point"
 # A float32 division, and the product that stands for it, are each half a unit in the last place off.
 _RECIPROCAL_ERROR = 2.0**-23
+_UNREADABLE = (KeyError, IndexError, ValueError, RuntimeError)
 _EXPERTS = r"re:.*\.experts\..*"
 """What a config calls the experts: transformers looks for their scheme in the group that names them by a pattern."""
 
@@ -101,7 +106,7 @@ class CompressedTensors(PackedSource):
             beside = matrices_of(transforms, linear.name, dtype)
             if own.weights is None:
                 return beside
-            tensors = stored_tensors(subject.linear(linear), own.weights, choose_layout(own))
+            tensors = stored_tensors(subject.packed(linear), own.weights, choose_layout(own))
             return tensors | _input_scale(subject, linear) | beside
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
@@ -110,10 +115,10 @@ class CompressedTensors(PackedSource):
         return Exported(_consumers(subject, config, dtype, transforms), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
-        """Decode every linear with the library, as the written config says, and compare it with ours, bit for bit.
+        """Compare every code, scale and zero point with ours, and decode rows of every linear with the library.
 
-        The library decodes to the dtype of the scales (FP4 to bfloat16), so ours are cast to that dtype first.
-        Names and shapes are compared with the model that transformers builds from the config.
+        It decodes as the written config says, to the dtype of the scales (FP4 to bfloat16), so ours are cast to that
+        dtype first. Names and shapes are compared with the model that transformers builds from the config.
 
         Raises:
             ArtifactError: Names the first weight that differs.
@@ -135,10 +140,7 @@ class CompressedTensors(PackedSource):
             found = match_targets(linear.name, nn.Linear(1, 1, device="meta"), targets)
             if not found:
                 raise ArtifactError(f"no group of the config is for `{linear.name}`")
-            decoded = _decode(tensors, targets[found[0]], linear.name)
-            ours = _as_consumer(subject, linear, tensors)
-            if decoded.shape != ours.shape or not torch.equal(decoded, ours.to(decoded.dtype)):
-                raise weight_difference(linear.name, decoded, ours)
+            _compare(linear.name, tensors, targets[found[0]], subject.packed(linear), subject.weight_grid(linear))
             scales = _input_scale(subject, linear)
             if "input_scale" in scales and not torch.equal(tensors["input_scale"], scales["input_scale"]):
                 raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], scales["input_scale"])
@@ -234,31 +236,43 @@ def _skeleton(config: Any, parsed: CompressedTensorsConfig, model: Model) -> nn.
     return module
 
 
+def _compare(
+    name: str, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, ours: PackedLinear, grid: Grid
+) -> None:
+    """Compare what is stored of one linear with what was packed.
+
+    With a global scale the consumer divides by what we multiply with. The stored divisor must be our multiplier's
+    reciprocal; then the step is formed as the consumer forms it, since the two differ in the last bit.
+    """
+    parameters, (part,), n_out, n_in = ours.parameters, grid.parts, len(ours.stream), ours.n_in
+    if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [n_out, n_in]:
+        raise weight_difference(name, tensors["weight_shape"], torch.tensor((n_out, n_in)))
+    try:
+        read = read_packed("compressed-tensors", tensors, n_in, part.scheme, grid)
+    except (*_UNREADABLE, ArtifactError) as error:
+        raise ArtifactError(f"cannot read the codes of `{name}`", facts=(("reason", error),)) from error
+    compare_codes(name, read, ours)
+    if parameters.global_scale is not None:
+        divisor = tensors["weight_global_scale"]
+        if abs(float(divisor.double() * parameters.global_scale.double()) - 1) > _RECIPROCAL_ERROR:
+            raise weight_difference(f"{name} (global scale)", 1 / divisor, parameters.global_scale)
+        ours = replace(ours, parameters=replace(parameters, scale=parameters.scale / divisor, global_scale=None))
+    for rows in telling_rows(ours, part.block_rows):
+        own = ours.rows(rows).weight(grid)
+        decoded = _decode({leaf: take_rows(one, rows, n_out) for leaf, one in tensors.items()}, scheme, name)
+        if decoded.shape != own.shape or not torch.equal(decoded, own.to(decoded.dtype)):
+            raise weight_difference(name, decoded, own)
+
+
 def _decode(tensors: Mapping[str, Tensor], scheme: QuantizationScheme, name: str) -> Tensor:
-    """Decode one linear with the library."""
+    """Decode some rows of a linear with the library."""
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     own = {key: tensor for key, tensor in tensors.items() if key in compressor.compression_param_names(scheme)}
+    if "weight_shape" in own:
+        own["weight_shape"] = torch.tensor((len(own["weight_packed"]), int(own["weight_shape"][1])))
     try:
         decoded: Tensor = compressor.decompress(own, scheme)["weight"]
     except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise ArtifactError(f"compressed-tensors cannot decode `{name}`", facts=(("reason", reason),)) from error
     return decoded
-
-
-def _as_consumer(subject: Subject, linear: LinearSite, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return our decoded weight in float32.
-
-    With a global scale the consumer divides by what we multiply with. The stored divisor must be our multiplier's
-    reciprocal; then the step is formed as the consumer forms it, since the two differ in the last bit.
-    """
-    found: QuantizedLinear = subject.linear(linear)
-    (parameters,) = found.parameters
-    multiplier = parameters.global_scale
-    if multiplier is not None:
-        divisor = tensors["weight_global_scale"]
-        if abs(float(divisor.double() * multiplier.double()) - 1) > _RECIPROCAL_ERROR:
-            raise weight_difference(f"{linear.name} (global scale)", 1 / divisor, multiplier)
-        step = parameters.scale / divisor
-        found = replace(found, parameters=(replace(parameters, scale=step, global_scale=None),))
-    return found.weight(subject.weight_grid(linear))

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
 from qtool.builtin.exporters.ct_layout import ELEMENTS, Layout
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import PackedLinear
 from qtool.numerics.packing import pack_codes
 from qtool.numerics.scales import encode_scale
 from qtool.scheme import TensorScheme
@@ -15,7 +15,7 @@ from qtool.scheme import TensorScheme
 _WORD = 4  # bytes of an int32
 
 
-def stored_tensors(found: QuantizedLinear, scheme: TensorScheme, layout: Layout) -> dict[str, Tensor]:
+def stored_tensors(found: PackedLinear, scheme: TensorScheme, layout: Layout) -> dict[str, Tensor]:
     """Return what is stored of a linear, named below it.
 
     Codes are unsigned here and in packed layouts; ``int-quantized`` has signed bytes. A zero point is stored as the
@@ -27,22 +27,22 @@ def stored_tensors(found: QuantizedLinear, scheme: TensorScheme, layout: Layout)
         scheme: Scheme of the weights.
         layout: One that ``choose_layout`` gives for the scheme.
     """
-    (parameters,) = found.parameters
+    parameters = found.parameters
     rows = scheme.group_size if scheme.strategy == "block" else 1
     tensors = {"weight_scale": encode_scale(parameters.scale[::rows], scheme.scale)}
     if layout == "int-quantized":
-        tensors["weight"] = _signed(found.codes)
+        tensors["weight"] = _signed(found.stream)
     elif layout == "float-quantized":
-        tensors["weight"] = found.codes.view(torch.float8_e4m3fn)
+        tensors["weight"] = found.stream.view(torch.float8_e4m3fn)
     elif layout == "pack-quantized":
         bits = ELEMENTS[scheme.format][1]
-        tensors["weight_packed"] = pack_words(found.codes, bits)
-        tensors["weight_shape"] = torch.tensor(found.codes.shape, dtype=torch.int64)
+        tensors["weight_packed"] = as_words(found.stream)
+        tensors["weight_shape"] = torch.tensor((len(found.stream), found.n_in), dtype=torch.int64)
         if parameters.zero_point is not None:
             zeros = parameters.zero_point.to(torch.uint8)
             tensors["weight_zero_point"] = pack_words(zeros.T.contiguous(), bits).T.contiguous()
     else:
-        tensors["weight_packed"] = pack_codes(found.codes, 4)
+        tensors["weight_packed"] = found.stream
     if parameters.global_scale is not None:
         tensors["weight_global_scale"] = global_divisor(parameters.global_scale)
     return tensors
@@ -50,7 +50,13 @@ def stored_tensors(found: QuantizedLinear, scheme: TensorScheme, layout: Layout)
 
 def pack_words(codes: UInt8[Tensor, "rows n"], bits: int) -> Int32[Tensor, "rows words"]:
     """Pack rows of codes densely into little-endian 32-bit words; bits that fill up the last word are 0."""
-    stream = pack_codes(codes, bits)
+    return as_words(pack_codes(codes, bits))
+
+
+def as_words(stream: UInt8[Tensor, "rows bytes"]) -> Int32[Tensor, "rows words"]:
+    """Return rows of packed codes as words; bits that fill up the last word are 0."""
+    if stream.shape[1] % _WORD == 0:
+        return stream.flatten().contiguous().view(torch.int32).reshape(len(stream), -1)
     words = stream.new_zeros(stream.shape[0], -(-stream.shape[1] // _WORD) * _WORD)
     words[:, : stream.shape[1]] = stream
     return words.view(torch.int32)

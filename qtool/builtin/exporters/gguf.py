@@ -36,12 +36,11 @@ from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
-from qtool.engine.problem import QuantizedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
-from qtool.scheme import ModelScheme
+from qtool.scheme import GroupParameters, ModelScheme
 
 FILE = "model.gguf"
 _FOLDED = "qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or qtool pack SOURCE --to gguf-f16"
@@ -75,7 +74,7 @@ class GGUF:
         for linear in subject.linears:
             weights = subject.scheme.of(linear.name).weights
             if weights is not None:
-                check_values(linear.name, subject.linear(linear), weights, kinds[weights])
+                check_values(linear.name, subject.packed(linear), weights, kinds[weights])
 
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the file into an empty folder."""
@@ -84,8 +83,9 @@ class GGUF:
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
             if linear.name in subject.kept:
                 return {"weight": state[f"{linear.spec.module}.weight"]}
-            found, kind = subject.linear(linear), _kind(subject.scheme.of(linear.name))
-            return {"weight": Blocks(kind, stored_blocks(found, kind)), **_scales(subject, linear, found)}
+            found, kind = subject.packed(linear), _kind(subject.scheme.of(linear.name))
+            blocks = torch.cat([stored_blocks(found.rows(rows), kind) for rows in found.pieces()])
+            return {"weight": Blocks(kind, blocks), **_scales(subject, linear, found.parameters)}
 
         sizes = _write(subject, directory, made, dtype=_dtype(subject), file_type=_FILE_TYPES[kinds[0]])
         return _exported(subject, kinds, _dtype(subject), sizes)
@@ -105,7 +105,7 @@ class GGUF:
             found = subject.linear(linear)
             (parameters,) = found.parameters
             alone = replace(found, parameters=(replace(parameters, global_scale=None),))
-            return {"weight": alone.weight(subject.weight_grid(linear)), **_scales(subject, linear, found)}
+            return {"weight": alone.weight(subject.weight_grid(linear)), **_scales(subject, linear, parameters)}
 
         _compare(subject, directory, made, dtype=_dtype(subject))
 
@@ -262,9 +262,8 @@ def _half(subject: Subject) -> Made:
     return made
 
 
-def _scales(subject: Subject, linear: LinearSite, found: QuantizedLinear) -> dict[str, Item]:
+def _scales(subject: Subject, linear: LinearSite, parameters: GroupParameters) -> dict[str, Item]:
     """Return what multiplies an NVFP4 weight, and its inputs where they were calibrated."""
-    (parameters,) = found.parameters
     if parameters.global_scale is None or subject.quantized is None:
         return {}
     name, activations = f"{linear.reads}{INPUT_GLOBAL_SCALE}", subject.scheme.of(linear.name).activations

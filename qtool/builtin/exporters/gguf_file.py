@@ -18,6 +18,7 @@ from qtool.artifacts.store import disk_errors
 from qtool.builtin.exporters.gguf_types import Kind
 from qtool.errors import ArtifactError
 
+_ROWS = 128
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -99,7 +100,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, str, Float[Tensor, "*shape"]
     try:
         for tensor in gguf.GGUFReader(path).tensors:
             shape = tuple(int(size) for size in reversed(tensor.shape))
-            values = np.asarray(gguf.dequantize(np.asarray(tensor.data), tensor.tensor_type), dtype=np.float32)
-            yield tensor.name, tensor.tensor_type.name, torch.from_numpy(values.reshape(shape).copy())
+            data, values = np.asarray(tensor.data), np.empty(shape, np.float32)
+            for start in range(0, len(data), _ROWS):  # of which a cache holds what decoding leaves behind
+                values[start : start + _ROWS] = gguf.dequantize(data[start : start + _ROWS], tensor.tensor_type)
+            yield tensor.name, tensor.tensor_type.name, torch.from_numpy(values)
     except (ValueError, KeyError, IndexError, struct.error) as error:
         raise ArtifactError(f"`{path.name}` cannot be read back", facts=(("reason", error),)) from error

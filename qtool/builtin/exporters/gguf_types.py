@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import PackedLinear
 from qtool.errors import SchemeError
 from qtool.numerics.scales import encode_scale
 from qtool.scheme import TensorScheme
@@ -61,7 +61,7 @@ def choose_type(weights: TensorScheme) -> Kind:
     return kind
 
 
-def check_values(name: str, found: QuantizedLinear, weights: TensorScheme, kind: Kind) -> None:
+def check_values(name: str, found: PackedLinear, weights: TensorScheme, kind: Kind) -> None:
     """Refuse scales and offsets that the type would round.
 
     Args:
@@ -73,8 +73,7 @@ def check_values(name: str, found: QuantizedLinear, weights: TensorScheme, kind:
     Raises:
         SchemeError: Names the nearest scheme that is held.
     """
-    (parameters,) = found.parameters
-    n_in = found.codes.shape[1]
+    parameters, n_in = found.parameters, found.n_in
     if n_in % BLOCKS[kind]:
         raise SchemeError(
             f"blocks of {BLOCKS[kind]} values do not divide the input of `{name}`",

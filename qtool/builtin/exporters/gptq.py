@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from math import gcd
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Int32, Integer, UInt8
 from torch import Tensor
 
-from qtool.builtin.exporters.ct_tensors import pack_words
+from qtool.builtin.exporters.ct_tensors import as_words, pack_words
 from qtool.builtin.exporters.mixed import groups_of
 from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.builtin.exporters.words import IntegerWords, group_size
+from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
@@ -42,14 +43,12 @@ class GPTQv2(IntegerWords):
     several = True
     offset = 0
 
-    def tensors(
-        self, codes: UInt8[Tensor, "out in"], zeros: UInt8[Tensor, "out groups"], bits: int
-    ) -> dict[str, Tensor]:
+    def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return ``qweight`` in words along the inputs, ``qzeros`` along the outputs, and the group of each input."""
-        n_in, groups = codes.shape[1], zeros.shape[1]
+        n_in, groups = found.n_in, zeros.shape[1]
         return {
-            "qweight": pack_words(codes, bits).T.contiguous(),
-            "qzeros": pack_words((zeros - self.offset).T.contiguous(), bits),
+            "qweight": as_words(found.stream).T.contiguous(),
+            "qzeros": pack_words((zeros - self.offset).T.contiguous(), found.bits),
             "g_idx": torch.arange(n_in, dtype=torch.int32) // (n_in // groups),
         }
 
@@ -64,13 +63,13 @@ class GPTQv2(IntegerWords):
             "g_idx": (n_in,),
         }
 
-    def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Float[Tensor, "out in"]:
-        """Return the weight, unpacked bit by bit."""
+    def read(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[UInt8[Tensor, "out in"], Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
+        """Return codes, zero points and the group of each input, unpacked place by place."""
         bits, offset = config["bits"], 0 if config["checkpoint_format"] == _V2 else 1
         codes = _from_stream(tensors["qweight"].T.contiguous(), bits)
-        zeros = (_from_stream(tensors["qzeros"], bits).float() + offset).T.contiguous()
-        scales, groups = tensors["scales"].float().T.contiguous(), tensors["g_idx"].long()
-        return codes.float().sub_(zeros.index_select(1, groups)).mul_(scales.index_select(1, groups))
+        return codes, _from_stream(tensors["qzeros"], bits).T.int() + offset, tensors["g_idx"]
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
@@ -162,10 +161,15 @@ def _bits(weights: TensorScheme) -> int:
 
 
 def _from_stream(words: Int32[Tensor, "rows words"], bits: int) -> UInt8[Tensor, "rows n"]:
-    """Read rows of codes, the lowest bit of the first word first."""
-    stream = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
-    places = stream.reshape(len(stream), -1, bits)
-    codes = places[..., 0].copy()
-    for place in range(1, bits):
-        codes |= places[..., place] << place
-    return torch.from_numpy(codes)
+    """Read rows of codes, the lowest bit of the first word first: each place in as many words as codes fill."""
+    places = _WORD // gcd(_WORD, bits)
+    pieces = words.reshape(len(words), -1, places * bits // _WORD)
+    codes = words.new_empty(*pieces.shape[:2], places, dtype=torch.uint8)
+    for place in range(places):
+        word, shift = divmod(place * bits, _WORD)
+        code = pieces[..., word] >> shift
+        held = _WORD - shift
+        if held < bits:
+            code = code & (1 << held) - 1 | pieces[..., word + 1] << held
+        codes[..., place] = code & (1 << bits) - 1
+    return codes.flatten(1)

@@ -98,16 +98,16 @@ def dense(
         bias: Its bias, already folded.
     """
     found = subject.linear(linear)
-    weight = found.weight(subject.weight_grid(linear)).double()
+    weight = found.weight(subject.weight_grid(linear))
     if found.adapter is not None:
-        weight = weight + found.adapter.product(torch.float64)
+        weight = weight.double() + found.adapter.product(torch.float64)
     return offline(subject, linear, weight, bias)
 
 
 def offline(
     subject: Subject, linear: LinearSite, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
-    """Return the weight and bias of a linear as it reads its site without online operators, in float64.
+    """Return the weight and bias of a linear as it reads its site without online operators; in float64 behind some.
 
     With ``x̂ = x T``, ``W x̂ᵀ = W Tᵀ xᵀ``: of ``T = T1 T2 …`` the last operator is undone first.
 

@@ -36,10 +36,13 @@ from qtool.builtin.exporters.modelopt_config import (
     hf_quant_config,
     quantization_config,
 )
+from qtool.builtin.exporters.packed_layouts import read_packed
 from qtool.builtin.exporters.packed_source import PackedSource
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
+    compare_codes,
     empty_model,
+    telling_rows,
     weight_difference,
     with_linear_experts,
     with_stored_shapes,
@@ -54,10 +57,11 @@ from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
+from qtool.engine.grid import Grid
+from qtool.engine.packed import PackedLinear, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
-from qtool.numerics.packing import pack_codes
 from qtool.numerics.scales import encode_scale
 from qtool.scheme import ModelScheme
 
@@ -125,7 +129,9 @@ class ModelOpt(PackedSource):
         return Exported(mixed_consumers(each), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
-        """Decode every linear by ModelOpt's formula, as the written config says, and compare it with ours.
+        """Compare every code and scale with ours, and decode rows of every linear by ModelOpt's formula.
+
+        It is applied as the written config says.
 
         Raises:
             ArtifactError: Names the first weight, or input scale, that differs.
@@ -146,15 +152,8 @@ class ModelOpt(PackedSource):
 
         reader.compare(with_stored_shapes(module, subject.linears, shapes))
         for linear in subject.linears:
-            ours = subject.linear(linear).weight(subject.weight_grid(linear))
-            tensors, algorithm = reader.module(linear.name), algorithm_at(linear)
-            try:
-                read = _decode(tensors, algorithm)
-            except _UNREADABLE as error:
-                reason = str(error).split("\n")[0]
-                raise ArtifactError(f"cannot decode `{linear.name}`", facts=(("reason", reason),)) from error
-            if read.shape != ours.shape or not torch.equal(read, ours):
-                raise weight_difference(linear.name, read, ours)
+            ours, tensors = subject.packed(linear), reader.module(linear.name)
+            _compare(linear.name, tensors, algorithm_at(linear), ours, subject.weight_grid(linear))
             multiplier = input_multiplier(subject, linear)
             if multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
                 raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], multiplier)
@@ -245,17 +244,17 @@ def _said(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     """Return what is stored of a linear, named below it."""
-    found, scheme = subject.linear(linear), subject.scheme.of(linear.name).weights
+    found, scheme = subject.packed(linear), subject.scheme.of(linear.name).weights
     if scheme is None:
         raise TypeError(scheme)
-    (parameters,) = found.parameters
+    parameters = found.parameters
     if parameters.global_scale is None:
         rows = scheme.strategy == "channel"
         scale = parameters.scale.float().squeeze(-1) if rows else parameters.scale.float().reshape(())
-        tensors = {"weight": found.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+        tensors = {"weight": found.stream.view(torch.float8_e4m3fn), "weight_scale": scale}
     else:
         tensors = {
-            "weight": pack_codes(found.codes, 4),
+            "weight": found.stream,
             "weight_scale": encode_scale(parameters.scale, scheme.scale),
             "weight_scale_2": parameters.global_scale.float().reshape(()),
         }
@@ -269,6 +268,25 @@ def _shapes(linear: nn.Linear, algorithm: str) -> dict[str, tuple[int, ...]]:
     if algorithm in _FP8:
         return {"weight": (n_out, n_in), "weight_scale": () if algorithm == "FP8" else (n_out,)}
     return {"weight": (n_out, n_in // 2), "weight_scale": (n_out, n_in // _GROUP), "weight_scale_2": ()}
+
+
+def _compare(name: str, tensors: Mapping[str, Tensor], algorithm: str, ours: PackedLinear, grid: Grid) -> None:
+    """Compare what is stored of one linear with what was packed."""
+    parameters, (part,), n_out = ours.parameters, grid.parts, len(ours.stream)
+    try:
+        read = read_packed("modelopt", tensors, ours.n_in, part.scheme, grid)
+        compare_codes(name, read, ours)
+        multipliers = (read.parameters.global_scale, parameters.global_scale)
+        if multipliers != (None, None) and multipliers[0] != multipliers[1]:
+            raise weight_difference(name, *(torch.as_tensor(one) for one in multipliers))
+        for rows in telling_rows(ours, 1):
+            own = ours.rows(rows).weight(grid)
+            decoded = _decode({leaf: take_rows(one, rows, n_out) for leaf, one in tensors.items()}, algorithm)
+            if decoded.shape != own.shape or not torch.equal(decoded, own):
+                raise weight_difference(name, decoded, own)
+    except _UNREADABLE as error:
+        reason = str(error).split("\n")[0]
+        raise ArtifactError(f"cannot decode `{name}`", facts=(("reason", reason),)) from error
 
 
 def _decode(tensors: Mapping[str, Tensor], algorithm: str) -> Float[Tensor, "out in"]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from qtool.builtin.exporters.ct_tensors import global_divisor
 from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG, algorithm_of
 from qtool.engine.grid import Grid
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import PackedLinear
 from qtool.errors import ArtifactError, NumericalError, SchemeError
 from qtool.model.files import CONFIG
 from qtool.numerics.packing import packed_size, unpack_codes
@@ -106,7 +106,7 @@ def read_scheme(directory: Path, seen: Mapping[str, Seen], lookup: Callable[[str
 
 def read_packed(
     method: str, tensors: Mapping[str, Tensor], n_in: int, weights: TensorScheme, grid: Grid
-) -> QuantizedLinear:
+) -> PackedLinear:
     """Return a linear's codes and scales from its stored tensors.
 
     Args:
@@ -126,16 +126,15 @@ def read_packed(
         raise KeyError("weight")
     bits = part.format.bits
     if raw.dtype == torch.int32:
-        codes = _unpack_words(raw, bits, n_in)
-    elif raw.dtype == torch.int8:
-        codes = raw.view(torch.uint8) ^ 0x80
+        stream = raw.view(torch.uint8)[:, : packed_size(n_in, bits)]
     else:
-        codes = raw.view(torch.uint8) if bits != 4 else unpack_codes(raw.view(torch.uint8), bits, n_in)
+        stream = raw.view(torch.uint8) ^ 0x80 if raw.dtype == torch.int8 else raw.view(torch.uint8)
+    codes = torch.empty((len(stream), n_in), dtype=torch.uint8, device="meta")
     shape = part.groups(codes).shape[:-1]
-    scale = decode_scale(tensors["weight_scale"], weights.scale)
-    if codes.shape[1] != n_in or scale.numel() != shape.numel():
+    scale = part.repeated(decode_scale(tensors["weight_scale"], weights.scale), len(codes))
+    if stream.shape[1] != packed_size(n_in, bits) or scale.numel() != shape.numel():
         facts = (
-            ("codes", tuple(codes.shape)),
+            ("bytes of codes", tuple(stream.shape)),
             ("inputs", n_in),
             ("scales", tuple(scale.shape)),
             ("expected", tuple(shape)),
@@ -154,7 +153,7 @@ def read_packed(
         None if weights.symmetric else zeros,
         None if multiplier is None else multiplier.float().reshape(()),
     )
-    return QuantizedLinear(codes, (parameters,))
+    return PackedLinear(stream, bits, n_in, parameters)
 
 
 def read_multiplier(method: str, tensors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:
@@ -165,20 +164,19 @@ def read_multiplier(method: str, tensors: Mapping[str, Tensor]) -> Float[Tensor,
     return _reciprocal(tensors.get("input_global_scale"))
 
 
-def check_reciprocal(name: str, found: QuantizedLinear, divisor: Tensor | None = None) -> None:
+def check_reciprocal(name: str, parameters: GroupParameters, divisor: Tensor | None = None) -> None:
     """Refuse a linear whose weights differ in bfloat16 when a divisor stands for its multiplier.
 
     compressed-tensors divides a scale by its divisor and decodes to bfloat16; others multiply.
 
     Args:
         name: Name of the linear, for the message.
-        found: Its codes and scales.
+        parameters: Its scales.
         divisor: The divisor that is stored; None for the one that would be.
 
     Raises:
         NumericalError: A weight would differ; says how many scales do.
     """
-    (parameters,) = found.parameters
     if parameters.global_scale is None:
         return
     divisor = global_divisor(parameters.global_scale) if divisor is None else divisor.float()

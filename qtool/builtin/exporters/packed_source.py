@@ -30,15 +30,15 @@ from qtool.builtin.exporters.packed_layouts import (
     read_scheme,
 )
 from qtool.engine.grid import Grid
-from qtool.engine.problem import QuantizedLinear
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, linear_tensors
+from qtool.engine.packed import PackedLinear
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, packed_tensors
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.family import Family
 from qtool.model.files import StoredTensor, folder_digest
 from qtool.model.graph import LinearSite
 from qtool.model.naming import Place, places_of
-from qtool.model.reading import Files
+from qtool.model.reading import read_place
 from qtool.model.source import Model, family_of
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, TensorScheme
@@ -129,10 +129,10 @@ class PackedArtifact(Artifact):
         name = prefix.removesuffix(".")
         if name not in {linear.name for linear in self.model.graph.linears}:
             return {}
-        stored = linear_tensors(name, self.read(name), self._grid(name))
+        stored = packed_tensors(name, self.read(name), self._grid(name))
         return {full.removeprefix(prefix): tensor for full, tensor in stored.items()}
 
-    def read(self, name: str) -> QuantizedLinear:
+    def read(self, name: str) -> PackedLinear:
         """Return a linear's codes and scales.
 
         Raises:
@@ -151,9 +151,9 @@ class PackedArtifact(Artifact):
 
     def stored_of(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a linear as the checkpoint has them, keyed by the last parts of their names."""
-        files, places = Files(), self.model.packed
+        places = self.model.packed
         leaves = (leaf for leaf in (*LEAVES, *INPUT_LEAVES, "weight") if f"{name}.{leaf}" in places)
-        return {leaf: files.read(places[f"{name}.{leaf}"]) for leaf in leaves}
+        return {leaf: read_place(places[f"{name}.{leaf}"]) for leaf in leaves}
 
     def _global_leaf(self, name: str) -> bool:
         return any(f"{name}.{leaf}" in self.model.packed for leaf in ("weight_scale_2", "weight_global_scale"))
@@ -247,13 +247,13 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     for linear in subject.model.graph.linears:
         if f"{linear.name}.global_scale" not in artifact.header.slots:
             continue
-        found = artifact.read(linear.name)
+        parameters = artifact.read(linear.name).parameters
         stored = artifact.stored_of(linear.name)
         if artifact.method == "compressed-tensors":
-            check_reciprocal(linear.name, found, stored["weight_global_scale"])
+            check_reciprocal(linear.name, parameters, stored["weight_global_scale"])
         elif to == "compressed-tensors":
-            check_reciprocal(linear.name, found)
-            multipliers = (found.parameters[0].global_scale, read_multiplier(artifact.method, stored))
+            check_reciprocal(linear.name, parameters)
+            multipliers = (parameters.global_scale, read_multiplier(artifact.method, stored))
             inexact |= {float(one) for one in multipliers if one is not None and not is_reciprocal(one)}
     return len(inexact)
 

@@ -9,14 +9,16 @@ from typing import Any, cast
 import torch
 import transformers
 from accelerate import init_empty_weights
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from qtool.builtin.exporters.stored_names import expected_shapes, stored_tensor_name
+from qtool.engine.packed import ROWS, PackedLinear
 from qtool.errors import ArtifactError
 from qtool.model.files import stored_tensors
 from qtool.model.graph import LinearSite
 from qtool.model.naming import places_of
-from qtool.model.reading import Files
+from qtool.model.reading import read_place
 from qtool.model.source import Model
 
 
@@ -91,6 +93,49 @@ def weight_difference(name: str, decoded: Tensor, ours: Tensor) -> ArtifactError
     )
 
 
+def compare_codes(name: str, read: PackedLinear, ours: PackedLinear) -> None:
+    """Compare every code, scale and zero point of a linear; multipliers are left to the caller.
+
+    Args:
+        name: Name of the linear, for the message.
+        read: What a checkpoint holds.
+        ours: What was packed.
+
+    Raises:
+        ArtifactError: Something differs.
+    """
+    if not _same_bytes(read.stream, ours.stream):
+        whole = slice(0, len(ours.stream))
+        raise weight_difference(name, read.rows(whole).codes, ours.rows(whole).codes)
+    found, wanted = read.parameters, ours.parameters
+    for theirs, own in ((found.scale, wanted.scale), (found.zero_point, wanted.zero_point)):
+        if theirs is not None and own is not None and not torch.equal(theirs, own):
+            raise weight_difference(name, theirs, own)
+        if (theirs is None) != (own is None):
+            raise ArtifactError(f"`{name}` was written with zero points, or lacks its own")
+
+
+def _same_bytes(one: UInt8[Tensor, "rows bytes"], other: UInt8[Tensor, "rows bytes"]) -> bool:
+    """Say whether bytes are equal, eight at a time where they fill whole words."""
+    whole = one.shape[-1] % 8 == 0 and one.is_contiguous() and other.is_contiguous()
+    return torch.equal(*((each.flatten().view(torch.int64) if whole else each) for each in (one, other)))
+
+
+def telling_rows(ours: PackedLinear, step: int) -> list[slice]:
+    """Return the rows around the least and the largest scale of a linear: where a decoder would err, if anywhere.
+
+    Args:
+        ours: The linear.
+        step: Rows that are stored together; slices begin and end at whole ones. All rows are one slice where those do
+            not fill the axis.
+    """
+    scale, rows = ours.parameters.scale.abs().flatten(), len(ours.stream)
+    step = max(step, ROWS)
+    step = rows if rows % step else step
+    places = {int(place) * rows // len(scale) // step for place in (scale.argmin(), scale.argmax())}
+    return [slice(place * step, place * step + step) for place in sorted(places)]
+
+
 class CheckpointReader:
     """Reads the tensors of a checkpoint by the module that they belong to, as the graph calls it.
 
@@ -106,7 +151,6 @@ class CheckpointReader:
         self.model = model
         self.stored = stored_tensors(directory)
         self._places = places_of(self.stored, model.family)
-        self._files = Files()
         self._leaves: dict[str, list[str]] = {}
         for name in self._places:
             module, _, leaf = name.rpartition(".")
@@ -114,7 +158,7 @@ class CheckpointReader:
 
     def module(self, name: str) -> dict[str, Tensor]:
         """Return a module's own tensors, keyed by the last part of their names."""
-        return {leaf: self._files.read(self._places[f"{name}.{leaf}"]) for leaf in self._leaves.get(name, ())}
+        return {leaf: read_place(self._places[f"{name}.{leaf}"]) for leaf in self._leaves.get(name, ())}
 
     def compare(self, module: nn.Module, *, any_shape: str = "") -> None:
         """Compare names and shapes with those that a model asks for.

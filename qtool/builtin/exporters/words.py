@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -38,7 +38,7 @@ from qtool.builtin.exporters.refusals import quantized_weights, refuse_all_but_c
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import PackedLinear, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, NumericalError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -63,9 +63,7 @@ class IntegerWords(ABC):
     several: ClassVar[bool] = False
 
     @abstractmethod
-    def tensors(
-        self, codes: UInt8[Tensor, "out in"], zeros: UInt8[Tensor, "out groups"], bits: int
-    ) -> dict[str, Tensor]:
+    def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return codes and zero points as they are stored, named below the linear."""
 
     @abstractmethod
@@ -73,8 +71,13 @@ class IntegerWords(ABC):
         """Return the shapes of a linear's tensors, without its bias, as a reader of the config expects them."""
 
     @abstractmethod
-    def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Float[Tensor, "out in"]:
-        """Return the float32 weight that a reader of the config decodes; shares no code with ``tensors``."""
+    def read(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[UInt8[Tensor, "out in"], Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
+        """Return codes, zero points and the group of each input as a reader of the config has them.
+
+        Shares no code with ``tensors``.
+        """
 
     @abstractmethod
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
@@ -125,11 +128,9 @@ class IntegerWords(ABC):
             own = subject.scheme.of(linear.name).weights
             if linear.spec.kept or own is None:
                 return {}
-            bits = subject.plugins.format(own.format).bits
-            found: QuantizedLinear = subject.linear(linear)
-            (parameters,) = found.parameters
-            tensors = self.tensors(found.codes, zero_points(parameters, bits), bits)
-            return tensors | {"scales": parameters.scale.half().T.contiguous()}
+            found: PackedLinear = subject.packed(linear)
+            tensors = self.tensors(found, zero_points(found.parameters, found.bits))
+            return tensors | {"scales": found.parameters.scale.half().T.contiguous()}
 
         config = self.config(weights, subject)
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
@@ -138,7 +139,7 @@ class IntegerWords(ABC):
         return Exported(self._consumers(subject), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
-        """Unpack every linear as the written config says, bit by bit, and compare it with ours.
+        """Unpack every linear as the written config says and compare codes, zero points, scales and groups with ours.
 
         Names and shapes are compared with the model of the config with such linears.
 
@@ -157,14 +158,32 @@ class IntegerWords(ABC):
 
         reader.compare(with_stored_shapes(module, subject.linears, shapes))
         for linear in subject.linears:
-            ours = subject.linear(linear).weight(subject.weight_grid(linear))
-            try:
-                read = self.decode(reader.module(linear.name), self.config_of(linear.name, stated))
-            except _UNREADABLE as error:
-                reason = str(error).split("\n")[0]
-                raise ArtifactError(f"cannot unpack `{linear.name}`", facts=(("reason", reason),)) from error
-            if read.shape != ours.shape or not torch.equal(read, ours):
-                raise weight_difference(linear.name, read, ours)
+            ours, tensors = subject.packed(linear), reader.module(linear.name)
+            said = self.config_of(linear.name, stated)
+            for rows in ours.pieces():
+                self._compare(linear.name, tensors, said, ours, rows)
+
+    def _compare(
+        self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any], ours: PackedLinear, rows: slice
+    ) -> None:
+        """Compare what is stored of some rows of a linear with what was packed."""
+        n_out = len(ours.stream)
+        stored = {leaf: take_rows(one, rows, n_out, -1) if one.ndim > 1 else one for leaf, one in tensors.items()}
+        try:
+            codes, zeros, groups = self.read(stored, said)
+        except _UNREADABLE as error:
+            reason = str(error).split("\n")[0]
+            raise ArtifactError(f"cannot unpack `{name}`", facts=(("reason", reason),)) from error
+        wanted, n_in = ours.rows(rows), ours.n_in
+        (own,) = wanted.parameters
+        for found, expected in (
+            (codes, wanted.codes),
+            (zeros, zero_points(own, ours.bits)),
+            (stored["scales"].T, own.scale),
+            (groups, torch.arange(n_in) // (n_in // own.scale.shape[-1])),
+        ):
+            if found.shape != expected.shape or not bool((found == expected).all()):
+                raise weight_difference(name, found, expected)
 
     def config_of(self, linear: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what a reader of the config takes it to say of a linear."""

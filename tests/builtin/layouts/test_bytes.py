@@ -21,8 +21,11 @@ from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
 from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.builtin.exporters.shards import Shards
 from qtool.engine.exporter import UNREADABLE, Exporter
+from qtool.engine.packed import PackedLinear
 from qtool.errors import ArtifactError
+from qtool.numerics.packing import pack_codes
 from qtool.plugins import Plugins
+from qtool.scheme import GroupParameters
 from tests.builtin.layouts.conftest import NAME, Make, altered, calibrated, flipped
 from tests.builtin.packed import written
 
@@ -31,6 +34,11 @@ def codes_of(bits: int, outputs: int = 32, inputs: int = 32) -> Tensor:
     return torch.randint(
         0, 2**bits, (outputs, inputs), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
     )
+
+
+def packed(codes: Tensor, bits: int) -> PackedLinear:
+    """Return codes as they lie in an artifact."""
+    return PackedLinear(pack_codes(codes, bits), bits, codes.shape[1], GroupParameters(torch.ones(len(codes), 1)))
 
 
 def word(*places: tuple[int, int]) -> int:
@@ -43,7 +51,7 @@ def word(*places: tuple[int, int]) -> int:
 @pytest.mark.parametrize("exporter", [GPTQ(), GPTQv2()])
 def test_gptq_words_hold_codes_along_inputs_and_zeros_along_outputs(exporter: GPTQv2, bits: int) -> None:
     codes, zeros = codes_of(bits), codes_of(bits, inputs=2).clamp(min=1)
-    tensors = exporter.tensors(codes, zeros, bits)
+    tensors = exporter.tensors(packed(codes, bits), zeros)
     per, less = 32 // bits, 1 if exporter.layout == "gptq" else 0
     for row in range(32 // per):
         for out in (0, 1, 31):
@@ -59,8 +67,8 @@ def test_gptq_words_hold_codes_along_inputs_and_zeros_along_outputs(exporter: GP
 
 def test_gptq_symmetric_zeros_are_the_constants_that_readers_know() -> None:
     codes, zeros = codes_of(4), torch.full((32, 1), 8, dtype=torch.uint8)
-    assert set(GPTQ().tensors(codes, zeros, 4)["qzeros"].flatten().tolist()) == {0x77777777}
-    assert set(GPTQv2().tensors(codes, zeros, 4)["qzeros"].flatten().tolist()) == {word((0x88888888, 0))}
+    assert set(GPTQ().tensors(packed(codes, 4), zeros)["qzeros"].flatten().tolist()) == {0x77777777}
+    assert set(GPTQv2().tensors(packed(codes, 4), zeros)["qzeros"].flatten().tolist()) == {word((0x88888888, 0))}
 
 
 def three_words(c: list[int]) -> list[int]:
@@ -75,7 +83,7 @@ def three_words(c: list[int]) -> list[int]:
 @pytest.mark.parametrize("exporter", [GPTQ(), GPTQv2()])
 def test_gptq_packs_32_codes_of_3_bits_into_3_words_and_splits_two_of_them(exporter: GPTQv2) -> None:
     codes, zeros = codes_of(3), codes_of(3, inputs=2).clamp(min=1)
-    tensors = exporter.tensors(codes, zeros, 3)
+    tensors = exporter.tensors(packed(codes, 3), zeros)
     less = 1 if exporter.layout == "gptq" else 0
     for out in range(32):
         assert tensors["qweight"][:, out].tolist() == three_words(codes[out].tolist())
@@ -85,7 +93,7 @@ def test_gptq_packs_32_codes_of_3_bits_into_3_words_and_splits_two_of_them(expor
 
 def test_awq_words_hold_eight_outputs_in_their_order() -> None:
     codes, zeros = codes_of(4, outputs=16), codes_of(4, outputs=16, inputs=2)
-    tensors = AWQ().tensors(codes, zeros, 4)
+    tensors = AWQ().tensors(packed(codes, 4), zeros)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     for name, values in (("qweight", codes), ("qzeros", zeros)):
         assert tensors[name].shape == (values.shape[1], 2)
