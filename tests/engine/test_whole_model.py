@@ -33,7 +33,7 @@ IN_FRONT = {
     "gpt-neox": ("input_layernorm", "post_attention_layernorm"),
 }
 """Norms in front of linears, inside a block; those of the others are Llama's."""
-SETTINGS = {"rtn+lorc": {"rank": "3"}, "rtn+qwt": {"rank": "3"}, "spqr": {"tau": "0.05", "bilevel": "no"}}
+SETTINGS = {"rtn+lorc": {"rank": "3"}, "rtn+qwt": {"rank": "3"}, "spqr": {"tau": "0.05"}}
 Probe = Callable[[ModelProblem], object]
 Learn = Callable[[ModelProblem], Values]
 
@@ -231,7 +231,7 @@ NVFP4 = {"weights": "nvfp4", "activations": "nvfp4"}
         ("gemma", "rtn", "quarot", W4A4, True),
         ("llama", "rtn", "atom", W4A4, True),
         ("llama", "gptq", "quarot", NVFP4, False),
-        ("llama", "spqr", "", {"weights": "int3-asym-g8"}, False),
+        ("llama", "spqr", "", {"weights": "int3-asym-g8-real"}, False),
         ("llama", "rtn+lorc", "", {"weights": "int3-g8-sfp16", "activations": "int8-sym-token"}, True),
         ("llama", "rtn+qwt", "", {"weights": "int3-g8"}, True),
         ("gemma2", "gptq", "", {"weights": "int3-asym-g8"}, True),
@@ -293,15 +293,13 @@ def test_scales_of_channels_apart_move_their_own_columns(bench: Opened) -> None:
         ("fp4-g8-se4m3", "rtn"),
         ("mxfp4", "rtn"),
         ("fp8-b8-sbf16", "rtn"),
-        ("int3-asym-g8", "spqr"),
-        ("int3-asym-g8", "spqr-two-levels"),
+        ("int3-asym-g8-real", "spqr"),
+        ("int3-asym-g8-scales3g16", "rtn"),
     ],
 )
 def test_scales_that_cannot_be_moved_by_little_are_not_offered(bench: Opened, weights: str, method: str) -> None:
     own = bench("llama", hidden_size=32, intermediate_size=64)
-    asked = own.asked(weights, method.removesuffix("-two-levels"))
-    if method.endswith("levels"):
-        asked = replace(asked, settings={"tau": "none"})
+    asked = own.asked(weights, method)
     (norms, scales), _ = own.looked(asked, lambda problem: (list(problem.norms), list(problem.scales)))
     assert len(norms) == 5
     assert scales == []

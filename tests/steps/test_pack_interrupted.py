@@ -62,6 +62,7 @@ def test_ctrl_c_leaves_nothing_behind(
     quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str, moment: str
 ) -> None:
     """The signal comes while the second block's linears are read, or once the writer is done."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell lets its jobs ignore it
     artifact = quantized(quantize, to)
     before = everything(tmp_path)
     exporter = workspace.plugins.load("exporters", to)

@@ -97,13 +97,13 @@ class TestNumbers:
         self, desk: Desk, statistics: Artifact, plan: Artifact, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         read: list[str] = []
-        original = Artifact._read
+        original = Artifact.tensor
 
-        def noted(artifact: Artifact, names: Any) -> dict[str, Tensor]:  # noqa: ANN401 - as Artifact._read
-            read.extend(names.values())
-            return original(artifact, names)
+        def noted(artifact: Artifact, name: str) -> Tensor:
+            read.append(name)
+            return original(artifact, name)
 
-        monkeypatch.setattr(Artifact, "_read", noted)
+        monkeypatch.setattr(Artifact, "tensor", noted)
         magnitudes(statistics, desk.workspace.model(str(desk.model)), {"after": read_plan(plan)}, SITE)
         gathered = [name for name in read if name.startswith("layers.")]
         assert sorted(gathered) == ["layers.0.attn_in.sample", "layers.1.attn_in.sample"]
