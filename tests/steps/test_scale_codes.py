@@ -253,6 +253,6 @@ def test_what_is_foreseen_before_any_work_is_what_is_stored(desk: Desk) -> None:
 def test_other_methods_keep_the_ranges(desk: Desk, method: str) -> None:
     scheme = read_scheme("", {"weights": "int3-asym-g8-scales3g5"}, desk.workspace.plugins)
     name = "rtn+cd" if method == "cd" else method
-    settings = {"rank": "2"} if method in ("svdquant", "caldera") else {}
+    settings = {"rank": "2", "iterations": "1"} if method in ("svdquant", "caldera") else {}
     artifact, _ = mitigate(MitigateRequest(str(desk.calibrate().path), name, scheme, settings), desk.workspace)
     assert f"{LAST}.scale.codes" in artifact.header.slots
