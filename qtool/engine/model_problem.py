@@ -46,7 +46,8 @@ class ModelResult:
 
     Attributes:
         values: Gains and scales that are others now, by name; scales become what their format stores.
-        report: What happened, as numbers: ``kl`` and ``kl_before``, on windows that were not learned from, ….
+        report: What happened, as numbers: ``kl`` and ``kl_before``, the loss of some windows at the end and at the
+            start, ….
     """
 
     values: Values
