@@ -23,8 +23,10 @@ if TYPE_CHECKING:  # what starts the processes that are measured must stay small
     from torch import Tensor
 
 ROWS, COLUMNS, GROUP, BLOCK = 2048, 8192, 128, 128
+ROW_GROUPS = 4  # of guidedquant, its default
 LIMIT = 900
 FIRST = "gptq, plain"
+OWN_SCHEMES = {"spqr": "int3-asym-g16-sfp16-scales3g16"}
 PRODUCTS = "its matrix products"
 
 
@@ -75,34 +77,43 @@ def _method(what: str) -> Callable[[], object]:
     import torch
 
     from qtool.engine.grid import Grid
-    from qtool.engine.problem import LayerProblem
+    from qtool.engine.guided import GUIDED
+    from qtool.engine.problem import LayerProblem, Mitigator, Retargeter
     from qtool.errors import UsageError
     from qtool.plugins import Plugins
     from qtool.scheme import parse_tensor_scheme
 
     plugins = Plugins.discover()
     method = plugins.load("mitigators", what.partition(",")[0])
+    if not isinstance(method, (Mitigator, Retargeter)):
+        raise UsageError("several methods, or one that sees more than a layer")
     gptq = plugins.load("mitigators", "gptq")
     plain = gptq.Config(clip="none", clip_metric="mse")
     config = plain if what == FIRST else method.Config()
-    scheme = parse_tensor_scheme(f"int4-g{GROUP}", plugins.format)
+    scheme = parse_tensor_scheme(OWN_SCHEMES.get(what, f"int4-g{GROUP}"), plugins.format)
     inputs = correlated_inputs()
     entries = {"hessian": inputs.T @ inputs / len(inputs)}
     full = inputs + 0.1 * torch.randn(inputs.shape)
+    held, held_full = inputs[::8], full[::8]
     made = {
         "cross": lambda: full.T @ inputs / len(inputs),
         "full_hessian": lambda: full.T @ full / len(inputs),
+        "held_out": lambda: torch.stack([held.T @ held, held_full.T @ held]) / len(inputs),
         "absmax": lambda: inputs.abs().amax(0),
         "mean_abs": lambda: inputs.abs().mean(0),
         "mean": lambda: inputs.mean(0),
         "sample": lambda: inputs,
     }
+    if "saliency" in method.needs:  # stands for what is made of it: a Hessian for each group of rows
+        entries |= {"saliency": torch.ones(1), GUIDED: entries["hessian"].expand(ROW_GROUPS, -1, -1)}
     for need in (*method.needs, *getattr(config, "needs", ())):
         if need not in entries and need not in made:
             raise UsageError(f"needs `{need}`, which a made-up layer has not")
         entries.setdefault(need, made.get(need, lambda: entries["hessian"])())
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
-    problem = LayerProblem("layer", weight, Grid.of(scheme, plugins.format("int4")), entries["hessian"], entries)
+    problem = LayerProblem("layer", weight, Grid.of(scheme, plugins.format(scheme.format)), entries["hessian"], entries)
+    if isinstance(method, Retargeter):
+        return lambda: method.retarget(replace(problem, memory={}), config)
     small = replace(problem, weight=weight[:GROUP, :GROUP], hessian=entries["hessian"][:GROUP, :GROUP], entries={})
     try:  # on a corner: does it have to follow another?
         method.quantize(replace(small, entries={name: _corner(entry) for name, entry in entries.items()}), config)
@@ -114,7 +125,7 @@ def _method(what: str) -> Callable[[], object]:
 
 
 def _corner(entry: Tensor) -> Tensor:
-    return entry[:GROUP, :GROUP] if entry.shape[0] == COLUMNS and entry.ndim == 2 else entry[..., :GROUP]
+    return entry[..., :GROUP, :GROUP] if entry.shape[-2:-1] == (COLUMNS,) else entry[..., :GROUP]
 
 
 def _products() -> Callable[[], object]:
