@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -14,11 +15,13 @@ Calibrated: TypeAlias = Literal["none", "static", "dynamic", "local"]
 CT, GGUF_FILE, DENSE = "compressed-tensors", "gguf", "dense"
 UNREAD_KEYS: Mapping[str, frozenset[str]] = {
     CT: frozenset({"sparsity_config"}),
-    "gptq": frozenset({"dynamic", "modules_in_block_to_quantize"}),
+    "gptq": frozenset({"modules_in_block_to_quantize"}),
 }
 """Keys of a config that change what linears are, and that no rule speaks of."""
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that engines make one of, by the ends of their names."""
+_FUSED_NAMES = ("qkv_proj", "gate_up_proj")
+_OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
 ONLINE = ("hadamard", "random-hadamard")
 """Rotations that rules speak of, as configs call them."""
 
@@ -48,7 +51,7 @@ class Case:
         experts: Whether the model has experts.
         apart: Whether linears that engines fuse into one have several schemes.
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
-            modelopt, says for each linear what it has.
+            modelopt, says for each linear what it has, or, of gptq, has ``dynamic`` rules.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
         biased: Whether a linear behind such a rotation has a bias.
         act_order: Whether columns are in an order of their own.
@@ -122,7 +125,7 @@ def cases_of(config: Mapping[str, Any] | None, **about: Any) -> tuple[Case, ...]
     method = str(config.get("quant_method", ""))
     keys = UNREAD_KEYS.get(method, frozenset())
     unread = ", ".join(sorted(key for key in keys if config.get(key)))
-    readers = {CT: _compressed, "gptq": _gptq, "awq": _awq, "modelopt": _modelopt}
+    readers = {CT: _compressed, "gptq": _gptq, "awq": _awq, "modelopt": _modelopt, "fp8": _fp8}
     try:
         if method not in readers:
             return (Case(method or "unknown", str(config.get("format", "")), **about),)
@@ -183,18 +186,56 @@ def _online(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _gptq(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one kind of linears, and one for each rule of ``dynamic`` that makes another; ``-:`` leaves linears out."""
+    rules = config.get("dynamic") or {}
+    changes = [dict(change) for pattern, change in rules.items() if not pattern.startswith("-:")]
+    about: dict[str, Any] = {"beside": bool(rules)}
+    if any(set(change) - _OVERRIDES for change in changes):
+        about["unread"] = "dynamic"
+    return [about | _gptq_linears({**config, **change}) for change in ({}, *changes)]
+
+
+def _gptq_linears(config: Mapping[str, Any]) -> dict[str, Any]:
     size = int(config["group_size"])
-    return [
-        {
-            "layout": str(config.get("checkpoint_format", "gptq")),
-            "bits": int(config["bits"]),
-            "type": "int",
-            "symmetric": bool(config.get("sym", True)),
-            "strategy": "group" if size > 0 else "channel",
-            "group_size": size,
-            "act_order": bool(config.get("desc_act", False)) and size > 0,
-        }
-    ]
+    return {
+        "layout": str(config.get("checkpoint_format", "gptq")),
+        "bits": int(config["bits"]),
+        "type": "int",
+        "symmetric": bool(config.get("sym", True)),
+        "strategy": "group" if size > 0 else "channel",
+        "group_size": size,
+        "act_order": bool(config.get("desc_act", False)) and size > 0,
+    }
+
+
+def dynamic_apart(config: Mapping[str, Any], linears: Iterable[str]) -> bool:
+    """Say whether rules of ``dynamic`` treat linears that engines fuse unlike, or unlike what they are fused into.
+
+    Args:
+        config: A ``quantization_config`` of gptq.
+        linears: Names of linears.
+    """
+    rules = config.get("dynamic") or {}
+
+    def rule(name: str) -> str:
+        return next((one for one in rules if re.match(one.removeprefix("-:").removeprefix("+:"), name)), "")
+
+    for name in linears:
+        front, _, leaf = name.rpartition(".")
+        alike = next(({*names, whole} for names, whole in zip(FUSED, _FUSED_NAMES, strict=True) if leaf in names), ())
+        if len({rule(f"{front}.{one}") and repr(rules[rule(f"{front}.{one}")]) for one in alike}) > 1:
+            return True
+    return False
+
+
+def _fp8(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the linears of DeepSeek's FP8: weights in blocks, or with one scale each."""
+    sizes = config.get("weight_block_size")
+    shared = {"strategy": "block", "group_size": int(sizes[-1])} if sizes else {"strategy": "tensor"}
+    given = {"strategy": "group" if sizes else "tensor", "group_size": int(sizes[-1]) if sizes else None}
+    dynamic = str(config.get("activation_scheme", "dynamic")).lower() == "dynamic"
+    inputs = _inputs({"num_bits": 8, "type": "float", "dynamic": dynamic, **given})
+    return [{"layout": str(config.get("fmt", "e4m3")), "bits": 8, "type": "float", **shared, **inputs}]
 
 
 def _awq(config: Mapping[str, Any]) -> list[dict[str, Any]]:

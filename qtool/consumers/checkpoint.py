@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
-from qtool.consumers.case import CT, DENSE, GGUF_FILE, Case, cases_of
+from qtool.consumers.case import CT, DENSE, GGUF_FILE, Case, cases_of, dynamic_apart
 from qtool.errors import ArtifactError
 from qtool.scheme import ModelScheme, TensorScheme
 
@@ -148,6 +148,8 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
     if whole := _whole_fp8(quantization, names):
         calibrated = {name.removesuffix(_INPUT_SCALE) for name in names if name.endswith(_INPUT_SCALE)}
         about["inputs"] = "static" if whole & calibrated else "dynamic"
+    if (quantization or {}).get("dynamic"):
+        about["apart"] = dynamic_apart(quantization or {}, {name.rpartition(".")[0] for name in names})
     cases = cases_of(quantization, **about)
     ends = _STORED.get(cases[0].method, ())
     if names and ends and not any(name.endswith(ends) for name in names):

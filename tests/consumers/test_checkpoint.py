@@ -56,6 +56,9 @@ BY_OTHERS: dict[str, Any] = {
         "zero_point": True,
     },
     "AutoAWQ, older": {"w_bit": 4, "q_group_size": 128, "quant_method": "awq", "version": "GEMM", "zero_point": True},
+    "DeepSeek": {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    },
     "ModelOpt": {"quant_method": "modelopt", "quant_algo": "nvfp4", "kv_cache_quant_algo": "FP8", "ignore": []},
 }  # fmt: skip
 INT8 = {"type": "int", "bits": 8, "strategy": "channel"}
@@ -67,10 +70,13 @@ READ = {
     "auto-round": Case("gptq", "gptq", **FOUR),
     "AutoAWQ": Case("awq", "gemm", **FOUR, symmetric=False),
     "AutoAWQ, older": Case("awq", "gemm", **FOUR, symmetric=False),
+    "DeepSeek": Case("fp8", "e4m3", bits=8, strategy="block", group_size=128, inputs="dynamic", input_bits=8,
+                     input_type="float", input_strategy="group", input_group_size=128),
     "ModelOpt": Case("modelopt", "NVFP4", **FP4, inputs="local", input_bits=4, input_type="float",
                      input_strategy="tensor_group", cache="static", cache_format="fp8-tensor"),
 }  # fmt: skip
 STORED = {"compressed-tensors": "weight_scale", "gptq": "qweight", "awq": "qweight", "modelopt": "weight_scale"}
+STORED["fp8"] = "weight_scale_inv"
 
 
 def bits_of(name: str) -> int:
@@ -97,6 +103,26 @@ def test_configs_of_other_tools_are_read(tmp_path: Path, maker: str) -> None:
     scale = "fp16" if STORED[config["quant_method"]] == "weight_scale" else ""
     assert (case.dtype, case.scale) == ("bfloat16", scale)
     assert {**vars(case), "dtype": "", "scale": ""} == vars(READ[maker])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "apart"),
+    [
+        (r"+:.*\.up_proj$", True),
+        (r"+:.*\.(?:gate_proj|up_proj)$", True),
+        (r"+:.*\.(?:gate_proj|up_proj|gate_up_proj)$", False),
+        (r"-:.*\.up_proj$", True),
+        (r"+:.*\.down_proj$", False),
+        (r"+:up_proj", False),
+    ],
+)
+def test_rules_of_gptq_that_split_what_engines_fuse_are_seen(tmp_path: Path, pattern: str, apart: bool) -> None:
+    config = {**BY_OTHERS["auto-round"], "dynamic": {pattern: {} if pattern[0] == "-" else {"group_size": 32}}}
+    names = [f"model.layers.0.mlp.{name}.qweight" for name in ("up_proj", "gate_proj", "down_proj")]
+    found = read_checkpoint(checkpoint(tmp_path, config, *names), bits_of)
+    assert {one.apart for one in found} == {apart}
+    assert [one.group_size for one in found] == [128, *([] if pattern[0] == "-" else [32])]
+    assert answer(found, "vllm", "cpu").verdict == ("refuses" if apart else "loads")
 
 
 def test_experts_and_scales_come_from_the_heads_of_files(tmp_path: Path) -> None:

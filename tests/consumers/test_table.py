@@ -19,6 +19,7 @@ from qtool.errors import UsageError
 Config = dict[str, Any]
 RULES = table()
 METHODS = ("compressed-tensors", "gptq", "awq", "modelopt")
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 SEVERAL = ({"apart": True}, {"beside": True}, {"apart": True, "beside": True})
 FIELDS = {field.name for field in fields(Case)}
 
@@ -86,6 +87,10 @@ def configs() -> Iterator[Config | None]:
     for bits, size, sym, order in product((2, 3, 4, 8), (-1, 16, 32, 128), (True, False), (True, False)):
         config = {"bits": bits, "group_size": size, "sym": sym, "desc_act": order}
         yield {"quant_method": "gptq", "checkpoint_format": "gptq_v2" if order else "gptq", **config}
+    yield {**GPTQ, "dynamic": {"+:.*down_proj": {"group_size": 32}}}
+    yield compressed("", "int4-sym-group32-static")
+    for scheme, sizes in product(("dynamic", "static"), ({"weight_block_size": [128, 128]}, {})):
+        yield {"quant_method": "fp8", "activation_scheme": scheme, **sizes}
     for size in (-1, 32, 48):
         yield {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
     for algorithm in ("NVFP4", "W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN", "FP8"):
@@ -197,7 +202,10 @@ NVFP4 = compressed("nvfp4-pack-quantized", "float4-sym-tensor_group16-static", "
 FP8 = compressed("float-quantized", "float8-sym-channel-static", "float8-sym-token-dynamic")
 FP8_TENSOR = compressed("float-quantized", "float8-sym-tensor-static", "float8-sym-tensor-dynamic")
 LIBRARY_W4A4 = compressed("int-quantized", "int4-sym-channel-static", "int4-sym-token-dynamic")
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+NO_FORMAT = compressed("", "int4-sym-group64-static")
+CACHED_STATIC = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-tensor-static")
+MODELOPT_FP8 = {"quant_method": "modelopt", "quant_algo": "FP8"}
 W8A16 = compressed("pack-quantized", "int8-sym-channel-static")
 W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
 
@@ -221,7 +229,20 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
         ({**GPTQ, "sym": False}, "vllm", "sm80", "refuses", "refused: it wants symmetric weights of 4 or 8 bits"),
         ({**GPTQ, "desc_act": True}, "vllm", "sm80", "refuses", "refused: it has no groups of columns in an order"),
         ({**GPTQ, "desc_act": True, "group_size": -1}, "vllm", "sm80", "loads", "W4A16"),
-        ({**GPTQ, "dynamic": {"-:.*gate": {}}}, "vllm", "sm80", "unknown", "unknown: no rule speaks of `dynamic`"),
+        ({**GPTQ, "dynamic": {"-:.*gate": {}}}, "vllm", "sm80", "loads", "W4A16"),
+        ({**GPTQ, "dynamic": {"+:.*down": {"bits": 8}}}, "vllm", "cpu", "refuses", "refused: it has a kernel for"),
+        ({**GPTQ, "dynamic": {"+:.*down": {"group_size": 32}}}, "vllm", "cpu", "loads", "W4A16"),
+        ({**GPTQ, "dynamic": {"-:.*gate": {}}}, "sglang", "sm80", "unknown", "unknown: no rule speaks of groups"),
+        ({**GPTQ, "dynamic": {"+:.*": {"act": 8}}}, "vllm", "sm80", "unknown", "unknown: no rule speaks of `dynamic`"),
+        ({**GPTQ, "desc_act": True}, "vllm", "cpu", "refuses", "refused: it has no groups of columns in an order"),
+        (FP8_BLOCKS, "vllm", "cpu", "refuses", "refused: it has kernels for FP8 in blocks on CPUs with AMX only"),
+        (FP8_BLOCKS, "transformers", "any", "executes-other", "W8A16: weights are decoded to bfloat16"),
+        (FP8_BLOCKS, "llama.cpp", "any", "refuses", "refused: it loads GGUF files only; convert the model"),
+        ({"quant_method": "quark"}, "llama.cpp", "any", "refuses", "refused: it loads GGUF files only; convert"),
+        (NO_FORMAT, "vllm", "cpu", "refuses", "refused: the config has no `format`"),
+        (NO_FORMAT, "transformers", "any", "loads", "W4A16"),
+        (CACHED_STATIC, "transformers", "any", "loads", "W4A16: activations are not quantized, weights are decoded"),
+        (MODELOPT_FP8, "vllm", "cpu", "unknown", "unknown: no rule speaks of these linears in modelopt FP8"),
         (W8A16, "vllm", "cpu", "refuses", "refused: it has a kernel for packed integers of 4 bits only"),
         (W8A16, "vllm", "sm80", "loads", "W8A16"),
         (W4A16, "llama.cpp", "any", "refuses", "refused: it loads GGUF files only"),
@@ -233,6 +254,38 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
 def test_what_is_known(config: Config | None, consumer: str, device: str, verdict: str, says: str) -> None:
     found = asked(config, consumer, device)
     assert (found.verdict, found.says[: len(says)]) == (verdict, says)
+
+
+@pytest.mark.parametrize(
+    ("layout", "consumer", "verdict"),
+    [
+        ("Q4_0", "transformers", "loads"),
+        ("Q4_1", "transformers", "loads"),
+        ("NVFP4", "transformers", "refuses"),
+        ("Q4_K", "transformers", "unknown"),
+        ("NVFP4", "sglang", "refuses"),
+        ("Q4_0", "sglang", "unknown"),
+        ("Q4_0", "vllm", "refuses"),
+    ],
+)
+def test_what_is_known_of_gguf_files(layout: str, consumer: str, verdict: str) -> None:
+    device = devices_of(consumer)[0]
+    assert answer([Case("gguf", layout, bits=4)], consumer, device).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("random-hadamard", "'HadamardTransform' object has no attribute 'cpu_linear'"),
+        ("hadamard", "'_OpNamespace' '_C' object has no attribute 'hadacore_transform'"),
+    ],
+)
+def test_rotations_in_the_forward_pass_are_refused_on_a_cpu_with_its_message(kind: str, message: str) -> None:
+    apply = [{"location": "input", "targets": ["model.layers.0.mlp.down_proj"]}]
+    found = asked(
+        {**W4A16, "transform_config": {"config_groups": {"a": {"type": kind, "apply": apply}}}}, "vllm", "cpu"
+    )
+    assert (found.verdict, found.message) == ("refuses", message)
 
 
 @pytest.mark.parametrize(
