@@ -186,7 +186,7 @@ def _online(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _gptq(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one kind of linears, and one for each rule of ``dynamic`` that makes another; ``-:`` leaves linears out."""
+    """Return one kind of linears, and one for each rule of ``dynamic``; those with ``-:`` leave linears in 16 bits."""
     rules = config.get("dynamic") or {}
     changes = [dict(change) for pattern, change in rules.items() if not pattern.startswith("-:")]
     about: dict[str, Any] = {"beside": bool(rules)}
