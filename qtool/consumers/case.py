@@ -142,7 +142,7 @@ def cases_of(config: Mapping[str, Any] | None, **about: Any) -> tuple[Case, ...]
 def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = [
         {
-            "layout": str(group.get("format") or config.get("format", "")),
+            "layout": str(group.get("format") or config.get("format") or ""),
             **_weights(group["weights"]),
             **_inputs(group.get("input_activations")),
             **({"unread": "output_activations"} if group.get("output_activations") else {}),

@@ -243,6 +243,7 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
         (FP8_BLOCKS, "llama.cpp", "any", "refuses", "refused: it loads GGUF files only; convert the model"),
         ({"quant_method": "quark"}, "llama.cpp", "any", "refuses", "refused: it loads GGUF files only; convert"),
         (NO_FORMAT, "vllm", "cpu", "refuses", "refused: the config has no `format`"),
+        ({**NO_FORMAT, "format": None}, "vllm", "cpu", "refuses", "refused: the config has no `format`"),
         (NO_FORMAT, "transformers", "any", "loads", "W4A16"),
         (CACHED_STATIC, "vllm", "cpu", "loads", "W4A16: activations are not quantized; FP8 KV cache with the scales"),
         (CACHED_STATIC, "transformers", "any", "loads", "W4A16: activations are not quantized, weights are decoded"),

@@ -52,7 +52,7 @@ def test_weights_are_decoded_and_the_numbers_are_ours(packed: Packed, weights: s
         executable = BlockExecutable(one, device=torch.device("cpu"), dtype=torch.float32, batch=1)
         logits += [found.log_softmax(-1) for _, found in executable.forward_windows(tokens)]
     ours, whole = logits
-    assert (theirs - ours).abs().mean() < 0.2 * (whole - ours).abs().mean()  # the embedding is float16 there
+    assert (theirs - ours).abs().mean() < 0.03 * (whole - ours).abs().mean()  # the embedding is float16 there
 
 
 def test_nvfp4_fails_with_the_message_of_the_table(packed: Packed) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -289,3 +290,22 @@ def test_vllm_on_a_cpu_refuses_what_the_table_says_with_its_message(packed: Pack
         assert (said.verdict, said.known) == ("refuses", "run on a CPU"), scheme
         assert said.message, scheme
         assert said.message in result.message, scheme
+
+
+def test_what_others_write_is_refused_as_the_table_says(packed: Packed, read: Read, tmp_path: Path) -> None:
+    folders = {"desc_act": tmp_path / "ordered", "format": tmp_path / "without"}
+    for (name, folder), to in zip(folders.items(), ("gptq", CT), strict=True):
+        shutil.copytree(packed(Scheme(SIGNED, "", "", to))[1], folder)
+        config = json.loads((folder / "config.json").read_text())
+        own = config["quantization_config"]
+        own.update({"desc_act": True} if name == "desc_act" else {"format": None})
+        for group in own.get("config_groups", {}).values():
+            group.pop("format", None)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "qtool.json").unlink(missing_ok=True)
+    found = read(list(folders.values()))
+    for folder in folders.values():
+        result, said = found[str(folder)], told(folder)
+        assert (said.verdict, said.known, result.values) == ("refuses", "run on a CPU", [])
+        assert said.message
+        assert said.message in result.message
