@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
@@ -21,6 +22,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that engines make one of, by the ends of their names."""
 ONLINE = ("hadamard", "random-hadamard")
 """Rotations that rules speak of, as configs call them."""
+_PRECISION = re.compile(r"W(\d+)A(\d+)")
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ def _modelopt(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _modelopt_linears(algorithm: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of linears of one algorithm."""
-    four = "FP4" in algorithm
+    named = _PRECISION.match(algorithm)
+    four = "FP4" in algorithm if named is None else named[1] == "4"
     strategy = "tensor_group" if four else "tensor" if algorithm == "FP8" else "channel"
     static: Mapping[str, Any] = {"strategy": strategy, "type": "float", "symmetric": True}
     found = {"layout": algorithm, "bits": 4 if four else 8, "group_size": 16 if four else -1, **static}
@@ -233,7 +236,9 @@ def _modelopt_linears(algorithm: str, config: Mapping[str, Any]) -> dict[str, An
         found |= _inputs({"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"})
     elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         found |= _inputs({"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"})
-    elif algorithm == "W4A16_NVFP4":
+    elif named is not None and named[2] != "16":
+        found |= {"inputs": "static", "input_bits": int(named[2])}
+    elif named is not None:
         found["inputs"] = "none"
     algorithm_of_cache = config.get("kv_cache_quant_algo")
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} if algorithm_of_cache == "FP8" else None

@@ -217,7 +217,7 @@ def test_reciprocals_that_do_not_invert_are_known() -> None:
     [
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"transform_config": {"config_groups": {}, "x": 1}}, "transform_config"),
-        ({"config_groups": {}}, "several groups"),
+        ({"config_groups": {}}, "which no group names"),
     ],
 )
 def test_what_is_more_than_codes_is_refused(

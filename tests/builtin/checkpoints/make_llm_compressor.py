@@ -1,0 +1,139 @@
+"""Makes checkpoints with llm-compressor; run it where that is installed: python make_llm_compressor.py FOLDER [NAME ...].
+
+What is expected of each is what compressed-tensors decodes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils import match_targets
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from model import random_llama, random_tokens, tensors_of, write_expected
+from torch import Tensor, nn
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+def grouped(weights: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return one group for all linears."""
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, **more}}}
+
+
+def preset(name: str, **more: Any) -> QuantizationModifier:
+    """Return the modifier of a preset."""
+    return QuantizationModifier(targets="Linear", scheme=name, **{"ignore": ["lm_head"], **more})
+
+
+def own(weights: dict[str, Any], **more: Any) -> QuantizationModifier:
+    """Return the modifier of a scheme of our own."""
+    return QuantizationModifier(ignore=["lm_head"], **grouped(weights), **more)
+
+
+MIXED = {
+    "config_groups": {
+        "ints": {"targets": ["re:.*self_attn.*"], "weights": INT4},
+        "floats": {
+            "targets": ["re:.*(gate|up)_proj$"],
+            "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        },
+    }
+}
+STATIC_INT8 = {
+    "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+}
+ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+TOKENS = {"input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}}
+RECIPES: dict[str, tuple[int, Any]] = {
+    "w4a16-g32": (2, lambda: own(INT4)),
+    "w4a16-asym-g32": (2, lambda: own(INT4 | {"symmetric": False})),
+    "w4a16-channel": (2, lambda: own(INT4 | {"strategy": "channel", "group_size": None})),
+    "w3a16-asym-g32": (2, lambda: own(INT4 | {"num_bits": 3, "symmetric": False})),
+    "w4a16-gptq-weight": (
+        2,
+        lambda: GPTQModifier(ignore=["lm_head"], **grouped(INT4 | {"actorder": "weight"}), block_size=32),
+    ),
+    "w4a16-gptq-static": (
+        2,
+        lambda: GPTQModifier(ignore=["lm_head"], **grouped(INT4 | {"actorder": "static"}), block_size=32),
+    ),
+    "w4a16-gptq-group": (
+        2,
+        lambda: GPTQModifier(ignore=["lm_head"], **grouped(INT4 | {"actorder": "group"}), block_size=32),
+    ),
+    "w4a16-some": (2, lambda: preset("W4A16", ignore=["lm_head", "re:.*layers.0.*down_proj"], **{})),
+    "w8a16": (1, lambda: own(ROWS)),
+    "w4a8": (2, lambda: QuantizationModifier(ignore=["lm_head"], **grouped(INT4, **TOKENS))),
+    "w8a8": (1, lambda: preset("W8A8")),
+    "w8a8-asym": (1, lambda: QuantizationModifier(ignore=["lm_head"], **grouped(ROWS | {"symmetric": False}, **TOKENS))),
+    "w8a8-static": (1, lambda: QuantizationModifier(ignore=["lm_head"], **grouped(ROWS, **STATIC_INT8))),
+    "fp8": (1, lambda: preset("FP8")),
+    "fp8-dynamic": (1, lambda: preset("FP8_DYNAMIC")),
+    "fp8-block": (1, lambda: preset("FP8_BLOCK")),
+    "nvfp4": (2, lambda: preset("NVFP4")),
+    "nvfp4a16": (2, lambda: preset("NVFP4A16")),
+    "mxfp4": (2, lambda: preset("MXFP4")),
+    "mxfp4a16": (2, lambda: preset("MXFP4A16")),
+    "mxfp8": (1, lambda: preset("MXFP8")),
+    "mixed": (2, lambda: QuantizationModifier(ignore=["lm_head"], **MIXED)),
+    "kv-fp8": (1, lambda: own(INT4, kv_cache_scheme=KV)),
+    "kv-alone": (1, lambda: QuantizationModifier(kv_cache_scheme=KV)),
+    "head": (1, lambda: preset("FP8_DYNAMIC", ignore=[])),
+}
+"""Blocks, and what makes the recipe."""
+
+
+def decoded(folder: Path) -> dict[str, Tensor]:
+    """Decode every linear of a checkpoint with compressed-tensors, as its config says."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    groups = QuantizationConfig.model_validate(config).config_groups.values()
+    targets = {target: group for group in groups for target in group.targets}
+    tensors, found = tensors_of(folder), {}
+    for name in tensors:
+        linear, _, leaf = name.rpartition(".")
+        if leaf != "weight_scale":
+            continue
+        scheme = targets[match_targets(linear, nn.Linear(1, 1, device="meta"), targets)[0]]
+        own = {key.removeprefix(f"{linear}."): one for key, one in tensors.items() if key.startswith(f"{linear}.")}
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or config["format"])
+        found[linear] = compressor.decompress(own, scheme)["weight"]
+    return found
+
+
+def main() -> None:
+    """Make the checkpoints that are named, or all."""
+    home, *names = sys.argv[1:]
+    for name in names or RECIPES:
+        folder, (layers, recipe) = Path(home) / name, RECIPES[name]
+        try:
+            model = random_llama(layers)
+            tokens = random_tokens()
+            data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
+            data.set_format("torch")
+            oneshot(model=model, dataset=data, recipe=recipe(), max_seq_length=32, num_calibration_samples=8)
+            model.save_pretrained(folder, save_compressed=True)
+            write_expected(folder, decoded(folder), ("llmcompressor", "compressed-tensors", "transformers", "torch"))
+            sys.stderr.write(f"{name}: made\n")
+        except Exception as error:  # noqa: BLE001 - a recipe that this version does not have is told of
+            sys.stderr.write(f"{name}: {type(error).__name__}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
