@@ -1,4 +1,4 @@
-"""Makes checkpoints with llm-compressor; run it where that is installed: python make_llm_compressor.py FOLDER [NAME ...].
+"""Makes checkpoints with llm-compressor, where that is installed: python make_llm_compressor.py FOLDER [NAME ...].
 
 What is expected of each is what compressed-tensors decodes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,27 @@ INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "g
 KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
-def grouped(weights: dict[str, Any], **more: Any) -> dict[str, Any]:
+Scheme = dict[str, object]
+
+
+def grouped(weights: Scheme, inputs: Scheme | None = None) -> Scheme:
     """Return one group for all linears."""
-    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, **more}}}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}}
 
 
-def preset(name: str, **more: Any) -> QuantizationModifier:
+def preset(name: str, ignore: tuple[str, ...] = ("lm_head",)) -> QuantizationModifier:
     """Return the modifier of a preset."""
-    return QuantizationModifier(targets="Linear", scheme=name, **{"ignore": ["lm_head"], **more})
+    return QuantizationModifier(targets="Linear", scheme=name, ignore=list(ignore))
 
 
-def own(weights: dict[str, Any], **more: Any) -> QuantizationModifier:
+def own(weights: Scheme, inputs: Scheme | None = None, cache: Scheme | None = None) -> QuantizationModifier:
     """Return the modifier of a scheme of our own."""
-    return QuantizationModifier(ignore=["lm_head"], **grouped(weights), **more)
+    return QuantizationModifier(ignore=["lm_head"], kv_cache_scheme=cache, **grouped(weights, inputs))
+
+
+def solved(order: str) -> GPTQModifier:
+    """Return GPTQ with an order of columns."""
+    return GPTQModifier(ignore=["lm_head"], block_size=32, **grouped(INT4 | {"actorder": order}))
 
 
 MIXED = {
@@ -56,46 +65,57 @@ MIXED = {
         },
     }
 }
-STATIC_INT8 = {
-    "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
-}
+TENSOR = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
 ROWS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-TOKENS = {"input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}}
-RECIPES: dict[str, tuple[int, Any]] = {
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+RECIPES: dict[str, tuple[int, Callable[[], Any]]] = {
     "w4a16-g32": (2, lambda: own(INT4)),
     "w4a16-asym-g32": (2, lambda: own(INT4 | {"symmetric": False})),
     "w4a16-channel": (2, lambda: own(INT4 | {"strategy": "channel", "group_size": None})),
     "w3a16-asym-g32": (2, lambda: own(INT4 | {"num_bits": 3, "symmetric": False})),
-    "w4a16-gptq-weight": (
+    "w4a16-gptq-weight": (2, lambda: solved("weight")),
+    "w4a16-gptq-static": (2, lambda: solved("static")),
+    "w4a16-gptq-group": (2, lambda: solved("group")),
+    "w4a16-some": (
         2,
-        lambda: GPTQModifier(ignore=["lm_head"], **grouped(INT4 | {"actorder": "weight"}), block_size=32),
+        lambda: QuantizationModifier(ignore=["lm_head", "re:.*layers.0.*down_proj"], **grouped(INT4)),
     ),
-    "w4a16-gptq-static": (
-        2,
-        lambda: GPTQModifier(ignore=["lm_head"], **grouped(INT4 | {"actorder": "static"}), block_size=32),
-    ),
-    "w4a16-gptq-group": (
-        2,
-        lambda: GPTQModifier(ignore=["lm_head"], **grouped(INT4 | {"actorder": "group"}), block_size=32),
-    ),
-    "w4a16-some": (2, lambda: preset("W4A16", ignore=["lm_head", "re:.*layers.0.*down_proj"], **{})),
     "w8a16": (1, lambda: own(ROWS)),
-    "w4a8": (2, lambda: QuantizationModifier(ignore=["lm_head"], **grouped(INT4, **TOKENS))),
+    "w4a8": (2, lambda: own(INT4, TOKENS)),
     "w8a8": (1, lambda: preset("W8A8")),
-    "w8a8-asym": (1, lambda: QuantizationModifier(ignore=["lm_head"], **grouped(ROWS | {"symmetric": False}, **TOKENS))),
-    "w8a8-static": (1, lambda: QuantizationModifier(ignore=["lm_head"], **grouped(ROWS, **STATIC_INT8))),
+    "w8a8-asym": (1, lambda: own(ROWS | {"symmetric": False}, TOKENS)),
+    "w8a8-static": (1, lambda: own(ROWS, TENSOR)),
+    "w8a8-static-asym": (1, lambda: own(ROWS, TENSOR | {"symmetric": False})),
     "fp8": (1, lambda: preset("FP8")),
     "fp8-dynamic": (1, lambda: preset("FP8_DYNAMIC")),
     "fp8-block": (1, lambda: preset("FP8_BLOCK")),
+    "fp8-small-block": (
+        1,
+        lambda: own(
+            {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 32]},
+            {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True},
+        ),
+    ),
+    "fp8-weights": (1, lambda: own({"num_bits": 8, "type": "float", "strategy": "channel"})),
     "nvfp4": (2, lambda: preset("NVFP4")),
     "nvfp4a16": (2, lambda: preset("NVFP4A16")),
     "mxfp4": (2, lambda: preset("MXFP4")),
     "mxfp4a16": (2, lambda: preset("MXFP4A16")),
     "mxfp8": (1, lambda: preset("MXFP8")),
     "mixed": (2, lambda: QuantizationModifier(ignore=["lm_head"], **MIXED)),
-    "kv-fp8": (1, lambda: own(INT4, kv_cache_scheme=KV)),
+    "mixed-apart": (
+        1,
+        lambda: QuantizationModifier(
+            ignore=["lm_head"],
+            config_groups={
+                "few": {"targets": ["re:.*(k|v)_proj$"], "weights": ROWS},
+                "most": {"targets": ["re:.*(q|o|gate|up|down)_proj$"], "weights": INT4},
+            },
+        ),
+    ),
+    "kv-fp8": (1, lambda: own(INT4, cache=KV)),
     "kv-alone": (1, lambda: QuantizationModifier(kv_cache_scheme=KV)),
-    "head": (1, lambda: preset("FP8_DYNAMIC", ignore=[])),
+    "head": (1, lambda: preset("FP8_DYNAMIC", ignore=())),
 }
 """Blocks, and what makes the recipe."""
 
@@ -131,7 +151,7 @@ def main() -> None:
             model.save_pretrained(folder, save_compressed=True)
             write_expected(folder, decoded(folder), ("llmcompressor", "compressed-tensors", "transformers", "torch"))
             sys.stderr.write(f"{name}: made\n")
-        except Exception as error:  # noqa: BLE001 - a recipe that this version does not have is told of
+        except Exception as error:  # such as a recipe that this version does not have
             sys.stderr.write(f"{name}: {type(error).__name__}: {error}\n")
 
 

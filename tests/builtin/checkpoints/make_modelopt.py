@@ -6,7 +6,6 @@ What is expected of each is what ModelOpt's own tensors decode.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from model import random_llama, random_tokens, tensors_of, write_expected
 from modelopt.torch.export import export_hf_checkpoint
 from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def named(name: str) -> Callable[[], dict[str, Any]]:
@@ -37,7 +36,7 @@ def with_cache(name: str, cache: str) -> Callable[[], dict[str, Any]]:
     return made
 
 
-def _entries(quant_cfg: Any) -> list[Any]:
+def _entries(quant_cfg: dict[str, Any] | list[Any]) -> list[Any]:
     return list(quant_cfg) if isinstance(quant_cfg, list) else [{name: one} for name, one in quant_cfg.items()]
 
 
@@ -67,12 +66,12 @@ def decoded(folder: Path) -> dict[str, Tensor]:
         linear = name.removesuffix(".weight_scale")
         raw, scale = tensors[f"{linear}.weight"], tensors[name]
         if raw.dtype == torch.float8_e4m3fn and scale.ndim < 2:
-            own = FP8QTensor(raw.shape, torch.bfloat16, raw)
-            found[linear] = own.dequantize(torch.bfloat16, scale=scale if scale.ndim == 0 else scale.unsqueeze(-1))
+            own = FP8QTensor(raw.shape, torch.float32, raw)
+            found[linear] = own.dequantize(torch.float32, scale=scale if scale.ndim == 0 else scale.unsqueeze(-1))
         elif scale.dtype == torch.float8_e4m3fn:
-            own = NVFP4QTensor(torch.Size((raw.shape[0], raw.shape[1] * 2)), torch.bfloat16, raw)
+            own = NVFP4QTensor(torch.Size((raw.shape[0], raw.shape[1] * 2)), torch.float32, raw)
             double = tensors[f"{linear}.weight_scale_2"]
-            found[linear] = own.dequantize(torch.bfloat16, scale=scale, double_scale=double, block_sizes={-1: 16})
+            found[linear] = own.dequantize(torch.float32, scale=scale, double_scale=double, block_sizes={-1: 16})
     return found
 
 
@@ -88,7 +87,7 @@ def main() -> None:
                 export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=folder)
             write_expected(folder, decoded(folder), ("nvidia-modelopt", "transformers", "torch"))
             sys.stderr.write(f"{name}: made\n")
-        except Exception as error:  # noqa: BLE001 - a config that this version does not have is told of
+        except Exception as error:  # such as a config that this version does not have
             sys.stderr.write(f"{name}: {type(error).__name__}: {error}\n")
 
 

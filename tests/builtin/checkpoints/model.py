@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -37,26 +36,29 @@ def random_tokens(windows: int = 8, length: int = 32) -> Tensor:
     return torch.randint(2, VOCAB, (windows, length), generator=torch.Generator().manual_seed(1))
 
 
-def write_expected(folder: Path, decoded: Mapping[str, Tensor], packages: tuple[str, ...], **said: Any) -> None:
-    """Write what the tool's own library decodes, in bfloat16: a digest of each weight, and its first row.
+def write_expected(folder: Path, decoded: Mapping[str, Tensor], packages: tuple[str, ...]) -> None:
+    """Write what the tool's own library decodes: of each weight its dtype, a digest of all values, and the first row.
 
     Args:
         folder: The checkpoint.
         decoded: Weights by the name of their linear.
         packages: Whose versions are noted.
-        said: More that is noted.
     """
     weights = {
-        name: {"sha256": digest(weight), "first_row": [float(value) for value in weight[0].bfloat16()]}
+        name: {
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "sha256": digest(weight),
+            "first_row": weight[0].tolist(),
+        }
         for name, weight in decoded.items()
     }
-    made = {"made_with": {name: version(name) for name in packages}, **said, "weights": weights}
-    (folder / "expected.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    made = {"made_with": {name: version(name) for name in packages}, "weights": weights}
+    (folder / "expected.json").write_text(json.dumps(made) + "\n", encoding="utf-8")
 
 
 def digest(weight: Tensor) -> str:
-    """Return SHA-256 of a weight in bfloat16; zeros have no sign."""
-    return hashlib.sha256((weight.bfloat16() + 0.0).contiguous().view(torch.int16).numpy().tobytes()).hexdigest()
+    """Return SHA-256 of the values in float32, whose zeros have no sign."""
+    return hashlib.sha256((weight.float() + 0.0).contiguous().numpy().tobytes()).hexdigest()
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
