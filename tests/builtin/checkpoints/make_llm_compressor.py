@@ -9,19 +9,22 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import match_targets
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from model import random_llama, random_tokens, tensors_of, write_expected
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+TINY = Path(__file__).parents[3] / "qtool" / "builtin" / "models" / "tiny"
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
@@ -137,18 +140,23 @@ def decoded(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def make(model: LlamaForCausalLM, folder: Path, recipe: Any) -> None:
+    """Quantize a model on random tokens, and save it."""
+    words = AutoTokenizer.from_pretrained(TINY)  # asked for, and not used
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in random_tokens()]
+    oneshot(model=model, processor=words, dataset=DataLoader(rows), recipe=recipe, max_seq_length=32)
+    model.save_pretrained(folder, save_compressed=True, max_shard_size="20KB" if folder.name == "nvfp4a16" else "1GB")
+
+
 def main() -> None:
     """Make the checkpoints that are named, or all."""
     home, *names = sys.argv[1:]
     for name in names or RECIPES:
         folder, (layers, recipe) = Path(home) / name, RECIPES[name]
         try:
-            model = random_llama(layers)
-            tokens = random_tokens()
-            data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
-            data.set_format("torch")
-            oneshot(model=model, dataset=data, recipe=recipe(), max_seq_length=32, num_calibration_samples=8)
-            model.save_pretrained(folder, save_compressed=True)
+            with TemporaryDirectory() as plain:  # it looks into the folder that a model came from
+                random_llama(layers).save_pretrained(plain)
+                make(LlamaForCausalLM.from_pretrained(plain, dtype="auto"), folder, recipe())
             write_expected(folder, decoded(folder), ("llmcompressor", "compressed-tensors", "transformers", "torch"))
             sys.stderr.write(f"{name}: made\n")
         except Exception as error:  # such as a recipe that this version does not have
