@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from compressed_tensors.utils import match_targets
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from model import random_llama, random_tokens, tensors_of, write_expected
+from model import loaded_llama, random_tokens, tensors_of, write_expected
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -154,9 +153,7 @@ def main() -> None:
     for name in names or RECIPES:
         folder, (layers, recipe) = Path(home) / name, RECIPES[name]
         try:
-            with TemporaryDirectory() as plain:  # it looks into the folder that a model came from
-                random_llama(layers).save_pretrained(plain)
-                make(LlamaForCausalLM.from_pretrained(plain, dtype="auto"), folder, recipe())
+            make(loaded_llama(layers), folder, recipe())
             write_expected(folder, decoded(folder), ("llmcompressor", "compressed-tensors", "transformers", "torch"))
             sys.stderr.write(f"{name}: made\n")
         except Exception as error:  # such as a recipe that this version does not have

@@ -13,7 +13,7 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
-from model import random_llama, random_tokens, tensors_of, write_expected
+from model import loaded_llama, random_tokens, tensors_of, write_expected
 from modelopt.torch.export import export_hf_checkpoint
 from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 from torch import Tensor
@@ -28,25 +28,31 @@ def with_cache(name: str, cache: str) -> Callable[[], dict[str, Any]]:
     """Return what makes a config with a quantized cache."""
 
     def made() -> dict[str, Any]:
-        config, held = named(name)(), named(cache)()
-        for part in (config, held):
-            part["quant_cfg"] = _entries(part["quant_cfg"])
-        return config | {"quant_cfg": config["quant_cfg"] + held["quant_cfg"]}
+        config, held = named(name)()["quant_cfg"], named(cache)()["quant_cfg"]
+        return {"quant_cfg": config + held if isinstance(config, list) else config | held, "algorithm": "max"}
 
     return made
 
 
-def _entries(quant_cfg: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(quant_cfg) if isinstance(quant_cfg, list) else [{name: one} for name, one in quant_cfg.items()]
+def mixed() -> dict[str, Any]:
+    """Return NVFP4 with attention in FP8."""
+    fours, eights = named("NVFP4_DEFAULT_CFG")()["quant_cfg"], named("FP8_DEFAULT_CFG")()["quant_cfg"]
+    if isinstance(fours, list):
+        own = [one | {"quantizer_name": f"*self_attn{one['quantizer_name']}"} for one in eights if one["quantizer_name"] in (W, I)]
+        return {"quant_cfg": fours + own, "algorithm": "max"}
+    return {"quant_cfg": fours | {f"*self_attn{name}": eights[name] for name in (W, I)}, "algorithm": "max"}
 
 
+W, I = "*weight_quantizer", "*input_quantizer"
 RECIPES: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
     "nvfp4": (2, named("NVFP4_DEFAULT_CFG")),
     "fp8": (1, named("FP8_DEFAULT_CFG")),
     "fp8-rows": (1, named("FP8_PER_CHANNEL_PER_TOKEN_CFG")),
     "fp8-kv": (1, with_cache("FP8_DEFAULT_CFG", "FP8_KV_CFG")),
     "nvfp4-mlp": (2, named("NVFP4_MLP_ONLY_CFG")),
-    "nvfp4-w4a16": (1, named("NVFP4_W4A16_DEFAULT_CFG")),
+    "nvfp4-w4a16": (1, named("W4A16_NVFP4_CFG")),
+    "nvfp4-four-over-six": (1, named("NVFP4_FOUR_OVER_SIX_CFG")),
+    "mixed": (2, mixed),
     "nvfp4-awq": (1, named("NVFP4_AWQ_LITE_CFG")),
     "int4-awq": (1, named("INT4_AWQ_CFG")),
     "w4a8-awq": (1, named("W4A8_AWQ_BETA_CFG")),
@@ -81,7 +87,7 @@ def main() -> None:
     for name in names or RECIPES:
         folder, (layers, config) = Path(home) / name, RECIPES[name]
         try:
-            model = random_llama(layers)
+            model = loaded_llama(layers)
             mtq.quantize(model, config(), lambda one: one(random_tokens()))
             with torch.inference_mode():
                 export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=folder)

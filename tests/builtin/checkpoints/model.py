@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
@@ -29,6 +30,13 @@ def random_llama(layers: int) -> LlamaForCausalLM:
             else:
                 parameter.copy_(torch.randn_like(parameter) * torch.rand(parameter.shape[-1]) * 0.1)
     return model.to(torch.bfloat16).eval()
+
+
+def loaded_llama(layers: int) -> LlamaForCausalLM:
+    """Return the model as it is loaded from a folder, whose name and architecture tools look at."""
+    with TemporaryDirectory() as folder:
+        random_llama(layers).save_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(folder, dtype="auto")
 
 
 def random_tokens(windows: int = 8, length: int = 32) -> Tensor:
