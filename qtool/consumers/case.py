@@ -127,7 +127,8 @@ def cases_of(config: Mapping[str, Any] | None, **about: Any) -> tuple[Case, ...]
     readers = {CT: _compressed, "gptq": _gptq, "awq": _awq, "modelopt": _modelopt}
     try:
         if method not in readers:
-            return (Case(method or "unknown", str(config.get("format", "")), **about),)
+            bits = int(config.get("bits") or 16)
+            return (Case(method or "unknown", str(config.get("format", "")), bits=bits, **about),)
         return tuple(Case(method, **{"unread": unread, **about, **fields}) for fields in readers[method](config))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -149,6 +150,8 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         for group in config["config_groups"].values()
         if group.get("weights")
     ]
+    if not groups and config.get("kv_cache_scheme"):
+        groups = [{"layout": str(config.get("format", ""))}]
     if not groups:
         raise ValueError("no group of `config_groups` has weights")
     about: dict[str, Any] = {"apart": _apart(config), "beside": bool(config.get("dequantize")) and len(groups) > 1}
@@ -231,11 +234,14 @@ def _modelopt_linears(algorithm: str, config: Mapping[str, Any]) -> dict[str, An
     four = "FP4" in algorithm if named is None else named[1] == "4"
     strategy = "tensor_group" if four else "tensor" if algorithm == "FP8" else "channel"
     static: Mapping[str, Any] = {"strategy": strategy, "type": "float", "symmetric": True}
-    found = {"layout": algorithm, "bits": 4 if four else 8, "group_size": 16 if four else -1, **static}
+    size = 32 if algorithm.startswith("MX") else 16 if four else -1
+    found = {"layout": algorithm, "bits": 4 if four else 8, "group_size": size, **static}
     if algorithm == "NVFP4":
         found |= _inputs({"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"})
     elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         found |= _inputs({"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"})
+    elif algorithm == "FP8":
+        found |= {"input_bits": 8, "input_type": "float", "input_strategy": "tensor"}
     elif named is not None and named[2] != "16":
         found |= {"inputs": "static", "input_bits": int(named[2])}
     elif named is not None:

@@ -157,7 +157,7 @@ def _modelopt_schemes(
 def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one algorithm."""
     if algorithm not in _MODELOPT:
-        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT))
+        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT), "read")
     weights, activations = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
     if weights is not None and weights.format == "fp8":
         weights = replace(weights, scale=_FLOATS[seen.scale])
@@ -219,9 +219,9 @@ def _input_scheme(said: Mapping[str, Any], lookup: Lookup) -> TensorScheme:
     return replace(scheme, range_rule="half") if half else scheme
 
 
-def _unread(what: str, said: object) -> SchemeError:
+def _unread(what: str, said: object, label: str = "config") -> SchemeError:
     return SchemeError(
         f"the checkpoint has {what}, and only codes and scales are transcoded",
-        facts=(("config", said),),
+        facts=((label, said),),
         hint="pack it from the artifact that it came from, or quantize the original model: qtool mitigate MODEL",
     )

@@ -220,7 +220,7 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     model = PackedModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
     seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
-        raise ArtifactError(f"`{directory}` has no scales", hint="check that the download is complete")
+        raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
     _refuse_other_codes(model)
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
     scheme = read_scheme(directory, seen, plain, plugins.format)

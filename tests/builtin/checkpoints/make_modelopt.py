@@ -9,6 +9,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -38,21 +39,23 @@ def mixed() -> dict[str, Any]:
     """Return NVFP4 with attention in FP8."""
     fours, eights = named("NVFP4_DEFAULT_CFG")()["quant_cfg"], named("FP8_DEFAULT_CFG")()["quant_cfg"]
     if isinstance(fours, list):
-        own = [one | {"quantizer_name": f"*self_attn{one['quantizer_name']}"} for one in eights if one["quantizer_name"] in (W, I)]
+        own = [
+            one | {"quantizer_name": f"*self_attn{name}"} for one in eights if (name := one["quantizer_name"]) in BOTH
+        ]
         return {"quant_cfg": fours + own, "algorithm": "max"}
-    return {"quant_cfg": fours | {f"*self_attn{name}": eights[name] for name in (W, I)}, "algorithm": "max"}
+    return {"quant_cfg": fours | {f"*self_attn{name}": eights[name] for name in BOTH}, "algorithm": "max"}
 
 
-W, I = "*weight_quantizer", "*input_quantizer"
+BOTH = ("*weight_quantizer", "*input_quantizer")
 RECIPES: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
-    "nvfp4": (2, named("NVFP4_DEFAULT_CFG")),
+    "nvfp4": (1, named("NVFP4_DEFAULT_CFG")),
     "fp8": (1, named("FP8_DEFAULT_CFG")),
     "fp8-rows": (1, named("FP8_PER_CHANNEL_PER_TOKEN_CFG")),
     "fp8-kv": (1, with_cache("FP8_DEFAULT_CFG", "FP8_KV_CFG")),
-    "nvfp4-mlp": (2, named("NVFP4_MLP_ONLY_CFG")),
+    "nvfp4-mlp": (1, named("NVFP4_MLP_ONLY_CFG")),
     "nvfp4-w4a16": (1, named("W4A16_NVFP4_CFG")),
     "nvfp4-four-over-six": (1, named("NVFP4_FOUR_OVER_SIX_CFG")),
-    "mixed": (2, mixed),
+    "mixed": (1, mixed),
     "nvfp4-awq": (1, named("NVFP4_AWQ_LITE_CFG")),
     "int4-awq": (1, named("INT4_AWQ_CFG")),
     "w4a8-awq": (1, named("W4A8_AWQ_BETA_CFG")),
@@ -87,7 +90,8 @@ def main() -> None:
     for name in names or RECIPES:
         folder, (layers, config) = Path(home) / name, RECIPES[name]
         try:
-            model = loaded_llama(layers)
+            with TemporaryDirectory() as plain:
+                model = loaded_llama(layers, plain)
             mtq.quantize(model, config(), lambda one: one(random_tokens()))
             with torch.inference_mode():
                 export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=folder)
