@@ -243,7 +243,7 @@ def test_a_head_of_codes_and_a_linear_without_are_refused(
     tensors = load_file(plain / "model.safetensors")
     del tensors[f"{NAME}.weight_packed"]
     save_file(tensors, plain / "model.safetensors", {"format": "pt"})
-    with pytest.raises(QtoolError, match="is not quantized"):
+    with pytest.raises(QtoolError, match="has scales and no codes"):
         pack(PackRequest(str(plain), "gptq"), workspace)
 
 
