@@ -49,6 +49,7 @@ class Case:
         cache_group_size: As ``group_size``.
         experts: Whether the model has experts.
         apart: Whether linears that engines fuse into one have several schemes.
+        decoded: Whether the config asks to decode all linears on loading (``dequantize``).
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
             modelopt, says for each linear what it has.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
@@ -79,6 +80,7 @@ class Case:
     cache_group_size: int = -1
     experts: bool = False
     apart: bool = False
+    decoded: bool = False
     beside: bool = False
     online: str = ""
     biased: bool = False
@@ -154,7 +156,8 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         groups = [{"layout": str(config.get("format", ""))}]
     if not groups:
         raise ValueError("no group of `config_groups` has weights")
-    about: dict[str, Any] = {"apart": _apart(config), "beside": bool(config.get("dequantize")) and len(groups) > 1}
+    decoded = bool(config.get("dequantize"))
+    about: dict[str, Any] = {"apart": _apart(config), "decoded": decoded, "beside": decoded and len(groups) > 1}
     about |= _online(config.get("transform_config")) | _cache(config.get("kv_cache_scheme"))
     return [{**about, **group} for group in groups]
 

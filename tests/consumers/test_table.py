@@ -104,6 +104,7 @@ def cases() -> tuple[Case, ...]:
     made += [replace(case, scale="fp32", range_rule="tight") for case in plain if case.method == "compressed-tensors"]
     made += [replace(case, scale="fp16") for case in plain if case.method in ("gptq", "awq")]
     made += [replace(case, bits=4) for case in plain if case.method == "dense"]
+    made += [replace(case, decoded=True) for case in plain if case.layout == "pack-quantized" and not case.symmetric]
     made += [
         replace(case, online=kind, biased=biased) for case in plain for kind, biased in product(ONLINE, (True, False))
     ]
