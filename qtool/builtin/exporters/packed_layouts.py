@@ -99,6 +99,7 @@ def check_reciprocal(name: str, parameters: GroupParameters, divisor: Tensor | N
     """
     if parameters.global_scale is None:
         return
+    stored = divisor is not None
     divisor = global_divisor(parameters.global_scale) if divisor is None else divisor.float()
     scales = parameters.scale.unique().unsqueeze(-1)  # type: ignore[no-untyped-call]
     multiplied = (scales * parameters.global_scale) * _E2M1
@@ -108,7 +109,7 @@ def check_reciprocal(name: str, parameters: GroupParameters, divisor: Tensor | N
         raise NumericalError(
             f"the global scale of `{name}` has no reciprocal that gives the same weights",
             facts=(("multiplier", float(parameters.global_scale)), ("scales that differ", int(differ.sum()))),
-            hint="pack it from the artifact that it came from, or --to hf",
+            hint="pack it from the artifact that it came from" + ("" if stored else ", or --to hf"),
         )
 
 
