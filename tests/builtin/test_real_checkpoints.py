@@ -252,7 +252,13 @@ def test_codes_beyond_their_bits_are_refused(workspace: Workspace, tmp_path: Pat
 DOCTOR = [
     ("llm_compressor/nvfp4", "vllm", "sm90", "executes-other", "W4A16"),
     ("llm_compressor/w4a8", "vllm", "sm90", "unknown", "unknown: no rule speaks of these linears"),
-    ("llm_compressor/w4a16-asym-g32", "transformers", "any", "refuses", "cannot be read: it makes room for zero points"),
+    (
+        "llm_compressor/w4a16-asym-g32",
+        "transformers",
+        "any",
+        "refuses",
+        "cannot be read: it makes room for zero points",
+    ),
     ("llm_compressor/w4a16-asym-g32", "vllm", "sm90", "loads", "W4A16: activations are not quantized"),
     ("llm_compressor/mixed", "vllm", "sm90", "loads", "W4A16: activations are not quantized; W8A8: dynamic FP8"),
     ("llm_compressor/mixed-apart", "vllm", "sm90", "refuses", "refused: q, k and v, and gate and up, are one linear"),
