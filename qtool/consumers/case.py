@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
@@ -21,6 +22,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that engines make one of, by the ends of their names."""
 ONLINE = ("hadamard", "random-hadamard")
 """Rotations that rules speak of, as configs call them."""
+_PRECISION = re.compile(r"W(\d+)A(\d+)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Case:
         cache_group_size: As ``group_size``.
         experts: Whether the model has experts.
         apart: Whether linears that engines fuse into one have several schemes.
+        decoded: Whether the config asks to decode all linears on loading (``dequantize``).
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
             modelopt, says for each linear what it has.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
@@ -77,6 +80,7 @@ class Case:
     cache_group_size: int = -1
     experts: bool = False
     apart: bool = False
+    decoded: bool = False
     beside: bool = False
     online: str = ""
     biased: bool = False
@@ -125,7 +129,8 @@ def cases_of(config: Mapping[str, Any] | None, **about: Any) -> tuple[Case, ...]
     readers = {CT: _compressed, "gptq": _gptq, "awq": _awq, "modelopt": _modelopt}
     try:
         if method not in readers:
-            return (Case(method or "unknown", str(config.get("format", "")), **about),)
+            bits = int(config.get("bits") or 16)
+            return (Case(method or "unknown", str(config.get("format", "")), bits=bits, **about),)
         return tuple(Case(method, **{"unread": unread, **about, **fields}) for fields in readers[method](config))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -147,9 +152,12 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         for group in config["config_groups"].values()
         if group.get("weights")
     ]
+    if not groups and config.get("kv_cache_scheme"):
+        groups = [{"layout": str(config.get("format", ""))}]
     if not groups:
         raise ValueError("no group of `config_groups` has weights")
-    about: dict[str, Any] = {"apart": _apart(config), "beside": bool(config.get("dequantize")) and len(groups) > 1}
+    decoded = bool(config.get("dequantize"))
+    about: dict[str, Any] = {"apart": _apart(config), "decoded": decoded, "beside": decoded and len(groups) > 1}
     about |= _online(config.get("transform_config")) | _cache(config.get("kv_cache_scheme"))
     return [{**about, **group} for group in groups]
 
@@ -225,15 +233,21 @@ def _modelopt(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _modelopt_linears(algorithm: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of linears of one algorithm."""
-    four = "FP4" in algorithm
+    named = _PRECISION.match(algorithm)
+    four = "FP4" in algorithm if named is None else named[1] == "4"
     strategy = "tensor_group" if four else "tensor" if algorithm == "FP8" else "channel"
     static: Mapping[str, Any] = {"strategy": strategy, "type": "float", "symmetric": True}
-    found = {"layout": algorithm, "bits": 4 if four else 8, "group_size": 16 if four else -1, **static}
+    size = 32 if algorithm.startswith("MX") else 16 if four else -1
+    found = {"layout": algorithm, "bits": 4 if four else 8, "group_size": size, **static}
     if algorithm == "NVFP4":
         found |= _inputs({"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"})
     elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         found |= _inputs({"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"})
-    elif algorithm == "W4A16_NVFP4":
+    elif algorithm == "FP8":
+        found |= {"input_bits": 8, "input_type": "float", "input_strategy": "tensor"}
+    elif named is not None and named[2] != "16":
+        found |= {"inputs": "static", "input_bits": int(named[2])}
+    elif named is not None:
         found["inputs"] = "none"
     algorithm_of_cache = config.get("kv_cache_quant_algo")
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} if algorithm_of_cache == "FP8" else None
