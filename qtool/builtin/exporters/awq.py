@@ -10,7 +10,6 @@ from jaxtyping import Int32, Integer, UInt8
 from torch import Tensor
 
 from qtool.builtin.exporters.compressed_tensors import not_quantized
-from qtool.builtin.exporters.ct_tensors import pack_words
 from qtool.builtin.exporters.words import IntegerWords, group_size
 from qtool.engine.packed import PackedLinear, take_rows
 from qtool.engine.subject import Subject
@@ -33,7 +32,7 @@ class AWQ(IntegerWords):
         """Return ``qweight`` and ``qzeros``, both in words along the outputs."""
         weight = torch.empty(found.n_in, len(found.stream) // _LANES, dtype=torch.int32)
         for rows in found.pieces():
-            take_rows(weight, rows, len(found.stream), axis=-1).copy_(_pack(found.rows(rows).codes))
+            take_rows(weight, rows, len(found.stream), axis=-1).copy_(_pack(found.codes(rows)))
         return {"qweight": weight, "qzeros": _pack(zeros)}
 
     def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -43,13 +42,16 @@ class AWQ(IntegerWords):
         words = n_out // _LANES
         return {"qweight": (n_in, words), "qzeros": (groups, words), "scales": (groups, n_out)}
 
-    def read(
+    def read_codes(self, words: Int32[Tensor, "rows columns"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
+        """Return the codes of some outputs, each read from its own place in a word."""
+        return _outputs(words)
+
+    def read_groups(
         self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-    ) -> tuple[UInt8[Tensor, "out in"], Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
-        """Return codes, zero points and the group of each input, each output read from its own place in a word."""
-        codes, zeros = _outputs(tensors["qweight"]), _outputs(tensors["qzeros"])
-        n_in, size = codes.shape[1], config["group_size"]
-        return codes, zeros, torch.arange(n_in) // (n_in if size == -1 else size)
+    ) -> tuple[Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
+        """Return zero points and the group of each input."""
+        n_in, size = len(tensors["qweight"]), config["group_size"]
+        return _outputs(tensors["qzeros"]), torch.arange(n_in) // (n_in if size == -1 else size)
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
@@ -74,8 +76,9 @@ class AWQ(IntegerWords):
 
 def _pack(codes: UInt8[Tensor, "out n"]) -> Int32[Tensor, "n words"]:
     """Return codes transposed, eight outputs to a word."""
-    lanes = codes.T.reshape(codes.shape[1], -1, _LANES)[..., list(_ORDER)]
-    return pack_words(lanes.reshape(codes.shape[1], -1), 4)
+    lanes = codes.reshape(-1, _LANES, codes.shape[1])[:, list(_ORDER)]
+    pairs = lanes[:, ::2] | lanes[:, 1::2] << 4
+    return pairs.flatten(0, 1).T.contiguous().view(torch.int32)
 
 
 def _outputs(words: Int32[Tensor, "n words"]) -> UInt8[Tensor, "out n"]:

@@ -104,7 +104,7 @@ def compare_codes(name: str, read: PackedLinear, ours: PackedLinear) -> None:
     Raises:
         ArtifactError: Something differs.
     """
-    if not _same_bytes(read.stream, ours.stream):
+    if not same_bytes(read.stream, ours.stream):
         whole = slice(0, len(ours.stream))
         raise weight_difference(name, read.rows(whole).codes, ours.rows(whole).codes)
     found, wanted = read.parameters, ours.parameters
@@ -115,7 +115,7 @@ def compare_codes(name: str, read: PackedLinear, ours: PackedLinear) -> None:
             raise ArtifactError(f"`{name}` was written with zero points, or lacks its own")
 
 
-def _same_bytes(one: UInt8[Tensor, "rows bytes"], other: UInt8[Tensor, "rows bytes"]) -> bool:
+def same_bytes(one: UInt8[Tensor, "rows bytes"], other: UInt8[Tensor, "rows bytes"]) -> bool:
     """Say whether bytes are equal, eight at a time where they fill whole words."""
     whole = one.shape[-1] % 8 == 0 and one.is_contiguous() and other.is_contiguous()
     return torch.equal(*((each.flatten().view(torch.int64) if whole else each) for each in (one, other)))
