@@ -64,9 +64,9 @@ class GPTQv2(IntegerWords):
             "g_idx": (n_in,),
         }
 
-    def read_codes(self, words: Int32[Tensor, "rows columns"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
+    def read_codes(self, words: Int32[Tensor, "columns rows"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
         """Return the codes of some outputs, unpacked place by place."""
-        return _from_stream(words.T.contiguous(), config["bits"])
+        return _from_stream(words, config["bits"])
 
     def read_groups(
         self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]

@@ -11,6 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from jaxtyping import UInt8
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from qtool.builtin.exporters.stored_names import expected_shapes, stored_tensor_name
 from qtool.engine.packed import ROWS, PackedLinear
@@ -25,7 +26,7 @@ from qtool.model.source import Model
 def empty_model(config: Any, model: Model) -> nn.Module:  # noqa: ANN401 - each family has its config
     """Build the model of a config without its weights, as the original model's family is loaded."""
     loader = getattr(transformers, model.family.loader)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         module: nn.Module = loader.from_config(config, trust_remote_code=model.trust_remote_code)
     return module
 
@@ -129,10 +130,11 @@ def telling_rows(ours: PackedLinear, step: int) -> list[slice]:
         step: Rows that are stored together; slices begin and end at whole ones. All rows are one slice where those do
             not fill the axis.
     """
-    scale, rows = ours.parameters.scale.abs().flatten(), len(ours.stream)
+    scale, rows = ours.parameters.scale.abs(), len(ours.stream)
+    ends = scale.reshape(len(scale), -1).aminmax(dim=1)
     step = max(step, ROWS)
     step = rows if rows % step else step
-    places = {int(place) * rows // len(scale) // step for place in (scale.argmin(), scale.argmax())}
+    places = {int(place) * rows // len(scale) // step for place in (ends.min.argmin(), ends.max.argmax())}
     return [slice(place * step, place * step + step) for place in sorted(places)]
 
 

@@ -72,7 +72,7 @@ class IntegerWords(ABC):
         """Return the shapes of a linear's tensors, without its bias, as a reader of the config expects them."""
 
     @abstractmethod
-    def read_codes(self, words: Int32[Tensor, "rows columns"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
+    def read_codes(self, words: Int32[Tensor, "columns rows"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
         """Return the codes of some outputs, whose columns of ``qweight`` are given, as a reader of the config has them.
 
         Shares no code with ``tensors``.
@@ -172,8 +172,9 @@ class IntegerWords(ABC):
         """Compare what is stored of a linear with what was packed, codes in pieces that a cache holds."""
         own, n_in, n_out = ours.parameters, ours.n_in, len(ours.stream)
         try:
+            words = tensors["qweight"].T.contiguous()
             for rows in ours.pieces():
-                codes, wanted = self.read_codes(take_rows(tensors["qweight"], rows, n_out, -1), said), ours.codes(rows)
+                codes, wanted = self.read_codes(take_rows(words, rows, n_out), said), ours.codes(rows)
                 if codes.shape != wanted.shape or not same_bytes(codes, wanted):
                     raise weight_difference(name, codes, wanted)
             zeros, groups = self.read_groups(tensors, said)
