@@ -131,10 +131,10 @@ def telling_rows(ours: PackedLinear, step: int) -> list[slice]:
             not fill the axis.
     """
     scale, rows = ours.parameters.scale.abs(), len(ours.stream)
-    ends = scale.reshape(len(scale), -1).aminmax(dim=1)
+    of_rows = scale.reshape(len(scale), -1)
     step = max(step, ROWS)
     step = rows if rows % step else step
-    places = {int(place) * rows // len(scale) // step for place in (ends.min.argmin(), ends.max.argmax())}
+    places = {int(place) * rows // len(scale) // step for place in (of_rows.amin(1).argmin(), of_rows.amax(1).argmax())}
     return [slice(place * step, place * step + step) for place in sorted(places)]
 
 

@@ -166,9 +166,7 @@ class IntegerWords(ABC):
             said = self.config_of(linear.name, stated)
             self._compare(linear.name, reader.module(linear.name), said, subject.packed(linear))
 
-    def _compare(
-        self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any], ours: PackedLinear
-    ) -> None:
+    def _compare(self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any], ours: PackedLinear) -> None:
         """Compare what is stored of a linear with what was packed, codes in pieces that a cache holds."""
         own, n_in, n_out = ours.parameters, ours.n_in, len(ours.stream)
         try:
