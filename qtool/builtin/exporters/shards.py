@@ -46,7 +46,7 @@ class Shards:
             self._join()
         with disk_errors(self.directory), self._gathered.open("ab") as file:
             for name, tensor in tensors.items():
-                file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
                 start, self._pending = self._pending, self._pending + tensor.nbytes
                 kind, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
                 self._slots[name] = TensorSlot(kind, shape, start, self._pending)
