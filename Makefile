@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev
 test test-slow: export OMP_NUM_THREADS = 1
 
 test: lint
-	$(PYTEST) -m 'not slow and not gpu and not network' -n 2
+	$(PYTEST) -m 'not slow and not gpu and not network' -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTEST) -m 'slow and not gpu' -n 2

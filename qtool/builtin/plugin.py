@@ -78,7 +78,13 @@ def register_mitigators() -> Sequence[Entry]:
             "GPTQ, then blocks, then the model; for integers",
         ),
         _entry("qtool-best-fp4", "mitigators.qtool_best:BEST_FP4", "swept scales, then the same; for FP4"),
-        _entry("cd", "mitigators.cd:CD", "coordinate descent on the codes of another method (2309.01885)"),
+        _entry(
+            "cd",
+            "mitigators.cd:CD",
+            "coordinate descent on the codes of another method (2309.01885)",
+            quantease="--method gptq+cd",
+            cdquant="--method gptq+cd, which goes from column to column",
+        ),
         _entry(
             "lorc",
             "mitigators.lorc:LoRC",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeVa
 
 import typer
 
-from qtool.cli.output import Bars, kept_clean, say_values, warner, write_artifact, write_json
+from qtool.cli.output import Bars, kept_clean, say, say_values, warner, write_artifact, write_json
 from qtool.errors import UsageError
 from qtool.plugins import Plugins
 
@@ -136,6 +136,8 @@ class Session:
         """Print an artifact, and what was measured for people to read."""
         if not self.common.json and not self.common.quiet:
             say_values(metrics)
+            for consumer, executes in artifact.manifest.details.get("consumers", {}).items():
+                say("note", f"{consumer}: {executes}")
         write_artifact(artifact, as_json=self.common.json, reused=reused, metrics=metrics)
 
 

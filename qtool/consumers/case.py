@@ -24,6 +24,7 @@ _FUSED_NAMES = ("qkv_proj", "gate_up_proj")
 _OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
 ONLINE = ("hadamard", "random-hadamard")
 """Rotations that rules speak of, as configs call them."""
+_PRECISION = re.compile(r"W(\d+)A(\d+)")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Case:
         cache_group_size: As ``group_size``.
         experts: Whether the model has experts.
         apart: Whether linears that engines fuse into one have several schemes.
+        decoded: Whether the config asks to decode all linears on loading (``dequantize``).
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
             modelopt, says for each linear what it has, or, of gptq, has ``dynamic`` rules.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
@@ -80,6 +82,7 @@ class Case:
     cache_group_size: int = -1
     experts: bool = False
     apart: bool = False
+    decoded: bool = False
     beside: bool = False
     online: str = ""
     biased: bool = False
@@ -128,7 +131,8 @@ def cases_of(config: Mapping[str, Any] | None, **about: Any) -> tuple[Case, ...]
     readers = {CT: _compressed, "gptq": _gptq, "awq": _awq, "modelopt": _modelopt, "fp8": _fp8}
     try:
         if method not in readers:
-            return (Case(method or "unknown", str(config.get("format", "")), **about),)
+            bits = int(config.get("bits") or 16)
+            return (Case(method or "unknown", str(config.get("format", "")), bits=bits, **about),)
         return tuple(Case(method, **{"unread": unread, **about, **fields}) for fields in readers[method](config))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -150,9 +154,12 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         for group in config["config_groups"].values()
         if group.get("weights")
     ]
+    if not groups and config.get("kv_cache_scheme"):
+        groups = [{"layout": str(config.get("format", ""))}]
     if not groups:
         raise ValueError("no group of `config_groups` has weights")
-    about: dict[str, Any] = {"apart": _apart(config), "beside": bool(config.get("dequantize")) and len(groups) > 1}
+    decoded = bool(config.get("dequantize"))
+    about: dict[str, Any] = {"apart": _apart(config), "decoded": decoded, "beside": decoded and len(groups) > 1}
     about |= _online(config.get("transform_config")) | _cache(config.get("kv_cache_scheme"))
     return [{**about, **group} for group in groups]
 
@@ -266,15 +273,21 @@ def _modelopt(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _modelopt_linears(algorithm: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of linears of one algorithm."""
-    four = "FP4" in algorithm
+    named = _PRECISION.match(algorithm)
+    four = "FP4" in algorithm if named is None else named[1] == "4"
     strategy = "tensor_group" if four else "tensor" if algorithm == "FP8" else "channel"
     static: Mapping[str, Any] = {"strategy": strategy, "type": "float", "symmetric": True}
-    found = {"layout": algorithm, "bits": 4 if four else 8, "group_size": 16 if four else -1, **static}
+    size = 32 if algorithm.startswith("MX") else 16 if four else -1
+    found = {"layout": algorithm, "bits": 4 if four else 8, "group_size": size, **static}
     if algorithm == "NVFP4":
         found |= _inputs({"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"})
     elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         found |= _inputs({"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"})
-    elif algorithm == "W4A16_NVFP4":
+    elif algorithm == "FP8":
+        found |= {"input_bits": 8, "input_type": "float", "input_strategy": "tensor"}
+    elif named is not None and named[2] != "16":
+        found |= {"inputs": "static", "input_bits": int(named[2])}
+    elif named is not None:
         found["inputs"] = "none"
     algorithm_of_cache = config.get("kv_cache_quant_algo")
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"} if algorithm_of_cache == "FP8" else None

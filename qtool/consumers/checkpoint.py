@@ -139,6 +139,7 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
             hint="pack again, or report it with the config",
         )
     names, scale = _heads(folder)
+    quantization = _with_names(quantization, names)
     about: dict[str, Any] = {
         "dtype": str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."),
         "experts": any(_EXPERTS.search(name) for name in names),
@@ -169,6 +170,26 @@ def _whole_fp8(quantization: Mapping[str, Any] | None, names: Iterable[str]) -> 
         return {name for name, one in layers.items() if str(one.get("quant_algo", "")).upper() == "FP8"}
     whole = str(said.get("quant_algo", "")).upper() == "FP8"
     return {name.rpartition(".")[0] for name in names} if whole else set()
+
+
+def _with_names(quantization: Mapping[str, Any] | None, names: Iterable[str]) -> Mapping[str, Any] | None:
+    """Return the config with the names of linears in place of the patterns that its groups have for them."""
+    linears = [name.rpartition(".")[0] for name in names if name.endswith((".weight", ".weight_packed"))]
+
+    def named(targets: Iterable[str]) -> Iterator[str]:
+        for target in targets:
+            pattern = target.removeprefix("re:")
+            yield from (target,) if pattern == target else (name for name in linears if re.match(pattern, name))
+
+    if not isinstance((quantization or {}).get("config_groups"), Mapping) or quantization is None:
+        return quantization
+    groups = {
+        key: group | {"targets": list(named(group["targets"]))}
+        if isinstance(group, dict) and "targets" in group
+        else group
+        for key, group in quantization["config_groups"].items()
+    }
+    return {**quantization, "config_groups": groups, "ignore": list(named(quantization.get("ignore") or ()))}
 
 
 def _rotated(quantization: Mapping[str, Any] | None) -> Iterator[str]:

@@ -69,8 +69,8 @@ class PackedReader(Protocol):
             identity: What the original model is called; the checkpoint's own digest if empty.
 
         Raises:
-            SchemeError: It has several schemes, or one that is not read back.
-            ArtifactError: A linear is not quantized, or something else is.
+            SchemeError: It has more than codes and scales, or a scheme that is not read back.
+            ArtifactError: Something is quantized that qtool does not quantize, or has more than codes and scales.
         """
 
     def check_scales(self, subject: Subject, to: str) -> int:

@@ -295,19 +295,9 @@ class Network:
         """Run one loaded block for its observers only: what comes after the last site that has one is not computed."""
         observers = {site: site.observer for site in self.sites[layer].values() if site.observer is not None}
         waiting = set(observers)
-
-        def stopping(site: SiteInput, observer: Observer) -> Observer:
-            def shown(x: Float[Tensor, "tokens n"]) -> None:
-                observer(x)
-                waiting.discard(site)
-                if not waiting:
-                    raise _AllSeen
-
-            return shown
-
         try:
             for site, observer in observers.items():
-                site.observer = stopping(site, observer)
+                site.observer = partial(_shown, site, observer, waiting)
             self.run(layer, hidden, arguments)
         except _AllSeen:
             pass
@@ -355,6 +345,14 @@ class Network:
 
 class _AllSeen(Exception):  # noqa: N818 - not an error: it leaves a block from within
     """Every observed site of a block has had its input."""
+
+
+def _shown(site: SiteInput, observer: Observer, waiting: set[SiteInput], x: Float[Tensor, "tokens n"]) -> None:
+    """Show a site's observer its input, and leave the block if it is the last that waits for one."""
+    observer(x)
+    waiting.discard(site)
+    if not waiting:
+        raise _AllSeen
 
 
 def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:

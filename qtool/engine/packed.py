@@ -34,11 +34,15 @@ class PackedLinear:
     n_in: int
     parameters: GroupParameters
 
+    def codes(self, rows: slice) -> UInt8[Tensor, "rows in"]:
+        """Return the codes of some rows, unpacked."""
+        return unpack_codes(self.stream[rows], self.bits, self.n_in)
+
     def rows(self, rows: slice) -> QuantizedLinear:
         """Return some rows, unpacked."""
         n_out = len(self.stream)
         parameters = each_parameter(self.parameters, lambda one: take_rows(one, rows, n_out))
-        return QuantizedLinear(unpack_codes(self.stream[rows], self.bits, self.n_in), (parameters,))
+        return QuantizedLinear(self.codes(rows), (parameters,))
 
     def pieces(self) -> Iterator[slice]:
         """Yield the rows in pieces that a cache holds unpacked, of whole multiples of ``ROWS`` but for the last."""

@@ -50,13 +50,17 @@ class Stream:
         self.network, self.windows, self.batch = network, windows, batch
         self.states: Tensor = self.allocate(spill)
         self.arguments: Inputs = network.embed(windows[:1])[1]
-        for rows in self.batches():
-            self.states[rows] = network.embed(windows[rows])[0].to(self.states.device)
+        self.restart()
 
     def batches(self) -> Iterator[slice]:
         """Yield the rows of each batch."""
         for start in range(0, len(self.windows), self.batch):
             yield slice(start, min(start + self.batch, len(self.windows)))
+
+    def restart(self) -> None:
+        """Return to the front of the first block."""
+        for rows in self.batches():
+            self.states[rows] = self.network.embed(self.windows[rows])[0].to(self.states.device)
 
     def run(self, layer: int, *, keep: bool) -> None:
         """Run a loaded block over all windows.

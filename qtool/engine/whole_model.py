@@ -15,14 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.engine.gather import AnyStatistic
 from qtool.engine.grid import GridPart
 from qtool.engine.model_problem import ModelMitigator, ModelProblem, Values
 from qtool.engine.propagate import Propagation
 from qtool.engine.solve import Method
-from qtool.engine.stored import NORMS, OUTLIERS, scale_names
+from qtool.engine.starved import HESSIAN
+from qtool.engine.stored import NORMS, OUTLIERS, read_linear, scale_names
 from qtool.model.family import Norm
+from qtool.model.graph import LinearSite
 from qtool.numerics.groups import from_groups
 from qtool.numerics.likelihood import divergence
+from qtool.numerics.losses import relative_loss
 from qtool.numerics.scales import decode_scale, encode_scale, store_scale
 from qtool.numerics.straight_through import straight_through
 
@@ -100,6 +104,7 @@ class WholeModel:
         if work.exact is None:
             raise TypeError(work.exact)
         self.network, self.stream, self.targets, self.layers = work.network, work.stream, work.exact.states, layers
+        self._work, self._content = work, block
         self._blocks: list[_Block] = []
         self._ticks: Iterator[int] = iter(())
         graph, device = self.network.subject.model.graph, self.network.device
@@ -151,6 +156,48 @@ class WholeModel:
         }
         formats = {name: scale.part.scheme.scale for name, scale in scales.items() if name in found}
         return tensors | {name: encode_scale(found[name], kind) for name, kind in formats.items()}, result.report
+
+    def losses(self, tensors: Mapping[str, Tensor], hessian: AnyStatistic) -> dict[str, dict[str, float]]:
+        """Return the loss of each linear by its inputs in the model that was made, in one more pass over all windows.
+
+        Args:
+            tensors: What ``tune`` returned; the model becomes that.
+            hessian: The statistic of second moments.
+
+        Returns:
+            ``loss``, ``tr(EHEᵀ) / tr(WHWᵀ)``, and ``weight_error``, the same with the identity, by name of the linear.
+        """
+        network, solver = self.network, self._work.block.solver
+        found: dict[str, dict[str, float]] = {}
+        self.stream.restart()
+        for layer in self.layers:
+            state, stored = self._content(layer)
+            now = {name: tensors.get(name, tensor).to(network.device) for name, tensor in stored.items()}
+            self._work.block.install(network, layer, state, now)
+            for name in self._blocks[layer].norms:
+                if f"{NORMS}{name}" in tensors:
+                    network.module.get_parameter(name).data = tensors[f"{NORMS}{name}"].to(network.device)
+            linears = solver.linears_of(layer)
+            seen = self.stream.gather(layer, linears, {HESSIAN: hessian}, self._work.gathering, keep=True).statistics
+            for linear in linears:
+                site = linear.observed if linear.observed in seen else linear.spec.reads
+                moments = seen[site].need(HESSIAN, site=f"layers.{layer}.{site}").to(network.device)
+                weight = state[f"{linear.spec.module}.weight"].to(network.device, torch.float32)
+                executed = self._executed(linear, now)
+                found[linear.name] = {
+                    "loss": relative_loss(weight, executed, moments),
+                    "weight_error": relative_loss(weight, executed),
+                }
+            network.drop(layer)
+        return found
+
+    def _executed(self, linear: LinearSite, tensors: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+        """Return what stands for the weight of a linear that is stored so, low-rank correction included."""
+        solver = self._work.block.solver
+        grid = solver.grid_of(linear)
+        solved = read_linear(linear.name, solver.graph.width(linear.spec.reads), tensors, grid)
+        decoded = solved.weight(grid)
+        return decoded if solved.adapter is None else decoded + solved.adapter.product()
 
     def loss(self, rows: Sequence[int], values: Values) -> float:
         """Return the mean over tokens of KL(full precision ‖ quantized) of some windows."""

@@ -33,18 +33,19 @@ def left_alone(places: Mapping[str, Place], family: Family, num_layers: int) -> 
         for block, names in blocks.items()
         if int(block.split(".")[-2]) >= num_layers and not ordinary.issuperset(names)
     }
-
-    def reason(name: str) -> str:
-        if name.rpartition(".")[0] in family.writers:
-            return ""
-        if name.startswith(_MTP) or split_block(name, family)[0] in further:
-            return FURTHER_HEADS
-        if _is_buffer(name, places[name]):
-            return _BUFFER
-        return next((why for start, why in family.untouched.items() if name.startswith(start)), "")
-
-    found = {name: reason(name) for name in places}
+    found = {name: _reason(name, place, family, further) for name, place in places.items()}
     return {name: why for name, why in found.items() if why}
+
+
+def _reason(name: str, place: Place, family: Family, further: set[str]) -> str:
+    """Return why a tensor is left alone; nothing where it is not."""
+    if name.rpartition(".")[0] in family.writers:
+        return ""
+    if name.startswith(_MTP) or split_block(name, family)[0] in further:
+        return FURTHER_HEADS
+    if _is_buffer(name, place):
+        return _BUFFER
+    return next((why for start, why in family.untouched.items() if name.startswith(start)), "")
 
 
 def _inner_names(names: Collection[str], family: Family) -> dict[str, set[str]]:

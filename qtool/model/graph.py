@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import cycle
 
 from qtool.errors import UsageError
@@ -299,12 +299,7 @@ class ModelGraph:
         d, norms, specs = self.dims, self.family.norms, self._specs(is_sparse=self.is_sparse(layer))
         written = {site for spec, _ in specs for site, _ in self.rows(spec)}
         ordered = {site for spec, _ in specs for site, _ in self.rows_in_order(spec)}
-
-        def site(name: str, dim: int, heads: int, foldable: set[Group], *, online: bool, why: str = "") -> Site:
-            refused = self._refused(name, layer)
-            folds = frozenset(foldable - refused.keys())
-            return Site(f"layers.{layer}.{name}", name, layer, dim, heads, folds, online, why, refused)
-
+        site = partial(self._site, layer)
         for name in self.input_sites_of(layer):
             norm = norms.get(name)
             if norm is not None:
@@ -329,6 +324,14 @@ class ModelGraph:
             found = site("qk_pre", d.head_dim, 1 if shared else d.num_kv_heads, {"diag"}, online=False, why=why)
             yield replace(found, ties=self._ties(self.family.rotary))
         yield site("qk_post", d.head_dim, 1, set(), online=True, why="rotary positions lie in front")
+
+    def _site(
+        self, layer: int, name: str, dim: int, heads: int, foldable: set[Group], *, online: bool, why: str = ""
+    ) -> Site:
+        """Return a site of a block, which absorbs what is not refused there."""
+        refused = self._refused(name, layer)
+        folds = frozenset(foldable - refused.keys())
+        return Site(f"layers.{layer}.{name}", name, layer, dim, heads, folds, online, why, refused)
 
     def _ties(self, rotary: Rotary) -> tuple[tuple[int, int], ...]:
         """Return the pairs of channels of a query or key that positions turn together."""

@@ -29,9 +29,12 @@ _ENDINGS: Mapping[str, str] = {
     "_blocks": "mxfp4",
 }
 _SIZES = (("bits", "{} bits"), ("w_bit", "{} bits"), ("group_size", "groups of {}"), ("format", "{}"))
+_DECODE = "start from the original model in 16 bits, or decode the weights: qtool pack {path} --to hf"
 _HINTS: Mapping[str, str] = {
+    "compressed-tensors": _DECODE,
+    "modelopt": _DECODE,
     "mxfp4": "dequantise it once: AutoModelForCausalLM.from_pretrained(MODEL, "
-    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(FOLDER)"
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(FOLDER)",
 }
 
 
@@ -101,5 +104,5 @@ def _refused(path: Path, method: str, entry: Mapping[str, Any], *, tensor: str =
     return ModelError(
         f"`{path}` is quantized already",
         facts=(*facts, ("tensor", tensor)) if tensor else facts,
-        hint=_HINTS.get(method, f"start from the original model in 16 bits, before {method}"),
+        hint=_HINTS.get(method, f"start from the original model in 16 bits, before {method}").format(path=path),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -98,22 +99,20 @@ def search_clip(
     piece = piece if moments is None else _PRODUCT_PIECE
     rows = max(1, piece * len(groups) // max(1, groups.numel()))
 
-    def energy(start: int) -> Callable[[Tensor], Tensor]:
+    found = []
+    for start in range(0, len(groups), rows):
         own = None if weights is None else weights[start : start + rows]
-
-        def of(errors: Tensor) -> Tensor:
-            if moments is not None:
-                return quadratic_energy(errors, moments)
-            powers = errors.square_() if norm == 2 else errors.abs_().pow_(norm)
-            return (powers if own is None else powers.mul_(own)).sum(-1)
-
-        return of
-
-    found = [
-        _search_piece(groups[start : start + rows], fit_round, ratios, energy(start))
-        for start in range(0, len(groups), rows)
-    ]
+        energy = partial(_energy, norm=norm, weights=own, moments=moments)
+        found.append(_search_piece(groups[start : start + rows], fit_round, ratios, energy))
     return found[0] if len(found) == 1 else _join(found)
+
+
+def _energy(errors: Tensor, *, norm: float, weights: Tensor | None, moments: Tensor | None) -> Tensor:
+    """Return what ``search_clip`` minimizes, of each group; may write to the errors."""
+    if moments is not None:
+        return quadratic_energy(errors, moments)
+    powers = errors.square_() if norm == 2 else errors.abs_().pow_(norm)
+    return (powers if weights is None else powers.mul_(weights)).sum(-1)
 
 
 def _search_piece(
@@ -122,17 +121,13 @@ def _search_piece(
     """Search the ratios for groups that fit in the cache; ``energy`` may write to the errors that it is given."""
     amax = groups.abs().amax(-1, keepdim=True)
     unit = amax.masked_fill(amax == 0, 1.0)
-
-    def objective(rounded: Tensor) -> Tensor:
-        return energy(rounded.sub(groups).div_(unit))
-
     parameters, rounded = fit_round(groups, 1.0)
-    best, ratio = objective(rounded), torch.ones_like(amax[..., 0])
+    best, ratio = energy(rounded.sub(groups).div_(unit)), torch.ones_like(amax[..., 0])
     for candidate in ratios:
         if candidate == 1.0:
             continue
         tried, rounded = fit_round(groups, candidate)
-        loss = objective(rounded)
+        loss = energy(rounded.sub(groups).div_(unit))
         better = loss < best
         best = torch.where(better, loss, best)
         ratio = ratio.masked_fill(better, candidate)

@@ -91,26 +91,30 @@ def combine_parameters(parts: Sequence[GroupParameters], combine: Callable[[list
         parts: Parameters with the same tensors.
         combine: Makes one tensor of those of the parts.
     """
-    first = parts[0]
-
-    def combined(name: str) -> Tensor | None:
-        found = [getattr(part, name) for part in parts]
-        return None if found[0] is None else combine(found)
-
-    def second(name: str) -> SecondLevel | None:
-        found = [getattr(part, name) for part in parts]
-        if found[0] is None:
-            return None
-        return SecondLevel(*(combine([getattr(one, leaf) for one in found]) for leaf in ("codes", "low", "step")))
-
     return GroupParameters(
         combine([part.scale for part in parts]),
-        combined("zero_point"),
-        first.global_scale,
-        second("scale_codes"),
-        second("zero_point_codes"),
-        combined("negative"),
+        _combined(parts, "zero_point", combine),
+        parts[0].global_scale,
+        _combined_codes(parts, "scale_codes", combine),
+        _combined_codes(parts, "zero_point_codes", combine),
+        _combined(parts, "negative", combine),
     )
+
+
+def _combined(parts: Sequence[GroupParameters], name: str, combine: Callable[[list[Tensor]], Tensor]) -> Tensor | None:
+    """Combine one tensor, if there is any."""
+    found = [getattr(part, name) for part in parts]
+    return None if found[0] is None else combine(found)
+
+
+def _combined_codes(
+    parts: Sequence[GroupParameters], name: str, combine: Callable[[list[Tensor]], Tensor]
+) -> SecondLevel | None:
+    """Combine the codes of one tensor, and what they stand for, if there are any."""
+    found = [getattr(part, name) for part in parts]
+    if found[0] is None:
+        return None
+    return SecondLevel(*(combine([getattr(one, leaf) for one in found]) for leaf in ("codes", "low", "step")))
 
 
 def each_parameter(parameters: GroupParameters, change: Callable[[Tensor], Tensor]) -> GroupParameters:

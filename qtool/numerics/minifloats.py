@@ -90,14 +90,14 @@ class Minifloat:
         )
 
     def decode(self, codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return the float32 values of codes."""
-        if self.native is not None:
-            return codes.view(self.native).float()
+        """Return the float32 values of codes, by a table, since torch casts its own dtypes one by one."""
         return look_up(self.values, codes)
 
     @cached_property
     def values(self) -> tuple[float, ...]:
         """What each code stands for."""
+        if self.native is not None:
+            return tuple(torch.arange(256, dtype=torch.uint8).view(self.native).float().tolist())
         magnitudes = []
         for code in range(2 ** (self.exponent_bits + self.mantissa_bits)):
             exponent, mantissa = divmod(code, 2**self.mantissa_bits)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float, Real
@@ -96,16 +97,16 @@ class Hadamard(Operator):
         self, rotation: Rotation, x: Float[Tensor, "*batch n"], *, inverse: bool = False
     ) -> Float[Tensor, "*batch n"]:
         """Return what ``act`` or ``act_inverse`` returns, with every block rotated by ``rotation``."""
-        block, transpose = self.block_size or self.n, self.transposed != inverse
+        return over_heads(self, x, partial(self._rotated, rotation, self.transposed != inverse))
 
-        def rotated(v: Tensor) -> Tensor:
-            signs = None if self.signs is None else self.signs.to(v)
-            if signs is not None and not transpose:
-                v = v * signs
-            y = rotation(v.reshape(*v.shape[:-1], self.n // block, block), transpose=transpose).flatten(-2)
-            return y * signs if signs is not None and transpose else y
-
-        return over_heads(self, x, rotated)
+    def _rotated(self, rotation: Rotation, transpose: bool, v: Tensor) -> Tensor:
+        """Rotate the blocks of the last axis, signs in front or behind."""
+        block = self.block_size or self.n
+        signs = None if self.signs is None else self.signs.to(v)
+        if signs is not None and not transpose:
+            v = v * signs
+        y = rotation(v.reshape(*v.shape[:-1], self.n // block, block), transpose=transpose).flatten(-2)
+        return y * signs if signs is not None and transpose else y
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
 from qtool.engine.propagate import Propagation, compares_inputs
 from qtool.engine.solve import Method, Solver
-from qtool.engine.starved import DEFAULT_SHARE
+from qtool.engine.starved import DEFAULT_SHARE, HESSIAN
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.whole_model import WHOLE, WholeModel
 from qtool.errors import ArtifactError, NumericalError, UsageError
@@ -338,7 +338,8 @@ class _Work:
             layers = range(self.graph.dims.num_layers)
             model = WholeModel(work, lambda i: (subject.folded(i, self.wide), writer.part(f"layer-{i}")[0]), layers)
             tensors, report = model.tune(self.whole, self.request.seed, self.workspace.progress)
-            writer.add(WHOLE, tensors, {"notes": json.dumps(report)})
+            losses = model.losses(tensors, self.workspace.plugins.load("statistics", HESSIAN))
+            writer.add(WHOLE, tensors, {"notes": json.dumps({"model": report, "reports": losses})})
         return notes
 
     def _propagation(self, writer: ArtifactWriter) -> Propagation:

@@ -69,7 +69,8 @@ class _Foreseen:
         """Times that the windows go through every block; the last time that they would leave the last one is saved."""
         if self.config["propagate"] == "none":
             return 0
-        return 1 + self.stages + self.exact_passes
+        measured = any(method.of_model for method in self.methods)  # what the whole model has become
+        return 1 + self.stages + self.exact_passes + measured
 
     @cached_property
     def stages(self) -> int:

@@ -78,10 +78,15 @@ def _table(title: str, headers: Sequence[str], rows: Iterable[tuple[object, ...]
 
 
 def _commands(made: Iterable[Manifest]) -> Iterator[str]:
-    """Yield the command of each step; of one that was no command, what it was."""
+    """Yield the command of each step; of what a recipe ran its command, of what was no command what it was."""
+    recipes = set[str]()
     for manifest in made:
         argv = [str(word) for word in manifest.about.get("argv", ())]
         if argv and argv[0] == "qtool" and argv[1:2] == [manifest.step.name]:
             yield shlex.join(argv)
+        elif argv[:2] == ["qtool", "run"]:
+            if (command := shlex.join(argv)) not in recipes:
+                yield command
+            recipes.add(command)
         else:
-            yield f"# {manifest.step.name} {manifest.step.method}, by a recipe or from Python"
+            yield f"# {manifest.step.name} {manifest.step.method}, from Python"

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -168,12 +169,13 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
         with measured(about, workspace.device):
             with _shown(opened.subject, "pack", workspace) as subject:
                 exported = exporter.write(subject, temporary)
-            with _shown(opened.subject, "read back", workspace) as subject:
-                exporter.verify(subject, temporary)
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
-            digests = {str(file.relative_to(temporary)): digest_file(file) for file in files}
+            with _digested(files) as digests:
+                with _shown(opened.subject, "read back", workspace) as subject:
+                    exporter.verify(subject, temporary)
+                named = {str(file.relative_to(temporary)): digest for file, digest in zip(files, digests, strict=True)}
         final = replace(manifest, details={**manifest.details, **_details(exported, opened)}, about=about)
-        final = final.with_tensors(digests)
+        final = final.with_tensors(named)
         write_atomically(temporary / CHECKPOINT_MANIFEST, final.to_text())
         source = opened.artifact
         makers = [] if source is None else list(makers_of(source, workspace))[::-1]
@@ -184,6 +186,22 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(path, final)
+
+
+@contextmanager
+def _digested(files: Iterable[Path]) -> Iterator[Iterator[str]]:
+    """Flush files and digest them while they are read back, and give their digests."""
+    beside = ThreadPoolExecutor(1)
+    try:
+        yield beside.map(_digest, files)
+    finally:
+        beside.shutdown(cancel_futures=True)
+
+
+def _digest(file: Path) -> str:
+    with disk_errors(file), file.open("rb") as written:
+        os.fsync(written.fileno())
+    return digest_file(file)
 
 
 @dataclass(frozen=True)

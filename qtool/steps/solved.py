@@ -24,9 +24,9 @@ class Found:
     experts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, blocks: Sequence[Mapping[str, Any]], model: Mapping[str, float]) -> Found:
-        """Gather the notes of all blocks, and the report of a method that saw the whole model."""
-        found = cls(model=model)
+    def of(cls, blocks: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> Found:
+        """Gather the notes of all blocks, and those of a method that saw the whole model, whose losses come last."""
+        found = cls(model=whole.get("model", {}))
         for layer, notes in enumerate(blocks):
             found.reports |= notes["reports"]
             found.counters.update(notes["counters"])
@@ -34,6 +34,11 @@ class Found:
                 found.blocks[str(layer)] = notes["block"]
             if notes.get("experts"):
                 found.experts[str(layer)] = notes["experts"]
+        for name, losses in whole.get("reports", {}).items():
+            earlier = found.reports[name]
+            measured = {key: loss for key, loss in losses.items() if key == "loss" or key in earlier}
+            before = {f"{key}_before": earlier[key] for key in measured if key in earlier}
+            found.reports[name] = {**earlier, **before, **measured}
         return found
 
     @property

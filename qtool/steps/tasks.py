@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -87,6 +88,11 @@ def tasks_of(recipe: Recipe, plugins: Plugins, only: Sequence[str] = ()) -> list
     return _Expansion(recipe, plugins).tasks(cells_of(recipe, only))
 
 
+def _start(step: Step[Request], request: Request, path: str, workspace: Workspace) -> tuple[Artifact, bool]:
+    """Run a step on a source."""
+    return step(replace(request, source=path), workspace)
+
+
 class _Expansion:
     """Makes tasks and remembers them, so that what cells have in common is done once.
 
@@ -112,11 +118,7 @@ class _Expansion:
 
     def _task(self, title: str, source: Task | None, request: Request, step: Step[Request]) -> Task:
         """Return the task of a request, whose own source is empty; the same one for the same request."""
-
-        def start(path: str, workspace: Workspace) -> tuple[Artifact, bool]:
-            return step(replace(request, source=path), workspace)
-
-        task = Task(title, source, start, isinstance(request, EvalRequest))
+        task = Task(title, source, partial(_start, step, request), isinstance(request, EvalRequest))
         return self._made.setdefault((repr(request), source), task)
 
     def _seed_word(self, seed: int) -> str:

@@ -204,6 +204,11 @@ def _from_hub(reference: str) -> Path:
         ) from error
 
 
+def _program(path: Path) -> str:
+    """Return how the program that runs is typed; `python -m qtool` is `qtool`."""
+    return qtool.__name__ if path == Path(qtool.__file__).with_name("__main__.py") else path.name
+
+
 @contextmanager
 def measured(about: dict[str, object], device: torch.device) -> Iterator[None]:
     """Fill ``about`` with when, where, how long and how much memory a step took.
@@ -213,7 +218,7 @@ def measured(about: dict[str, object], device: torch.device) -> Iterator[None]:
     start = time.perf_counter()
     about |= {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [_program(Path(sys.argv[0])), *sys.argv[1:]],
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")}
         | {"qtool": qtool.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores",

@@ -1,8 +1,8 @@
 """``pack`` as a ratio to copying the bytes that it writes, and its peak memory on a shallow and on a deep model.
 
 Copying is what a disk allows: every byte is read once, written once and flushed. Packing reads codes, writes them,
-joins parts, reads all of it back, some of it with a consumer's decoder, and digests it; imports and the making of an
-empty model, which a model of one block shows, are taken off.
+puts them in order, and reads all of it back, some of it with a consumer's decoder, while it is flushed and digested;
+imports and the making of an empty model, which a model of one block shows, are taken off.
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ def configs() -> Iterator[Config | None]:
         ("float8-sym-channel-static", "float8-sym-tensor-static", "float8-sym-block-static"), floats
     ):
         yield compressed("float-quantized", weights, given)
+    yield compressed("naive-quantized", "float8-sym-channel-static")
     for given in ("", "float4-sym-tensor_group16-local"):
         yield compressed("nvfp4-pack-quantized", "float4-sym-tensor_group16-static", given)
     for given in ("", "float4-sym-group32-dynamic"):
@@ -95,6 +96,7 @@ def configs() -> Iterator[Config | None]:
         yield {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
     for algorithm in ("NVFP4", "W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN", "FP8"):
         yield {"quant_method": "modelopt", "quant_algo": algorithm}
+        yield {"quant_method": "modelopt", "quant_algo": algorithm, "kv_cache_quant_algo": "FP8"}
     yield {"quant_method": "bitsandbytes", "load_in_4bit": True}
     yield {"quant_method": "nobody-knows"}
 
@@ -107,6 +109,7 @@ def cases() -> tuple[Case, ...]:
     made += [replace(case, scale="fp32", range_rule="tight") for case in plain if case.method == "compressed-tensors"]
     made += [replace(case, scale="fp16") for case in plain if case.method in ("gptq", "awq")]
     made += [replace(case, bits=4) for case in plain if case.method == "dense"]
+    made += [replace(case, decoded=True) for case in plain if case.layout == "pack-quantized" and not case.symmetric]
     made += [
         replace(case, online=kind, biased=biased) for case in plain for kind, biased in product(ONLINE, (True, False))
     ]
@@ -201,6 +204,11 @@ W4A4 = compressed("pack-quantized", "int4-sym-channel-static", "int4-sym-token-d
 NVFP4 = compressed("nvfp4-pack-quantized", "float4-sym-tensor_group16-static", "float4-sym-tensor_group16-local")
 FP8 = compressed("float-quantized", "float8-sym-channel-static", "float8-sym-token-dynamic")
 FP8_TENSOR = compressed("float-quantized", "float8-sym-tensor-static", "float8-sym-tensor-dynamic")
+FP8_BLOCK = compressed("float-quantized", "float8-sym-block-static", "float8-sym-group128-dynamic")
+MXFP4 = compressed("mxfp4-pack-quantized", "float4-sym-group32-static", "float4-sym-group32-dynamic")
+STATIC_W8A8 = compressed("int-quantized", "int8-sym-channel-static", "int8-sym-tensor-static")
+CACHED = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-tensor-static")
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 LIBRARY_W4A4 = compressed("int-quantized", "int4-sym-channel-static", "int4-sym-token-dynamic")
 FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 NO_FORMAT = compressed("", "int4-sym-group64-static")
@@ -222,6 +230,14 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
         (NVFP4, "vllm", "sm100", "loads", "W4A4"),
         (NVFP4, "vllm", "cpu", "refuses", "refused: it has no kernel for NVFP4"),
         (NVFP4, "sglang", "sm89", "executes-other", "W4A16, with a warning"),
+        (MXFP4, "sglang", "sm100", "refuses", "refused: it reads MXFP4 of experts only"),
+        (STATIC_W8A8, "sglang", "sm90", "executes-other", "W8A8: dynamic INT8 activations per token, though"),
+        (FP8_BLOCK, "sglang", "sm90", "loads", "W8A8: dynamic FP8 activations per group of 128"),
+        (FP8_BLOCK, "sglang", "sm100", "executes-other", "W8A8: dynamic FP8 activations per group of 128; with"),
+        (FP8_BLOCK, "sglang", "sm80", "refuses", "refused: before SM89"),
+        (CACHED, "sglang", "sm90", "loads", "W4A16: activations are not quantized; FP8 KV cache"),
+        (MODELOPT, "sglang", "sm90", "executes-other", "W4A16"),
+        (MODELOPT | {"quant_algo": "FP8"}, "sglang", "sm80", "refuses", "refused: it runs FP8 of modelopt from SM89"),
         (FP8, "vllm", "sm80", "executes-other", "W8A16"),
         (FP8, "vllm", "sm89", "loads", "W8A8: dynamic FP8 activations per token"),
         (FP8_TENSOR, "vllm", "sm89", "executes-other", "W8A8: dynamic FP8 activations per token, though the config"),
@@ -322,8 +338,8 @@ def test_of_several_kinds_of_linears_the_worst_counts() -> None:
 
 
 def test_what_no_rule_speaks_of_makes_the_rest_unknown() -> None:
-    cached = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-tensor-dynamic")
-    assert asked(cached, "sglang", "sm90").says == "unknown: no rule speaks of cache"
+    cached = {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}
+    assert asked(cached, "vllm", "sm90").says == "unknown: no rule speaks of cache"
     assert asked(W4A16, "sglang", "sm90", experts=True).verdict == "unknown"
     turned = {**W4A16, "transform_config": {"config_groups": {"R4": {}}}}
     assert asked(turned, "vllm", "sm90").says == "unknown: no rule speaks of `transform_config`"

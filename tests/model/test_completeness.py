@@ -91,7 +91,7 @@ def test_files_with_another_number_of_stacked_experts_are_refused(save: Save, co
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
             "compressed-tensors, pack-quantized",
-            "before compressed-tensors",
+            "qtool pack",
         ),
         ({"quant_method": "fp8", "activation_scheme": "static"}, "fp8", "before fp8"),
         (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from qtool.artifacts.store import Artifact
 from qtool.engine.stored import NORMS
@@ -28,7 +29,7 @@ from tests.steps.conftest import Desk
 
 FEW = {"e2e-qp.epochs": "3", "e2e-qp.batch": "1", "e2e-qp.rate": "1e-2", "e2e-qp.norm_rate": "1e-2"}
 LONG = "gptq+autoround"
-SETTINGS = {LONG: {"autoround.steps": "3"}}
+SETTINGS = {LONG: {"autoround.steps": "3"}, "gptq+lorc": {"lorc.rank": "2"}}
 IN_FRONT = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -84,6 +85,40 @@ def test_codes_stay_and_what_is_told_is_what_is_stored(desk: Desk, left: str) ->
     assert report["kl_before"] == pytest.approx(kl(before, held, desk.workspace), rel=1e-5)
     assert report["kl"] == pytest.approx(kl(after, held, desk.workspace), rel=1e-5)
     assert report["kl"] < 0.95 * report["kl_before"]
+
+
+@pytest.mark.parametrize("left", ["rtn", "gptq+lorc"])
+def test_losses_are_of_what_was_learned_on_the_inputs_that_it_has(desk: Desk, left: str) -> None:
+    """What is stored against the model's weights, on inputs that transformers' model with what is stored has."""
+    request = replace(asked(desk, f"{left}+e2e-qp"), token_weight="uniform")
+    made, _ = mitigate(request, desk.workspace)
+    was, _ = mitigate(replace(request, method=left, settings=SETTINGS.get(left, {})), desk.workspace)
+    plain, changed = (AutoModelForCausalLM.from_pretrained(desk.model).double() for _ in range(2))
+    subject = open_subject(str(made.path), desk.workspace).subject
+    for linear in subject.linears:
+        solved = subject.linear(linear)
+        decoded = solved.weight(subject.weight_grid(linear))
+        changed.get_submodule(linear.name).weight.data = (
+            decoded if solved.adapter is None else decoded + solved.adapter.product()
+        ).double()
+    for name in (name for name in made.names() if name.startswith(NORMS)):
+        changed.get_parameter(name.removeprefix(NORMS)).data = made.tensor(name).double()
+    seen: dict[str, Tensor] = {}
+    names = [linear.name for linear in subject.linears]
+    for name in names:
+        changed.get_submodule(name).register_forward_pre_hook(
+            lambda _, given, name=name: seen.__setitem__(name, given[0].flatten(0, -2))
+        )
+    with torch.no_grad():
+        changed(desk.calibrate(num_samples=12).tensor("windows").long())
+    reports, earlier = (one.manifest.details["layers"] for one in (made, was))
+    assert sorted(reports) == sorted(names)
+    for name in names:
+        before, after = (one.get_submodule(name).weight.detach() for one in (plain, changed))
+        squares = [float((seen[name] @ weight.T).square().sum()) for weight in (before - after, before)]
+        assert reports[name]["loss"] == pytest.approx(squares[0] / squares[1], rel=2e-3), name
+        kind = "weight_error" if left == "rtn" else "loss"
+        assert reports[name][f"{kind}_before"] == earlier[name][kind] != reports[name][kind]
 
 
 def test_what_runs_reads_changed_norms(desk: Desk) -> None:

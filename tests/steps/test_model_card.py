@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import qtool
 from qtool.artifacts.store import Artifact
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -49,9 +52,18 @@ def test_where_nothing_was_measured_it_says_so_and_identity_stays(desk: Desk, mo
     first, _ = pack(PackRequest(str(artifact.path), "hf", desk.workspace.home / "one"), desk.workspace)
     text = (first.path / "README.md").read_text()
     assert "no evaluation of it was found beside it" in text
-    assert "# pack hf, by a recipe or from Python" in text
+    assert "# pack hf, from Python" in text
     evaluate(EvalRequest(str(artifact.path), perplexity=(str(desk.text),), seq_len=16, max_windows=3), desk.workspace)
     second, _ = pack(PackRequest(str(artifact.path), "hf", desk.workspace.home / "two"), desk.workspace)
     assert (second.path / "README.md").read_text() != text
     assert second.manifest.id == first.manifest.id
     assert "README.md" not in second.manifest.tensors
+
+
+def test_a_recipe_is_named_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/qtool", "run", "a recipe.yaml"])
+    scheme = read_scheme("", {"weights": "int4-g8"}, desk.workspace.plugins)
+    made, _ = mitigate(MitigateRequest(str(desk.calibrate().path), "gptq", scheme), desk.workspace)
+    monkeypatch.setattr("sys.argv", [str(Path(qtool.__file__).with_name("__main__.py")), "pack", "q.safetensors"])
+    checkpoint, _ = pack(PackRequest(str(made.path), "hf"), desk.workspace)
+    assert "\nqtool run 'a recipe.yaml'\nqtool pack q.safetensors\n" in (checkpoint.path / "README.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -213,7 +214,7 @@ def test_a_failure_by_force_keeps_the_old_checkpoint(quantize: Quantize, workspa
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("target", ["shutil.copyfile", "qtool.builtin.exporters.shards.write_assembled"])
+@pytest.mark.parametrize("target", ["shutil.copyfile", "qtool.builtin.exporters.shards.write_assembled", "os.fsync"])
 @pytest.mark.parametrize("to", ["compressed-tensors", "hf"])
 def test_a_full_disk_is_an_error_of_resources(
     quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, target: str, to: str
@@ -226,6 +227,19 @@ def test_a_full_disk_is_an_error_of_resources(
     with pytest.raises(ResourceError, match="no space left on the disk"):
         pack(PackRequest(quantized, to), workspace)
     assert left_in(workspace) == []
+
+
+def test_every_file_is_flushed(quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, fsync = set[int](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    quantized = quantize("int4-sym-g16")
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoint, _ = pack(PackRequest(quantized, "hf"), workspace)
+    assert {(checkpoint.path / name).stat().st_ino for name in checkpoint.manifest.tensors} <= flushed
 
 
 def test_only_quantized_artifacts_are_packed(source: Path, quantize: Quantize, workspace: Workspace) -> None:

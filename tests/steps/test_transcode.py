@@ -217,7 +217,7 @@ def test_reciprocals_that_do_not_invert_are_known() -> None:
     [
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"transform_config": {"config_groups": {}, "x": 1}}, "transform_config"),
-        ({"config_groups": {}}, "several groups"),
+        ({"config_groups": {}}, "which no group names"),
     ],
 )
 def test_what_is_more_than_codes_is_refused(
@@ -243,7 +243,7 @@ def test_a_head_of_codes_and_a_linear_without_are_refused(
     tensors = load_file(plain / "model.safetensors")
     del tensors[f"{NAME}.weight_packed"]
     save_file(tensors, plain / "model.safetensors", {"format": "pt"})
-    with pytest.raises(QtoolError, match="is not quantized"):
+    with pytest.raises(QtoolError, match="has scales and no codes"):
         pack(PackRequest(str(plain), "gptq"), workspace)
 
 

@@ -10,9 +10,8 @@ from jaxtyping import Int32, Integer, UInt8
 from torch import Tensor
 
 from qtool.builtin.exporters.compressed_tensors import not_quantized
-from qtool.builtin.exporters.ct_tensors import pack_words
 from qtool.builtin.exporters.words import IntegerWords, group_size
-from qtool.engine.packed import PackedLinear, take_rows
+from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
@@ -31,10 +30,8 @@ class AWQ(IntegerWords):
 
     def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return ``qweight`` and ``qzeros``, both in words along the outputs."""
-        weight = torch.empty(found.n_in, len(found.stream) // _LANES, dtype=torch.int32)
-        for rows in found.pieces():
-            take_rows(weight, rows, len(found.stream), axis=-1).copy_(_pack(found.rows(rows).codes))
-        return {"qweight": weight, "qzeros": _pack(zeros)}
+        weight = torch.cat([_pack(found.codes(rows)) for rows in found.pieces()])
+        return {"qweight": weight.T.contiguous(), "qzeros": _pack(zeros).T.contiguous()}
 
     def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a linear's tensors."""
@@ -43,13 +40,16 @@ class AWQ(IntegerWords):
         words = n_out // _LANES
         return {"qweight": (n_in, words), "qzeros": (groups, words), "scales": (groups, n_out)}
 
-    def read(
+    def read_codes(self, words: Int32[Tensor, "columns rows"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
+        """Return the codes of some outputs, each read from its own place in a word."""
+        return _outputs(words)
+
+    def read_groups(
         self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-    ) -> tuple[UInt8[Tensor, "out in"], Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
-        """Return codes, zero points and the group of each input, each output read from its own place in a word."""
-        codes, zeros = _outputs(tensors["qweight"]), _outputs(tensors["qzeros"])
-        n_in, size = codes.shape[1], config["group_size"]
-        return codes, zeros, torch.arange(n_in) // (n_in if size == -1 else size)
+    ) -> tuple[Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
+        """Return zero points and the group of each input."""
+        n_in, size = len(tensors["qweight"]), config["group_size"]
+        return _outputs(tensors["qzeros"].T), torch.arange(n_in) // (n_in if size == -1 else size)
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
@@ -72,16 +72,18 @@ class AWQ(IntegerWords):
             )
 
 
-def _pack(codes: UInt8[Tensor, "out n"]) -> Int32[Tensor, "n words"]:
-    """Return codes transposed, eight outputs to a word."""
-    lanes = codes.T.reshape(codes.shape[1], -1, _LANES)[..., list(_ORDER)]
-    return pack_words(lanes.reshape(codes.shape[1], -1), 4)
+def _pack(codes: UInt8[Tensor, "out n"]) -> Int32[Tensor, "words n"]:
+    """Return codes with eight outputs to a word, two of them to a byte."""
+    lanes = codes.reshape(-1, _LANES, codes.shape[1])
+    words = torch.zeros(len(lanes), codes.shape[1], dtype=torch.int32)
+    for byte, (low, high) in enumerate(zip(_ORDER[::2], _ORDER[1::2], strict=True)):
+        words |= (lanes[:, low] | lanes[:, high] << 4).int() << 8 * byte
+    return words
 
 
-def _outputs(words: Int32[Tensor, "n words"]) -> UInt8[Tensor, "out n"]:
+def _outputs(words: Int32[Tensor, "words n"]) -> UInt8[Tensor, "out n"]:
     """Return the code of each output: of eight, even ones lie in the low half of a word, odd ones in the high half."""
-    turned = words.T.contiguous()
-    codes = turned.new_empty(len(turned), _LANES, turned.shape[1], dtype=torch.uint8)
+    codes = words.new_empty(len(words), _LANES, words.shape[1], dtype=torch.uint8)
     for lane in range(_LANES):
-        codes[:, lane] = turned >> 16 * (lane % 2) + 4 * (lane // 2) & 0xF
+        codes[:, lane] = words >> 16 * (lane % 2) + 4 * (lane // 2) & 0xF
     return codes.flatten(0, 1)

@@ -28,6 +28,7 @@ from qtool.scheme import TensorScheme
 
 _V2 = "gptq_v2"
 _WORD = 32  # bits
+_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the codes in them, a byte for each
 _EXPERTS = r".*\.experts(?:\..*|$)"
 _FUSED: Mapping[str, frozenset[str]] = {
     "qkv_proj": frozenset({"q_proj", "k_proj", "v_proj"}),
@@ -63,13 +64,16 @@ class GPTQv2(IntegerWords):
             "g_idx": (n_in,),
         }
 
-    def read(
+    def read_codes(self, words: Int32[Tensor, "columns rows"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
+        """Return the codes of some outputs, unpacked place by place."""
+        return _from_stream(words, config["bits"])
+
+    def read_groups(
         self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-    ) -> tuple[UInt8[Tensor, "out in"], Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
-        """Return codes, zero points and the group of each input, unpacked place by place."""
-        bits, offset = config["bits"], 0 if config["checkpoint_format"] == _V2 else 1
-        codes = _from_stream(tensors["qweight"].T.contiguous(), bits)
-        return codes, _from_stream(tensors["qzeros"], bits).T.int() + offset, tensors["g_idx"]
+    ) -> tuple[Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
+        """Return zero points and the group of each input."""
+        offset = 0 if config["checkpoint_format"] == _V2 else 1
+        return _from_stream(tensors["qzeros"], config["bits"]).T.int() + offset, tensors["g_idx"]
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
@@ -161,15 +165,14 @@ def _bits(weights: TensorScheme) -> int:
 
 
 def _from_stream(words: Int32[Tensor, "rows words"], bits: int) -> UInt8[Tensor, "rows n"]:
-    """Read rows of codes, the lowest bit of the first word first: each place in as many words as codes fill."""
-    places = _WORD // gcd(_WORD, bits)
-    pieces = words.reshape(len(words), -1, places * bits // _WORD)
-    codes = words.new_empty(*pieces.shape[:2], places, dtype=torch.uint8)
+    """Read rows of codes, the lowest bit of the first word first: each place in as many bytes as codes fill."""
+    places = 8 // gcd(8, bits)
+    pieces = words.view(torch.uint8).reshape(len(words), -1, places * bits // 8)
+    codes = pieces.new_zeros(pieces.shape[:2], dtype=_BYTES[places])
     for place in range(places):
-        word, shift = divmod(place * bits, _WORD)
-        code = pieces[..., word] >> shift
-        held = _WORD - shift
-        if held < bits:
-            code = code & (1 << held) - 1 | pieces[..., word + 1] << held
-        codes[..., place] = code & (1 << bits) - 1
-    return codes.flatten(1)
+        byte, shift = divmod(place * bits, 8)
+        code = pieces[..., byte] >> shift
+        if shift + bits > 8:
+            code = code | pieces[..., byte + 1] << 8 - shift
+        codes |= (code & (1 << bits) - 1).to(codes.dtype) << 8 * place
+    return codes.view(torch.uint8)

@@ -1,7 +1,8 @@
 """A packed checkpoint as a subject: its codes and scales stand for an artifact, its other tensors for the model.
 
 Nothing is decoded on the way and nothing is written: tensors are read when an exporter asks for them. Of the weight of
-a quantized linear the model has the name and the shape, and no values, which no exporter looks at.
+a quantized linear the model has the name and the shape, and no values, which no exporter looks at. Linears without
+scales are as they are stored.
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ from qtool.artifacts.store import Artifact
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
-    Seen,
     check_reciprocal,
     is_reciprocal,
-    packed_method,
     read_multiplier,
     read_packed,
-    read_scheme,
 )
+from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, packed_tensors
@@ -44,6 +43,7 @@ from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, TensorScheme
 
 _CODES = ("F8_E4M3", "U8", "I8", "I32")
+_OWN = frozenset({*LEAVES, *INPUT_LEAVES, "weight", "bias"})
 _SCALE = ".weight_scale"
 _DTYPES = {
     "F32": torch.float32,
@@ -68,9 +68,14 @@ class PackedModel(Model):
     def places(self) -> Mapping[str, Place]:
         """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
         leaves = (*LEAVES, *INPUT_LEAVES, "weight")
-        own = {f"{linear.name}.{leaf}" for linear in self.graph.linears for leaf in leaves}
+        own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
         places = {name: place for name, place in self.found_places().items() if name not in own}
-        return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.graph.linears}
+        return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
+
+    @cached_property
+    def coded(self) -> tuple[LinearSite, ...]:
+        """The linears that have scales."""
+        return tuple(linear for linear in self.graph.linears if f"{linear.name}{_SCALE}" in self.packed)
 
     def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
         """Read the tensors below ``prefix``, keyed by the rest of their names; no weights that are codes."""
@@ -78,15 +83,16 @@ class PackedModel(Model):
 
     @cached_property
     def _weights(self) -> frozenset[str]:
-        return frozenset(f"{linear.name}.weight" for linear in self.graph.linears)
+        return frozenset(f"{linear.name}.weight" for linear in self.coded)
 
     def _placeholder(self, linear: LinearSite) -> Place:
         """Return the place of a weight of as many rows as its codes have; there are no bytes in it."""
         codes = self.packed.get(f"{linear.name}.weight_packed") or self.packed.get(f"{linear.name}.weight")
         if codes is None or codes.expert is not None or codes.stored.slot.dtype not in _CODES:
             raise ArtifactError(
-                f"`{linear.name}` of `{self.path}` is not quantized, or all experts are one tensor",
-                hint="only checkpoints whose linears all have one scheme are transcoded",
+                f"`{linear.name}` of `{self.path}` has scales and no codes, or all experts are one tensor",
+                facts=(("weight", codes.stored.slot.dtype if codes else "none"), ("expected", ", ".join(_CODES))),
+                hint="save it compressed, with the tool that made it",
             )
         rows, columns = codes.shape[0], self.graph.width(linear.spec.reads)
         said = getattr(self.config.get_text_config(), "dtype", None)
@@ -108,7 +114,7 @@ class PackedArtifact(Artifact):
     def header(self) -> Header:
         """The names of all tensors; shapes and places are those of the checkpoint's own."""
         slots: dict[str, TensorSlot] = {}
-        for linear in self.model.graph.linears:
+        for linear in self.model.coded:
             symmetric = _weights_of(self.scheme, linear.name).symmetric
             leaves = ["codes", "scale", *([] if symmetric else ["zero_point"])]
             leaves += ["global_scale"] if self._global_leaf(linear.name) else []
@@ -127,7 +133,7 @@ class PackedArtifact(Artifact):
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors of a linear as an artifact stores them, keyed by the last parts of their names."""
         name = prefix.removesuffix(".")
-        if name not in {linear.name for linear in self.model.graph.linears}:
+        if name not in {linear.name for linear in self.model.coded}:
             return {}
         stored = packed_tensors(name, self.read(name), self._grid(name))
         return {full.removeprefix(prefix): tensor for full, tensor in stored.items()}
@@ -166,7 +172,7 @@ class PackedArtifact(Artifact):
         """Return the multiplier of a site's activations, on which the linears that read it must agree."""
         found = {
             linear.name: read_multiplier(self.method, self.stored_of(linear.name))
-            for linear in self.model.graph.linears
+            for linear in self.model.coded
             if linear.reads == site
         }
         first, *others = found.values()
@@ -201,8 +207,8 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
         identity: What the original model is called; the checkpoint's own digest if empty.
 
     Raises:
-        SchemeError: It has several schemes, or one that is not read back.
-        ArtifactError: A linear is not quantized, or something else is.
+        SchemeError: It has more than codes and scales, or a scheme that is not read back.
+        ArtifactError: Something is quantized that qtool does not quantize, or a linear has more than codes and scales.
     """
     method = packed_method(directory)
     if method is None:
@@ -212,16 +218,13 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
         del config.quantization_config
     families: dict[str, Family] = {name: plugins.load("families", name) for name in plugins.offers["families"]}
     model = PackedModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
-    scales = {name.removesuffix(_SCALE): place for name, place in model.packed.items() if name.endswith(_SCALE)}
-    seen = {
-        name: Seen(place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed)
-        for name, place in scales.items()
-        if (dtype := _DTYPES.get(place.stored.slot.dtype)) is not None
-    }
+    seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
-        raise ArtifactError(f"`{directory}` has no scales", hint="check that the download is complete")
-    scheme = read_scheme(directory, seen, plugins.format)
+        raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
     _refuse_other_codes(model)
+    plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
+    scheme = read_scheme(directory, seen, plain, plugins.format)
+    _refuse_other_tensors(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
@@ -244,7 +247,7 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     artifact, inexact = subject.quantized, set[float]()
     if not isinstance(artifact, PackedArtifact):
         return 0
-    for linear in subject.model.graph.linears:
+    for linear in subject.linears:
         if f"{linear.name}.global_scale" not in artifact.header.slots:
             continue
         parameters = artifact.read(linear.name).parameters
@@ -258,16 +261,47 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     return len(inexact)
 
 
+def _seen(model: PackedModel, name: str) -> Seen:
+    """Return what the files say of a linear that has scales.
+
+    Raises:
+        ArtifactError: They are of a type that no layout has.
+    """
+    place = model.packed[f"{name}{_SCALE}"]
+    dtype = _DTYPES.get(place.stored.slot.dtype)
+    if dtype is None:
+        raise ArtifactError(
+            f"the scales of `{name}` are of a type that is not read",
+            facts=(("expected", ", ".join(_DTYPES)), ("received", place.stored.slot.dtype)),
+            hint="quantize the original model: qtool mitigate MODEL",
+        )
+    return Seen(place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed)
+
+
 def _refuse_other_codes(model: PackedModel) -> None:
     """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
-    odd = next(
-        (name for name in model.places if name.endswith(tuple(f".{leaf}" for leaf in (*LEAVES, *INPUT_LEAVES)))), None
-    )
+    coded = {linear.name for linear in model.coded}
+    leaves = {*LEAVES, *INPUT_LEAVES}
+    named = (name.rpartition(".") for name in model.packed)
+    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
     if odd is not None:
         raise ArtifactError(
             "the checkpoint has codes of what qtool does not quantize",
             facts=(("first", odd), ("family", model.family.name)),
-            hint="only checkpoints whose linears all have one scheme are transcoded",
+            hint="quantize the original model without it: qtool mitigate MODEL",
+        )
+
+
+def _refuse_other_tensors(model: PackedModel) -> None:
+    """Refuse what a linear has beside codes, scales and a bias, such as the order of its columns."""
+    coded = {linear.name for linear in model.coded}
+    named = (name.rpartition(".") for name in model.packed)
+    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if owner in coded and leaf not in _OWN), None)
+    if odd is not None:
+        raise ArtifactError(
+            "a linear of the checkpoint has more than codes and scales",
+            facts=(("first", odd),),
+            hint="quantize the original model again, without it: qtool mitigate MODEL",
         )
 
 

@@ -11,6 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from jaxtyping import UInt8
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from qtool.builtin.exporters.stored_names import expected_shapes, stored_tensor_name
 from qtool.engine.packed import ROWS, PackedLinear
@@ -25,7 +26,7 @@ from qtool.model.source import Model
 def empty_model(config: Any, model: Model) -> nn.Module:  # noqa: ANN401 - each family has its config
     """Build the model of a config without its weights, as the original model's family is loaded."""
     loader = getattr(transformers, model.family.loader)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         module: nn.Module = loader.from_config(config, trust_remote_code=model.trust_remote_code)
     return module
 
@@ -104,7 +105,7 @@ def compare_codes(name: str, read: PackedLinear, ours: PackedLinear) -> None:
     Raises:
         ArtifactError: Something differs.
     """
-    if not _same_bytes(read.stream, ours.stream):
+    if not same_bytes(read.stream, ours.stream):
         whole = slice(0, len(ours.stream))
         raise weight_difference(name, read.rows(whole).codes, ours.rows(whole).codes)
     found, wanted = read.parameters, ours.parameters
@@ -115,7 +116,7 @@ def compare_codes(name: str, read: PackedLinear, ours: PackedLinear) -> None:
             raise ArtifactError(f"`{name}` was written with zero points, or lacks its own")
 
 
-def _same_bytes(one: UInt8[Tensor, "rows bytes"], other: UInt8[Tensor, "rows bytes"]) -> bool:
+def same_bytes(one: UInt8[Tensor, "rows bytes"], other: UInt8[Tensor, "rows bytes"]) -> bool:
     """Say whether bytes are equal, eight at a time where they fill whole words."""
     whole = one.shape[-1] % 8 == 0 and one.is_contiguous() and other.is_contiguous()
     return torch.equal(*((each.flatten().view(torch.int64) if whole else each) for each in (one, other)))
@@ -129,10 +130,11 @@ def telling_rows(ours: PackedLinear, step: int) -> list[slice]:
         step: Rows that are stored together; slices begin and end at whole ones. All rows are one slice where those do
             not fill the axis.
     """
-    scale, rows = ours.parameters.scale.abs().flatten(), len(ours.stream)
+    scale, rows = ours.parameters.scale.abs(), len(ours.stream)
+    of_rows = scale.reshape(len(scale), -1)
     step = max(step, ROWS)
     step = rows if rows % step else step
-    places = {int(place) * rows // len(scale) // step for place in (scale.argmin(), scale.argmax())}
+    places = {int(place) * rows // len(scale) // step for place in (of_rows.amin(1).argmin(), of_rows.amax(1).argmax())}
     return [slice(place * step, place * step + step) for place in sorted(places)]
 
 

@@ -1,16 +1,16 @@
-"""Safetensors shards written by streaming: parts on disk, joined into files of a few gigabytes."""
+"""Safetensors shards written by streaming: tensors gathered on disk, and put in order in files of a few gigabytes."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from qtool.artifacts.layout import TensorSlot, read_header, write_assembled
+from qtool.artifacts.layout import TensorSlot, write_assembled
+from qtool.artifacts.mapped import DTYPE_NAMES
 from qtool.artifacts.store import disk_errors
 from qtool.model.files import INDEX, WEIGHTS
 
@@ -18,17 +18,18 @@ SHARD_BYTES = 4_000_000_000
 
 
 class Shards:
-    """Collects tensors in parts and joins them into ``model.safetensors``, or numbered shards with an index.
+    """Gathers tensors in a file and puts them in order in ``model.safetensors``, or numbered shards with an index.
 
     Args:
-        directory: Folder of the shards; parts lie in it until they are joined.
-        limit: Bytes to a shard; a single part may exceed it.
+        directory: Folder of the shards; what is gathered lies in it until a shard is full.
+        limit: Bytes to a shard; tensors that belong together may exceed it.
     """
 
     def __init__(self, directory: Path, *, limit: int = SHARD_BYTES) -> None:
         self.directory, self.limit = directory, limit
         self.total = 0
-        self._parts: list[Path] = []
+        self._gathered = directory / ".tensors"
+        self._slots: dict[str, TensorSlot] = {}
         self._pending = 0
         self._shards: list[tuple[Path, list[str]]] = []
 
@@ -41,13 +42,14 @@ class Shards:
         if not tensors:
             return
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._parts and self._pending + size > self.limit:
+        if self._slots and self._pending + size > self.limit:
             self._join()
-        part = self.directory / f".part-{len(self._shards)}-{len(self._parts)}.safetensors"
-        with disk_errors(self.directory):
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
-        self._parts.append(part)
-        self._pending += size
+        with disk_errors(self.directory), self._gathered.open("ab") as file:
+            for name, tensor in tensors.items():
+                file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                start, self._pending = self._pending, self._pending + tensor.nbytes
+                kind, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+                self._slots[name] = TensorSlot(kind, shape, start, self._pending)
         self.total += size
 
     def finish(self) -> None:
@@ -71,22 +73,17 @@ class Shards:
             write_json(self.directory / INDEX, table)
 
     def _join(self) -> None:
-        """Stream the parts at hand into one shard and remove them."""
-        if not self._parts:
+        """Stream what was gathered into one shard."""
+        if not self._slots:
             return
-        slots: dict[str, tuple[Path, TensorSlot]] = {}
-        for part in self._parts:
-            slots |= {name: (part, slot) for name, slot in read_header(part).slots.items()}
         shard = self.directory / f".shard-{len(self._shards)}.safetensors"
+        places = {name: (self._gathered, slot) for name, slot in self._slots.items()}
         with disk_errors(self.directory):
             with shard.open("wb") as output:
-                write_assembled(output, slots, {"format": "pt"})
-                output.flush()
-                os.fsync(output.fileno())
-            for part in self._parts:
-                part.unlink()
-        self._shards.append((shard, list(slots)))
-        self._parts, self._pending = [], 0
+                write_assembled(output, places, {"format": "pt"})
+            self._gathered.unlink()
+        self._shards.append((shard, list(self._slots)))
+        self._slots, self._pending = {}, 0
 
 
 def write_json(path: Path, value: object) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Int32, Integer, UInt8
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -30,6 +30,7 @@ from qtool.builtin.exporters.mixed import (
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
+    same_bytes,
     weight_difference,
     with_linear_experts,
     with_stored_shapes,
@@ -71,13 +72,17 @@ class IntegerWords(ABC):
         """Return the shapes of a linear's tensors, without its bias, as a reader of the config expects them."""
 
     @abstractmethod
-    def read(
-        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-    ) -> tuple[UInt8[Tensor, "out in"], Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
-        """Return codes, zero points and the group of each input as a reader of the config has them.
+    def read_codes(self, words: Int32[Tensor, "columns rows"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
+        """Return the codes of some outputs, whose columns of ``qweight`` are given, as a reader of the config has them.
 
         Shares no code with ``tensors``.
         """
+
+    @abstractmethod
+    def read_groups(
+        self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
+        """Return zero points and the group of each input, likewise."""
 
     @abstractmethod
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
@@ -158,28 +163,25 @@ class IntegerWords(ABC):
 
         reader.compare(with_stored_shapes(module, subject.linears, shapes))
         for linear in subject.linears:
-            ours, tensors = subject.packed(linear), reader.module(linear.name)
             said = self.config_of(linear.name, stated)
-            for rows in ours.pieces():
-                self._compare(linear.name, tensors, said, ours, rows)
+            self._compare(linear.name, reader.module(linear.name), said, subject.packed(linear))
 
-    def _compare(
-        self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any], ours: PackedLinear, rows: slice
-    ) -> None:
-        """Compare what is stored of some rows of a linear with what was packed."""
-        n_out = len(ours.stream)
-        stored = {leaf: take_rows(one, rows, n_out, -1) if one.ndim > 1 else one for leaf, one in tensors.items()}
+    def _compare(self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any], ours: PackedLinear) -> None:
+        """Compare what is stored of a linear with what was packed, codes in pieces that a cache holds."""
+        own, n_in, n_out = ours.parameters, ours.n_in, len(ours.stream)
         try:
-            codes, zeros, groups = self.read(stored, said)
+            words = tensors["qweight"].T.contiguous()
+            for rows in ours.pieces():
+                codes, wanted = self.read_codes(take_rows(words, rows, n_out), said), ours.codes(rows)
+                if codes.shape != wanted.shape or not same_bytes(codes, wanted):
+                    raise weight_difference(name, codes, wanted)
+            zeros, groups = self.read_groups(tensors, said)
         except _UNREADABLE as error:
             reason = str(error).split("\n")[0]
             raise ArtifactError(f"cannot unpack `{name}`", facts=(("reason", reason),)) from error
-        wanted, n_in = ours.rows(rows), ours.n_in
-        (own,) = wanted.parameters
         for found, expected in (
-            (codes, wanted.codes),
             (zeros, zero_points(own, ours.bits)),
-            (stored["scales"].T, own.scale),
+            (tensors["scales"].T, own.scale),
             (groups, torch.arange(n_in) // (n_in // own.scale.shape[-1])),
         ):
             if found.shape != expected.shape or not bool((found == expected).all()):

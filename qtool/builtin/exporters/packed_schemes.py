@@ -1,0 +1,227 @@
+"""The scheme that the config of a packed checkpoint says of its linears, whoever wrote it.
+
+compressed-tensors has groups that name their linears by class, name or pattern, ModelOpt an algorithm for all or for
+each. The scheme of most linears is the model's, and others are exceptions by name. Linears without scales are in 16
+bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from compressed_tensors.utils import match_targets
+from torch import nn
+
+from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG, algorithm_of
+from qtool.errors import SchemeError
+from qtool.model.files import CONFIG
+from qtool.scheme import Format, ModelScheme, ScaleFormat, Strategy, TensorScheme
+from qtool.scheme_parts import Rule
+
+METHODS = ("compressed-tensors", "modelopt")
+Lookup = Callable[[str], Format]
+
+
+class Seen(NamedTuple):
+    """What the files say of a linear, and no config does.
+
+    Attributes:
+        name: What they call it.
+        scale: What its scales are stored in.
+        calibrated: Whether a scale of its inputs is stored.
+    """
+
+    name: str
+    scale: torch.dtype
+    calibrated: bool
+
+
+_FLOATS: Mapping[torch.dtype, ScaleFormat] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+_FP4 = {(16, torch.float8_e4m3fn): "nvfp4", (32, torch.uint8): "mxfp4"}
+_MODELOPT = {
+    "NVFP4": ("nvfp4", "nvfp4"),
+    "W4A16_NVFP4": ("nvfp4", None),
+    "FP8": ("fp8-tensor", "fp8-tensor"),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8-channel", "fp8-token"),
+}
+_STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "token", "group", "block")
+_ONE_INPUT_SCALE = ("fp8", "int8")
+
+
+def packed_method(directory: Path) -> str | None:
+    """Return how a folder is packed, by its config: one of ``METHODS``, or None."""
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    if not entry and (directory / HF_QUANT_CONFIG).is_file():
+        return "modelopt"
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    return method if method in METHODS else None
+
+
+def read_scheme(directory: Path, seen: Mapping[str, Seen], plain: Collection[str], lookup: Lookup) -> ModelScheme:
+    """Return the scheme that a packed checkpoint says of its linears.
+
+    Args:
+        directory: The checkpoint.
+        seen: What no config says of each linear that has scales, by the name that the graph knows.
+        plain: The linears that have none.
+        lookup: Finds a format by name.
+
+    Raises:
+        SchemeError: It has more than codes and scales, or a scheme that is not read back; names it.
+    """
+    config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
+    read = _modelopt_schemes if packed_method(directory) == "modelopt" else _compressed_schemes
+    found = read(directory, config, seen, lookup)
+    ((main, _), *_) = Counter(found.values()).most_common(1)
+    others = {name: own for name, own in found.items() if own != main}
+    rules = [Rule("weights", name, None) for name in plain]
+    rules += [Rule("weights", name, own.weights) for name, own in others.items() if own.weights != main.weights]
+    rules += [
+        Rule("activations", name, own.activations)
+        for name, own in others.items()
+        if own.activations != main.activations
+    ]
+    return replace(main, rules=tuple(rules))
+
+
+def _compressed_schemes(
+    directory: Path, config: Mapping[str, Any], seen: Mapping[str, Seen], lookup: Lookup
+) -> dict[str, ModelScheme]:
+    """Return what compressed-tensors' groups say of each linear."""
+    del directory
+    for part in ("transform_config", "sparsity_config"):
+        if config.get(part):
+            raise _unread(f"a `{part}`", config[part])
+    if config.get("kv_cache_scheme"):
+        raise _unread("a quantized KV cache", config["kv_cache_scheme"])
+    groups = {name: group for name, group in config.get("config_groups", {}).items() if isinstance(group, Mapping)}
+    targets = {target: name for name, group in groups.items() for target in group.get("targets", ())}
+    schemes: dict[tuple[str, Seen], ModelScheme] = {}
+    found = {}
+    for name, one in seen.items():
+        module = nn.Linear(1, 1, device="meta")
+        matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
+        if not matched:
+            raise _unread(f"codes of `{one.name}`, which no group names", list(targets))
+        key = (targets[matched[0]], one._replace(name=""))
+        if key not in schemes:
+            schemes[key] = _group_scheme(groups[key[0]], one, lookup)
+        found[name] = schemes[key]
+    return found
+
+
+def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> ModelScheme:
+    """Return the scheme of linears of one group."""
+    if not group.get("weights"):
+        raise _unread("a group without weights", group)
+    if group.get("output_activations"):
+        raise _unread("quantized outputs", group["output_activations"])
+    weights, inputs = group["weights"], group.get("input_activations")
+    if weights.get("actorder") in ("group", "dynamic", True):
+        raise _unread("columns in an order of their own (`actorder: group`)", weights)
+    return ModelScheme(
+        _tensor_scheme(weights, lookup, seen.scale), None if not inputs else _input_scheme(inputs, lookup)
+    )
+
+
+def _modelopt_schemes(
+    directory: Path, config: Mapping[str, Any], seen: Mapping[str, Seen], lookup: Lookup
+) -> dict[str, ModelScheme]:
+    """Return what ModelOpt's algorithms are, of each linear."""
+    said: Mapping[str, Any] = config
+    if (directory / HF_QUANT_CONFIG).is_file():
+        said = json.loads((directory / HF_QUANT_CONFIG).read_text(encoding="utf-8")).get("quantization", {})
+    if said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"):
+        raise _unread("a quantized KV cache", said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"))
+    try:
+        algorithms = {name: algorithm_of(said, one.name) for name, one in seen.items()}
+    except (KeyError, TypeError) as error:
+        raise _unread("linears whose algorithm it does not say", error) from error
+    return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}
+
+
+def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
+    """Return the scheme of linears of one algorithm."""
+    if algorithm not in _MODELOPT:
+        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT), "read")
+    weights, activations = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
+    if weights is not None and weights.format == "fp8":
+        weights = replace(weights, scale=_FLOATS[seen.scale])
+    if activations is not None and activations.strategy == "tensor":
+        activations = replace(activations, static=seen.calibrated)
+    elif seen.calibrated and (activations is None or activations.format == "fp8"):
+        raise _unread("calibrated inputs beside the algorithm", algorithm)
+    return ModelScheme(weights, activations)
+
+
+def _plain(text: str, lookup: Lookup) -> TensorScheme:
+    """Return the defaults of a format, with a strategy behind a dash."""
+    name, _, strategy = text.partition("-")
+    scheme = replace(lookup(name).defaults, format=name)
+    return replace(scheme, strategy=strategy, group_size=None) if strategy else scheme  # type: ignore[arg-type]
+
+
+def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype | None) -> TensorScheme:
+    """Return what ``QuantizationArgs`` say of weights, or of inputs but for their rules.
+
+    Args:
+        said: The arguments.
+        lookup: Finds a format by name.
+        scale: What scales are stored in; None where they are fitted as the model runs.
+    """
+    bits, element, size = said.get("num_bits"), said.get("type", "int"), said.get("group_size") or -1
+    if (element, bits) == ("float", 4):
+        short = next((name for (of, stored), name in _FP4.items() if of == size and scale in (None, stored)), None)
+        if short is None or not said.get("symmetric", True):
+            raise _unread("a scheme that is not read back", said)
+        return _plain(short, lookup)
+    strategy = said.get("strategy") or ("group" if size > 0 else "channel" if said.get("group_size") else "tensor")
+    name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
+    stored = "fp32" if scale is None else _FLOATS.get(scale)
+    if strategy == "block":
+        rows, size = said.get("block_structure") or (0, 1)
+        strategy = "block" if rows == size else ""
+    if not name or strategy not in _STRATEGIES or stored is None:
+        raise _unread("a scheme that is not read back", said)
+    scheme = TensorScheme(
+        name,
+        symmetric=bool(said.get("symmetric", True)),
+        strategy=strategy,
+        group_size=size if strategy in ("group", "block") else None,
+        scale=stored,
+    )
+    lookup(name).check(scheme)
+    return scheme
+
+
+def _input_scheme(said: Mapping[str, Any], lookup: Lookup) -> TensorScheme:
+    """Return the scheme of inputs whose scales are fitted as the model runs, or one calibrated scale."""
+    scheme = _tensor_scheme(said, lookup, None)
+    half = scheme.format.startswith("int") and scheme.symmetric
+    if not said.get("dynamic"):
+        if scheme.format not in _ONE_INPUT_SCALE or scheme.strategy != "tensor" or not scheme.symmetric:
+            raise _unread("inputs with calibrated scales", said)
+        return replace(scheme, static=True)
+    return replace(scheme, range_rule="half") if half else scheme
+
+
+def _unread(what: str, said: object, label: str = "config") -> SchemeError:
+    return SchemeError(
+        f"the checkpoint has {what}, and only codes and scales are transcoded",
+        facts=((label, said),),
+        hint="pack it from the artifact that it came from, or quantize the original model: qtool mitigate MODEL",
+    )
