@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.builtin.exporters.ct_layout import BLOCKS
 from qtool.builtin.exporters.ct_tensors import global_divisor
 from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG, algorithm_of
 from qtool.engine.grid import Grid
@@ -249,9 +250,10 @@ def _plain(text: str, lookup: Callable[[str], Format]) -> TensorScheme:
 def _tensor_scheme(said: Mapping[str, Any], lookup: Callable[[str], Format], scale: ScaleFormat | None) -> TensorScheme:
     """Return what ``QuantizationArgs`` say of weights, or of inputs but for their rules."""
     bits, element, strategy, size = (said.get(key) for key in ("num_bits", "type", "strategy", "group_size"))
-    short = {16: "nvfp4", 32: "mxfp4"}.get(size or 0) if (element, bits) == ("float", 4) else None
-    if short is not None:
-        return _plain(short, lookup)
+    where = (bits or 0, size, "e4m3" if size == 16 else "e8m0")
+    block = BLOCKS.get(where) if element == "float" and strategy in ("group", "tensor_group") else None
+    if block is not None and (bits != 8 or said.get("scale_dtype") == "torch.uint8"):
+        return _plain(block[0], lookup)
     name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
     if not name or strategy not in ("tensor", "channel", "token", "group") or scale is None:
         raise _unread("a scheme that is not read back", said)
@@ -273,6 +275,8 @@ def _input_scheme(said: Mapping[str, Any], lookup: Callable[[str], Format]) -> T
         if (scheme.format, scheme.strategy) != ("fp8", "tensor"):
             raise _unread("inputs with calibrated scales", said)
         return replace(scheme, static=True)
+    if scheme.format == "mxfp8":
+        return replace(scheme, exponent_rule="rceil")  # as the library rounds them
     half = scheme.format.startswith("int") and scheme.symmetric
     return replace(scheme, range_rule="half") if half else scheme
 
