@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+from compressed_tensors.compressors.mxfp6.base import MXFP6PackedCompressor
+from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor
 from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
 
 from qtool.numerics.groups import from_groups
 from qtool.numerics.packing import pack_codes
-from qtool.numerics.scales import encode_scale
-from tests.builtin.format_cases import fit, values_of
+from qtool.numerics.scales import decode_scale, encode_scale
+from qtool.scheme import GroupParameters
+from tests.builtin.format_cases import fit, read, values_of
 
 
 def ct_scheme(**weights: object) -> QuantizationScheme:
@@ -94,6 +98,60 @@ def test_compressed_tensors_reads_mxfp4(rule: str) -> None:
     scheme = ct_scheme(num_bits=4, type="float", symmetric=True, strategy="group", group_size=32)
     theirs = MXFP4PackedCompressor.decompress(state, scheme)["weight"]
     assert torch.equal(theirs.float(), from_groups(form.round(groups, parameters), x.shape))
+
+
+MX_SCALE = {"type": "float", "symmetric": True, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+
+
+@pytest.mark.parametrize("rule", ["floor", "even", "rceil"])
+def test_compressed_tensors_reads_and_writes_mxfp6(rule: str) -> None:
+    x, scheme = values_of(8, 64), ct_scheme(num_bits=6, **MX_SCALE)
+    form, groups, parameters = fit(f"mxfp6_e2m3-{rule}", x)
+    codes, exponents = from_groups(form.encode(groups, parameters), x.shape), encode_scale(parameters.scale, "e8m0")
+    state = {"weight_packed": pack_codes(codes, 6), "weight_scale": exponents}
+    theirs = MXFP6PackedCompressor.decompress(state, scheme)["weight"]
+    assert torch.equal(theirs.float(), from_groups(form.round(groups, parameters), x.shape))
+    written = MXFP6PackedCompressor.compress({"weight": x, "weight_scale": parameters.scale}, scheme)
+    assert torch.equal(written["weight_packed"], state["weight_packed"])
+    assert torch.equal(written["weight_scale"], exponents)
+
+
+@pytest.mark.parametrize("rule", ["floor", "even", "rceil"])
+def test_compressed_tensors_reads_and_writes_mxfp8(rule: str) -> None:
+    x, scheme = values_of(8, 64), ct_scheme(num_bits=8, **MX_SCALE)
+    form, groups, parameters = fit(f"mxfp8-{rule}", x)
+    codes, exponents = from_groups(form.encode(groups, parameters), x.shape), encode_scale(parameters.scale, "e8m0")
+    state = {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": exponents}
+    theirs = MXFP8QuantizationCompressor.decompress(state, scheme)["weight"]
+    assert torch.equal(theirs.float(), from_groups(form.round(groups, parameters), x.shape))
+    written = MXFP8QuantizationCompressor.compress({"weight": x, "weight_scale": parameters.scale}, scheme)
+    assert torch.equal(written["weight"].view(torch.uint8), codes)
+    assert torch.equal(written["weight_scale"], exponents)
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_compressed_tensors_reads_every_code_of_blocks_of_32(bits: int) -> None:
+    form, _ = read("mxfp6_e2m3" if bits == 6 else "mxfp8")
+    codes = torch.arange(2**bits, dtype=torch.uint8).reshape(-1, 32)
+    codes = torch.where(codes & 0x7F == 0x7F, 0, codes) if bits == 8 else codes  # which is NaN
+    exponents = torch.arange(120, 120 + len(codes), dtype=torch.uint8).unsqueeze(-1)
+    ours = form.decode(codes, GroupParameters(decode_scale(exponents, "e8m0").squeeze(-1)))
+    compressor = MXFP6PackedCompressor if bits == 6 else MXFP8QuantizationCompressor
+    packed = {"weight_packed": pack_codes(codes, 6)} if bits == 6 else {"weight": codes.view(torch.float8_e4m3fn)}
+    theirs = compressor.decompress({**packed, "weight_scale": exponents}, ct_scheme(num_bits=bits, **MX_SCALE))
+    assert torch.equal(theirs["weight"].float(), ours)
+    assert torch.equal(theirs["weight"].signbit(), ours.signbit())
+
+
+@pytest.mark.parametrize(("text", "bits"), [("mxfp6_e2m3", 6), ("mxfp8-rceil", 8)])
+def test_compressed_tensors_quantizes_inputs_in_blocks_of_32_alike(text: str, bits: int) -> None:
+    x = values_of(64, 256)
+    form, groups, parameters = fit(text, x)
+    args = QuantizationArgs(num_bits=bits, **MX_SCALE)
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    assert torch.equal(scale.float(), parameters.scale.reshape(scale.shape))
+    theirs = fake_quantize(x, scale, zero_point, args)
+    assert torch.equal(theirs, from_groups(form.round(groups, parameters), x.shape))
 
 
 def halves(codes: torch.Tensor) -> np.ndarray:

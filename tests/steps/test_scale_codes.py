@@ -231,7 +231,7 @@ def test_a_model_is_made_counted_foreseen_and_run(desk: Desk, weights: str) -> N
         with pytest.raises(SchemeError, match="has no scales that are codes themselves") as refused:
             pack(PackRequest(str(artifact.path), layout), workspace)
         assert refused.value.hint.startswith(f"nearest that fits: --weights {nearest}, or qtool pack SOURCE --to hf")
-    for layout, hint in (("modelopt", "--scheme NVFP4"), ("gguf", "--weights int4")):
+    for layout, hint in (("modelopt", "--weights nvfp4"), ("gguf", "--weights int4")):
         with pytest.raises(SchemeError) as refused:
             pack(PackRequest(str(artifact.path), layout), workspace)
         assert refused.value.hint.startswith(f"nearest that fits: {hint}")

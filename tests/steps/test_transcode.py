@@ -62,6 +62,8 @@ PATHS = [
     ("int4-sym-channel", "", "awq"),
     ("int4-asym-g32", "", "hf"),
     ("int8-sym-channel", "int8-sym-token-sfp32-half", "hf"),
+    ("mxfp6_e2m3", "mxfp8-rceil", "hf"),
+    ("mxfp8", "", "hf"),
     ("nvfp4", "", "modelopt"),
     ("fp8-channel", "fp8-token", "modelopt"),
     ("fp8-tensor-sbf16", "fp8-tensor", "modelopt"),
@@ -164,6 +166,9 @@ def test_what_is_read_is_the_artifact(quantize: Quantize, workspace: Workspace) 
         ("int4-sym-g32", "int8-asym-token-sfp32"),
         ("fp8-tensor", "fp8-tensor"),
         ("mxfp4", "mxfp4"),
+        ("mxfp6_e2m3", "mxfp6_e2m3"),
+        ("mxfp6_e2m3", "mxfp8-rceil"),
+        ("mxfp8", "mxfp8-rceil"),
     ],
 )
 def test_activations_are_read_as_consumers_quantize_them(

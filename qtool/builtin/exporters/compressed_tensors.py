@@ -28,6 +28,7 @@ from qtool.builtin.exporters.ct_transforms import (
     verify_transforms,
 )
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers, refuse_mixed_experts
+from qtool.builtin.exporters.nearest import Check, check_schemes
 from qtool.builtin.exporters.packed_layouts import read_packed
 from qtool.builtin.exporters.packed_source import PackedSource
 from qtool.builtin.exporters.read_back import (
@@ -53,6 +54,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.model.source import Model
+from qtool.scheme import ModelScheme
 
 # The library does not pack the zero points of a model without weights; their shapes show when they are decoded.
 _ZERO_POINT = ".weight_zero_point"
@@ -64,7 +66,7 @@ _EXPERTS = r"re:.*\.experts\..*"
 
 
 class CompressedTensors(PackedSource):
-    """Writes ``pack-quantized``, ``int-quantized``, ``float-quantized`` and the FP4 layouts."""
+    """Writes ``pack-quantized``, ``int-quantized``, ``float-quantized`` and the layouts of blocks of floats."""
 
     version = 1
 
@@ -74,8 +76,7 @@ class CompressedTensors(PackedSource):
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
-        for scheme, _ in groups_of(subject):
-            choose_layout(scheme)
+        check_schemes(subject, _check_scheme(subject))
         with_groups_in_cache(subject.scheme, subject.model.graph.dims)
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
@@ -163,6 +164,17 @@ def _consumers(
         experts = any(linear.expert is not None for linear in linears)
         each.append((linears, replace(case, experts=experts, **artifact_facts(scheme, dtype=dtype))))
     return mixed_consumers(each)
+
+
+def _check_scheme(subject: Subject) -> Check:
+    """Return the check of a scheme by itself, which knows what the model is stored in."""
+
+    def check(scheme: ModelScheme) -> None:
+        choose_layout(scheme)
+        if scheme.weights is not None:
+            checkpoint_dtype(scheme.weights, subject.model.dtype)
+
+    return check
 
 
 def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:

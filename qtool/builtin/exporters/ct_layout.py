@@ -18,21 +18,38 @@ from qtool.scheme import ModelScheme, TensorScheme
 from qtool.scheme_parts import KeysAndValues
 
 Layout: TypeAlias = Literal[
-    "pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp6-pack-quantized",
+    "mxfp8-quantized",
 ]
 Element: TypeAlias = Literal["int", "float"]
 
 ELEMENTS: Mapping[str, tuple[Element, int]] = {
     **{f"int{bits}": ("int", bits) for bits in range(2, 9)},
-    "fp8": ("float", 8),
     **dict.fromkeys(("fp4", "nvfp4", "mxfp4"), ("float", 4)),
+    **dict.fromkeys(("fp6_e2m3", "mxfp6_e2m3"), ("float", 6)),
+    **dict.fromkeys(("fp8", "mxfp8"), ("float", 8)),
 }
 """Element type and bits of each of qtool's formats, as compressed-tensors names them."""
 
-_BLOCKS: Mapping[tuple[int | None, str], Layout] = {
-    (16, "e4m3"): "nvfp4-pack-quantized",
-    (32, "e8m0"): "mxfp4-pack-quantized",
+BLOCKS: Mapping[tuple[int, int | None, str], tuple[str, Layout]] = {
+    (4, 16, "e4m3"): ("nvfp4", "nvfp4-pack-quantized"),
+    (4, 32, "e8m0"): ("mxfp4", "mxfp4-pack-quantized"),
+    (6, 32, "e8m0"): ("mxfp6_e2m3", "mxfp6-pack-quantized"),
+    (8, 32, "e8m0"): ("mxfp8", "mxfp8-quantized"),
 }
+"""The blocks of floats that have a layout of their own, by bits, values to a scale, and scale."""
+_INPUTS: Mapping[Layout, tuple[str, ...]] = {
+    "nvfp4-pack-quantized": ("nvfp4",),
+    "mxfp4-pack-quantized": ("mxfp4",),
+    "mxfp6-pack-quantized": ("mxfp6_e2m3", "mxfp8-rceil"),
+    "mxfp8-quantized": ("mxfp8-rceil",),
+}
+"""Inputs beside blocks; of FP8 the library rounds exponents up from 448 on, as ``rceil`` does but for 448 itself."""
 _FLOAT_SCALES = ("bf16", "fp16", "fp32")
 _SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,7 +61,7 @@ def choose_layout(scheme: ModelScheme) -> Layout:
     ``pack-quantized``, whatever the activations.
 
     Raises:
-        SchemeError: No layout does; the hint names the nearest scheme that fits.
+        SchemeError: No layout does; the hint names what fits, and is empty where the whole scheme is another.
     """
     weights, activations = scheme.weights, scheme.activations
     if weights is None:
@@ -85,20 +102,19 @@ def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> L
     if weights.format not in ELEMENTS:
         raise SchemeError(
             f"compressed-tensors has no element type for `{weights.format}`",
-            facts=(("holds", ", ".join(ELEMENTS)),),
-            hint="qtool pack SOURCE --to hf",
+            facts=(("weights", weights), ("holds", ", ".join(ELEMENTS))),
         )
     element, bits = ELEMENTS[weights.format]
-    if (element, bits) == ("float", 4):
-        layout = _BLOCKS.get((weights.group_size, weights.scale))
-        if layout is None or not weights.symmetric:
-            nearest = "mxfp4" if weights.scale == "e8m0" else "nvfp4"
-            raise _refusal("FP4 is held as NVFP4 or MXFP4 only", "weights", weights, nearest)
-        return layout
+    block = _block(weights)
+    if block is not None:
+        return block[1]
+    if element == "float" and bits < 8:
+        reason = "FP6 is held as MXFP6 only" if bits == 6 else "FP4 is held as NVFP4 or MXFP4 only"
+        raise SchemeError(reason, facts=(("weights", weights),))
     if element == "float":
         if weights.strategy == "group" or weights.scale not in _FLOAT_SCALES:
-            reason = "FP8 weights have one scale a row, a tensor, or a block of rows and columns"
-            raise _refusal(reason, "weights", weights, "fp8-channel-sbf16")
+            reason = "FP8 weights have one scale a row, a tensor, a block of rows and columns, or are MXFP8"
+            raise SchemeError(reason, facts=(("weights", weights),))
         return "float-quantized"
     eight = activations is not None and activations.format == weights.format == "int8"
     rows = replace(weights, strategy="channel", group_size=None)
@@ -114,6 +130,13 @@ def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> L
     return "pack-quantized"
 
 
+def _block(scheme: TensorScheme) -> tuple[str, Layout] | None:
+    """Return the name and the layout of a block of floats, None for what is none."""
+    element, bits = ELEMENTS.get(scheme.format, ("", 0))
+    held = element == "float" and scheme.symmetric and scheme.strategy == "group"
+    return BLOCKS.get((bits, scheme.group_size, scheme.scale)) if held else None
+
+
 def _check_activations(layout: Layout, activations: TensorScheme, block: int | None) -> None:
     """Refuse activations that cannot be said beside a layout; ``block`` is the side of the weights' blocks, if any."""
     if activations.clip != 1 and not activations.static:
@@ -126,12 +149,12 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
         reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
         raise _refusal(reason, "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
-    where = (activations.group_size, activations.scale)
-    if layout in _BLOCKS.values():
-        own = layout.partition("-")[0]
-        fits = bits == 4 and element == "float" and _BLOCKS.get(where) == layout and activations.symmetric
-        if not fits or (activations.exponent_rule, activations.range_rule) != ("even", "tight"):
-            raise _refusal(f"{own.upper()} weights go with {own.upper()} activations", "activations", activations, own)
+    if layout in _INPUTS:
+        held, own = _INPUTS[layout], _block(activations)
+        rule = "" if activations.exponent_rule == "even" else f"-{activations.exponent_rule}"
+        if own is None or f"{own[0]}{rule}" not in held or activations.range_rule != "tight":
+            reason = f"{layout.partition('-')[0].upper()} weights go with {' or '.join(held).upper()} activations"
+            raise _refusal(reason, "activations", activations, held[-1] if bits == 8 else held[0])
     elif layout == "float-quantized":
         if block is not None:
             fits = (element, bits, activations.group_size) == ("float", 8, block) and activations.scale in _FLOAT_SCALES

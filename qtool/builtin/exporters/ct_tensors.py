@@ -32,7 +32,7 @@ def stored_tensors(found: PackedLinear, scheme: TensorScheme, layout: Layout) ->
     tensors = {"weight_scale": encode_scale(parameters.scale[::rows], scheme.scale)}
     if layout == "int-quantized":
         tensors["weight"] = _signed(found.stream)
-    elif layout == "float-quantized":
+    elif layout in ("float-quantized", "mxfp8-quantized"):
         tensors["weight"] = found.stream.view(torch.float8_e4m3fn)
     elif layout == "pack-quantized":
         bits = ELEMENTS[scheme.format][1]

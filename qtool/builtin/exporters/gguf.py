@@ -33,6 +33,7 @@ from qtool.builtin.exporters.gguf_types import Kind, check_values, choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
 from qtool.builtin.exporters.hf import code_bits, dense, offline
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
+from qtool.builtin.exporters.nearest import Check, check_schemes
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
@@ -62,6 +63,7 @@ class GGUF:
             UsageError: Names what does not fit and the nearest that does.
             ModelError: llama.cpp cannot read text as the model does.
         """
+        check_schemes(subject, _check_scheme(subject), decoded="gguf-f16")
         kinds = {scheme.weights: _kind(scheme) for scheme, _ in groups_of(subject)}
         _refuse_cache(subject)
         _refuse_online(subject)
@@ -286,6 +288,17 @@ def _exported(subject: Subject, kinds: Sequence[str], dtype: torch.dtype, sizes:
 def _dtype(subject: Subject) -> torch.dtype:
     """Return what embedding and head are stored in."""
     return torch.bfloat16 if subject.model.dtype == torch.bfloat16 else torch.float16
+
+
+def _check_scheme(subject: Subject) -> Check:
+    """Return the check of a scheme by itself; of others than the subject's own it refuses Q4_1, which rounds most."""
+    own = subject.scheme.every("weights")
+
+    def check(scheme: ModelScheme) -> None:
+        if _kind(scheme) == "Q4_1" and scheme.weights not in own:
+            raise SchemeError("Q4_1 has its offsets in float16", facts=(("weights", scheme.weights),))
+
+    return check
 
 
 def _kind(scheme: ModelScheme) -> Kind:

@@ -26,7 +26,6 @@ BLOCKS = SCALED | {"NVFP4": 64}
 """Values to a block of each type; a block of NVFP4 has four scales."""
 
 FOUR_BITS = "int4-sym-g32-sfp16-signed_full"
-EIGHT_BITS = "int8-sym-g32-sfp16"
 _FP4 = {"e8m0": "MXFP4", "e4m3": "NVFP4"}
 _LARGEST_SCALE_BYTE = 0x7E  # E4M3 without sign; 0x7F is decoded to 0
 
@@ -35,7 +34,7 @@ def choose_type(weights: TensorScheme) -> Kind:
     """Return the type that holds codes and scales of a scheme as they are.
 
     Raises:
-        SchemeError: None does; the hint names the nearest scheme that one holds.
+        SchemeError: None does; the hint names the nearest scheme, and is empty where the format is another.
     """
     kind: Kind
     if weights.format == "int4":
@@ -45,10 +44,9 @@ def choose_type(weights: TensorScheme) -> Kind:
     elif weights.format in ("fp4", "mxfp4", "nvfp4") and weights.scale in _FP4:
         kind = "MXFP4" if weights.scale == "e8m0" else "NVFP4"
     elif weights.format in ("fp4", "nvfp4", "mxfp4"):
-        _refuse("FP4 is held as MXFP4 or NVFP4 only", weights, "nvfp4")
+        raise SchemeError("FP4 is held as MXFP4 or NVFP4 only", facts=(("weights", weights),))
     else:
-        few = weights.format in ("int2", "int3", "fp4_e1m2", "fp4_e3m0")
-        _refuse(f"GGUF has no type for `{weights.format}`", weights, FOUR_BITS if few else EIGHT_BITS)
+        raise SchemeError(f"GGUF has no type for `{weights.format}`", facts=(("weights", weights),))
     if not weights.symmetric and kind != "Q4_1":
         _refuse(f"{kind} has no zero points", weights, replace(weights, symmetric=True))
     if weights.scale_bits is not None:

@@ -36,6 +36,7 @@ from qtool.builtin.exporters.modelopt_config import (
     hf_quant_config,
     quantization_config,
 )
+from qtool.builtin.exporters.nearest import check_schemes
 from qtool.builtin.exporters.packed_layouts import read_packed
 from qtool.builtin.exporters.packed_source import PackedSource
 from qtool.builtin.exporters.read_back import (
@@ -83,8 +84,8 @@ class ModelOpt(PackedSource):
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
-        algorithms = _algorithms(subject)
-        static = _static(subject)
+        check_schemes(subject, choose_algorithm)
+        algorithms, static = _algorithms(subject), _static(subject)
         refuse_mixed_experts(subject, "modelopt")
         refuse_all_but_codes(subject, "modelopt")
         _dtype(subject)
@@ -163,7 +164,7 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
     """Return what ModelOpt calls a scheme.
 
     Raises:
-        SchemeError: It has no name; the hint gives the nearest that has.
+        SchemeError: It has no name.
     """
     weights, activations = scheme.weights, scheme.activations
     if weights is None:
@@ -172,7 +173,6 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
         raise SchemeError(
             "modelopt has no cache with a dynamic scale, which is the one that qtool measures",
             facts=(("kv", scheme.kv),),
-            hint="qtool pack SOURCE --to compressed-tensors, or a scheme without a cache",
         )
     block = ("group", _GROUP, "e4m3", True)
     if (weights.strategy, weights.group_size, weights.scale, weights.symmetric) == block:
@@ -181,16 +181,16 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
         same = (activations.strategy, activations.group_size, activations.scale, activations.symmetric) == block
         if same and activations.clip == 1 and activations.outlier_threshold is None:
             return "NVFP4"
-        raise _refusal("NVFP4 weights go with NVFP4 activations", scheme, "--activations nvfp4")
+        raise _refusal("NVFP4 weights go with NVFP4 activations", scheme)
     if weights.format != "fp8":
-        raise _refusal("modelopt is written for NVFP4 and FP8 weights", scheme, "--scheme NVFP4")
+        raise _refusal("modelopt is written for NVFP4 and FP8 weights", scheme)
     whole = {("channel", "token"): _FP8[1], ("tensor", "tensor"): _FP8[0]}
     algorithm = None if activations is None else whole.get((weights.strategy, activations.strategy))
     held = activations is not None and replace(activations, format="fp8", scale="fp32") == activations
     clipped = activations is not None and activations.clip != 1 and not activations.static
     if algorithm is None or not held or clipped or weights.scale not in _FLOAT_SCALES:
         reason = "FP8 weights with a scale a row go with FP8 inputs with one a token, those with one a tensor likewise"
-        raise _refusal(reason, scheme, "--scheme FP8_DYNAMIC")
+        raise _refusal(reason, scheme)
     return algorithm
 
 
@@ -299,6 +299,6 @@ def _decode(tensors: Mapping[str, Tensor], algorithm: str) -> Float[Tensor, "out
     return torch.tensor(_E2M1)[pairs.long()] * step.repeat_interleave(_GROUP, dim=1)
 
 
-def _refusal(reason: str, scheme: ModelScheme, nearest: str) -> SchemeError:
+def _refusal(reason: str, scheme: ModelScheme) -> SchemeError:
     facts = (("weights", scheme.weights), ("activations", scheme.activations or "16 bits"))
-    return SchemeError(reason, facts=facts, hint=f"nearest that fits: {nearest}")
+    return SchemeError(reason, facts=facts)

@@ -18,6 +18,7 @@ import torch
 from compressed_tensors.utils import match_targets
 from torch import nn
 
+from qtool.builtin.exporters.ct_layout import BLOCKS
 from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG, algorithm_of
 from qtool.errors import SchemeError
 from qtool.model.files import CONFIG
@@ -47,7 +48,7 @@ _FLOATS: Mapping[torch.dtype, ScaleFormat] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
-_FP4 = {(16, torch.float8_e4m3fn): "nvfp4", (32, torch.uint8): "mxfp4"}
+_BLOCK_SCALES: Mapping[torch.dtype, ScaleFormat] = {torch.float8_e4m3fn: "e4m3", torch.uint8: "e8m0"}
 _MODELOPT = {
     "NVFP4": ("nvfp4", "nvfp4"),
     "W4A16_NVFP4": ("nvfp4", None),
@@ -184,11 +185,13 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
         scale: What scales are stored in; None where they are fitted as the model runs.
     """
     bits, element, size = said.get("num_bits"), said.get("type", "int"), said.get("group_size") or -1
-    if (element, bits) == ("float", 4):
-        short = next((name for (of, stored), name in _FP4.items() if of == size and scale in (None, stored)), None)
-        if short is None or not said.get("symmetric", True):
-            raise _unread("a scheme that is not read back", said)
-        return _plain(short, lookup)
+    if (element, said.get("symmetric", True)) == ("float", True):
+        fitted: ScaleFormat = (
+            "e4m3" if size == 16 else "e8m0" if bits == 4 or said.get("scale_dtype") == "torch.uint8" else "fp32"
+        )
+        block = BLOCKS.get((bits or 0, size, fitted if scale is None else _BLOCK_SCALES.get(scale, "fp32")))
+        if block is not None:
+            return _plain(block[0], lookup)
     strategy = said.get("strategy") or ("group" if size > 0 else "channel" if said.get("group_size") else "tensor")
     name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
     stored = "fp32" if scale is None else _FLOATS.get(scale)
@@ -211,6 +214,8 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
 def _input_scheme(said: Mapping[str, Any], lookup: Lookup) -> TensorScheme:
     """Return the scheme of inputs whose scales are fitted as the model runs, or one calibrated scale."""
     scheme = _tensor_scheme(said, lookup, None)
+    if scheme.format == "mxfp8" and said.get("dynamic"):
+        return replace(scheme, exponent_rule="rceil")  # as the library rounds them
     half = scheme.format.startswith("int") and scheme.symmetric
     if not said.get("dynamic"):
         if scheme.format not in _ONE_INPUT_SCALE or scheme.strategy != "tensor" or not scheme.symmetric:

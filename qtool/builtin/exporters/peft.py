@@ -52,6 +52,7 @@ class PEFT:
         quantized_weights(subject)
         corrected = _corrected(subject)
         if not corrected:
+            self._base.check(subject)
             raise UsageError(
                 "there are no low-rank corrections to make an adapter of",
                 hint="qtool pack SOURCE --to compressed-tensors",

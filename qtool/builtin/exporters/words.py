@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from qtool.builtin.exporters.mixed import (
     refuse_mixed_experts,
     refuse_several,
 )
+from qtool.builtin.exporters.nearest import check_schemes
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
@@ -45,7 +47,7 @@ from qtool.errors import ArtifactError, NumericalError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.numerics.packing import unpack_codes
 from qtool.numerics.scales import decode_scale
-from qtool.scheme import GroupParameters, TensorScheme
+from qtool.scheme import GroupParameters, ModelScheme, TensorScheme
 
 _SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _UNREADABLE = (KeyError, IndexError, ValueError, RuntimeError)
@@ -104,7 +106,8 @@ class IntegerWords(ABC):
             NumericalError: A scale that float16 cannot hold.
         """
         refuse_scale_codes(subject, self.layout)
-        bits = {weights: self._check_scheme(subject, weights) for weights, _ in _weights_of(subject)}
+        check_schemes(subject, partial(self._check_scheme, subject))
+        bits = {weights: subject.plugins.format(weights.format).bits for weights, _ in _weights_of(subject)}
         if not self.several:
             refuse_several(subject, self.layout)
         refuse_mixed_experts(subject, self.layout)
@@ -205,33 +208,28 @@ class IntegerWords(ABC):
             each.append((linears, case))
         return mixed_consumers(each)
 
-    def _check_scheme(self, subject: Subject, weights: TensorScheme) -> int:
-        """Refuse a scheme that the layout cannot say, and return the bits of its codes."""
-        scheme = subject.scheme
-        if scheme.every("activations") or scheme.kv is not None:
+    def _check_scheme(self, subject: Subject, scheme: ModelScheme) -> None:
+        """Refuse a scheme that the layout cannot say."""
+        weights = scheme.weights
+        if weights is None:
+            return
+        if scheme.activations is not None or scheme.kv is not None:
             raise SchemeError(
                 f"{self.layout} is for weights only, and its consumers would run the rest in 16 bits",
                 facts=(("scheme", scheme),),
-                hint="qtool pack SOURCE --to compressed-tensors, or --weights alone",
             )
         bits = subject.plugins.format(weights.format).bits
         has = ", ".join(str(own) for own in self.bits)
         if weights.format != f"int{bits}":
-            raise SchemeError(
-                f"{self.layout} has integers only",
-                facts=(("weights", weights), ("bits", has)),
-                hint="qtool pack SOURCE --to compressed-tensors",
-            )
+            raise SchemeError(f"{self.layout} has integers only", facts=(("weights", weights), ("bits", has)))
         if bits not in self.bits:
-            nearest = replace(weights, format=f"int{next((own for own in self.bits if own > bits), self.bits[-1])}")
-            raise _refusal(f"{self.layout} has codes of {has} bits", weights, nearest)
+            raise SchemeError(f"{self.layout} has codes of {has} bits", facts=(("weights", weights),))
         if weights.strategy == "tensor":
             rows = replace(weights, strategy="channel")
             raise _refusal(f"{self.layout} has no scale for a whole tensor", weights, rows)
         if weights.scale not in _SIXTEEN_BIT:
             nearest = replace(weights, scale="fp16")
             raise _refusal(f"{self.layout} has float16 scales, which hold bf16 and fp16 ones", weights, nearest)
-        return bits
 
 
 def _weights_of(subject: Subject) -> list[tuple[TensorScheme, tuple[LinearSite, ...]]]:

@@ -57,7 +57,7 @@ PRESETS: tuple[Preset, ...] = (
     Preset("AMXFP4", "amxfp4", "amxfp4", None, "AMXFP4 weights and inputs: MXFP4 with a scale for each sign"),
     Preset("AMXFP4A16", "amxfp4", None, None, "AMXFP4 weights"),
     Preset("MXFP6", "mxfp6_e2m3", "mxfp6_e2m3", None, "MXFP6 weights and inputs, of E2M3"),
-    Preset("MXFP8", "mxfp8", "mxfp8", None, "MXFP8 weights and inputs"),
+    Preset("MXFP8", "mxfp8", "mxfp8-rceil", None, "MXFP8 weights and inputs, whose scales never saturate"),
     Preset("FP8", "fp8-tensor", "fp8-tensor", None, "FP8 weights and inputs, one scale a tensor"),
     Preset("FP8_DYNAMIC", "fp8-channel", "fp8-token", None, "FP8 weights per output row, FP8 inputs per token"),
     Preset(

@@ -36,6 +36,7 @@ CONFIGS = {
     "llama": (LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=True), torch.bfloat16),
     "qwen2": (Qwen2Config(**SIZES, tie_word_embeddings=False), torch.float16),
     "narrow": (LlamaConfig(**{**SIZES, "intermediate_size": 72}), torch.bfloat16),
+    "block": (LlamaConfig(**{**SIZES, "intermediate_size": 128, "num_hidden_layers": 1}), torch.bfloat16),
     "mixtral": (MixtralConfig(**SIZES, num_local_experts=2), torch.bfloat16),
 }
 NAME = "model.layers.1.self_attn.v_proj"
