@@ -167,6 +167,7 @@ def test_a_dry_run_counts_its_windows(desk: Desk) -> None:
     found = foresee(mitigate, request, workspace).to_json()
     seconds = {row["part"]: row["seconds"] for row in found["estimate"]}
     passes = found["passes_over_the_data"]
+    assert passes == 4  # to solve, to go on, in full precision, and through what was made
     assert watch.seen == []
     mitigate(request, workspace)
     assert seconds["learning"] / seconds["passes"] == pytest.approx((len(watch.seen) - 2) / (12 * passes))

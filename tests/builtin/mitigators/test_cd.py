@@ -99,6 +99,7 @@ def test_is_never_worse_than_its_start_and_better_with_each_sweep(
             relative_loss(of.weight, result.weight(of.grid), of.hessian), rel=1e-3
         )
         assert result.report["loss_rtn"] == start.report["loss_rtn"]
+        assert result.report["loss_before"] == start.report["loss"]
         assert result.parameters is start.parameters
         assert result.counters == start.counters
         changed = float((result.codes != start.codes).double().mean())
