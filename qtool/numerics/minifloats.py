@@ -12,9 +12,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -107,10 +106,16 @@ class Minifloat:
         return (*magnitudes, *(-value for value in magnitudes)) if self.signed else tuple(magnitudes)
 
 
-def look_up(table: Sequence[float], codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def look_up(table: tuple[float, ...], codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return the entries of a table in float32."""
-    values = torch.tensor(table, dtype=torch.float32, device=codes.device)
-    return values.index_select(0, codes.flatten().int()).reshape(codes.shape)
+    return _on_device(table, codes.device).index_select(0, codes.flatten().int()).reshape(codes.shape)
+
+
+@cache
+def _on_device(table: tuple[float, ...], device: torch.device) -> Float[Tensor, " codes"]:
+    """Return a table, sent to a device once: what a CUDA graph records may copy nothing from the host."""
+    with torch.inference_mode(mode=False):  # a cached inference tensor could not serve a later backward pass
+        return torch.tensor(table, dtype=torch.float32, device=device)
 
 
 E1M2 = Minifloat(1, 2, 3.5)

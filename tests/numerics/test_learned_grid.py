@@ -11,10 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtool.builtin.formats.fp4 import E2M1, NVFP4
 from qtool.builtin.formats.integer import Int3, Int4
+from qtool.engine.grid import Grid
+from qtool.engine.linear import Rounding
 from qtool.numerics.learned_grid import Groups, LearnedGrid
 from qtool.numerics.scales import decode_scale, encode_scale
 from qtool.numerics.soft_levels import levels_of
-from qtool.scheme import Format, ScaleFormat
+from qtool.plugins import Plugins
+from qtool.scheme import Format, ScaleFormat, parse_tensor_scheme
 from tests.oracles.learned_rounding import as_stored, asymmetric_oracle, symmetric_oracle
 
 CPU = torch.device("cpu")
@@ -71,23 +74,47 @@ def moved(grid: LearnedGrid, seed: int, most: float = 1.2) -> None:
     grid.low = torch.rand(COUNT, generator=generator) * (most - 0.01) + 0.01 if grid.low is not grid.high else grid.high
 
 
-class NothingRead(TorchDispatchMode):
-    """Refuses what would read a tensor on the host, which cannot be recorded on a GPU."""
+class OnTheDevice(TorchDispatchMode):
+    """Refuses what reads a tensor on the host or makes one of the host's numbers: a GPU could not record it."""
 
     def __torch_dispatch__(
         self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         assert function is not torch.ops.aten._local_scalar_dense.default, "a tensor is read on the host"
+        assert function is not torch.ops.aten.lift_fresh.default, "a tensor is made of the host's numbers"
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("made", EVERY)
-def test_a_step_of_descent_reads_nothing_on_the_host(made: Callable[[], Groups]) -> None:
+def test_a_step_of_descent_leaves_the_host_alone_but_for_the_first(made: Callable[[], Groups]) -> None:
     grid = LearnedGrid(made())
     leaves = list({id(leaf): leaf.requires_grad_(True) for leaf in (grid.offset, grid.high, grid.low)}.values())
-    with NothingRead():
+    grid.values()
+    with OnTheDevice():
         gradients = torch.autograd.grad(grid.values().square().sum(), leaves)
     assert all(bool(gradient.abs().sum() > 0) for gradient in gradients)
+
+
+ACTIVATIONS = [
+    "amxfp4",
+    "fp4-token-sue5m3",
+    "fp8-token",
+    "int4-asym-token",
+    "mxfp4",
+    "mxfp6_e2m3",
+    "nf4-token",
+    "nvfp4",
+]
+
+
+@pytest.mark.parametrize("text", ACTIVATIONS)
+def test_rounding_activations_leaves_the_host_alone_but_for_the_first_time(text: str) -> None:
+    lookup, x = Plugins.discover().format, random(3, 64)
+    scheme = parse_tensor_scheme(text, lookup, vector="token")
+    rounding = Rounding(Grid.of(scheme, lookup(scheme.format)))
+    expected = rounding(x)
+    with OnTheDevice():
+        assert torch.equal(rounding(x), expected)
 
 
 @pytest.mark.parametrize("made", EVERY)

@@ -76,7 +76,7 @@ class NF4:
     def encode(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> UInt8[Tensor, "*rows group"]:
         """Return the codes of the nearest values; halfway between two, the even code."""
         scaled = groups.float() / parameters.step().unsqueeze(-1)
-        return torch.bucketize(scaled, _boundaries().to(scaled.device)).to(torch.uint8)
+        return torch.bucketize(scaled, _boundaries(scaled.device)).to(torch.uint8)
 
     def decode(self, codes: UInt8[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
         """Return the float32 values that codes stand for."""
@@ -88,12 +88,12 @@ class NF4:
 
 
 @cache
-def _boundaries() -> Float[Tensor, 15]:
-    """Return the largest float32 that each code but the last is for."""
+def _boundaries(device: torch.device) -> Float[Tensor, 15]:
+    """Return the largest float32 that each code but the last is for; on a device once, as in ``look_up``."""
     values = torch.tensor(VALUES, dtype=torch.float64)
     middles = (values[1:] + values[:-1]) / 2
     nearest = middles.float()
     # Above an odd code the middle itself belongs to the even code that follows.
     odd = torch.arange(len(middles)) % 2 == 1
     beyond = (nearest.double() > middles) | odd & (nearest.double() == middles)
-    return torch.where(beyond, torch.nextafter(nearest, torch.tensor(-torch.inf)), nearest)
+    return torch.where(beyond, torch.nextafter(nearest, torch.tensor(-torch.inf)), nearest).to(device)
