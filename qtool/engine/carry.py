@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
@@ -28,17 +28,18 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         artifact: What calibrate gathered on the original model.
         model: That model.
         plan: The operators to carry through; empty leaves the statistics as they were gathered.
+        needs: What has to be there: a Hessian that is not among them is left out where it cannot be carried.
     """
 
-    def __init__(self, artifact: Artifact, model: Model, plan: Plan) -> None:
-        self.artifact, self.model, self.plan = artifact, model, plan
+    def __init__(self, artifact: Artifact, model: Model, plan: Plan, needs: Collection[str] = (HESSIAN,)) -> None:
+        self.artifact, self.model, self.plan, self.needs = artifact, model, plan, needs
         self.tokens: int = artifact.manifest.details["tokens"]
 
     def __getitem__(self, site_id: str) -> SiteStatistics:
         """Read and carry the statistics of one site, or of an expert's share of one; empty where none were gathered.
 
         Raises:
-            ArtifactError: A Hessian whose tokens have weights would have to be carried through a shift.
+            ArtifactError: A Hessian that is needed and whose tokens have weights would be carried through a shift.
         """
         layer, _, name = site_id.rpartition(".")
         gathered_at = f"{layer}.o_in" if name == VO else site_id
@@ -46,7 +47,10 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         operators = self.plan.at(site_id).operators if name == VO else self._operators(*place)
         entries = {entry: tensor.float() for entry, tensor in self.artifact.tensors(f"{gathered_at}.").items()}
         weight = parse_token_weight(self.artifact.manifest.step.config["token_weight"]).at(place[1])
-        if HESSIAN in entries and weight.rule != UNIFORM and any(one.group == "shift" for one in operators):
+        shifted = weight.rule != UNIFORM and any(one.group == "shift" for one in operators)
+        if shifted and HESSIAN not in self.needs:
+            entries.pop(HESSIAN, None)
+        if shifted and HESSIAN in entries:
             raise ArtifactError(
                 "the mean that a shift needs counts all tokens alike, and these Hessians do not",
                 facts=(("gathered with", weight), ("site", site_id)),

@@ -86,7 +86,8 @@ class LayerProblem:
         name: Full module name, for messages.
         weight: The weight after the transform, float32. Never modified.
         grid: What it is to be rounded to.
-        hessian: Weighted mean of x xᵀ over calibration tokens, float32, or None when it was not gathered.
+        hessian: Weighted mean of x xᵀ over calibration tokens, float32, or None where it is not known. Losses are told
+            in it, so it is there for methods as well that do not need it, where statistics have it.
         entries: Other statistics of the layer's input by name (``absmax``, ``mean_abs``, ``sample``, …).
         global_scales: Tensor-level multipliers that the parts of the grid must use (shared with the layer's siblings);
             empty where the layer may choose its own.

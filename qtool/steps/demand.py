@@ -17,6 +17,7 @@ from qtool.engine.gather import Gathering, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Method
+from qtool.engine.starved import HESSIAN
 from qtool.engine.stored import linear_tensors
 from qtool.engine.subject import Subject
 from qtool.model.graph import EXPERTS, ModelGraph
@@ -114,9 +115,9 @@ def demand_of(
         return None
     needs = needs_of(methods_of(manifest, plugins))
     layers = []
-    if needs and gathered is not None:
+    if gathered is not None and (known := known_of(needs, config["propagate"], gathered)):
         told = {**gathered.step.config, **config}
-        layers = StatisticSizes.of(graph, told, needs, gathered.details["tokens"], plugins).of_layers()
+        layers = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins).of_layers()
     subject = Subject(model, plugins, plan or Plan(), ModelScheme.from_json(manifest.schemes))
     return _largest(layers, disk=sum(code_bytes(subject).values()) + _input_scale_bytes(subject))
 
@@ -130,6 +131,21 @@ def methods_of(manifest: Manifest, plugins: Plugins) -> list[Method]:
 def needs_of(methods: Sequence[Method]) -> tuple[str, ...]:
     """Return the statistics that methods read."""
     return tuple(dict.fromkeys(need for method in methods for need in method.needs))
+
+
+def known_of(needs: Sequence[str], propagate: str, gathered: Manifest | None) -> tuple[str, ...]:
+    """Return which statistics problems come with: what methods read, and the Hessian that the loss of all is told in.
+
+    Passes gather it. Without them it is there if calibration gathered it of all tokens, also for methods without needs.
+
+    Args:
+        needs: What methods read.
+        propagate: ``none`` without passes.
+        gathered: The manifest of the statistics.
+    """
+    config = {} if gathered is None else gathered.step.config
+    there = HESSIAN in config.get("gather", ()) and config.get("experts") != "routed"
+    return tuple(dict.fromkeys((*needs, HESSIAN))) if propagate != "none" or there else tuple(needs)
 
 
 def _largest(layers: Sequence[int], *, disk: int) -> Demand:

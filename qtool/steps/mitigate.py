@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
+from qtool.steps.demand import known_of
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
@@ -188,12 +190,15 @@ class _Work:
         mode = experts_mode(request.experts or gathered, self.graph, weight)
         self.block = BlockSolver(solver, static_inputs(subject), mode or "all", _checked_share(request, mode))
         self.needs = self.block.needs
-        self.gathered: dict[str, AnyStatistic] = {n: workspace.plugins.load("statistics", n) for n in self.needs}
-        self.compares_inputs = compares_inputs(self.gathered)
+        load = partial(workspace.plugins.load, "statistics")
+        self.compares_inputs = compares_inputs({name: load(name) for name in self.needs})
         self.whole = bound[-1] if bound[-1].of_model else None
         self.compares = self.compares_inputs or self.whole is not None or any(method.of_block for method in bound)
         self.saliencies = saliencies_of(statistics, opened, self.needs, weight, request.propagate)
         self.looks = bool(self.needs) or self.compares
+        self.propagates = request.propagate if self.looks else "none"
+        self.known = known_of(self.needs, self.propagates, statistics.manifest if statistics is not None else None)
+        self.gathered: dict[str, AnyStatistic] = {name: load(name) for name in self.known}
         self.experts = mode if self.looks else ""
         if self.looks and statistics is None:
             raise UsageError(
@@ -239,7 +244,7 @@ class _Work:
         config = {
             "methods": [one.record() for one in self.configured],
             "scheme": request.scheme.to_json(),
-            "propagate": request.propagate if self.looks else "none",
+            "propagate": self.propagates,
             "true_sequential": self.true_sequential,
             "round_activations": self.rounds,
             "token_weight": self.token_weight if self.looks else "",
@@ -268,8 +273,7 @@ class _Work:
 
     def run(self, writer: ArtifactWriter) -> Found:
         """Solve every block; return what there is to say of them."""
-        passes = self.looks and self.request.propagate == "quantized"
-        solved = self._solve_with_passes(writer) if passes else self._solve_carried(writer)
+        solved = self._solve_carried(writer) if self.propagates == "none" else self._solve_with_passes(writer)
         return Found.of(solved, self._notes(writer, WHOLE) if self.whole is not None else {})
 
     def _layers(self) -> Iterable[int]:
@@ -280,10 +284,11 @@ class _Work:
     def _solve_carried(self, writer: ArtifactWriter) -> list[dict[str, Any]]:
         """Solve from carried statistics, without a forward pass."""
         carried: Mapping[str, SiteStatistics] = {}
-        if self.statistics is not None and self.needs:
-            self._check_carried(self.statistics.manifest.step.config)
-            behind = gathered_behind(self.statistics) is not None
-            carried = CarriedStatistics(self.statistics, self.model, Plan() if behind else self.opened.subject.plan)
+        if self.statistics is not None and self.known:
+            if self.needs:
+                self._check_carried(self.statistics.manifest.step.config)
+            plan = self.opened.subject.plan if gathered_behind(self.statistics) is None else Plan()
+            carried = CarriedStatistics(self.statistics, self.model, plan, self.needs)
         notes, estimated = [], set[str]()
         for layer in self._layers():
             if not writer.has(f"layer-{layer}"):

@@ -21,7 +21,7 @@ from qtool.engine.stream import default_batch
 from qtool.engine.subject import Subject
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
-from qtool.steps.demand import StatisticSizes, code_bytes, methods_of, needs_of
+from qtool.steps.demand import StatisticSizes, code_bytes, known_of, methods_of, needs_of
 from qtool.steps.description import Cell, Facts, Table, Tables
 from qtool.steps.inspect_quantized import kinds_of
 from qtool.steps.rehearsal import Rehearsal, forward_flops, sites_of, statistics_of
@@ -55,8 +55,8 @@ class _Foreseen:
         return methods_of(self.manifest, self.subject.plugins)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return needs_of(self.methods)
+    def known(self) -> tuple[str, ...]:
+        return known_of(needs_of(self.methods), self.config["propagate"], self.gathered)
 
     @property
     def windows(self) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class _Foreseen:
     def exact_passes(self) -> int:
         """Passes in full precision beside them: one to go on, and one of each stage to be compared with."""
         paired = any(
-            isinstance(one, PairedStatistic) for one in statistics_of(self.needs, self.subject.plugins).values()
+            isinstance(one, PairedStatistic) for one in statistics_of(self.known, self.subject.plugins).values()
         )
         return (paired or any(method.of_block or method.of_model for method in self.methods)) + paired * self.stages
 
@@ -97,10 +97,10 @@ class _Foreseen:
 
     @cached_property
     def sizes(self) -> StatisticSizes | None:
-        if not self.needs or self.gathered is None:
+        if not self.known or self.gathered is None:
             return None
         told, tokens = {**self.gathered.step.config, **self.config}, self.gathered.details["tokens"]
-        return StatisticSizes.of(self.subject.model.graph, told, self.needs, tokens, self.subject.plugins)
+        return StatisticSizes.of(self.subject.model.graph, told, self.known, tokens, self.subject.plugins)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the rows and columns of a linear's weight."""
@@ -130,7 +130,7 @@ def describe_mitigation(manifest: Manifest, workspace: Workspace) -> tuple[Facts
     seconds = _seconds(step)
     known = [one for one in seconds.values() if one is not None]
     facts: Facts = {
-        "statistics": ", ".join(step.needs) or None,
+        "statistics": ", ".join(step.known) or None,
         "propagate": step.config["propagate"],
         "passes_over_the_data": step.passes,
         "tokens_of_a_pass": windows * seq_len if step.passes else 0,
@@ -182,7 +182,7 @@ def _memory(step: _Foreseen) -> dict[str, int]:
     (windows, seq_len), size = step.windows, dtype.itemsize
     batch = min(windows, default_batch(step.device, max(1, seq_len)))
     sites = sites_of(step.subject)
-    squares = max(site.width**2 for site in sites) if step.needs else 0
+    squares = max(site.width**2 for site in sites) if step.known else 0
     largest = max(min(sum(site.rows), MOST_ROWS) * site.width for site in sites)
     wide = graph.dims.hidden * 4 + max(site.width for site in sites) * 3
     memory = {
@@ -208,7 +208,7 @@ def _seconds(step: _Foreseen) -> dict[str, float | None]:
     rule = parse_token_weight(step.config["token_weight"] or "uniform")
     sample = step.gathered.step.config["sample_size"] if step.gathered is not None else 0
     gathering = Gathering(windows * seq_len, rule, 0, sample, 0)
-    rehearsal = Rehearsal(step.subject, step.methods, step.needs, gathering, step.device)
+    rehearsal = Rehearsal(step.subject, step.methods, step.known, gathering, step.device)
     sites = sites_of(step.subject)
     timed = rehearsal.time(sites)
     solves = [None if one.solve is None else one.solve * site.times for one, site in zip(timed, sites, strict=True)]

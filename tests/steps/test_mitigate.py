@@ -166,6 +166,39 @@ class TestRoundToNearest:
             layer, _, module = name.removeprefix("model.layers.").partition(".")
             assert torch.equal(subject.block(int(layer), torch.float32).state[f"{module}.weight"], weight)
 
+    @pytest.mark.parametrize("transformed", [False, True])
+    def test_its_loss_is_that_of_the_hessians_that_calibration_gathered(self, desk: Desk, transformed: bool) -> None:
+        statistics = desk.calibrate(token_weight="uniform")
+        source = str(statistics.path)
+        if transformed:
+            source = str(transform(TransformRequest(source, "quarot"), desk.workspace)[0].path)
+        artifact, _ = mitigate(MitigateRequest(source, "rtn", weights(desk)), desk.workspace)
+        subject, found = open_subject(source, desk.workspace).subject, decoded(artifact, desk.workspace)
+        carried = CarriedStatistics(statistics, subject.model, subject.plan)
+        for linear in subject.model.graph.linears:
+            weight = subject.folded(linear.layer)[f"{linear.spec.module}.weight"].double()
+            hessian = carried[linear.reads].entries["hessian"].double()
+            error = weight - found[linear.name].double()
+            loss = float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum())
+            report = reports(artifact)[linear.name]
+            assert report["loss"] == pytest.approx(loss, rel=1e-3) == report["loss_rtn"]
+        plain, _ = mitigate(MitigateRequest(str(desk.model), "rtn", weights(desk)), desk.workspace)
+        assert all("loss" not in report for report in reports(plain).values())
+        if not transformed:
+            assert all(torch.equal(weight, found[name]) for name, weight in decoded(plain, desk.workspace).items())
+
+    def test_its_loss_in_passes_is_that_of_what_is_quantized(self, desk: Desk) -> None:
+        statistics = str(desk.calibrate().path)
+        both = {"weights": "int4", "activations": "fp4-g8-se4m3"}
+        found = [
+            reports(mitigate(MitigateRequest(statistics, method, scheme(desk.workspace, **both)), desk.workspace)[0])
+            for method in ("rtn", "gptq")
+        ]
+        first = [name for name in found[0] if name.startswith("model.layers.0.")]
+        assert len(first) == 7
+        for name in first:  # the second block sees what each has made of the first
+            assert found[0][name]["loss"] == pytest.approx(found[1][name]["loss_rtn"], rel=1e-4)
+
     def test_an_adapter_stands_beside_its_weight(self, desk: Desk) -> None:
         artifact, _ = mitigate(
             MitigateRequest(str(desk.model), "rtn+lorc", weights(desk), {"rank": "4"}), desk.workspace
@@ -479,8 +512,7 @@ class TestOrderings:
         for text in ("int8", "int4-g32", "int4", "int3"):
             asked = MitigateRequest(str(speeches.path), method, scheme(library, weights=text))
             artifact, _ = mitigate(asked, library)
-            key = "loss" if method == "gptq" else "weight_error"
-            losses.append(sum(report[key] for report in reports(artifact).values()))
+            losses.append(sum(report["loss"] for report in reports(artifact).values()))
             perplexities.append(self.measured(artifact.path, library))
         assert losses == sorted(losses)
         assert losses[1] > 10 * losses[0]
