@@ -7,8 +7,8 @@ another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-offset][-s<scale format>]
-        [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>][-static]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-offset][-s<scales>][-<range rule>]
+        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>][-static]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token",
 """What a vector of the last axis is in each part of a model: an output row, what one token has, or a head of it."""
 
 
-_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False, "offset": False}  # not stored where so
+_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False, "offset": False}  # not stored then
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class TensorScheme:
         parts += [self.range_rule] if self.range_rule != "tight" else []
         parts += [self.exponent_rule] if self.scale == "e8m0" and self.exponent_rule != "even" else []
         parts += [f"c{self.clip!r}"] if self.clip != 1 else []
-        if self.outlier_threshold is not None:
-            parts.append(f"o{self.outlier_threshold!r}".removesuffix(".0"))
+        parts += [] if self.outlier_threshold is None else [f"o{self.outlier_threshold!r}".removesuffix(".0")]
         if self.scale_bits is not None:
             parts.append(f"scales{self.scale_bits}g{self.scale_rows}")
         parts += ["static"] if self.static else []
@@ -381,7 +380,7 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, scale_bits=int(codes[1]), scale_rows=int(codes[2]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
-        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-offset][-s<scale>]"),),
+        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale>]"),),
         hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     )
 
