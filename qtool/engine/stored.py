@@ -3,14 +3,14 @@
 Names are ``<linear>.codes``, ``.scale``, ``.negative_scale`` (where negative values have one of their own),
 ``.zero_point`` or ``.offset``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, ``.outliers.row_ptr``,
 ``.outliers.col``, ``.outliers.values``, and ``<site>.input_global_scale``; of channels that are set apart
-``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and ``.adapter.up_scale``; that of one which
-reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are codes themselves are ``.scale.codes``,
-``.scale.low`` and ``.scale.step``, and zero points likewise: what the rows of a block share comes once. What is added
-to a block's output is ``<block>.compensation.bias`` and, where it has them, ``.scale``, ``.down`` and ``.up``. Norms
-whose weights are others than the model's are ``norms.<norm>.weight``. Codes are a dense bit stream along the input
-axis, those of scales along the rows, so the bytes stored are the bytes that bits per weight counts. Scales of 4 bits
-are one dense stream, row by row. Zero points that are no codes are floats: in the format of the scales if the scheme
-says ``real``, else of 32 bits.
+``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and
+``.adapter.up_scale``; that of one which reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are
+codes themselves are ``.scale.codes``, ``.scale.low`` and ``.scale.step``, and zero points likewise: what the rows of a
+block share comes once. What is added to a block's output is ``<block>.compensation.bias`` and, where it has them,
+``.scale``, ``.down`` and ``.up``. Norms whose weights are others than the model's are ``norms.<norm>.weight``. Codes
+are a dense bit stream along the input axis, those of scales along the rows, so the bytes stored are the bytes that bits
+per weight counts. Scales of 4 bits are one dense stream, row by row. Zero points that are no codes are floats: in the
+format of the scales if the scheme says ``real``, else of 32 bits.
 """
 
 from __future__ import annotations
