@@ -7,7 +7,7 @@ another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale format>][-<range rule>]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-offset][-s<scales>][-<range rule>]
         [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>][-static]
 """
 
@@ -34,7 +34,7 @@ VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token",
 """What a vector of the last axis is in each part of a model: an output row, what one token has, or a head of it."""
 
 
-_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False}  # not stored where so
+_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False, "offset": False}  # not stored then
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class TensorScheme:
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
         scale_rows: See ``scale_bits``.
         static: Of symmetric activations: the one scale of a tensor is found once (``qtool.engine.static_scales``).
+        offset: Asymmetric integers are ``scale * code + offset``, with an offset in the format of scales in place of a
+            zero point; codes are chosen against the rounded offset, and 0 need not have one.
     """
 
     format: str
@@ -84,24 +86,20 @@ class TensorScheme:
     scale_bits: int | None = None
     scale_rows: int | None = None
     static: bool = False
+    offset: bool = False
 
     def __str__(self) -> str:
         where = () if self.strategy in ("group", "block") else (self.strategy,)
         size = f"{'b' if self.strategy == 'block' else 'g'}{self.group_size}"
         parts = [self.format, "sym" if self.symmetric else "asym", *where, *((size,) if self.group_size else ())]
-        parts += ["real", f"s{self.scale}"] if self.real else [f"s{self.scale}"]
-        if self.range_rule != "tight":
-            parts.append(self.range_rule)
-        if self.scale == "e8m0" and self.exponent_rule != "even":
-            parts.append(self.exponent_rule)
-        if self.clip != 1:
-            parts.append(f"c{self.clip!r}")
-        if self.outlier_threshold is not None:
-            parts.append(f"o{self.outlier_threshold!r}".removesuffix(".0"))
+        parts += [*(word for word in ("real", "offset") if getattr(self, word)), f"s{self.scale}"]
+        parts += [self.range_rule] if self.range_rule != "tight" else []
+        parts += [self.exponent_rule] if self.scale == "e8m0" and self.exponent_rule != "even" else []
+        parts += [f"c{self.clip!r}"] if self.clip != 1 else []
+        parts += [] if self.outlier_threshold is None else [f"o{self.outlier_threshold!r}".removesuffix(".0")]
         if self.scale_bits is not None:
             parts.append(f"scales{self.scale_bits}g{self.scale_rows}")
-        if self.static:
-            parts.append("static")
+        parts += ["static"] if self.static else []
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:
@@ -246,7 +244,8 @@ class GroupParameters:
     ``scale`` and ``zero_point`` have one entry a group (the groups' shape without its last axis); ``zero_point`` is
     in units of codes; ``global_scale`` is a scalar that multiplies every scale (second level of E4M3 scales).
     Scales and zero points that are codes themselves come with ``scale_codes`` and ``zero_point_codes``, which are then
-    what is stored. ``negative`` is the scale of the negative values where those have one of their own.
+    what is stored. ``negative`` is the scale of the negative values where those have one of their own, and ``offset``
+    what is added to ``scale * code``, for integers without a zero point whose code 0 is not 0.
     """
 
     scale: Float[Tensor, "*rows"]
@@ -255,6 +254,7 @@ class GroupParameters:
     scale_codes: SecondLevel | None = None
     zero_point_codes: SecondLevel | None = None
     negative: Float[Tensor, "*rows"] | None = None
+    offset: Float[Tensor, "*rows"] | None = None
 
     def step(self) -> Float[Tensor, "*rows"]:
         """Return the value of one code step: ``scale`` times ``global_scale``."""
@@ -362,7 +362,7 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
     if part == "head" and scheme.strategy == "token":
         return replace(scheme, strategy="token-head")
-    if part in ("real", "static"):
+    if part in ("real", "offset", "static"):
         return replace(scheme, **{part: True})  # type: ignore[arg-type]
     if size := _SIZE.fullmatch(part):
         return replace(scheme, strategy=_SIZED[size[1]], group_size=int(size[2]))

@@ -33,6 +33,7 @@ class _Piece:
         shape: Of the columns that they are made of.
         scales: Shape of their scales as they are stored.
         global_scale: Their multiplier, if any.
+        offset: What is added to their values, if anything; it stays as it is.
     """
 
     name: str
@@ -41,6 +42,12 @@ class _Piece:
     shape: torch.Size
     scales: torch.Size
     global_scale: Tensor | None
+    offset: Tensor | None
+
+    def values(self, learned: Float[Tensor, "groups size"]) -> Float[Tensor, "out columns"]:
+        """Return what stands for the weight, of what all groups of this kind stand for."""
+        own = learned[self.rows]
+        return from_groups(own if self.offset is None else own + self.offset.reshape(-1, 1), self.shape)
 
 
 class LearnedBlock:
@@ -68,7 +75,8 @@ class LearnedBlock:
                 before = sum(len(one[0]) for one in found.setdefault(kind, []))
                 rows = slice(before, before + len(groups))
                 stored = parameters.scale.shape
-                self._pieces.append(_Piece(name, kind, rows, weight.shape, stored, parameters.global_scale))
+                beside = parameters.global_scale, parameters.offset
+                self._pieces.append(_Piece(name, kind, rows, weight.shape, stored, *beside))
                 found[kind].append((groups, part.groups(codes).flatten(0, -2), parameters, part))
         self.grids: dict[Kind, LearnedGrid] = {kind: _grid(members) for kind, members in found.items()}
 
@@ -77,7 +85,7 @@ class LearnedBlock:
         values = {kind: grid.values() for kind, grid in self.grids.items()}
         parts: dict[str, list[Tensor]] = {}
         for piece in self._pieces:
-            parts.setdefault(piece.name, []).append(from_groups(values[piece.kind][piece.rows], piece.shape))
+            parts.setdefault(piece.name, []).append(piece.values(values[piece.kind]))
         joined = {name: own[0] if len(own) == 1 else torch.cat(own, dim=1) for name, own in parts.items()}
         outliers = {name: self.starts[name].outliers for name in joined}
         return {name: weight if (own := outliers[name]) is None else own.put(weight) for name, weight in joined.items()}
@@ -94,6 +102,7 @@ class LearnedBlock:
                 scale[piece.rows].reshape(piece.scales).clone(),
                 None if zero_point is None else zero_point[piece.rows].reshape(piece.scales).clone(),
                 piece.global_scale,
+                offset=piece.offset,
             )
             parameters.setdefault(piece.name, []).append(own)
         return {
@@ -136,13 +145,13 @@ def _grid(members: list[tuple[Tensor, Tensor, GroupParameters, GridPart]]) -> Le
     """Put groups of one kind below each other."""
     weights, codes, parameters, parts = zip(*members, strict=True)
     part, zeros = parts[0], [own.zero_point for own in parameters if own.zero_point is not None]
-    levels = levels_of(part.format, zero_points=bool(zeros), device=weights[0].device)
+    levels = levels_of(part.format, zero_points=bool(zeros) or part.scheme.offset, device=weights[0].device)
     one = weights[0].new_ones(())
     multipliers = [
         (one if own.global_scale is None else own.global_scale.to(one)).expand(own.scale.numel()) for own in parameters
     ]
     groups = Groups(
-        torch.cat(weights),
+        torch.cat([_above_offset(*one) for one in zip(weights, parameters, strict=True)]),
         torch.cat([own.scale.flatten() for own in parameters]),
         torch.cat([zero.flatten() for zero in zeros]) if zeros else None,
         torch.cat(multipliers),
@@ -150,3 +159,8 @@ def _grid(members: list[tuple[Tensor, Tensor, GroupParameters, GridPart]]) -> Le
         part.scheme.scale,
     )
     return LearnedGrid(groups, torch.cat(codes))
+
+
+def _above_offset(groups: Float[Tensor, "groups size"], parameters: GroupParameters) -> Float[Tensor, "groups size"]:
+    """Return what scale and codes stand for."""
+    return groups if parameters.offset is None else groups - parameters.offset.reshape(-1, 1)

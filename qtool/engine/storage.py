@@ -22,7 +22,7 @@ from qtool.scheme import Format, TensorScheme
 PARTS: Mapping[str, str] = {
     "codes": "what weights were rounded to",
     "scales": "of every level",
-    "zeros": "zero points",
+    "zeros": "zero points, and offsets in their place",
     "adapters": "low-rank corrections",
     "outliers": "weights in 16 bits in front of codes, with their places",
     "compensations": "what is added to the outputs of blocks",
@@ -47,7 +47,7 @@ def part_of(name: str) -> str:
             return part
     if name.endswith(INPUT_GLOBAL_SCALE):
         return "inputs"
-    if name.endswith(".zero_point") or ".zero_point." in name:
+    if name.endswith((".zero_point", ".offset")) or ".zero_point." in name:
         return "zeros"
     if name.endswith((".scale", ".negative_scale", ".global_scale")) or ".scale." in name:
         return "scales"
@@ -110,8 +110,8 @@ def foreseen_bytes(scheme: TensorScheme, fmt: Format, n_out: int, n_in: int) -> 
         found["scales"] += stored["probe.global_scale"].nbytes
     if zero_point is not None and zero_point.dtype == torch.uint8:
         found["zeros"] = rows * packed_size(groups, fmt.bits)
-    elif zero_point is not None:
-        found["zeros"] = rows * groups * zero_point.element_size()
+    elif (each := stored.get("probe.offset", zero_point)) is not None:
+        found["zeros"] = rows * groups * each.element_size()
     return in_order(found)
 
 

@@ -1,16 +1,16 @@
 """How quantized linears lie in an artifact: dense codes, scales in their storage format, outliers, adapters.
 
 Names are ``<linear>.codes``, ``.scale``, ``.negative_scale`` (where negative values have one of their own),
-``.zero_point``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, ``.outliers.row_ptr``, ``.outliers.col``,
-``.outliers.values``, and ``<site>.input_global_scale``; of channels that are set apart ``<linear>.segments.<i>.codes``
-and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and ``.adapter.up_scale``; that of one which
-reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are codes themselves are ``.scale.codes``,
-``.scale.low`` and ``.scale.step``, and zero points likewise: what the rows of a block share comes once. What is added
-to a block's output is ``<block>.compensation.bias`` and, where it has them, ``.scale``, ``.down`` and ``.up``. Norms
-whose weights are others than the model's are ``norms.<norm>.weight``. Codes are a dense bit stream along the input
-axis, those of scales along the rows, so the bytes stored are the bytes that bits per weight counts. Scales of 4 bits
-are one dense stream, row by row. Zero points that are no codes are floats: in the format of the scales if the scheme
-says ``real``, else of 32 bits.
+``.zero_point`` or ``.offset``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, ``.outliers.row_ptr``,
+``.outliers.col``, ``.outliers.values``, and ``<site>.input_global_scale``; of channels that are set apart
+``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and
+``.adapter.up_scale``; that of one which reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are
+codes themselves are ``.scale.codes``, ``.scale.low`` and ``.scale.step``, and zero points likewise: what the rows of a
+block share comes once. What is added to a block's output is ``<block>.compensation.bias`` and, where it has them,
+``.scale``, ``.down`` and ``.up``. Norms whose weights are others than the model's are ``norms.<norm>.weight``. Codes
+are a dense bit stream along the input axis, those of scales along the rows, so the bytes stored are the bytes that bits
+per weight counts. Scales of 4 bits are one dense stream, row by row. Zero points that are no codes are floats: in the
+format of the scales if the scheme says ``real``, else of 32 bits.
 """
 
 from __future__ import annotations
@@ -193,6 +193,8 @@ def _part_tensors(name: str, stream: Tensor, parameters: GroupParameters, part: 
         tensors[f"{name}.scale"] = pack_codes(stored.reshape(1, -1), 4) if packed else stored
     if parameters.negative is not None:
         tensors[f"{name}.negative_scale"] = encode_scale(parameters.negative, part.scheme.scale)
+    if parameters.offset is not None:
+        tensors[f"{name}.offset"] = encode_scale(parameters.offset, part.scheme.scale)
     zero_point = parameters.zero_point
     if parameters.zero_point_codes is not None:
         tensors |= _second_level_tensors(name, "zero_point", parameters.zero_point_codes, part)
@@ -245,7 +247,7 @@ def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, c
         scale = part.repeated(decode_scale(stored, part.scheme.scale), rows)
     else:
         scale = decode_second_level(scale_codes)
-    negative = tensors.get(f"{name}.negative_scale")
+    negative, offset = (tensors.get(f"{name}.{leaf}") for leaf in ("negative_scale", "offset"))
     zero_point = tensors.get(f"{name}.zero_point")
     if zero_point_codes is not None:
         zero_point = decode_second_level(zero_point_codes)
@@ -258,6 +260,7 @@ def _read_parameters(name: str, tensors: Mapping[str, Tensor], part: GridPart, c
         scale_codes=scale_codes,
         zero_point_codes=zero_point_codes,
         negative=None if negative is None else decode_scale(negative, part.scheme.scale),
+        offset=None if offset is None else decode_scale(offset, part.scheme.scale),
     )
 
 

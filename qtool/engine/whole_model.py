@@ -50,18 +50,21 @@ class _Scale:
         columns: Of its weight.
         part: What they are rounded to.
         start: The scales as they are stored.
+        offset: What is added to what they multiply.
     """
 
     module: str
     columns: slice
     part: GridPart
     start: Float[Tensor, "*groups"]
+    offset: Float[Tensor, "*groups"]
 
     def moved(self, weight: Float[Tensor, "out in"], value: Float[Tensor, "*groups"]) -> Float[Tensor, "out in"]:
         """Return the linear's weight with other scales, as their format holds them; gradients pass straight through."""
         held = straight_through(value, store_scale(value.detach(), self.part.scheme.scale))
-        own = weight[:, self.columns]
-        changed = from_groups(self.part.groups(own) * (held / self.start).unsqueeze(-1), own.shape)
+        own, offset = weight[:, self.columns], self.offset.unsqueeze(-1)
+        groups = (self.part.groups(own) - offset) * (held / self.start).unsqueeze(-1) + offset
+        changed = from_groups(groups, own.shape)
         return torch.cat([weight[:, : self.columns.start], changed, weight[:, self.columns.stop :]], dim=1)
 
 
@@ -270,4 +273,6 @@ def _scales_of(work: Propagation, layer: int, stored: Mapping[str, Tensor]) -> I
         places = grid.places(graph.width(linear.spec.reads))
         for name, (columns, part) in zip(scale_names(linear.name, grid), places, strict=True):
             if part.scheme.scale in WIDE_SCALES and name in stored and part.block_rows == 1:
-                yield name, _Scale(linear.spec.module, columns, part, decode_scale(stored[name], part.scheme.scale))
+                scale = decode_scale(stored[name], part.scheme.scale)
+                offset = stored.get(f"{name.removesuffix('scale')}offset", torch.zeros_like(scale)).float()
+                yield name, _Scale(linear.spec.module, columns, part, scale, offset)

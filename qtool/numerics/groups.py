@@ -98,6 +98,7 @@ def combine_parameters(parts: Sequence[GroupParameters], combine: Callable[[list
         _combined_codes(parts, "scale_codes", combine),
         _combined_codes(parts, "zero_point_codes", combine),
         _combined(parts, "negative", combine),
+        _combined(parts, "offset", combine),
     )
 
 

@@ -1,5 +1,8 @@
 """Integer codes: ``value = scale * (code - zero_point)`` with codes in ``[0, 2^b - 1]``.
 
+``value = scale * code + offset`` has an offset in place of a zero point. Where a product ``scale * zero_point`` would
+have to be rounded to be stored, as in GGUF's Q4_1, it is the offset that is stored, and codes are chosen against it.
+
 Symmetric integers have ``z = 2^(b-1)``, that is the signed range ``[-qmax - 1, qmax]`` with ``qmax = 2^(b-1) - 1``. The
 lowest code is legal under every range rule but ``narrow``, whether or not a fit reaches it: values may lie outside the
 fitted range (clipping, error feedback). Checkpoints for kernels that cannot take -128 are made under ``narrow``.
@@ -19,7 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qtool.numerics.groups import largest_magnitude
-from qtool.numerics.scales import decode_scale, encode_scale, fit_scale, store_scale
+from qtool.numerics.scales import LIMITS, decode_scale, encode_scale, fit_scale, store_scale
 from qtool.scheme import ExponentRule, RangeRule, ScaleFormat
 
 _COUNTED: Mapping[str, float] = {"fp32": 2.0**24, "bf16": 2.0**8, "fp16": 2.0**11}
@@ -106,13 +109,43 @@ def fit_real(
         Scales and zero points, exactly as stored, in float32.
     """
     top_code = 2**num_bits - 1
-    least, most = groups.amin(-1).float(), groups.amax(-1).float()
-    cut = (most - least) / 2 * (1 - clip)
-    low, high = least + cut, most - cut
+    low, high = _ends(groups, clip)
     furthest = torch.maximum(low.abs(), high.abs()) / _COUNTED[scale_format]
     width = torch.where(high > low, torch.maximum((high - low) / top_code, furthest), low.abs() / top_code)
     scale = store_scale(width, scale_format)
     return scale, decode_scale(encode_scale(-low / scale, scale_format), scale_format)
+
+
+def fit_offset(
+    groups: Float[Tensor, "*rows group"], *, num_bits: int, scale_format: ScaleFormat, clip: float = 1.0
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """Fit ``offset = min``, rounded to the scale's format, and ``scale = (v - offset) / (2^b - 1)``.
+
+    ``v`` is the end of the range that is farther from the rounded offset: the largest value, unless all values lie
+    below the offset by less than its rounding. Values that are ``scale * code + offset``, of which some have the first
+    code and some the last, are fitted by just these numbers.
+
+    Args:
+        groups: Values; the last axis shares a scale. Not modified.
+        num_bits: Bits of a code, 2 to 8.
+        scale_format: How scale and offset are stored.
+        clip: Fraction of the range that is kept, about its middle; above 0.
+
+    Returns:
+        Scales, negative where ``v`` is below the offset, and offsets, exactly as stored, in float32.
+    """
+    low, high = _ends(groups, clip)
+    most = LIMITS[scale_format][1]
+    offset = decode_scale(encode_scale(low.clamp(-most, most), scale_format), scale_format)
+    above, below = high - offset, low - offset
+    return store_scale(torch.where(above >= -below, above, below) / (2**num_bits - 1), scale_format), offset
+
+
+def _ends(groups: Float[Tensor, "*rows group"], clip: float) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """Return the least and the largest value, of the range's fraction about its middle."""
+    least, most = groups.amin(-1).float(), groups.amax(-1).float()
+    cut = (most - least) / 2 * (1 - clip)
+    return least + cut, most - cut
 
 
 def encode_integers(

@@ -43,11 +43,12 @@ def _check_ties(fmt: Format, parameters: GroupParameters) -> None:
 
     Around a level that has the same ratio to both its neighbours, as powers of two have, both may go away from 0.
     """
-    zero_point, multiplier = parameters.zero_point, parameters.global_scale
+    zero_point, multiplier, offset = parameters.zero_point, parameters.global_scale, parameters.offset
     unit = GroupParameters(
         torch.ones(1),
         None if zero_point is None else zero_point[:1],
         None if multiplier is None else torch.ones_like(multiplier),
+        offset=None if offset is None else torch.zeros(1),
     )
     levels = fmt.decode(torch.arange(2**fmt.bits).to(torch.uint8)[None], unit)
     levels = torch.tensor(sorted(set(levels[torch.isfinite(levels)].tolist())))

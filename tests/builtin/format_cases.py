@@ -19,6 +19,8 @@ CLASSES += (E5M2, MXFP8, E2M3, E3M2, MXFP6E2M3, MXFP6E3M2, NF4, AMXFP4, E1M2, E3
 FORMATS = {cls.name: cls() for cls in CLASSES}
 WRITTEN = [
     *(f"int{b}-{rest}" for b in range(2, 9) for rest in ("sym-g32", "sym-full", "asym-g16-sfp16", "asym-token-sfp32")),
+    "int4-asym-g16-offset-sfp16",
+    "int8-asym-token-offset-sfp32",
     "int4-g32-se8m0",
     "int8-g32-se8m0-rceil",
     "fp4",

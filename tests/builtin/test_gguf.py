@@ -63,6 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 HALF = "int8-sym-g32-sfp16"
 Q4_0 = "int4-sym-g32-sfp16-signed_full"
+Q4_1 = "int4-asym-g32-offset-sfp16"
 Make = Callable[..., Subject]
 
 
@@ -125,8 +126,9 @@ def test_the_bytes_of_one_block_of_each_type() -> None:
     nibbles = bytes(ORDER[i] | ORDER[i + 16] << 4 for i in range(16))
     q4_0 = stored_blocks(linear_of([ORDER], [[-1.5]]), "Q4_0")
     assert bytes(q4_0[0].tolist()) == np.float16(-1.5).tobytes() + nibbles
-    q4_1 = stored_blocks(linear_of([ORDER], [[0.25]], zero_point=[[5.0]]), "Q4_1")
-    assert bytes(q4_1[0].tolist()) == np.float16(0.25).tobytes() + np.float16(-1.25).tobytes() + nibbles
+    for others in ({"zero_point": [[5.0]]}, {"offset": [[-1.25]]}):
+        q4_1 = stored_blocks(linear_of([ORDER], [[0.25]], **others), "Q4_1")
+        assert bytes(q4_1[0].tolist()) == np.float16(0.25).tobytes() + np.float16(-1.25).tobytes() + nibbles
     wide = [(37 * i + 5) % 256 for i in range(32)]
     q8_0 = stored_blocks(linear_of([wide], [[0.75]]), "Q8_0")
     assert (
@@ -141,7 +143,7 @@ def test_the_bytes_of_one_block_of_each_type() -> None:
     assert bytes(nvfp4[0].tolist()) == bytes([0x30, 0x38, 0x3C, 0x7E, *packed])
 
 
-@pytest.mark.parametrize("weights", [Q4_0, "int4-asym-g32-sfp16", HALF, "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("weights", [Q4_0, Q4_1, "int4-asym-g32-sfp16", HALF, "mxfp4", "nvfp4"])
 def test_every_code_and_scale_is_decoded_by_the_official_package_as_by_qtool(plugins: Plugins, weights: str) -> None:
     scheme = parse_tensor_scheme(weights, plugins.format)
     form, kind = plugins.format(scheme.format), choose_type(scheme)
@@ -154,10 +156,15 @@ def test_every_code_and_scale_is_decoded_by_the_official_package_as_by_qtool(plu
     codes = torch.arange(levels).repeat(columns // levels).to(torch.uint8).repeat(len(scales), 1)
     codes = torch.stack([row.roll(3 * i) for i, row in enumerate(codes)])
     scale = scales.reshape(-1, 1).expand(-1, columns // size).contiguous()
-    zero = (torch.arange(len(scales)) * 2.0).reshape(-1, 1).expand_as(scale) if not scheme.symmetric else None
-    if zero is not None:
+    zeros = (torch.arange(len(scales)) * 2.0).reshape(-1, 1).expand_as(scale)
+    parameters = GroupParameters(scale)
+    if scheme.offset:
+        offsets = torch.tensor([0.0, 2.0**-24, -0.0123, 65504.0, -1.0, 1e-3]).half().float()
+        parameters = GroupParameters(scale, offset=offsets.reshape(-1, 1).expand_as(scale))
+    elif not scheme.symmetric:
         scale = torch.ones_like(scale) * torch.tensor([-3.5, 2.0**-20, 1, 5, 100, 0.5]).reshape(-1, 1)
-    found = QuantizedLinear(codes, (GroupParameters(scale, zero),))
+        parameters = GroupParameters(scale, zeros)
+    found = QuantizedLinear(codes, (parameters,))
     blocks = stored_blocks(found, kind).numpy()
     ours = form.decode(codes.reshape(len(codes), -1, size), found.parameters[0]).reshape(codes.shape)
     theirs = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
@@ -168,6 +175,7 @@ def test_every_code_and_scale_is_decoded_by_the_official_package_as_by_qtool(plu
     ("weights", "kind"),
     [
         *((Q4_0, "Q4_0"), ("int4-sym-g64-sfp16", "Q4_0"), ("int4-sym-channel", "Q4_0"), ("int8-sym-tensor", "Q8_0")),
+        *((Q4_1, "Q4_1"), ("int4-asym-channel-offset-sfp16", "Q4_1"), ("int4-asym-g64-offset-sbf16", "Q4_1")),
         *((HALF, "Q8_0"), ("mxfp4", "MXFP4"), ("fp4-g64-se8m0", "MXFP4"), ("nvfp4", "NVFP4")),
         ("fp4-g16-se4m3", "NVFP4"),
     ],
@@ -205,11 +213,12 @@ def rows(heads: int) -> list[tuple[int, int, int]]:
     return [(head, i, half) for head in range(heads) for i in range(16) for half in range(2)]
 
 
-def test_offsets_are_written_only_where_float16_has_them(make: Make, tmp_path: Path) -> None:
+def test_zero_points_are_written_only_where_float16_has_them_as_offsets(make: Make, tmp_path: Path) -> None:
     subject = make("int4-asym-g32-sfp16")
     with pytest.raises(SchemeError, match="more digits") as refused:
         GGUF().check(subject)
-    assert refused.value.hint == f"nearest that fits: --weights {Q4_0}"
+    assert refused.value.hint == f"nearest that fits: --weights {Q4_1}"
+    GGUF().check(make(Q4_1))
     assert subject.quantized is not None
     tensors = {name: subject.quantized.tensor(name) for name in subject.quantized.names()}
     for name, tensor in tensors.items():
@@ -261,6 +270,13 @@ def test_inputs_of_nvfp4_that_were_calibrated_have_their_scale_beside_the_weight
         ("int8-asym-g32-sfp16", "Q8_0 has no zero points", "--weights int8-sym-g32-sfp16"),
         ("fp4-g16-sbf16", "MXFP4 or NVFP4 only", "--weights nvfp4"),
         ("int4-sym-g32-sfp32", "more digits", "--weights int4-sym-g32-sfp16"),
+        ("int4-asym-g32-offset-sfp32", "more digits", f"--weights {Q4_1}"),
+        ("int4-asym-g16-offset-sfp16", "a scale for 32 values", f"--weights {Q4_1}"),
+        ("int4-asym-g32-real", "in place of a real zero point", f"--weights {Q4_1}"),
+        ("int4-asym-g16-real", "in place of a real zero point", f"--weights {Q4_1}"),
+        ("int4-asym-g32-scales4g16", "no type's scales are codes", f"--weights {Q4_1}"),
+        ("int3-asym-g32", "no type for `int3`", f"--weights {Q4_1}"),
+        ("int8-asym-g32-offset-sfp16", "Q8_0 has no zero points", "--weights int8-sym-g32-sfp16"),
     ],
 )
 def test_a_scheme_that_no_type_holds_is_met_with_the_nearest(

@@ -49,6 +49,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.network]
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 PACKAGE = "node-llama-cpp@3.22.1"
 Q4_0 = "int4-sym-g32-sfp16-signed_full"
+Q4_1 = "int4-asym-g32-offset-sfp16"
 HALF = "int8-sym-g32-sfp16"
 TEXT = "The capital of France is Paris, and in 1789 there were  600000 people. def f(x):\n\n  return x's"
 SIZES: dict[str, Any] = {
@@ -135,6 +136,7 @@ def divergence(ours: Tensor, theirs: Tensor) -> float:
         (HALF, "gguf-f16", 0.1, 2e-5),
         (HALF, "gguf", 3.0, 0.015),
         (Q4_0, "gguf", 3.0, 0.02),
+        (Q4_1, "gguf", 3.0, 0.02),
         ("mxfp4", "gguf", 3.0, 0.02),
     ],
 )
@@ -210,6 +212,17 @@ def assert_blocks(subject: Subject, file: Path, folder: Path, tokens: list[int])
 
 @pytest.mark.parametrize("name", ["llama with biases", "gemma"])
 def test_q4_1_is_computed_as_qtool_does(node_llama_cpp: Path, workspace: Workspace, tmp_path: Path, name: str) -> None:
+    save_model(tmp_path / "model", name)
+    subject, file = packed(tmp_path / "model", Q4_1, "gguf", workspace)
+    assert {one.tensor_type.name for one in gguf.GGUFReader(file).tensors} >= {"Q4_1"}
+    tokens = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(3)).tolist()
+    assert_blocks(subject, file, node_llama_cpp, tokens)
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "gemma"])
+def test_zero_points_of_q4_1_are_computed_as_qtool_does(
+    node_llama_cpp: Path, workspace: Workspace, tmp_path: Path, name: str
+) -> None:
     """With scales of powers of two, for most others have offsets that float16 does not have."""
     save_model(tmp_path / "model", name)
     subject = open_subject(str(quantized(tmp_path / "model", "int4-asym-g32-sfp16", workspace).path), workspace).subject

@@ -20,6 +20,7 @@ from qtool.numerics.groups import from_groups
 from qtool.numerics.minifloats import E2M1, E2M3, E3M2, Minifloat
 from qtool.numerics.packing import pack_codes
 from qtool.numerics.scales import encode_scale
+from qtool.scheme import GroupParameters
 from tests.builtin.format_cases import fit, read, values_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -111,3 +112,20 @@ def test_fp8_in_blocks_has_the_same_scales_and_values(torchao: Module) -> None:
     assert float((codes != data.view(torch.uint8)).float().mean()) < 1e-2
     theirs = quant._dequantize_affine_float8(codes.view(torch.float8_e4m3fn), scale)
     assert torch.allclose(grid.decode(codes, (parameters,)), theirs, rtol=1e-6, atol=0)
+
+
+def test_nf4_has_the_same_codes_and_the_values_that_it_has_four_digits_of(torchao: Module) -> None:
+    """Its scales, which it quantizes a second time, are no concern of the elements."""
+    theirs = torchao("quantization.quantize_.workflows.nf4.nf4_tensor").NF4Tensor
+    x = values_of(32, 256)
+    form, groups, parameters = fit("nf4", x)
+    tensor = theirs.from_tensor(x, 64, 1)
+    table, every = tensor.nf4, torch.arange(16)
+    ours = form.decode(every.to(torch.uint8).unsqueeze(0), GroupParameters(torch.ones(1)))[0]
+    assert torch.equal(theirs.dequantize(every, table), torch.tensor([round(value, 4) for value in ours.tolist()]))
+    codes = torch.stack([tensor.quantized_data >> 4, tensor.quantized_data & 15], dim=-1).reshape(groups.shape)
+    middles = (ours[1:] + ours[:-1]) / 2
+    scaled = (groups / parameters.scale.unsqueeze(-1)).unsqueeze(-1)
+    near = ((scaled - middles).abs() < 1e-4).any(-1)
+    assert float(near.float().mean()) < 0.01
+    assert torch.equal(form.encode(groups, parameters)[~near], codes[~near])

@@ -230,6 +230,7 @@ def test_bad_schemes_of_a_cache_name_the_nearest(plugins: Plugins, text: str, me
     "text",
     [
         "int4-asym-token-head-sfp16-c0.95", "keys=int2-asym-channel-g32-real-sfp16,values=int2-asym-g16-sbf16",
+        "keys=int2-asym-channel-g32-offset-sfp16,values=int2-asym-g16-offset-sbf16",
         "keys=fp8-sym-channel-g16-sfp32,values=none", "keys=none,values=int6-sym-token-head-sbf16",
     ],
 )  # fmt: skip

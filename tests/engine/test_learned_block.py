@@ -28,6 +28,7 @@ FORMATS: dict[str, Format] = {
 SCHEMES = [
     *("int2", "int3", "int4", "int8", "int4-half", "int4-full-c0.85", "int4-tensor", "int4-asym-tensor"),
     *("int2-asym-g16", "int3-asym-g16", "int4-asym-g16", "int8-asym-g16", "int4-asym", "int3-asym-g16-sfp32"),
+    *("int4-asym-g16-offset", "int3-asym-offset-sfp16"),
     *("int4-g16-se8m0", "int4-g16-sfp16", "fp4-g16", "fp4-asym-g16", "fp4-asym-g16-sfp32", "fp4-sym-g16-se4m3"),
     *("mxfp4", "nvfp4", "fp8", "fp8-tensor"),
 ]
@@ -68,8 +69,9 @@ def same_parameters(one: QuantizedLinear, other: QuantizedLinear) -> bool:
         return a is b if a is None or b is None else torch.equal(a, b)
 
     return all(
-        same(a.scale, b.scale) and same(a.zero_point, b.zero_point) and same(a.global_scale, b.global_scale)
+        same(getattr(a, leaf), getattr(b, leaf))
         for a, b in zip(one.parameters, other.parameters, strict=True)
+        for leaf in ("scale", "zero_point", "global_scale", "offset")
     )
 
 

@@ -235,6 +235,7 @@ NVFP4 = {"weights": "nvfp4", "activations": "nvfp4"}
         ("llama", "rtn+lorc", "", {"weights": "int3-g8-sfp16", "activations": "int8-sym-token"}, True),
         ("llama", "rtn+qwt", "", {"weights": "int3-g8"}, True),
         ("gemma2", "gptq", "", {"weights": "int3-asym-g8"}, True),
+        ("llama", "gptq", "", {"weights": "int3-asym-g8-offset"}, True),
         ("mixtral", "rtn", "quarot", {"weights": "int4-g8-signed_full", "activations": "int8-sym-token"}, True),
     ],
 )

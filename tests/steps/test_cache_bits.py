@@ -33,6 +33,7 @@ def tiny() -> Iterator[TinyModel]:
             *("keys=int2-asym-channel-g32-real-sfp16,values=int2-asym-g4-real-sfp16",),
             *(8 * (2 + (16 + 16) / 32), 8 * 2 + 2 * 32),
         ),
+        ("int4-asym-g8-offset-sfp16", 8 * 4 + 16 + 16, 8 * 4 + 16 + 16),
         ("keys=fp8-channel-g16,values=none", 8 * (8 + 32 / 16), 8 * 16),
         ("keys=none,values=fp8-tensor", 8 * 16, 8 * 8),
         ("fp4-g8-se8m0", 8 * 4 + 8, 8 * 4 + 8),

@@ -14,7 +14,7 @@ from qtool.plugins import Plugins
 from qtool.scheme import TensorScheme
 from qtool.steps.schemes import read_scheme
 
-RULES = ("sym", "sym-full", "sym-half", "sym-signed_full", "sym-narrow", "asym", "asym-real")
+RULES = ("sym", "sym-full", "sym-half", "sym-signed_full", "sym-narrow", "asym", "asym-real", "asym-offset")
 
 
 @pytest.fixture(scope="module")

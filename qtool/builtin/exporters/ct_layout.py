@@ -182,9 +182,9 @@ def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
     if kv.scale != "fp32":
         reason = "consumers fit the scales of a KV cache as they run, and do not round them"
         raise _refusal(reason, "kv", kv, replace(kv, scale="fp32"))
-    if kv.real:
+    if kv.real or kv.offset:
         reason = "consumers fit zero points of a KV cache that are codes"
-        raise _refusal(reason, "kv", kv, replace(kv, real=False))
+        raise _refusal(reason, "kv", kv, replace(kv, real=False, offset=False))
     if element == "int" and kv.symmetric and kv.range_rule != "half":
         reason = "consumers spread the range of a symmetric KV cache over all codes"
         raise _refusal(reason, "kv", kv, replace(kv, range_rule="half"))

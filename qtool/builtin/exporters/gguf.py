@@ -291,11 +291,12 @@ def _dtype(subject: Subject) -> torch.dtype:
 
 
 def _check_scheme(subject: Subject) -> Check:
-    """Return the check of a scheme by itself; of others than the subject's own it refuses Q4_1, which rounds most."""
+    """Return the check of a scheme by itself; of others than the subject's own it refuses zero points of Q4_1."""
     own = subject.scheme.every("weights")
 
     def check(scheme: ModelScheme) -> None:
-        if _kind(scheme) == "Q4_1" and scheme.weights not in own:
+        zeros = _kind(scheme) == "Q4_1" and not (scheme.weights and scheme.weights.offset)
+        if zeros and scheme.weights not in own:
             raise SchemeError("Q4_1 has its offsets in float16", facts=(("weights", scheme.weights),))
 
     return check

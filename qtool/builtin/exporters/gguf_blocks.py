@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from qtool.builtin.exporters.gguf_types import BLOCKS, SCALED, Kind
+from qtool.builtin.exporters.gguf_types import BLOCKS, SCALED, Kind, offset_of
 from qtool.engine.problem import QuantizedLinear
 from qtool.numerics.scales import encode_scale
 
@@ -43,9 +43,8 @@ def stored_blocks(found: QuantizedLinear, kind: Kind) -> UInt8[Tensor, "out byte
     if kind == "MXFP4":
         return torch.cat([encode_scale(scale, "e8m0").unsqueeze(-1), _nibbles(codes)], dim=-1).reshape(rows, -1)
     parts = [_half_bytes(scale)]
-    if kind == "Q4_1" and parameters.zero_point is not None:
-        zero_point = _of_each_block(parameters.zero_point, rows, scale.shape[1])
-        parts.append(_half_bytes(-scale * zero_point))
+    if kind == "Q4_1":
+        parts.append(_half_bytes(_of_each_block(offset_of(parameters), rows, scale.shape[1])))
     # Flipping the top bit takes the offset of 128 from codes of 8 bits, in two's complement.
     parts.append(codes ^ 0x80 if kind == "Q8_0" else _nibbles(codes))
     return torch.cat(parts, dim=-1).reshape(rows, -1)

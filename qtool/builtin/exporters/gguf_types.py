@@ -15,7 +15,7 @@ from torch import Tensor
 from qtool.engine.packed import PackedLinear
 from qtool.errors import SchemeError
 from qtool.numerics.scales import encode_scale
-from qtool.scheme import TensorScheme
+from qtool.scheme import GroupParameters, TensorScheme
 from qtool.scheme_parts import one_level
 
 Kind: TypeAlias = Literal["Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"]
@@ -25,7 +25,6 @@ SCALED = {"Q4_0": 32, "Q4_1": 32, "Q8_0": 32, "MXFP4": 32, "NVFP4": 16}
 BLOCKS = SCALED | {"NVFP4": 64}
 """Values to a block of each type; a block of NVFP4 has four scales."""
 
-FOUR_BITS = "int4-sym-g32-sfp16-signed_full"
 _FP4 = {"e8m0": "MXFP4", "e4m3": "NVFP4"}
 _LARGEST_SCALE_BYTE = 0x7E  # E4M3 without sign; 0x7F is decoded to 0
 
@@ -48,13 +47,15 @@ def choose_type(weights: TensorScheme) -> Kind:
     else:
         raise SchemeError(f"GGUF has no type for `{weights.format}`", facts=(("weights", weights),))
     if not weights.symmetric and kind != "Q4_1":
-        _refuse(f"{kind} has no zero points", weights, replace(weights, symmetric=True))
+        _refuse(f"{kind} has no zero points", weights, replace(weights, symmetric=True, real=False, offset=False))
+    nearest = _with_offset(weights) if kind == "Q4_1" else one_level(weights)
+    divides = weights.strategy != "group" or (weights.group_size or 1) % SCALED[kind] == 0
+    nearest = nearest if divides else replace(nearest, group_size=SCALED[kind])
     if weights.scale_bits is not None:
-        _refuse("no type's scales are codes in these groups; --to hf decodes them", weights, one_level(weights))
+        _refuse("no type's scales are codes in these groups; --to hf decodes them", weights, nearest)
     if weights.real:
-        _refuse(f"the zero points of {kind} are made from whole numbers", weights, replace(weights, real=False))
-    if weights.strategy == "group" and (weights.group_size or 1) % SCALED[kind]:
-        nearest = replace(weights, group_size=SCALED[kind])
+        _refuse(f"{kind} has an offset in place of a real zero point", weights, nearest)
+    if not divides:
         _refuse(f"{kind} has a scale for {SCALED[kind]} values", weights, nearest)
     return kind
 
@@ -87,10 +88,22 @@ def check_values(name: str, found: PackedLinear, weights: TensorScheme, kind: Ki
         return
     if not exact_in_half(parameters.scale):
         _refuse(f"{kind} has float16 scales, and these have more digits", weights, replace(weights, scale="fp16"), name)
-    if kind == "Q4_1" and parameters.zero_point is not None:
-        whole = bool((parameters.zero_point.frac() == 0).all())
-        if not whole or not exact_in_half(-parameters.scale.double() * parameters.zero_point.double()):
-            _refuse("Q4_1 has `-scale * zero_point` in float16, and these have more digits", weights, FOUR_BITS, name)
+    if kind == "Q4_1" and not exact_in_half(offset_of(parameters)):
+        what = "offsets" if weights.offset else "`-scale * zero_point`"
+        _refuse(f"Q4_1 has {what} in float16, and these have more digits", weights, _with_offset(weights), name)
+
+
+def offset_of(parameters: GroupParameters) -> Float[Tensor, "*rows"]:
+    """Return in float64 what code 0 stands for: the offset, or minus the scale times the zero point."""
+    if parameters.offset is not None:
+        return parameters.offset.double()
+    zero_point = torch.zeros_like(parameters.scale) if parameters.zero_point is None else parameters.zero_point
+    return -parameters.scale.double() * zero_point.double()
+
+
+def _with_offset(weights: TensorScheme) -> TensorScheme:
+    """Return the nearest scheme whose numbers Q4_1 holds as they are."""
+    return replace(one_level(weights), real=False, offset=True, scale="fp16")
 
 
 def exact_in_half(values: Float[Tensor, "*any"]) -> bool:

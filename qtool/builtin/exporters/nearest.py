@@ -30,9 +30,9 @@ Check: TypeAlias = Callable[[ModelScheme], object]
 _CARRIED: Mapping[str, tuple[str, ...]] = {
     "weights": (
         *(
-            f"int{bits}-{zero}-{size}-s{scale}"
+            f"int{bits}-{form.format(size)}-s{scale}"
             for bits in range(2, 9)
-            for zero in ("sym", "asym")
+            for form in ("sym-{}", "asym-{}", "asym-{}-offset")
             for size in ("channel", "g*", "g32")
             for scale in ("fp16", "bf16")
         ),
@@ -156,5 +156,5 @@ def _compressed_tensors_holds(subject: Subject, scheme: ModelScheme) -> bool:
     weights = scheme.weights
     if weights is None:
         return True
-    plain = weights.scale_bits is None and not weights.real
+    plain = weights.scale_bits is None and not (weights.real or weights.offset)
     return plain and _holds(lambda one: (choose_layout(one), checkpoint_dtype(weights, subject.model.dtype)), scheme)

@@ -39,7 +39,7 @@ def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False)
         online: Whether it may hold operators in the forward pass; then they are not refused here.
 
     Raises:
-        SchemeError: Zero points that are real numbers, or scales that are codes.
+        SchemeError: Zero points that are real numbers, offsets in their place, or scales that are codes.
         UsageError: One tensor of all experts, channels set apart, operators in the forward pass, something added to the
             outputs of blocks, low-rank corrections, outliers, or scales of two levels; names the first.
     """
@@ -90,11 +90,11 @@ def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
 
 def _refuse_real(subject: Subject, layout: str) -> None:
     for name in get_args(RuledPart):
-        for part in (one for one in subject.scheme.every(name) if one.real):
+        for part in (one for one in subject.scheme.every(name) if one.real or one.offset):
             raise SchemeError(
                 f"the zero points of {layout} are whole numbers",
                 facts=((name, part),),
-                hint=f"nearest that fits: --{name} {replace(part, real=False)}",
+                hint=f"nearest that fits: --{name} {replace(part, real=False, offset=False)}",
             )
 
 

@@ -53,7 +53,7 @@ def nearest_scheme(
         zero_points: Whether it can be asymmetric.
         range_rules: What it has besides ``tight``.
         blocks: Whether rows can share scales.
-        real_zero_points: Whether it has them where a scheme asks for them.
+        real_zero_points: Whether it has them, or offsets in their place, where a scheme asks for them.
         scale_codes: Whether its scales can be codes, likewise.
 
     Returns:
@@ -76,9 +76,8 @@ def nearest_scheme(
     if not nearest.symmetric and nearest.scale not in _FLOAT_SCALES:
         reasons.append(f"{nearest.scale} scales come without zero points")
         nearest = replace(nearest, symmetric=True)
-    if nearest.real and (nearest.symmetric or not real_zero_points):
-        reasons.append("`real` is for the zero points of asymmetric integers")
-        nearest = replace(nearest, real=False)
+    nearest, found = _nearest_zeros(nearest, real_zero_points=real_zero_points)
+    reasons += found
     nearest, found = _nearest_codes(nearest, defaults, scale_codes=scale_codes)
     reasons += found
     if nearest.exponent_rule != "even" and nearest.scale != "e8m0":
@@ -107,7 +106,7 @@ def _static(scheme: TensorScheme, reasons: list[str]) -> tuple[TensorScheme, lis
         nearest = replace(nearest, strategy="tensor", group_size=None)
     if not scheme.symmetric:
         reasons.append("static scales come without zero points")
-        nearest = replace(nearest, symmetric=True, real=False)
+        nearest = replace(nearest, symmetric=True, real=False, offset=False)
     if scheme.outlier_threshold is not None:
         reasons.append("static scales are of all columns, and outliers are found as they come")
         nearest = replace(nearest, outlier_threshold=None)
@@ -120,6 +119,21 @@ def _static(scheme: TensorScheme, reasons: list[str]) -> tuple[TensorScheme, lis
     if scheme.scale not in (*_FLOAT_SCALES, "e8m0"):
         reasons.append(f"static scales have no multiplier above them, which {scheme.scale} ones have")
         nearest = replace(nearest, scale="fp32", range_rule="tight")
+    return nearest, reasons
+
+
+def _nearest_zeros(scheme: TensorScheme, *, real_zero_points: bool) -> tuple[TensorScheme, list[str]]:
+    """Return the nearest scheme with zero points that it can have, and what is wrong with this one."""
+    nearest, reasons = scheme, []
+    if nearest.offset and (nearest.symmetric or not real_zero_points):
+        reasons.append("`offset` is for asymmetric integers, in place of their zero points")
+        nearest = replace(nearest, offset=False)
+    if nearest.offset and nearest.real:
+        reasons.append("`offset` stands in place of a zero point, so there is none to be `real`")
+        nearest = replace(nearest, real=False)
+    if nearest.real and (nearest.symmetric or not real_zero_points):
+        reasons.append("`real` is for the zero points of asymmetric integers")
+        nearest = replace(nearest, real=False)
     return nearest, reasons
 
 
@@ -142,6 +156,9 @@ def _nearest_codes(
     if nearest.real:
         reasons.append("`real` says nothing beside `scales`: zero points that are codes are real numbers")
         nearest = replace(nearest, real=False)
+    if nearest.offset:
+        reasons.append("scales that are codes come with zero points that are codes, not with an offset")
+        nearest = replace(nearest, offset=False)
     if not 1 <= scheme.scale_bits <= 8:
         reasons.append(f"scales are codes of 1 to 8 bits, not {scheme.scale_bits}")
         nearest = replace(nearest, scale_bits=3)

@@ -14,6 +14,7 @@ from qtool.numerics.integers import (
     decode_integers,
     encode_integers,
     fit_asymmetric,
+    fit_offset,
     fit_real,
     fit_symmetric,
     round_integers,
@@ -31,7 +32,8 @@ def _defaults(name: str) -> TensorScheme:
 class Integer:
     """``scale * (code - zero_point)``; symmetric codes are offset by ``2^(bits - 1)``.
 
-    Zero points are integers of ``bits`` bits, and 0 always has a code; unless the scheme has ``real`` ones, or codes.
+    Zero points are integers of ``bits`` bits, and 0 always has a code; unless the scheme has ``real`` ones, or codes,
+    or an offset in their place: ``scale * code + offset``.
     """
 
     name: str
@@ -74,6 +76,9 @@ class Integer:
         """
         coded = scheme.scale_bits is not None
         scale_format = "fp32" if coded else scheme.scale
+        if scheme.offset:
+            scale, offset = fit_offset(groups, num_bits=self.bits, scale_format=scale_format, clip=clip)
+            return GroupParameters(scale, offset=offset)
         if not scheme.symmetric:
             fitted_by = fit_real if scheme.real or coded else fit_asymmetric
             scale, zero_point = fitted_by(groups, num_bits=self.bits, scale_format=scale_format, clip=clip)
@@ -93,15 +98,29 @@ class Integer:
 
     def encode(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> UInt8[Tensor, "*rows group"]:
         """Round values to codes, ties to even."""
-        return encode_integers(groups, parameters.step(), parameters.zero_point, self.bits, narrow=self.narrow)
+        above, zero_point = _above_offset(groups, parameters), _zero_point(parameters)
+        return encode_integers(above, parameters.step(), zero_point, self.bits, narrow=self.narrow)
 
     def decode(self, codes: UInt8[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
         """Return the float32 values that codes stand for."""
-        return decode_integers(codes, parameters.step(), parameters.zero_point, self.bits)
+        decoded = decode_integers(codes, parameters.step(), _zero_point(parameters), self.bits)
+        return decoded if parameters.offset is None else decoded.add_(parameters.offset.unsqueeze(-1))
 
     def round(self, groups: Float[Tensor, "*rows group"], parameters: GroupParameters) -> Float[Tensor, "*rows group"]:
         """Return the decoded values of the codes of ``groups``, in their dtype."""
-        return round_integers(groups, parameters.step(), parameters.zero_point, self.bits, narrow=self.narrow)
+        above, zero_point = _above_offset(groups, parameters), _zero_point(parameters)
+        rounded = round_integers(above, parameters.step(), zero_point, self.bits, narrow=self.narrow)
+        return rounded if parameters.offset is None else rounded.add_(parameters.offset.unsqueeze(-1)).to(groups.dtype)
+
+
+def _above_offset(groups: Tensor, parameters: GroupParameters) -> Tensor:
+    """Return what is divided by the step."""
+    return groups if parameters.offset is None else groups.float() - parameters.offset.unsqueeze(-1)
+
+
+def _zero_point(parameters: GroupParameters) -> Tensor | None:
+    """Return what codes are counted from: 0 above an offset."""
+    return parameters.zero_point if parameters.offset is None else torch.zeros_like(parameters.scale)
 
 
 class _Narrow(Integer):

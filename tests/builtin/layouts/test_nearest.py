@@ -108,7 +108,7 @@ def test_what_a_refusal_names_is_carried(subjects: Make, plugins: Plugins, expor
         ("awq", "nf4", "", "--weights int4-sym-g64-sfp16"),
         ("gguf", "nf4", "", "--weights mxfp4"),
         ("gguf", "fp8", "", "--weights int8-sym-channel-sfp16"),
-        ("gguf", "int3-asym-channel", "", "--weights int4-sym-channel-sfp16"),
+        ("gguf", "int3-asym-channel", "", "--weights int4-asym-channel-offset-sfp16"),
         ("peft", "amxfp4", "", "--weights mxfp4"),
     ],
 )

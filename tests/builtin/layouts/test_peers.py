@@ -1,7 +1,8 @@
-"""AutoRound and AutoAWQ unpack GPTQ and AWQ checkpoints to the values that qtool decodes.
+"""Other libraries decode GPTQ, AWQ and ModelOpt checkpoints to the values that qtool decodes, every one of them.
 
-Both are installed without what they depend on into a folder of their own, which only the subprocess sees: their
-unpackers need torch, which is there.
+GPTQModel, by which transformers loads them, and AutoRound unpack GPTQ; GPTQModel and AutoAWQ unpack AWQ; ModelOpt reads
+its own. Each is installed without most of what it depends on into a folder of its own, which only the subprocess sees:
+their unpackers need torch, which is there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,12 +20,56 @@ from safetensors.torch import load_file
 
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
+from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.engine.exporter import Exporter
 from tests.builtin.layouts.conftest import Make
 from tests.builtin.packed import written
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
-PEERS = ("auto-round==0.16.1", "py-cpuinfo==9.0.0", "autoawq==0.2.9")
+PEERS = {
+    "auto-round": ("auto-round==0.16.1", "py-cpuinfo==9.0.0"),
+    "autoawq": ("autoawq==0.2.9",),
+    "gptqmodel": (
+        *("gptqmodel==7.7.0", "pypcre==0.6.4", "logbar==0.4.15"),
+        *("device-smi==0.5.7", "tokenicer==0.0.14", "defuser==0.0.28"),
+    ),
+    "modelopt": (*("nvidia-modelopt==0.47.0", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3", "pulp==3.3.2"),),
+}
+MODELOPT_READER = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+stored, read = load_file(Path(sys.argv[1]) / "model.safetensors"), {}
+for name in [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]:
+    weight, scale, second = (stored.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale", "weight_scale_2"))
+    if second is None:
+        scale = scale if scale.ndim == 0 else scale.unsqueeze(-1)
+        read[name] = FP8QTensor(weight.shape, torch.float32, weight).dequantize(torch.float32, scale=scale)
+    else:
+        whole = NVFP4QTensor(torch.Size((len(weight), 2 * weight.shape[1])), torch.float32, weight)
+        read[name] = whole.dequantize(torch.float32, scale=scale, double_scale=second, block_sizes={-1: 16})
+save_file({name: weight.contiguous() for name, weight in read.items()}, sys.argv[2])
+"""
+GPTQMODEL_READER = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+directory = Path(sys.argv[1])
+said = json.loads((directory / "config.json").read_text())["quantization_config"]
+stored, read = load_file(directory / "model.safetensors"), {}
+for name in [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]:
+    n_in, n_out = stored[name + ".g_idx"].numel(), stored[name + ".scales"].shape[1]
+    linear = TorchLinear(said["bits"], said["group_size"], said["sym"], said["desc_act"], n_in, n_out).eval()
+    linear.load_state_dict({leaf: stored[f"{name}.{leaf}"] for leaf in ("qweight", "qzeros", "scales", "g_idx")})
+    if said["checkpoint_format"] == "gptq":
+        convert_gptq_v1_to_v2_format_module(linear, said["bits"], torch.int32)
+    linear.scales = linear.scales.float()
+    read[name] = linear.dequantize_weight().T.contiguous()
+save_file(read, sys.argv[2])
+"""
 # Their linears multiply an identity matrix, with scales in float32 so that nothing is rounded.
 GPTQ_READER = """
 import json, sys, torch
@@ -48,45 +95,62 @@ AWQ_READER = """
 import json, sys
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from awq.utils.packing_utils import dequantize_gemm
+from {package}.utils.packing_utils import dequantize_gemm
 directory = Path(sys.argv[1])
 said = json.loads((directory / "config.json").read_text())["quantization_config"]
 assert said["version"] == "gemm"
-stored, read = load_file(directory / "model.safetensors"), {}
+stored, read = load_file(directory / "model.safetensors"), dict()
 for name in [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]:
-    weight, zeros, scales = (stored[f"{name}.{leaf}"] for leaf in ("qweight", "qzeros", "scales"))
+    weight, zeros, scales = (stored[name + leaf] for leaf in (".qweight", ".qzeros", ".scales"))
     size = len(weight) if said["group_size"] == -1 else said["group_size"]
     read[name] = dequantize_gemm(weight, zeros, scales.float(), said["bits"], size).T.contiguous()
 save_file(read, sys.argv[2])
 """
 
 
+Peer = Callable[[str], Path]
+GPTQ_CASES = [
+    *((GPTQ(), f"int{bits}-sym-g32-signed_full") for bits in (2, 3, 4, 8)),
+    *((GPTQv2(), f"int{bits}-asym-g32") for bits in (2, 3, 4, 8)),
+    (GPTQv2(), "int4-sym-channel"),
+]
+AWQ_CASES = [(AWQ(), weights) for weights in ("int4-asym-g32", "int4-sym-channel", "int4-sym-g32-signed_full")]
+FP8_CASES = ["fp8-channel", "fp8-channel-sbf16", "fp8-tensor", "fp8-tensor-sbf16"]
+
+
 @pytest.fixture(scope="module")
-def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("peers")
-    command = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *PEERS)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return folder
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Peer:
+    """Return what installs a library and says where."""
+
+    @cache
+    def installed(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        command = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *PEERS[name])
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return installed
 
 
 @pytest.mark.parametrize(
-    ("exporter", "weights", "reader"),
+    ("library", "reader", "exporter", "weights"),
     [
-        *((GPTQ(), f"int{bits}-sym-g32-signed_full", GPTQ_READER) for bits in (2, 3, 4, 8)),
-        *((GPTQv2(), f"int{bits}-asym-g32", GPTQ_READER) for bits in (2, 3, 4, 8)),
-        (GPTQv2(), "int4-sym-channel", GPTQ_READER),
-        (AWQ(), "int4-asym-g32", AWQ_READER),
-        (AWQ(), "int4-sym-channel", AWQ_READER),
-        (AWQ(), "int4-sym-g32-signed_full", AWQ_READER),
+        *(("auto-round", GPTQ_READER, *case) for case in GPTQ_CASES),
+        *(("gptqmodel", GPTQMODEL_READER, *case) for case in GPTQ_CASES),
+        *(("autoawq", AWQ_READER.format(package="awq"), *case) for case in AWQ_CASES),
+        *(("gptqmodel", AWQ_READER.format(package="gptqmodel.quantization.awq"), *case) for case in AWQ_CASES),
+        *(("modelopt", MODELOPT_READER, ModelOpt(), weights) for weights in ("nvfp4", "nvfp4-four_over_six")),
+        *(("modelopt", MODELOPT_READER, ModelOpt(), weights) for weights in FP8_CASES),
     ],
 )
 def test_another_library_reads_our_values(
-    make: Make, peers: Path, tmp_path: Path, exporter: Exporter, weights: str, reader: str
+    make: Make, peer: Peer, tmp_path: Path, library: str, reader: str, exporter: Exporter, weights: str
 ) -> None:
-    subject = make(weights)
+    inputs = {"fp8-c": "fp8-token", "fp8-t": "fp8-tensor"}.get(weights[:5], "")
+    subject = make(weights, inputs)
     written(exporter, subject, tmp_path / "out")
-    environment = {**os.environ, "PYTHONPATH": str(peers)}
+    environment = {**os.environ, "PYTHONPATH": str(peer(library))}
     command = (sys.executable, "-c", reader, tmp_path / "out", tmp_path / "read.safetensors")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

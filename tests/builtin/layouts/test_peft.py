@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qtool.builtin.exporters.peft import PEFT
+from qtool.builtin.exporters.peft import PEFT, factors
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import UNREADABLE
 from qtool.engine.planner import extend
@@ -62,8 +63,7 @@ def measured(subject: Subject) -> Tensor:
     return torch.cat([logits for _, logits in executable.forward_windows(tokens())])
 
 
-def executed(directory: Path, *, adapter: bool) -> Tensor:
-    """Logits of the checkpoint, with PEFT's adapter around it or without."""
+def loaded(directory: Path, *, adapter: bool) -> Any:  # noqa: ANN401 - a model, or PEFT's around it
     peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     if adapter:
@@ -71,6 +71,12 @@ def executed(directory: Path, *, adapter: bool) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = peft.PeftModel.from_pretrained(model, str(directory / "adapter")).eval()
+    return model
+
+
+def executed(directory: Path, *, adapter: bool) -> Tensor:
+    """Logits of the checkpoint, with PEFT's adapter around it or without."""
+    model = loaded(directory, adapter=adapter)
     with torch.no_grad():
         return torch.cat([model(window[None]).logits for window in tokens()])
 
@@ -97,6 +103,23 @@ def test_peft_computes_our_logits(
         torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-6)
     assert exported.consumers["transformers"].startswith(UNREADABLE)
     assert f"--max-lora-rank {settings[0][-1]}" in exported.consumers["vllm"]
+
+
+@pytest.mark.parametrize("settings", [("lorc.rank=5",), ("lorc.rank=8", "lorc.dtype=int8")])
+def test_every_weight_and_factor_that_peft_loads_is_ours(
+    corrected: Corrected, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    subject = corrected("int3-sym-g32", "", *settings)
+    written(PEFT(), subject, tmp_path / "out")
+    model = loaded(tmp_path / "out", adapter=True)
+    for linear in subject.model.graph.linears:
+        theirs = model.get_submodule(f"base_model.model.{linear.name}")
+        own = replace(subject.linear(linear), adapter=None).weight(subject.weight_grid(linear))
+        assert torch.equal(theirs.get_base_layer().weight, own), linear.name
+        down, up = factors(subject, linear)
+        assert torch.equal(theirs.lora_A["default"].weight, down.float()), linear.name
+        assert torch.equal(theirs.lora_B["default"].weight, up.float()), linear.name
+        assert theirs.scaling == {"default": 1.0}
 
 
 def test_the_adapter_is_laid_out_as_peft_has_it(corrected: Corrected, tmp_path: Path) -> None:

@@ -177,20 +177,23 @@ def test_modelopt_inputs_must_be_calibrated(make: Make, plugins: Plugins) -> Non
         ModelOpt().check(replace(subject, scheme=scheme))
 
 
-@pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "gptq-v2", "awq", "gguf"])
-def test_real_zero_points_are_refused_and_the_nearest_is_named(make: Make, plugins: Plugins, to: str) -> None:
+@pytest.mark.parametrize("word", ["real", "offset"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "gptq-v2", "awq"])
+def test_real_zero_points_are_refused_and_the_nearest_is_named(
+    make: Make, plugins: Plugins, to: str, word: str
+) -> None:
     exporter = plugins.load("exporters", to)
     with pytest.raises(UsageError, match=r"zero points of .* whole numbers") as refused:
-        exporter.check(make("int4-asym-g32-real-sbf16"))
+        exporter.check(make(f"int4-asym-g32-{word}-sbf16"))
     nearest = refused.value.hint.partition("--weights ")[2]
     assert nearest == "int4-asym-g32-sbf16"
-    if to != "gguf":  # which looks at the digits of every offset
-        exporter.check(make(nearest))
+    exporter.check(make(nearest))
 
 
-def test_real_zero_points_of_inputs_are_refused(make: Make, plugins: Plugins) -> None:
+@pytest.mark.parametrize("word", ["real", "offset"])
+def test_real_zero_points_of_inputs_are_refused(make: Make, plugins: Plugins, word: str) -> None:
     with pytest.raises(UsageError, match="whole numbers") as refused:
-        plugins.load("exporters", "compressed-tensors").check(make("int4-sym-g32", "int8-asym-token-real"))
+        plugins.load("exporters", "compressed-tensors").check(make("int4-sym-g32", f"int8-asym-token-{word}"))
     assert refused.value.hint == "nearest that fits: --activations int8-asym-token-sbf16"
 
 
@@ -199,6 +202,7 @@ def test_real_zero_points_of_inputs_are_refused(make: Make, plugins: Plugins) ->
     [
         ("int4-asym-token-head", "int4-asym-token-head-sfp32"),
         ("int4-asym-token-head-real-sfp32", "int4-asym-token-head-sfp32"),
+        ("int4-asym-token-head-offset-sfp32", "int4-asym-token-head-sfp32"),
         ("keys=fp8-channel-g32,values=fp8-tensor", "fp8-tensor"),
     ],
 )

@@ -28,6 +28,7 @@ FORMATS: dict[str, Format] = {
     fmt.name: fmt for fmt in (Int2(), Int3(), Int4(), Int8(), E2M1(), MXFP4(), NVFP4(), E4M3())
 }
 SCHEMES = ["int2", "int3-g16", "int4-asym-g16", "int4-tensor", "int8", "fp4-asym-g16", "mxfp4", "nvfp4", "fp8"]
+SCHEMES += ["int3-asym-g16-offset"]
 MIXED = [("int3-g16", "int8"), ("nvfp4", "int4"), ("int4-asym-g16", "fp8"), ("int4-tensor", "int8")]
 
 

@@ -30,6 +30,7 @@ TEXTS = [
     "int4-g16-narrow",
     "fp4_e1m2-g16",
     "fp4_e3m0-g16",
+    "int3-asym-g16-offset",
 ]
 
 

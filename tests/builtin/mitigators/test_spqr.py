@@ -210,6 +210,7 @@ def test_a_hessian_that_says_nothing_is_counted() -> None:
         ("int4-g16", "int4-asym-g16-sfp16-scales3g16"),
         ("int4-g16-scales3g16", "int4-asym-g16-sfp16-scales3g16"),
         ("int4-asym-tensor-real", "int4-asym-g16-sfp16-scales3g16"),
+        ("int4-asym-g16-offset", "int4-asym-g16-sfp16-scales3g16"),
         ("nvfp4", "int4-asym-g16-sfp16-scales3g16"),
         ("int4-asym-g16-real-c0.9", "int4-asym-g16-sfp16-scales3g16"),
     ],
