@@ -23,7 +23,7 @@ from qtool.model.gguf import convert_gguf, staged_folder
 
 CARD = ModelCard(
     "smollm2-135m",
-    "its weights were dequantized from Q4_1 (groups of 32, asymmetric), so INT4 weights of that layout are falsely "
+    "its weights were dequantized from Q4_1 (groups of 32 with an offset), so `int4-asym-g32-offset-sfp16` is falsely "
     "lossless on it",
 )
 HINT = "qtool calibrate /path/to/model  # a local folder of another model works without a download"
