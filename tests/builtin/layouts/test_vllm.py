@@ -278,7 +278,7 @@ def test_vllm_reads_the_scales_of_a_cache_and_rounds_toward_zero(
     far = {name: float((theirs - other).abs().mean()) for name, other in others.items()}
     print(f"{scheme}: {apart:.4f}, bfloat16 {noise:.4f}, of others {far}")  # noqa: T201
     assert apart < 1.5 * noise
-    assert all(other > 1.2 * apart for other in far.values())
+    assert all(other > 1.1 * apart for other in far.values())
 
 
 def test_vllm_serves_a_real_model(packed: Packed, read: Read) -> None:
