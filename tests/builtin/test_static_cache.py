@@ -17,14 +17,17 @@ from transformers.masking_utils import sdpa_mask
 
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
 from qtool.builtin.exporters.modelopt import ModelOpt
+from qtool.builtin.exporters.packed_source import open_packed
 from qtool.consumers.checkpoint import read_checkpoint
 from qtool.consumers.table import answer
+from qtool.engine.cache import CacheRounding
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import Exporter
+from qtool.engine.network import Network
 from qtool.engine.storage import stored_bytes
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
-from qtool.steps.calibrate import WINDOWS
+from qtool.steps.calibrate import WINDOWS, CalibrateRequest, calibrate
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.foresee import foresee
 from qtool.steps.inspect import inspect
@@ -242,6 +245,54 @@ def test_a_block_whose_linears_stay_has_scales_too(tiny: TinyModel) -> None:
     assert scales_of(subject)[0] == pytest.approx([float(one / 448) for one in largest], rel=1e-5)
 
 
+def test_a_cache_that_is_propagated_is_rounded_by_what_was_found(tiny: TinyModel) -> None:
+    subject = rounded(tiny, round_activations=True)
+    theirs, windows = Theirs(tiny, subject), tiny.statistics.tensor(WINDOWS).long()
+    first, second = scales_of(subject)
+    theirs.quantize(0)
+    seen: list[Tensor] = []
+
+    def see(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if layer == 0:
+            return by_hand([first])(layer, key, value)
+        seen.extend((key.abs().amax(), value.abs().amax()))
+        return key, value
+
+    theirs.run(windows, see)
+    assert second == pytest.approx([float(one / 448) for one in seen], rel=1e-5)
+    assert second != pytest.approx(scales_of(rounded(tiny))[1], rel=1e-5)
+
+
+def test_methods_of_a_block_learn_with_what_was_found(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, CacheRounding | None]] = []
+    inner = Network.rounded_by
+
+    def rounded_by(self: Network, layer: int, rounding_of: Any, of_cache: CacheRounding | None) -> Any:  # noqa: ANN401
+        given.append((layer, of_cache))
+        return inner(self, layer, rounding_of, of_cache)
+
+    monkeypatch.setattr(Network, "rounded_by", rounded_by)
+    subject = rounded(tiny, method="autoround", settings={"steps": "1"}, seed=3)
+    found = scales_of(subject)
+    learned = {layer: cache for layer, cache in given if cache is not None}
+    assert set(learned) == {0, 1}
+    for layer, cache in learned.items():
+        assert cache.keys is not None
+        assert cache.values is not None
+        scales = [*cache.keys.global_scales, *cache.values.global_scales]
+        assert [None if scale is None else float(scale) for scale in scales] == found[layer]
+
+
+def test_tokens_weigh_the_same_for_the_range(tiny: TinyModel) -> None:
+    """What errors cost is known of linears, and of keys and values it is not asked."""
+    windows = CalibrateRequest(str(tiny.path), data="sotu", num_samples=4, seq_len=32, gather=("hessian", "saliency"))
+    statistics, _ = calibrate(windows, tiny.workspace)
+    plain, weighed = (
+        rounded(tiny, source=statistics.path, method="gptq", token_weight=rule) for rule in ("uniform", "gradient")
+    )
+    assert scales_of(plain)[0] == pytest.approx(scales_of(weighed)[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["gptq", "gptaq", "autoround"])
 def test_other_methods_find_the_same_scales_of_the_first_block(tiny: TinyModel, method: str) -> None:
     """What stands in front of the first block is the same, and its own projections are not quantized yet."""
@@ -330,6 +381,17 @@ def test_checkpoints_hold_and_say_it(
         told = answer([case], consumer, device)
         assert told.verdict in ("executes-other", "refuses")  # the smallest groups have no kernel
         assert told.verdict == "refuses" or "FP8 KV cache with the scales that are stored" in told.says
+    packed = open_packed(out, subject.plugins, cache=tmp_path)
+    assert packed.scheme.kv == subject.scheme.kv
+    assert scales_of(packed) == scales_of(subject)
+    again = {place: tmp_path / place for place in ("packed", "subject")}
+    for source, folder in zip((packed, subject), again.values(), strict=True):
+        written(CompressedTensors(), source, folder)
+    one, two = (load_file(folder / "model.safetensors") for folder in again.values())
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one if key.endswith(("k_scale", "v_scale")))
+    assert one["model.layers.0.self_attn.k_scale"].dtype == torch.float32
+
     name = f"model.layers.1.{values}"
     save_file(stored | {name: stored[name] * 2}, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(ArtifactError, match="v_scale"):
@@ -337,6 +399,8 @@ def test_checkpoints_hold_and_say_it(
     save_file({key: one for key, one in stored.items() if key != name}, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(ArtifactError, match="v_scale"):
         exporter.verify(subject, out)
+    with pytest.raises(SchemeError, match="a stored scale for keys and one for values"):
+        open_packed(out, subject.plugins, cache=tmp_path)
 
 
 @pytest.mark.parametrize("kv", [STATIC, "int8-tensor-sfp32-static"])

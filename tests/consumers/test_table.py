@@ -263,7 +263,7 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
         ({**NO_FORMAT, "format": None}, "vllm", "cpu", "refuses", "refused: the config has no `format`"),
         (NO_FORMAT, "transformers", "any", "loads", "W4A16"),
         (CACHED_STATIC, "vllm", "cpu", "executes-other", "W4A16: activations are not quantized; FP8 KV cache with the"),
-        (CACHED_STATIC, "vllm", "sm90", "executes-other", "W4A16: activations are not quantized; FP8 KV cache with the"),
+        (CACHED_STATIC, "vllm", "sm90", "executes-other", "W4A16: activations are not quantized; FP8 KV cache with"),
         (INTEGER_CACHE, "vllm", "cpu", "refuses", "refused: a KV cache is FP8, symmetric, with a scale a tensor"),
         (MODELOPT | {"kv_cache_quant_algo": "FP8"}, "vllm", "sm100", "executes-other", "W4A4; FP8 KV cache with the"),
         (CACHED_STATIC, "transformers", "any", "loads", "W4A16: activations are not quantized, weights are decoded"),

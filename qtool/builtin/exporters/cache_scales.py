@@ -12,6 +12,8 @@ from qtool.engine.cache import KEYS, VALUES
 from qtool.engine.stored import INPUT_GLOBAL_SCALE
 from qtool.engine.subject import Subject
 from qtool.errors import SchemeError
+from qtool.model.graph import ModelGraph
+from qtool.model.naming import Place
 
 IN_ATTENTION = {KEYS: "k_scale", VALUES: "v_scale"}
 """What they are called inside an attention; other layouts have them inside the projections."""
@@ -30,6 +32,23 @@ def check_cache_scales(subject: Subject) -> None:
             facts=(("kv", subject.scheme.kv), ("family", subject.model.family.name)),
             hint="qtool mitigate without --kv",
         )
+
+
+def cache_places(graph: ModelGraph, places: Mapping[str, Place]) -> dict[str, tuple[str, Place]]:
+    """Return the names and places of stored scales, in the attention or its projections, by their names in artifacts.
+
+    Args:
+        graph: The model.
+        places: Of all tensors of a checkpoint, by the names that the graph knows.
+    """
+    found: dict[str, tuple[str, Place]] = {}
+    for layer in range(graph.dims.num_layers):
+        attention = f"{graph.block_name(layer)}.{graph.family.attention}"
+        for part, leaf in IN_ATTENTION.items():
+            for name in (f"{attention}.{leaf}", f"{attention}.{leaf[0]}_proj.{leaf}"):
+                if name in places:
+                    found[f"layers.{layer}.{part}{INPUT_GLOBAL_SCALE}"] = (name, places[name])
+    return found
 
 
 def cache_scales(subject: Subject, names: Mapping[str, str], shape: tuple[int, ...]) -> dict[str, Tensor]:

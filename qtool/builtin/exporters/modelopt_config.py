@@ -24,7 +24,8 @@ _GROUPS: Mapping[Algorithm, Mapping[str, Any]] = {
         "input_activations": {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"},
     },
 }
-_FP8_CACHE: Mapping[str, Any] = {"num_bits": 8, "type": "float", "dynamic": False}
+FP8_CACHE: Mapping[str, Any] = {"num_bits": 8, "type": "float", "dynamic": False}
+"""What config.json says of a cache that the other config calls ``FP8``."""
 
 
 MIXED = "MIXED_PRECISION"
@@ -52,7 +53,7 @@ def quantization_config(
             group["input_activations"] = {**group["input_activations"], "dynamic": False}
     about = {"quant_method": "modelopt", "quant_algo": MIXED if several else next(iter(layers))}
     told: dict[str, Any] = {"config_groups": groups, "ignore": list(ignored)}
-    told |= {"kv_cache_scheme": _FP8_CACHE} if cached else {}
+    told |= {"kv_cache_scheme": FP8_CACHE} if cached else {}
     return about | {"producer": _producer()} | told | ({"quantized_layers": _layers(layers)} if several else {})
 
 
