@@ -31,7 +31,10 @@ from qtool.model.statistics import SiteStatistics
 from qtool.scheme import Format, TensorScheme
 
 KEYS, VALUES = "keys", "values"
-"""The places inside a block where keys and values are observed, and where their scales are stored."""
+"""The places inside a block where keys and values are observed.
+
+Their scales are stored as ``layers.<i>.keys.input_global_scale``, like multipliers of a linear's input.
+"""
 ABSMAX = "absmax"
 """What is gathered there."""
 

@@ -36,6 +36,7 @@ from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
 from qtool.steps.transform import TransformRequest, transform
 from qtool.testing import TinyModel, tiny_model
+from qtool.testing.tiny_models import decoded_logits, double_precision, exact_logits
 from tests.builtin.packed import written
 
 STATIC = "fp8-tensor-static"
@@ -291,6 +292,12 @@ def test_tokens_weigh_the_same_for_the_range(tiny: TinyModel) -> None:
         rounded(tiny, source=statistics.path, method="gptq", token_weight=rule) for rule in ("uniform", "gradient")
     )
     assert scales_of(plain)[0] == pytest.approx(scales_of(weighed)[0], rel=1e-6)
+
+
+def test_token_by_token_is_as_all_at_once(tiny: TinyModel) -> None:
+    subject = rounded(tiny)
+    with double_precision():
+        torch.testing.assert_close(decoded_logits(subject), exact_logits(subject), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["gptq", "gptaq", "autoround"])
