@@ -68,7 +68,7 @@ class TensorScheme:
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
         scale_rows: See ``scale_bits``.
-        static: Of symmetric activations: the one scale of a tensor is found once (``qtool.engine.static_scales``).
+        static: Symmetric activations (``qtool.engine.static_scales``), keys and values: a tensor's scale is found once.
         offset: Asymmetric integers are ``scale * code + offset``, with an offset in the format of scales in place of a
             zero point; codes are chosen against the rounded offset, and 0 need not have one.
     """

@@ -99,7 +99,7 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
         reason = "weights have no outlier columns: those are of activations"
         nearest = replace(scheme, outlier_threshold=None)
     elif scheme.static and name != "activations":
-        reason = f"{name} have no static scales: those are of activations"
+        reason = f"{name} have no static scales: those are of activations and of kv"
         nearest = replace(scheme, static=False)
     elif scheme.strategy == "block" and name != "weights":
         reason = f"blocks are of weights: of {name} a token has groups"
@@ -133,9 +133,6 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
     reasons, nearest, size = [], replace(scheme, outlier_threshold=None), scheme.group_size
     if nearest != scheme:
         reasons.append("kv have no outlier columns: those are of activations")
-    if scheme.static:
-        reasons.append("kv have no static scales: those are of activations")
-        nearest = replace(nearest, static=False)
     if scheme.scale_bits is not None:
         reasons.append(f"{_TWO_LEVELS}, and those of kv are made anew for each token")
         nearest = one_level(nearest)

@@ -100,7 +100,8 @@ class Case:
         """Return such as ``INT4 with a dynamic scale per group of 32, asymmetric``."""
         element = self.cache_format.partition("-")[0].upper()
         per = f" per group of {self.cache_group_size}" if self.cache_group_size > 0 else ""
-        return f"{element} with a dynamic scale{per}{', asymmetric' if '-asym' in self.cache_format else ''}"
+        scale = "the scale that is stored" if self.cache == "static" else "a dynamic scale"
+        return f"{element} with {scale}{per}{', asymmetric' if '-asym' in self.cache_format else ''}"
 
     def _rounding(self) -> str:
         """Return such as ``dynamic INT4 activations per token, asymmetric``."""

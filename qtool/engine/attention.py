@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qtool.engine.cache import CacheRounding
+from qtool.engine.linear import SiteInput
 from qtool.engine.online import Turns
 
 NAME = "qtool"
@@ -30,12 +31,17 @@ class KVPath(nn.Module):
     Args:
         operators: Act on the head axis of queries and keys (keys get ``T``, queries ``T^{-T}``).
         rounding: How keys and values are rounded, or None.
+
+    Attributes:
+        keys: Where keys are observed, a row a head of a token, behind the operators and before they are rounded.
+        values: The same, of values.
     """
 
     def __init__(self, operators: tuple[Turns, ...], rounding: CacheRounding | None) -> None:
         super().__init__()
         self.operators = operators
         self.rounding = rounding
+        self.keys, self.values = SiteInput(), SiteInput()
 
     def forward(
         self,
@@ -46,6 +52,7 @@ class KVPath(nn.Module):
         """Return queries, keys and values as the attention sees them, but for keys that are rounded in groups."""
         for operator in self.operators:
             query, key = operator.weight_in(query), operator.act(key)
+        key, value = self.keys.operated(key), self.values.operated(value)
         return query, *((key, value) if self.rounding is None else self.rounding.by_token(key, value))
 
 

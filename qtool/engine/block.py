@@ -52,14 +52,16 @@ class InputGrids:
 
 
 def static_inputs(subject: Subject) -> InputGrids | None:
-    """Return what inputs are rounded to if tensor-level multipliers of any are calibrated; None where nothing is."""
+    """Return what inputs are rounded to if anything is calibrated, of them or of the cache; None where nothing is."""
     by_site = {
         (linear.reads, subject.scheme.of(linear.name).activations): linear for linear in subject.model.graph.linears
     }
     grids = [grid for grid in map(subject.input_grid, by_site.values()) if grid is not None]
     parts = [part for grid in grids for part in grid.parts if part.has_global_scale]
     searched = any(part.scheme.static for part in parts)
-    return InputGrids(subject.input_grid, ("absmax", "sample") if searched else ("absmax",)) if parts else None
+    needs = ("absmax", "sample") if searched else ("absmax",)
+    calibrated = parts or (subject.cache is not None and subject.cache.static)
+    return InputGrids(subject.input_grid, needs) if calibrated else None
 
 
 @dataclass
@@ -68,7 +70,7 @@ class SolvedBlock:
 
     Attributes:
         solution: Quantized linears, and what their weights stand for.
-        scales: Tensor-level multipliers of activations, by the name that they are stored under.
+        scales: Tensor-level multipliers of activations, and static scales of keys and values, by their stored names.
         seen: What the experts of each stage went by, without the statistics themselves.
         statistics: What is known of the sites, while methods are left that want to know.
         compensation: What is added to the block's output, if anything.
@@ -224,6 +226,9 @@ class BlockSolver:
             if module.rounding is not None and site in read:
                 scales = read_input_scales(read[site], module.rounding.grid, tensors.get, network.device)
                 module.rounding = replace(module.rounding, global_scales=scales)
+        path = network.kv_path(layer)
+        if path.rounding is not None:
+            path.rounding = path.rounding.calibrated(layer, tensors.get, network.device)
 
     def stored(self, solved: SolvedBlock) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return a solved block as tensors, and what there is to say of it as plain values."""

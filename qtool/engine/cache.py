@@ -6,13 +6,17 @@ in the groups that its own token is behind or fills, and keys in 16 bits after t
 once or token by token. What is kept in 16 bits is at most one group less a token, where KIVI keeps 128 tokens and
 values too.
 
+One scale for all keys of a layer, and one for all values, are found once where the scheme says ``static``: the largest
+magnitude over the calibration tokens is at the end of the range, of keys behind the rotary positions and a plan's
+operators there. They are what engines with an FP8 cache read from checkpoints.
+
 References:
     Liu et al. 2024, KIVI, arXiv:2402.02750, section 3 and algorithm 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +25,18 @@ from torch import Tensor
 
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
+from qtool.engine.stored import input_scales, read_input_scales
 from qtool.errors import SchemeError
+from qtool.model.statistics import SiteStatistics
 from qtool.scheme import Format, TensorScheme
+
+KEYS, VALUES = "keys", "values"
+"""The places inside a block where keys and values are observed.
+
+Their scales are stored as ``layers.<i>.keys.input_global_scale``, like multipliers of a linear's input.
+"""
+ABSMAX = "absmax"
+"""What is gathered there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,39 @@ class CacheRounding:
             tokens, keys = keys.group_size, replace(keys, strategy="group")
         rounding = [None if one is None else Rounding(Grid.of(one, lookup(one.format))) for one in (keys, values)]
         return cls(rounding[0], rounding[1], tokens)
+
+    @property
+    def static(self) -> dict[str, Rounding]:
+        """What has a scale that is found once, by its place."""
+        parts = {KEYS: self.keys, VALUES: self.values}
+        return {name: one for name, one in parts.items() if one is not None and one.grid.parts[0].scheme.static}
+
+    def scales(self, layer: int, statistics: Mapping[str, SiteStatistics]) -> dict[str, Tensor]:
+        """Return the static scales of a block as they are stored.
+
+        Args:
+            layer: Block index.
+            statistics: What was gathered of the block, by place.
+        """
+        found: dict[str, Tensor] = {}
+        for name, one in self.static.items():
+            site = f"layers.{layer}.{name}"
+            found |= input_scales(site, one.grid.global_scales(statistics[name].need(ABSMAX, site=site)))
+        return found
+
+    def calibrated(self, layer: int, find: Callable[[str], Tensor | None], device: torch.device) -> CacheRounding:
+        """Return how a block's cache is rounded.
+
+        Args:
+            layer: Block index.
+            find: Finds a stored tensor by name.
+            device: Where scales are to be.
+        """
+        found = {
+            name: replace(one, global_scales=read_input_scales(f"layers.{layer}.{name}", one.grid, find, device))
+            for name, one in self.static.items()
+        }
+        return replace(self, **found)  # type: ignore[arg-type]
 
     def by_token(
         self, key: Float[Tensor, "batch kv_heads past dim"], value: Float[Tensor, "batch kv_heads past value_dim"]

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
 from qtool.engine.block_problem import Compensation
-from qtool.engine.cache import CacheRounding
+from qtool.engine.cache import KEYS, VALUES, CacheRounding
 from qtool.engine.experts import ExecutedExperts, Mode, executed_experts, window_counter
 from qtool.engine.fold import output_operators
 from qtool.engine.linear import ExecutedLinear, Observer, Rounding, SiteInput
@@ -50,7 +50,7 @@ class Network:
     Attributes:
         module: The whole model, as transformers builds it.
         sites: The inputs of each block by site name; an expert has ``experts.<e>.mlp_in`` of its own, whose operators
-            are those of ``mlp_in``, done there for all experts.
+            are those of ``mlp_in``, done there for all experts. ``keys`` and ``values`` are for observers only.
         experts: The routed experts of each block that has any, by block.
     """
 
@@ -95,12 +95,12 @@ class Network:
             setattr(owner, leaf, experts)
             block.register_forward_pre_hook(window_counter(experts, sites), with_kwargs=True)
             self.experts[layer] = experts
-        operators, rounding = self.subject.kv_path(layer)
+        operators, rounding = self.subject.kv_path(layer, self.device)
         path = KVPath(with_kernels(operators, self.subject.plugins, self.device), rounding)
         block.get_submodule(graph.family.attention).add_module(CHILD, path)
         _release(block)
         block.register_forward_hook(partial(self._compensated, layer), with_kwargs=True)
-        return sites
+        return sites | {KEYS: path.keys, VALUES: path.values}
 
     def _compensated(
         self,
@@ -220,7 +220,7 @@ class Network:
             rounding_of: What rounds the activations of a site, by name.
             of_cache: What rounds keys and values.
         """
-        sites, path = self.sites[layer], self._kv_path(layer)
+        sites, path = self.sites[layer], self.kv_path(layer)
         before, cache = {name: site.rounding for name, site in sites.items()}, path.rounding
         try:
             for name, site in sites.items():
@@ -234,7 +234,7 @@ class Network:
                 site.forget()
                 site.rounding = before[name]
 
-    def _kv_path(self, layer: int) -> KVPath:
+    def kv_path(self, layer: int) -> KVPath:
         """Return what a block's attention does to keys and values."""
         found = self.blocks[layer].get_submodule(f"{self.subject.model.graph.family.attention}.{CHILD}")
         if not isinstance(found, KVPath):

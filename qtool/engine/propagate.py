@@ -61,11 +61,17 @@ class Propagation:
         network = self.network
         network.load(layer, BlockContent(state))
         linears = self.block.solver.linears_of(layer)
-        solved = SolvedBlock()
-        for stage in self._stages(linears):
-            gathered = self.stream.gather(layer, stage, self.statistics, self.gathering, exact=self.exact)
+        solved, cache = SolvedBlock(), self.executed.cache
+        cached = () if cache is None else tuple(cache.static)
+        stages = self._stages(linears) or ([[]] if cached else [])
+        for stage in stages:
+            gathered = self.stream.gather(
+                layer, stage, self.statistics, self.gathering, exact=self.exact, cached=cached
+            )
             self.block.solve(stage, state, gathered.statistics, solved, gathered.tokens)
-            if stage[-1] is not linears[-1] and solved.solution.linears:
+            if cache is not None:  # of several stages the last sees the keys and values of quantized projections
+                solved.scales |= cache.scales(layer, gathered.statistics)
+            if stage is not stages[-1] and solved.solution.linears:
                 self.block.replace(network, stage, solved.solution.linears)
         if self.exact is None:
             return solved
@@ -134,7 +140,10 @@ class Propagation:
             device=network.device,
             seed=self.block.solver.seed + layer,
         )
-        with network.rounded_by(layer, self._rounding(layer, solved), self.executed.kv_path(layer)[1]):
+        cache = self.executed.cache
+        if cache is not None:
+            cache = cache.calibrated(layer, solved.scales.get, network.device)
+        with network.rounded_by(layer, self._rounding(layer, solved), cache):
             return method.mitigator.refine(problem, method.config)
 
     def _rounding(self, layer: int, solved: SolvedBlock) -> Callable[[str], Rounding | None]:

@@ -215,7 +215,17 @@ class Subject:
             return None
         return self.quantized.tensor(name)
 
-    def kv_path(self, layer: int) -> tuple[tuple[Operator, ...], CacheRounding | None]:
-        """Return what acts on a block's keys and queries, and how its keys and values are rounded."""
-        operators = self.plan.at(f"layers.{layer}.qk_post").operators
-        return operators, CacheRounding.of(self.scheme.keys, self.scheme.values, self.plugins.format)
+    @cached_property
+    def cache(self) -> CacheRounding | None:
+        """How keys and values are rounded, before anything of it is calibrated."""
+        return CacheRounding.of(self.scheme.keys, self.scheme.values, self.plugins.format)
+
+    def kv_path(self, layer: int, device: torch.device) -> tuple[tuple[Operator, ...], CacheRounding | None]:
+        """Return what acts on a block's keys and queries, and how its keys and values are rounded.
+
+        Args:
+            layer: Block index.
+            device: Where calibrated scales are to be.
+        """
+        operators, cache = self.plan.at(f"layers.{layer}.qk_post").operators, self.cache
+        return operators, None if cache is None else cache.calibrated(layer, self._quantized_tensor, device)

@@ -203,10 +203,11 @@ def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:
 
 
 def _input_scale_bytes(subject: Subject) -> int:
-    """Return the bytes of the tensor-level multipliers of activations, one a site and part."""
+    """Return the bytes of the tensor-level multipliers of activations, one a site and part, and of static caches."""
     inputs = static_inputs(subject)
     if inputs is None:
         return 0
+    cached = 0 if subject.cache is None else len(subject.cache.static) * subject.model.graph.dims.num_layers
     found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.linears)
     grids = {site: grid for site, grid in found if grid is not None}
-    return sum(_SCALE for grid in grids.values() for part in grid.parts if part.has_global_scale)
+    return _SCALE * (cached + sum(part.has_global_scale for grid in grids.values() for part in grid.parts))

@@ -208,6 +208,12 @@ class _Work:
             )
         if self.compares:
             self._check_comparison()
+        if request.propagate == "none" and subject.cache is not None and subject.cache.static:
+            raise UsageError(
+                "static scales of a KV cache are found in passes over the text: no statistics hold keys and values",
+                facts=(("kv", request.scheme.kv),),
+                hint="--propagate quantized",
+            )
 
     def _check_comparison(self) -> None:
         """Refuse what excludes a second stream in full precision.

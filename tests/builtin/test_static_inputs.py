@@ -65,13 +65,10 @@ def test_values_by_hand(text: str, plugins: Plugins) -> None:
     assert torch.equal(ours, steps * scale)
 
 
-@pytest.mark.parametrize(
-    ("part", "nearest"), [("weights", "--weights fp8-sym-tensor-sfp32"), ("kv", "--kv fp8-sym-tensor-sfp32")]
-)
-def test_only_activations_have_them(part: str, nearest: str, plugins: Plugins) -> None:
-    with pytest.raises(SchemeError, match="no static scales: those are of activations") as refused:
-        read_scheme("", {"weights": "fp8-tensor", part: STATIC}, plugins)
-    assert refused.value.hint == f"nearest that works: {nearest}"
+def test_weights_have_none(plugins: Plugins) -> None:
+    with pytest.raises(SchemeError, match="no static scales: those are of activations and of kv") as refused:
+        read_scheme("", {"weights": STATIC}, plugins)
+    assert refused.value.hint == "nearest that works: --weights fp8-sym-tensor-sfp32"
 
 
 def test_scales_are_calibrated_and_do_not_look_at_what_runs(tiny: TinyModel) -> None:

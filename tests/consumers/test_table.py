@@ -213,6 +213,7 @@ LIBRARY_W4A4 = compressed("int-quantized", "int4-sym-channel-static", "int4-sym-
 FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 NO_FORMAT = compressed("", "int4-sym-group64-static")
 CACHED_STATIC = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-tensor-static")
+INTEGER_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="int8-sym-tensor-static")
 MODELOPT_FP8 = {"quant_method": "modelopt", "quant_algo": "FP8"}
 W8A16 = compressed("pack-quantized", "int8-sym-channel-static")
 W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
@@ -261,7 +262,10 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
         (NO_FORMAT, "vllm", "cpu", "refuses", "refused: the config has no `format`"),
         ({**NO_FORMAT, "format": None}, "vllm", "cpu", "refuses", "refused: the config has no `format`"),
         (NO_FORMAT, "transformers", "any", "loads", "W4A16"),
-        (CACHED_STATIC, "vllm", "cpu", "loads", "W4A16: activations are not quantized; FP8 KV cache with the scales"),
+        (CACHED_STATIC, "vllm", "cpu", "executes-other", "W4A16: activations are not quantized; FP8 KV cache with the"),
+        (CACHED_STATIC, "vllm", "sm90", "executes-other", "W4A16: activations are not quantized; FP8 KV cache with"),
+        (INTEGER_CACHE, "vllm", "cpu", "refuses", "refused: a KV cache is FP8, symmetric, with a scale a tensor"),
+        (MODELOPT | {"kv_cache_quant_algo": "FP8"}, "vllm", "sm100", "executes-other", "W4A4; FP8 KV cache with the"),
         (CACHED_STATIC, "transformers", "any", "loads", "W4A16: activations are not quantized, weights are decoded"),
         (MODELOPT_FP8, "vllm", "cpu", "unknown", "unknown: no rule speaks of these linears in modelopt FP8"),
         (W8A16, "vllm", "cpu", "refuses", "refused: it has a kernel for packed integers of 4 bits only"),
@@ -338,8 +342,8 @@ def test_of_several_kinds_of_linears_the_worst_counts() -> None:
 
 
 def test_what_no_rule_speaks_of_makes_the_rest_unknown() -> None:
-    cached = {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}
-    assert asked(cached, "vllm", "sm90").says == "unknown: no rule speaks of cache"
+    cached = compressed("pack-quantized", "int4-sym-group64-static", cache="float4-sym-tensor-static")
+    assert asked(cached, "transformers", "any").says == "unknown: no rule speaks of cache"
     assert asked(W4A16, "sglang", "sm90", experts=True).verdict == "unknown"
     turned = {**W4A16, "transform_config": {"config_groups": {"R4": {}}}}
     assert asked(turned, "vllm", "sm90").says == "unknown: no rule speaks of `transform_config`"

@@ -214,7 +214,8 @@ def test_gradients_pass_through_rounded_keys(plugins: Plugins) -> None:
         ("keys=int8,keys=int4", "cannot read the scheme of a cache", ""),
         ("heads=int8", "cannot read the scheme of a cache", ""),
         ("keys=int4-o6,values=none", "kv have no outlier columns", "keys=int4-sym-token-head-sbf16,values=none"),
-        ("int8-tensor-static", "kv have no static scales", "int8-sym-tensor-sbf16"),
+        ("keys=int8-tensor-static,values=int4-channel", "means nothing for values",
+         "keys=int8-sym-tensor-sbf16-static,values=int4-sym-token-head-sbf16"),
     ],
 )  # fmt: skip
 def test_bad_schemes_of_a_cache_name_the_nearest(plugins: Plugins, text: str, message: str, hint: str) -> None:
@@ -232,6 +233,7 @@ def test_bad_schemes_of_a_cache_name_the_nearest(plugins: Plugins, text: str, me
         "int4-asym-token-head-sfp16-c0.95", "keys=int2-asym-channel-g32-real-sfp16,values=int2-asym-g16-sbf16",
         "keys=int2-asym-channel-g32-offset-sfp16,values=int2-asym-g16-offset-sbf16",
         "keys=fp8-sym-channel-g16-sfp32,values=none", "keys=none,values=int6-sym-token-head-sbf16",
+        "fp8-sym-tensor-sfp32-static", "keys=none,values=int8-sym-tensor-sfp32-c0.9-static",
     ],
 )  # fmt: skip
 def test_a_cache_is_written_as_it_is_read(plugins: Plugins, text: str) -> None:

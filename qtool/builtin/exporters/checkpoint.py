@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ def write_checkpoint(
     *,
     dtype: torch.dtype,
     quantization: Mapping[str, Any] | None = None,
+    calibrated: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Sizes:
     """Write a whole checkpoint into an empty folder.
 
@@ -103,6 +105,7 @@ def write_checkpoint(
         linear_tensors: Makes what is stored in place of a linear's weight, as it is to be stored.
         dtype: What floating-point tensors that are not quantized are stored in.
         quantization: ``quantization_config`` of the config, or None.
+        calibrated: Scales that are no linear's, by full name, stored as they are.
 
     Returns:
         The bytes written.
@@ -115,7 +118,8 @@ def write_checkpoint(
     cast = _Cast(model, dtype)
     shards, parts = Shards(directory), Counter[str]()
     ends = stored_ends(subject, dtype)
-    shards.add(as_stored(model, cast(ends)))
+    shards.add(as_stored(model, cast(ends)) | as_stored(model, calibrated))
+    parts["inputs"] += sum(tensor.nbytes for tensor in calibrated.values())
     for layer in range(graph.dims.num_layers):
         state = subject.beside(layer, torch.float32)
         made: dict[str, Tensor] = {}

@@ -15,6 +15,12 @@ from compressed_tensors.utils import match_targets
 from torch import Tensor, nn
 from transformers import AutoConfig, CompressedTensorsConfig
 
+from qtool.builtin.exporters.cache_scales import (
+    IN_ATTENTION,
+    cache_scales,
+    check_cache_scales,
+    compare_cache_scales,
+)
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
 from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout, with_groups_in_cache
@@ -78,6 +84,7 @@ class CompressedTensors(PackedSource):
         """
         check_schemes(subject, _check_scheme(subject))
         with_groups_in_cache(subject.scheme, subject.model.graph.dims)
+        check_cache_scales(subject)
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
         refuse_all_but_codes(subject, "compressed-tensors", online=True)
@@ -110,7 +117,8 @@ class CompressedTensors(PackedSource):
             tensors = stored_tensors(subject.packed(linear), own.weights, choose_layout(own))
             return tensors | _input_scale(subject, linear) | beside
 
-        sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
+        cached = cache_scales(subject, IN_ATTENTION, (1,))
+        sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config, calibrated=cached)
         details: dict[str, object] = {"layout": config["format"], "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
         return Exported(_consumers(subject, config, dtype, transforms), details)
@@ -131,6 +139,7 @@ class CompressedTensors(PackedSource):
         skeleton, transforms = _skeleton(config, parsed, model), input_transforms(subject)
         expect_matrices(skeleton, transforms)
         reader.compare(skeleton, any_shape=_ZERO_POINT)
+        compare_cache_scales(cache_scales(subject, IN_ATTENTION, (1,)), reader)
         stored = {one.name: reader.module(f"{one.linears[0]}.{one.name}_input")["weight"] for one in transforms}
         verify_transforms(transforms, config.quantization_config.get("transform_config"), stored)
         targets = {

@@ -50,7 +50,7 @@ def quantization_config(
         "quantization_status": "compressed",
         "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
         "ignore": sorted(ignore),
-        "kv_cache_scheme": None if scheme.keys is None else _arguments(scheme.keys, dynamic=True),
+        "kv_cache_scheme": None if scheme.keys is None else _arguments(scheme.keys, dynamic=not scheme.keys.static),
         "global_compression_ratio": None,
     }
 

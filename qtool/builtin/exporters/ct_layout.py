@@ -169,16 +169,26 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
 
 
 def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
-    """Refuse a quantized cache that is not FP8 or integers with float32 scales, which the library fits as it runs."""
+    """Refuse a quantized cache that is not FP8 or integers.
+
+    Its scales are static, or in float32 and such as the library fits as it runs.
+    """
     if kv is None:
         return
+    each = (kv.keys, kv.values) if isinstance(kv, KeysAndValues) else (kv,)
+    static = any(one is not None and one.static for one in each)
+    nearest = "fp8-tensor-static" if static else "fp8-tensor"
     if isinstance(kv, KeysAndValues) or kv.strategy == "channel":
-        raise _refusal("a checkpoint's KV cache has one scheme, and scales of one token", "kv", kv, "fp8-tensor")
-    if kv.clip != 1:
+        raise _refusal("a checkpoint's KV cache has one scheme, and scales of one token", "kv", kv, nearest)
+    if kv.clip != 1 and not static:
         raise _clipped("kv", kv)
     element, bits = ELEMENTS.get(kv.format, ("", 0))
     if element != "int" and (element, bits) != ("float", 8):
-        raise _refusal("a checkpoint's KV cache is FP8 or integers, or 16 bits", "kv", kv, "fp8-tensor")
+        raise _refusal("a checkpoint's KV cache is FP8 or integers, or 16 bits", "kv", kv, nearest)
+    if static and kv.range_rule == "narrow":
+        raise _refusal("consumers use all codes of a KV cache", "kv", kv, replace(kv, range_rule="full"))
+    if static:
+        return
     if kv.scale != "fp32":
         reason = "consumers fit the scales of a KV cache as they run, and do not round them"
         raise _refusal(reason, "kv", kv, replace(kv, scale="fp32"))

@@ -20,6 +20,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from qtool.builtin.exporters.cache_scales import (
+    IN_ATTENTION,
+    cache_scales,
+    check_cache_scales,
+    compare_cache_scales,
+    with_cache_scales,
+)
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
 from qtool.builtin.exporters.compressed_tensors import not_quantized
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype
@@ -65,6 +72,7 @@ from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.numerics.scales import encode_scale
 from qtool.scheme import ModelScheme
+from qtool.scheme_parts import KeysAndValues
 
 _GROUP = 16
 _FP8: tuple[Algorithm, Algorithm] = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
@@ -85,6 +93,7 @@ class ModelOpt(PackedSource):
             UsageError: Names what does not fit and the nearest that does.
         """
         check_schemes(subject, choose_algorithm)
+        check_cache_scales(subject)
         algorithms, static = _algorithms(subject), _static(subject)
         refuse_mixed_experts(subject, "modelopt")
         refuse_all_but_codes(subject, "modelopt")
@@ -114,10 +123,10 @@ class ModelOpt(PackedSource):
         ignored = sorted(not_quantized(model, subject.kept))
         algorithms = _algorithms(subject)
         layers = {algorithm: _stored_names(subject, linears) for algorithm, linears in algorithms.items()}
-        static = bool(_static(subject))
-        config = quantization_config(layers, ignored, static=static)
-        sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config)
-        write_json(directory / HF_QUANT_CONFIG, hf_quant_config(layers, ignored))
+        static, cached = bool(_static(subject)), _cache_scales(subject)
+        config = quantization_config(layers, ignored, static=static, cached=bool(cached))
+        sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config, calibrated=cached)
+        write_json(directory / HF_QUANT_CONFIG, hf_quant_config(layers, ignored, cached=bool(cached)))
         said = f"modelopt {config['quant_algo']}"
         details: dict[str, object] = {"layout": said, "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(model)}
@@ -151,7 +160,9 @@ class ModelOpt(PackedSource):
             calibrated = input_multiplier(subject, own) is not None
             return _shapes(child, algorithm_at(own)) | ({"input_scale": ()} if calibrated else {})
 
-        reader.compare(with_stored_shapes(module, subject.linears, shapes))
+        cached = _cache_scales(subject)
+        reader.compare(with_cache_scales(with_stored_shapes(module, subject.linears, shapes), cached))
+        compare_cache_scales(cached, reader)
         for linear in subject.linears:
             ours, tensors = subject.packed(linear), reader.module(linear.name)
             _compare(linear.name, tensors, algorithm_at(linear), ours, subject.weight_grid(linear))
@@ -169,11 +180,9 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
     weights, activations = scheme.weights, scheme.activations
     if weights is None:
         raise SchemeError("the scheme leaves the weights as they are", hint="--scheme NVFP4")
-    if scheme.kv is not None:
-        raise SchemeError(
-            "modelopt has no cache with a dynamic scale, which is the one that qtool measures",
-            facts=(("kv", scheme.kv),),
-        )
+    kv = scheme.kv
+    if kv is not None and (isinstance(kv, KeysAndValues) or kv.format != "fp8" or not kv.static):
+        raise SchemeError("modelopt has an FP8 cache with static scales, and no other", facts=(("kv", kv),))
     block = ("group", _GROUP, "e4m3", True)
     if (weights.strategy, weights.group_size, weights.scale, weights.symmetric) == block:
         if activations is None:
@@ -204,6 +213,15 @@ def _algorithms(subject: Subject) -> dict[Algorithm, list[LinearSite]]:
     for scheme, linears in groups_of(subject):
         found.setdefault(choose_algorithm(scheme), []).extend(linears)
     return found
+
+
+def _cache_scales(subject: Subject) -> dict[str, Tensor]:
+    """Return the static scales of a cache: inside the projections of keys and values, where there are such."""
+    attention = subject.model.graph.family.attention
+    modules = {linear.spec.module for linear in subject.model.graph.linears}
+    apart = {f"{attention}.{one}_proj" for one in "kv"} <= modules
+    names = {place: f"{leaf[0]}_proj.{leaf}" if apart else leaf for place, leaf in IN_ATTENTION.items()}
+    return cache_scales(subject, names, ())
 
 
 def _static(subject: Subject) -> set[str]:

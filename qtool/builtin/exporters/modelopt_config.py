@@ -24,6 +24,8 @@ _GROUPS: Mapping[Algorithm, Mapping[str, Any]] = {
         "input_activations": {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"},
     },
 }
+FP8_CACHE: Mapping[str, Any] = {"num_bits": 8, "type": "float", "dynamic": False}
+"""What config.json says of a cache that the other config calls ``FP8``."""
 
 
 MIXED = "MIXED_PRECISION"
@@ -31,7 +33,7 @@ MIXED = "MIXED_PRECISION"
 
 
 def quantization_config(
-    layers: Mapping[Algorithm, Sequence[str]], ignored: Sequence[str], *, static: bool = False
+    layers: Mapping[Algorithm, Sequence[str]], ignored: Sequence[str], *, static: bool = False, cached: bool = False
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
@@ -39,6 +41,7 @@ def quantization_config(
         layers: The linears of each algorithm, as files call them.
         ignored: Linears that are not quantized.
         static: Whether the inputs of ``FP8`` are calibrated.
+        cached: Whether the KV cache is in FP8, with calibrated scales.
     """
     several = len(layers) > 1
     groups = {
@@ -49,16 +52,20 @@ def quantization_config(
         if static and algorithm == "FP8":
             group["input_activations"] = {**group["input_activations"], "dynamic": False}
     about = {"quant_method": "modelopt", "quant_algo": MIXED if several else next(iter(layers))}
-    told = {"config_groups": groups, "ignore": list(ignored)}
+    told: dict[str, Any] = {"config_groups": groups, "ignore": list(ignored)}
+    told |= {"kv_cache_scheme": FP8_CACHE} if cached else {}
     return about | {"producer": _producer()} | told | ({"quantized_layers": _layers(layers)} if several else {})
 
 
-def hf_quant_config(layers: Mapping[Algorithm, Sequence[str]], ignored: Sequence[str]) -> dict[str, Any]:
+def hf_quant_config(
+    layers: Mapping[Algorithm, Sequence[str]], ignored: Sequence[str], *, cached: bool = False
+) -> dict[str, Any]:
     """Return what ``hf_quant_config.json`` says; arguments as for ``quantization_config``."""
     first, *others = layers
     own: dict[str, Any] = {"quantized_layers": _layers(layers)} if others else _group_size(first)
     algorithm = MIXED if others else first
-    about = {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": list(ignored)}
+    cache = "FP8" if cached else None
+    about = {"quant_algo": algorithm, "kv_cache_quant_algo": cache, "exclude_modules": list(ignored)}
     return {"producer": _producer(), "quantization": about | own}
 
 

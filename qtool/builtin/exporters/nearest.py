@@ -98,7 +98,8 @@ def _nearest(own: ModelScheme, plugins: Plugins, held: Callable[[ModelScheme], b
     """Return the nearest scheme that is carried, itself if it is, None if none is."""
     if own.weights is None or held(own):
         return own
-    caches = [(kv != own.kv, kv) for kv in (own.kv, None)]
+    static = parse_tensor_scheme("fp8-tensor-static", plugins.format, vector=VECTORS["kv"])
+    caches = list(enumerate((None,) if own.kv is None else (own.kv, static, None)))
     options = product(_apart_each(own, "weights", plugins), _apart_each(own, "activations", plugins), caches)
     nearest = sorted(options, key=lambda one: (one[2][0], one[0][0], one[1][0], one[0][1], one[1][1]))
     schemes = (replace(own, weights=one[2], activations=other[2], kv=kv) for one, other, (_, kv) in nearest)

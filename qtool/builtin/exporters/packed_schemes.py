@@ -19,7 +19,7 @@ from compressed_tensors.utils import match_targets
 from torch import nn
 
 from qtool.builtin.exporters.ct_layout import BLOCKS
-from qtool.builtin.exporters.modelopt_config import HF_QUANT_CONFIG, algorithm_of
+from qtool.builtin.exporters.modelopt_config import FP8_CACHE, HF_QUANT_CONFIG, algorithm_of
 from qtool.errors import SchemeError
 from qtool.model.files import CONFIG
 from qtool.scheme import Format, ModelScheme, ScaleFormat, Strategy, TensorScheme
@@ -72,7 +72,9 @@ def packed_method(directory: Path) -> str | None:
     return method if method in METHODS else None
 
 
-def read_scheme(directory: Path, seen: Mapping[str, Seen], plain: Collection[str], lookup: Lookup) -> ModelScheme:
+def read_scheme(
+    directory: Path, seen: Mapping[str, Seen], plain: Collection[str], lookup: Lookup, *, cached: bool = False
+) -> ModelScheme:
     """Return the scheme that a packed checkpoint says of its linears.
 
     Args:
@@ -80,13 +82,14 @@ def read_scheme(directory: Path, seen: Mapping[str, Seen], plain: Collection[str
         seen: What no config says of each linear that has scales, by the name that the graph knows.
         plain: The linears that have none.
         lookup: Finds a format by name.
+        cached: Whether a scale is stored for all keys of each block, and one for all values.
 
     Raises:
         SchemeError: It has more than codes and scales, or a scheme that is not read back; names it.
     """
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
     read = _modelopt_schemes if packed_method(directory) == "modelopt" else _compressed_schemes
-    found = read(directory, config, seen, lookup)
+    found, cache = read(directory, config, seen, lookup)
     ((main, _), *_) = Counter(found.values()).most_common(1)
     others = {name: own for name, own in found.items() if own != main}
     rules = [Rule("weights", name, None) for name in plain]
@@ -96,19 +99,28 @@ def read_scheme(directory: Path, seen: Mapping[str, Seen], plain: Collection[str
         for name, own in others.items()
         if own.activations != main.activations
     ]
-    return replace(main, rules=tuple(rules))
+    return replace(main, kv=_cache_scheme(cache, lookup, cached=cached), rules=tuple(rules))
+
+
+def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup, *, cached: bool) -> TensorScheme | None:
+    """Return the scheme of a cache: FP8 with static scales, or None."""
+    if not said:
+        return None
+    wanted = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True, "strategy": "tensor"}
+    found = {"dynamic": False, "symmetric": True, "strategy": "tensor", **said}
+    if not cached or any(found.get(key) != value for key, value in wanted.items()):
+        raise _unread("a quantized KV cache that is not FP8 with a stored scale for keys and one for values", said)
+    return replace(_plain("fp8-tensor", lookup), static=True)
 
 
 def _compressed_schemes(
     directory: Path, config: Mapping[str, Any], seen: Mapping[str, Seen], lookup: Lookup
-) -> dict[str, ModelScheme]:
-    """Return what compressed-tensors' groups say of each linear."""
+) -> tuple[dict[str, ModelScheme], Mapping[str, Any] | None]:
+    """Return what compressed-tensors' groups say of each linear, and what it says of the cache."""
     del directory
     for part in ("transform_config", "sparsity_config"):
         if config.get(part):
             raise _unread(f"a `{part}`", config[part])
-    if config.get("kv_cache_scheme"):
-        raise _unread("a quantized KV cache", config["kv_cache_scheme"])
     groups = {name: group for name, group in config.get("config_groups", {}).items() if isinstance(group, Mapping)}
     targets = {target: name for name, group in groups.items() for target in group.get("targets", ())}
     schemes: dict[tuple[str, Seen], ModelScheme] = {}
@@ -122,7 +134,7 @@ def _compressed_schemes(
         if key not in schemes:
             schemes[key] = _group_scheme(groups[key[0]], one, lookup)
         found[name] = schemes[key]
-    return found
+    return found, config.get("kv_cache_scheme")
 
 
 def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> ModelScheme:
@@ -141,18 +153,19 @@ def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> Model
 
 def _modelopt_schemes(
     directory: Path, config: Mapping[str, Any], seen: Mapping[str, Seen], lookup: Lookup
-) -> dict[str, ModelScheme]:
-    """Return what ModelOpt's algorithms are, of each linear."""
+) -> tuple[dict[str, ModelScheme], Mapping[str, Any] | None]:
+    """Return what ModelOpt's algorithms are, of each linear, and what it says of the cache."""
     said: Mapping[str, Any] = config
     if (directory / HF_QUANT_CONFIG).is_file():
         said = json.loads((directory / HF_QUANT_CONFIG).read_text(encoding="utf-8")).get("quantization", {})
-    if said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"):
-        raise _unread("a quantized KV cache", said.get("kv_cache_quant_algo") or said.get("kv_cache_scheme"))
+    cache, algorithm = said.get("kv_cache_scheme"), said.get("kv_cache_quant_algo")
+    if algorithm:
+        cache = FP8_CACHE if algorithm == "FP8" else {"algorithm": algorithm}
     try:
         algorithms = {name: algorithm_of(said, one.name) for name, one in seen.items()}
     except (KeyError, TypeError) as error:
         raise _unread("linears whose algorithm it does not say", error) from error
-    return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}
+    return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}, cache
 
 
 def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:

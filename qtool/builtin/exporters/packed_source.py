@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from qtool.artifacts.layout import Header, TensorSlot
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import Artifact
+from qtool.builtin.exporters.cache_scales import IN_ATTENTION, cache_places
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -43,7 +44,7 @@ from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, TensorScheme
 
 _CODES = ("F8_E4M3", "U8", "I8", "I32")
-_OWN = frozenset({*LEAVES, *INPUT_LEAVES, "weight", "bias"})
+_OWN = frozenset({*LEAVES, *INPUT_LEAVES, *IN_ATTENTION.values(), "weight", "bias"})
 _SCALE = ".weight_scale"
 _DTYPES = {
     "F32": torch.float32,
@@ -69,6 +70,7 @@ class PackedModel(Model):
         """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
         leaves = (*LEAVES, *INPUT_LEAVES, "weight")
         own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
+        own |= {name for name, _ in self.cached.values()}
         places = {name: place for name, place in self.found_places().items() if name not in own}
         return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
 
@@ -76,6 +78,11 @@ class PackedModel(Model):
     def coded(self) -> tuple[LinearSite, ...]:
         """The linears that have scales."""
         return tuple(linear for linear in self.graph.linears if f"{linear.name}{_SCALE}" in self.packed)
+
+    @cached_property
+    def cached(self) -> Mapping[str, tuple[str, Place]]:
+        """The names and places of static scales of keys and values, by their names in artifacts."""
+        return cache_places(self.graph, self.packed)
 
     def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
         """Read the tensors below ``prefix``, keyed by the rest of their names; no weights that are codes."""
@@ -121,10 +128,13 @@ class PackedArtifact(Artifact):
             slots |= dict.fromkeys((f"{linear.name}.{leaf}" for leaf in leaves), TensorSlot("U8", (), 0, 0))
             if any(f"{linear.name}.{leaf}" in self.model.packed for leaf in INPUT_LEAVES):
                 slots[f"{linear.reads}{INPUT_GLOBAL_SCALE}"] = TensorSlot("F32", (), 0, 4)
+        slots |= dict.fromkeys(self.model.cached, TensorSlot("F32", (), 0, 4))
         return Header({}, slots)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as an artifact stores it."""
+        if name in self.model.cached:
+            return read_place(self.model.cached[name][1]).float().reshape(())
         if name.endswith(INPUT_GLOBAL_SCALE):
             return self._input_multiplier(name.removesuffix(INPUT_GLOBAL_SCALE))
         linear, _, leaf = name.rpartition(".")
@@ -223,7 +233,8 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
     _refuse_other_codes(model)
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
-    scheme = read_scheme(directory, seen, plain, plugins.format)
+    cached = len(model.cached) == len(IN_ATTENTION) * model.graph.dims.num_layers
+    scheme = read_scheme(directory, seen, plain, plugins.format, cached=cached)
     _refuse_other_tensors(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())

@@ -140,11 +140,12 @@ def test_exceptions_are_kept_and_replaced_one_by_one(make: Make, plugins: Plugin
     assert error.hint.startswith(f"nearest that fits: {nearest}; or qtool pack SOURCE --to ")
 
 
-def test_a_cache_that_is_not_carried_is_left_out(make: Make, plugins: Plugins) -> None:
+def test_a_cache_that_is_not_carried_has_static_scales_or_is_left_out(make: Make, plugins: Plugins) -> None:
     for exporter in ("modelopt", "gptq"):
         weights = "nvfp4" if exporter == "modelopt" else "int4-sym-g32"
         error = refusal(plugins, exporter, make(weights, "", "fp8-tensor", name="block"))
         assert error is not None
-        assert "--kv" not in error.hint
+        assert ("--kv fp8-sym-tensor-sfp32-static;" in error.hint) == (exporter == "modelopt")
+        assert ("--kv" in error.hint) == (exporter == "modelopt")
         assert error.hint.startswith("nearest that fits: --weights ")
         assert "--to compressed-tensors" in error.hint

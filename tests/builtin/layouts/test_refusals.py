@@ -40,7 +40,12 @@ REFUSED = [
     (ModelOpt(), ("fp8-channel",), "one a tensor likewise", "--activations fp8-token"),
     (ModelOpt(), ("fp8-b32", "fp8-g32"), "one a tensor likewise", "--activations fp8-token"),
     (ModelOpt(), ("nvfp4", "mxfp4"), "NVFP4 activations", "--activations nvfp4"),
-    (ModelOpt(), ("nvfp4", "", "fp8-tensor"), "no cache", "--weights nvfp4"),
+    (
+        ModelOpt(),
+        ("nvfp4", "", "fp8-tensor"),
+        "FP8 cache with static",
+        "--weights nvfp4 --kv fp8-sym-tensor-sfp32-static",
+    ),
 ]
 
 

