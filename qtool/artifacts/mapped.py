@@ -35,8 +35,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
-"""What safetensors headers call the types of tensors."""
 
 
 def read_slot(path: Path, slot: TensorSlot, *, size: int = 0) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -65,3 +67,14 @@ def take_rows(tensor: Tensor, rows: slice, n_out: int, axis: int = 0) -> Tensor:
     length = tensor.shape[axis]
     start, stop = rows.start * length // n_out, -(-rows.stop * length // n_out)
     return tensor.narrow(axis, start, stop - start)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one core, also as a decorator: moving codes is so short that threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

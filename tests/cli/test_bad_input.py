@@ -490,8 +490,8 @@ class TestFullDisk:
 
     @pytest.mark.parametrize("step", STEPS)
     def test_while_the_parts_are_put_together(self, bench: Bench, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-        where = "qtool.builtin.exporters.shards" if step == "pack" else "qtool.artifacts.store"
-        self.fill(monkeypatch, f"{where}.write_assembled")
+        shards, store = "qtool.builtin.exporters.shards.save_file", "qtool.artifacts.store.write_assembled"
+        self.fill(monkeypatch, shards if step == "pack" else store)
         self.check(bench.run(STEPS[step]))
         assert not [name for name in bench.left() if ".partial" not in name]
 

@@ -214,12 +214,12 @@ def test_a_failure_by_force_keeps_the_old_checkpoint(quantize: Quantize, workspa
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("target", ["shutil.copyfile", "qtool.builtin.exporters.shards.write_assembled", "os.fsync"])
+@pytest.mark.parametrize("target", ["shutil.copyfile", "qtool.builtin.exporters.shards.save_file", "os.fsync"])
 @pytest.mark.parametrize("to", ["compressed-tensors", "hf"])
 def test_a_full_disk_is_an_error_of_resources(
     quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, target: str, to: str
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     quantized = quantize("int4-sym-g16")

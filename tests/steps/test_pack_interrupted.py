@@ -105,12 +105,12 @@ def test_ctrl_c_leaves_nothing_behind(
 def test_a_full_disk_leaves_nothing_behind(
     quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     artifact = quantized(quantize, to)
     before = everything(tmp_path)
-    target = "numpy.memmap" if to.startswith("gguf") else "qtool.builtin.exporters.shards.write_assembled"
+    target = "numpy.memmap" if to.startswith("gguf") else "qtool.builtin.exporters.shards.save_file"
     monkeypatch.setattr(target, full)
     with pytest.raises(ResourceError, match="no space left on the disk"):
         pack(PackRequest(artifact, to, tmp_path / "out"), workspace)

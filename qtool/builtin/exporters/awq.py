@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int32, Integer, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qtool.builtin.exporters.compressed_tensors import not_quantized
 from qtool.builtin.exporters.words import IntegerWords, group_size
@@ -15,6 +16,7 @@ from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
+from qtool.numerics.packing import pack_codes
 from qtool.scheme import TensorScheme
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -30,8 +32,7 @@ class AWQ(IntegerWords):
 
     def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return ``qweight`` and ``qzeros``, both in words along the outputs."""
-        weight = torch.cat([_pack(found.codes(rows)) for rows in found.pieces()])
-        return {"qweight": weight.T.contiguous(), "qzeros": _pack(zeros).T.contiguous()}
+        return {"qweight": _pack(found.stream)[: found.n_in], "qzeros": _pack(pack_codes(zeros, 4))[: zeros.shape[1]]}
 
     def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a linear's tensors."""
@@ -39,6 +40,10 @@ class AWQ(IntegerWords):
         groups = 1 if size == -1 else n_in // size
         words = n_out // _LANES
         return {"qweight": (n_in, words), "qzeros": (groups, words), "scales": (groups, n_out)}
+
+    def read_stream(self, words: Int32[Tensor, "in words"]) -> UInt8[Tensor, "out bytes"]:
+        """Return all codes as ``pack_codes`` makes them: the nibbles of a word to eight outputs."""
+        return _unpack(pad(words, (0, 0, 0, len(words) % 2)))
 
     def read_codes(self, words: Int32[Tensor, "columns rows"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
         """Return the codes of some outputs, each read from its own place in a word."""
@@ -72,13 +77,27 @@ class AWQ(IntegerWords):
             )
 
 
-def _pack(codes: UInt8[Tensor, "out n"]) -> Int32[Tensor, "words n"]:
-    """Return codes with eight outputs to a word, two of them to a byte."""
-    lanes = codes.reshape(-1, _LANES, codes.shape[1])
-    words = torch.zeros(len(lanes), codes.shape[1], dtype=torch.int32)
+def _pack(stream: UInt8[Tensor, "out bytes"]) -> Int32[Tensor, "in words"]:
+    """Return codes, of which a byte holds those of two inputs, with those of eight outputs in a word."""
+    lanes = stream.reshape(-1, _LANES, stream.shape[1])
+    words = stream.new_empty(stream.shape[1], 2, len(lanes), _LANES // 2)
     for byte, (low, high) in enumerate(zip(_ORDER[::2], _ORDER[1::2], strict=True)):
-        words |= (lanes[:, low] | lanes[:, high] << 4).int() << 8 * byte
-    return words
+        one, other = lanes[:, low].T, lanes[:, high].T
+        words[:, 0, :, byte] = one & 0xF | other << 4
+        words[:, 1, :, byte] = one >> 4 | other & 0xF0
+    return words.view(torch.int32).reshape(-1, len(lanes))
+
+
+def _unpack(words: Int32[Tensor, "in words"]) -> UInt8[Tensor, "out bytes"]:
+    """Undo ``_pack``."""
+    count = words.shape[1]
+    pairs = words.T.contiguous().view(torch.uint8).reshape(count, -1, 2, _LANES // 2)
+    lanes = pairs.new_empty(count, _LANES, pairs.shape[1])
+    for byte, (low, high) in enumerate(zip(_ORDER[::2], _ORDER[1::2], strict=True)):
+        one, other = pairs[:, :, 0, byte], pairs[:, :, 1, byte]
+        lanes[:, low] = one & 0xF | other << 4
+        lanes[:, high] = one >> 4 | other & 0xF0
+    return lanes.flatten(0, 1)
 
 
 def _outputs(words: Int32[Tensor, "words n"]) -> UInt8[Tensor, "out n"]:

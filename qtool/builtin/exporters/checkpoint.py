@@ -1,9 +1,9 @@
 """A checkpoint folder as transformers lays it out: safetensors shards, ``config.json``, tokenizer.
 
-Written one decoder block at a time: blocks are gathered on disk, and put in order in shards by streaming. So memory
-holds one block, and the disk one shard more than is needed. What is not quantized (embedding, norms, biases,
-routers, head) has the plan folded in and is stored in 16 bits, whatever the model had: a checkpoint is made for
-deployment. What a model in 16 bits, or its loader, keeps in float32 stays so; what is left alone is copied as it is.
+Made one decoder block at a time and written one shard at a time, so that memory holds one shard. What is not quantized
+(embedding, norms, biases, routers, head) has the plan folded in and is stored in 16 bits, whatever the model had: a
+checkpoint is made for deployment. What a model in 16 bits, or its loader, keeps in float32 stays so; what is left
+alone is copied as it is.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.grid import Grid
-from qtool.engine.packed import PackedLinear, take_rows
+from qtool.engine.packed import PackedLinear, one_thread, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -107,6 +107,7 @@ class CompressedTensors(PackedSource):
         if transforms:
             config |= {"transform_config": transform_config(transforms)}
 
+        @one_thread()
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             own = subject.scheme.of(linear.name)
             if linear.spec.kept:
@@ -123,6 +124,7 @@ class CompressedTensors(PackedSource):
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
         return Exported(_consumers(subject, config, dtype, transforms), details)
 
+    @one_thread()
     def verify(self, subject: Subject, directory: Path) -> None:
         """Compare every code, scale and zero point with ours, and decode rows of every linear with the library.
 

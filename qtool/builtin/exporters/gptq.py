@@ -64,6 +64,10 @@ class GPTQv2(IntegerWords):
             "g_idx": (n_in,),
         }
 
+    def read_stream(self, words: Int32[Tensor, "columns rows"]) -> UInt8[Tensor, "out bytes"]:
+        """Return all codes as ``pack_codes`` makes them: words along the inputs are that stream."""
+        return words.T.contiguous().view(torch.uint8)
+
     def read_codes(self, words: Int32[Tensor, "columns rows"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
         """Return the codes of some outputs, unpacked place by place."""
         return _from_stream(words, config["bits"])

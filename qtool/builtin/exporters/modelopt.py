@@ -66,7 +66,7 @@ from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.grid import Grid
-from qtool.engine.packed import PackedLinear, take_rows
+from qtool.engine.packed import PackedLinear, one_thread, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -138,6 +138,7 @@ class ModelOpt(PackedSource):
             each.append((linears, replace(cases[algorithm], **facts)))
         return Exported(mixed_consumers(each), details)
 
+    @one_thread()
     def verify(self, subject: Subject, directory: Path) -> None:
         """Compare every code and scale with ours, and decode rows of every linear by ModelOpt's formula.
 
@@ -260,6 +261,7 @@ def _said(directory: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+@one_thread()
 def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
     """Return what is stored of a linear, named below it."""
     found, scheme = subject.packed(linear), subject.scheme.of(linear.name).weights

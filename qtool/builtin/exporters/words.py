@@ -33,6 +33,7 @@ from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
     same_bytes,
+    telling_rows,
     weight_difference,
     with_linear_experts,
     with_stored_shapes,
@@ -41,7 +42,7 @@ from qtool.builtin.exporters.refusals import quantized_weights, refuse_all_but_c
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
-from qtool.engine.packed import PackedLinear, take_rows
+from qtool.engine.packed import PackedLinear, one_thread, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, NumericalError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
@@ -72,6 +73,10 @@ class IntegerWords(ABC):
     @abstractmethod
     def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a linear's tensors, without its bias, as a reader of the config expects them."""
+
+    @abstractmethod
+    def read_stream(self, words: Int32[Tensor, "columns rows"]) -> UInt8[Tensor, "out bytes"]:
+        """Return all codes of ``qweight`` as ``pack_codes`` makes them."""
 
     @abstractmethod
     def read_codes(self, words: Int32[Tensor, "columns rows"], config: Mapping[str, Any]) -> UInt8[Tensor, "out in"]:
@@ -132,6 +137,7 @@ class IntegerWords(ABC):
         weights = quantized_weights(subject)
         dtype = _model_dtype(weights, subject.model.dtype)
 
+        @one_thread()
         def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             own = subject.scheme.of(linear.name).weights
             if linear.spec.kept or own is None:
@@ -146,6 +152,7 @@ class IntegerWords(ABC):
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
         return Exported(self._consumers(subject), details)
 
+    @one_thread()
     def verify(self, subject: Subject, directory: Path) -> None:
         """Unpack every linear as the written config says and compare codes, zero points, scales and groups with ours.
 
@@ -170,13 +177,17 @@ class IntegerWords(ABC):
             self._compare(linear.name, reader.module(linear.name), said, subject.packed(linear))
 
     def _compare(self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any], ours: PackedLinear) -> None:
-        """Compare what is stored of a linear with what was packed, codes in pieces that a cache holds."""
+        """Compare what is stored of a linear with what was packed: all codes packed, telling rows unpacked as well."""
         own, n_in, n_out = ours.parameters, ours.n_in, len(ours.stream)
         try:
-            words = tensors["qweight"].T.contiguous()
-            for rows in ours.pieces():
-                codes, wanted = self.read_codes(take_rows(words, rows, n_out), said), ours.codes(rows)
-                if codes.shape != wanted.shape or not same_bytes(codes, wanted):
+            words = tensors["qweight"]
+            if not same_bytes(self.read_stream(words), ours.stream):
+                whole = slice(0, n_out)
+                raise weight_difference(name, self.read_codes(words.T.contiguous(), said), ours.codes(whole))
+            for rows in telling_rows(ours, 1):
+                some = take_rows(words, rows, n_out, axis=1).T.contiguous()
+                codes, wanted = self.read_codes(some, said), ours.codes(rows)
+                if codes.shape != wanted.shape or not torch.equal(codes, wanted):
                     raise weight_difference(name, codes, wanted)
             zeros, groups = self.read_groups(tensors, said)
         except _UNREADABLE as error:
