@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
@@ -49,6 +49,12 @@ class InputGrids:
 
     grid_of: Callable[[LinearSite], Grid | None]
     needs: tuple[str, ...]
+
+
+def needs_of(methods: Iterable[Method], inputs: InputGrids | None) -> tuple[str, ...]:
+    """Return the statistics that methods read, and those that scales of inputs are found from."""
+    static = () if inputs is None else inputs.needs
+    return tuple(dict.fromkeys((*(need for method in methods for need in method.needs), *static)))
 
 
 def static_inputs(subject: Subject) -> InputGrids | None:
@@ -104,8 +110,7 @@ class BlockSolver:
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics that solving reads."""
-        static = () if self.inputs is None else self.inputs.needs
-        return tuple(dict.fromkeys((*self.solver.needs, *static)))
+        return needs_of(self.solver.methods, self.inputs)
 
     @cached_property
     def leading(self) -> tuple[Method, ...]:

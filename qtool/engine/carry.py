@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -28,32 +28,31 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         artifact: What calibrate gathered on the original model.
         model: That model.
         plan: The operators to carry through; empty leaves the statistics as they were gathered.
-        needs: What has to be there: a Hessian that is not among them is left out where it cannot be carried.
+        hessians: Whether Hessians are wanted.
     """
 
-    def __init__(self, artifact: Artifact, model: Model, plan: Plan, needs: Collection[str] = (HESSIAN,)) -> None:
-        self.artifact, self.model, self.plan, self.needs = artifact, model, plan, needs
+    def __init__(self, artifact: Artifact, model: Model, plan: Plan, *, hessians: bool = True) -> None:
+        self.artifact, self.model, self.plan, self.hessians = artifact, model, plan, hessians
         self.tokens: int = artifact.manifest.details["tokens"]
 
     def __getitem__(self, site_id: str) -> SiteStatistics:
         """Read and carry the statistics of one site, or of an expert's share of one; empty where none were gathered.
 
         Raises:
-            ArtifactError: A Hessian that is needed and whose tokens have weights would be carried through a shift.
+            ArtifactError: A Hessian that is wanted and whose tokens have weights would be carried through a shift.
         """
         layer, _, name = site_id.rpartition(".")
         gathered_at = f"{layer}.o_in" if name == VO else site_id
         place = self._place(gathered_at)
-        operators = self.plan.at(site_id).operators if name == VO else self._operators(*place)
+        operators = self.plan.at(site_id).operators if name == VO else _between(self.model, self.plan, *place)
         entries = {entry: tensor.float() for entry, tensor in self.artifact.tensors(f"{gathered_at}.").items()}
-        weight = parse_token_weight(self.artifact.manifest.step.config["token_weight"]).at(place[1])
-        shifted = weight.rule != UNIFORM and any(one.group == "shift" for one in operators)
-        if shifted and HESSIAN not in self.needs:
+        if not self.hessians:
             entries.pop(HESSIAN, None)
-        if shifted and HESSIAN in entries:
+        rule = self.artifact.manifest.step.config["token_weight"]
+        if HESSIAN in entries and _shifts_weighted(operators, rule, place[1]):
             raise ArtifactError(
                 "the mean that a shift needs counts all tokens alike, and these Hessians do not",
-                facts=(("gathered with", weight), ("site", site_id)),
+                facts=(("gathered with", parse_token_weight(rule).at(place[1])), ("site", site_id)),
                 hint=f"qtool calibrate MODEL --token-weight {UNIFORM}",
             )
         return SiteStatistics(self.tokens, entries).carried(operators)
@@ -80,16 +79,36 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
                 return int(index), known
         raise KeyError(site_id)
 
-    def _operators(self, layer: int, reads: str) -> tuple[Operator, ...]:
-        """Return what lies between the gathered input and the transformed one."""
-        graph = self.model.graph
-        operators, norm = input_operators(graph, self.plan, layer, reads), graph.norm_of(reads)
-        if not self.plan.fold_norms or norm is None or not norm.of_residual:
-            return operators
-        place = f"{graph.block_name(layer)}.{norm.module}"
-        gain = self.model.tensor(f"{place}.weight").float() + norm.offset
-        # A channel whose gain is zero shows nothing of the residual; its linears' columns become zero as well.
-        operators = (Diag(torch.where(gain == 0, torch.ones_like(gain), 1 / gain)), *operators)
-        if self.model.has(f"{place}.bias"):
-            operators = (Shift(self.model.tensor(f"{place}.bias").float()), *operators)
+
+def can_carry_hessians(model: Model, plan: Plan, token_weight: str) -> bool:
+    """Say whether Hessians of tokens with such weights can be carried through a plan to the inputs of all linears.
+
+    Args:
+        model: The model that they were gathered on.
+        plan: The operators.
+        token_weight: The rule that tokens were weighted by.
+    """
+    graph = model.graph
+    places = ((i, name) for i in range(graph.dims.num_layers) for name in graph.input_sites_of(i))
+    return not any(_shifts_weighted(_between(model, plan, *place), token_weight, place[1]) for place in places)
+
+
+def _shifts_weighted(operators: Iterable[Operator], token_weight: str, name: str) -> bool:
+    """Say whether weighted tokens of a site go through a shift."""
+    weighted = parse_token_weight(token_weight).at(name).rule != UNIFORM
+    return weighted and any(one.group == "shift" for one in operators)
+
+
+def _between(model: Model, plan: Plan, layer: int, reads: str) -> tuple[Operator, ...]:
+    """Return what lies between the gathered input of a site and the transformed one."""
+    graph = model.graph
+    operators, norm = input_operators(graph, plan, layer, reads), graph.norm_of(reads)
+    if not plan.fold_norms or norm is None or not norm.of_residual:
         return operators
+    place = f"{graph.block_name(layer)}.{norm.module}"
+    gain = model.tensor(f"{place}.weight").float() + norm.offset
+    # A channel whose gain is zero shows nothing of the residual; its linears' columns become zero as well.
+    operators = (Diag(torch.where(gain == 0, torch.ones_like(gain), 1 / gain)), *operators)
+    if model.has(f"{place}.bias"):
+        operators = (Shift(model.tensor(f"{place}.bias").float()), *operators)
+    return operators

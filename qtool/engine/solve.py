@@ -89,11 +89,6 @@ class Solver:
     device: torch.device
     kept: frozenset[str] = frozenset()
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Statistics that the methods read."""
-        return tuple(dict.fromkeys(name for method in self.methods for name in method.needs))
-
     def linears_of(self, layer: int) -> tuple[LinearSite, ...]:
         """Return the linears of one block that are quantized."""
         return tuple(linear for linear in self.graph.linears_of(layer) if linear.name not in self.kept)

@@ -88,7 +88,7 @@ def _rows(
 ) -> Mapping[RuledPart, dict[str, list[float]]]:
     """Return for each part the errors of each linear, a scheme each, by name; experts without tokens are left out."""
     graph, subject, device = opened.model.graph, opened.subject, workspace.device
-    behind = gathered_behind(statistics) is not None
+    behind = gathered_behind(statistics.manifest) is not None
     carried = CarriedStatistics(statistics, opened.model, Plan() if behind else subject.plan)
     rows: dict[RuledPart, dict[str, list[float]]] = {"weights": {}, "activations": {}}
     layers = range(graph.dims.num_layers)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qtool.artifacts.manifest import Manifest
-from qtool.engine.block import static_inputs
+from qtool.engine.block import needs_of, static_inputs
+from qtool.engine.carry import can_carry_hessians
 from qtool.engine.experts import Mode
 from qtool.engine.gather import Gathering, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
@@ -27,6 +28,7 @@ from qtool.numerics.groups import from_groups
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
+from qtool.steps.transform import gathered_behind
 
 _COUNT = 8
 _TOKEN = 4
@@ -113,12 +115,11 @@ def demand_of(
         return _largest(layers, disk=sum(layers) + counts + _TOKEN * windows * tokens)
     if manifest.kind != "quantized":
         return None
-    needs = needs_of(methods_of(manifest, plugins))
-    layers = []
-    if gathered is not None and (known := known_of(needs, config["propagate"], gathered)):
+    subject = Subject(model, plugins, plan or Plan(), ModelScheme.from_json(manifest.schemes))
+    needs, layers = needs_of(methods_of(manifest, plugins), static_inputs(subject)), list[int]()
+    if gathered is not None and (known := known_of(needs, config["propagate"], gathered, subject)):
         told = {**gathered.step.config, **config}
         layers = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins).of_layers()
-    subject = Subject(model, plugins, plan or Plan(), ModelScheme.from_json(manifest.schemes))
     return _largest(layers, disk=sum(code_bytes(subject).values()) + _input_scale_bytes(subject))
 
 
@@ -128,24 +129,26 @@ def methods_of(manifest: Manifest, plugins: Plugins) -> list[Method]:
     return [Method(mitigator, mitigator.Config(**options)) for mitigator, options in loaded]
 
 
-def needs_of(methods: Sequence[Method]) -> tuple[str, ...]:
-    """Return the statistics that methods read."""
-    return tuple(dict.fromkeys(need for method in methods for need in method.needs))
+def known_of(needs: Sequence[str], propagate: str, gathered: Manifest | None, subject: Subject) -> tuple[str, ...]:
+    """Return which statistics problems come with: what is needed, and the Hessian that the loss of all is told in.
 
-
-def known_of(needs: Sequence[str], propagate: str, gathered: Manifest | None) -> tuple[str, ...]:
-    """Return which statistics problems come with: what methods read, and the Hessian that the loss of all is told in.
-
-    Passes gather it. Without them it is there if calibration gathered it of all tokens, also for methods without needs.
+    Passes gather it. Without them it is there, also for methods without needs, if calibration gathered it of all tokens
+    and it can be carried to the inputs of all linears.
 
     Args:
-        needs: What methods read.
+        needs: What is needed.
         propagate: ``none`` without passes.
         gathered: The manifest of the statistics.
+        subject: What they are carried to.
     """
+    if propagate != "none":
+        return tuple(dict.fromkeys((*needs, HESSIAN)))
     config = {} if gathered is None else gathered.step.config
-    there = HESSIAN in config.get("gather", ()) and config.get("experts") != "routed"
-    return tuple(dict.fromkeys((*needs, HESSIAN))) if propagate != "none" or there else tuple(needs)
+    if gathered is None or HESSIAN not in config.get("gather", ()) or config.get("experts") == "routed":
+        return tuple(needs)
+    plan = subject.plan if gathered_behind(gathered) is None else Plan()
+    there = can_carry_hessians(subject.model, plan, config["token_weight"])
+    return tuple(dict.fromkeys((*needs, HESSIAN))) if there else tuple(needs)
 
 
 def _largest(layers: Sequence[int], *, disk: int) -> Demand:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
-from qtool.engine.block import BlockSolver, SolvedBlock, static_inputs
+from qtool.engine.block import BlockSolver, SolvedBlock, needs_of, static_inputs
 from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
@@ -188,8 +188,8 @@ class _Work:
         gathered = str(statistics.manifest.step.config.get("experts", "")) if statistics else ""
         weight = token_weight_of(self.token_weight, self.graph)
         mode = experts_mode(request.experts or gathered, self.graph, weight)
-        self.block = BlockSolver(solver, static_inputs(subject), mode or "all", _checked_share(request, mode))
-        self.needs = self.block.needs
+        inputs = static_inputs(subject)
+        self.needs = needs_of(bound, inputs)
         load = partial(workspace.plugins.load, "statistics")
         self.compares_inputs = compares_inputs({name: load(name) for name in self.needs})
         self.whole = bound[-1] if bound[-1].of_model else None
@@ -197,9 +197,11 @@ class _Work:
         self.saliencies = saliencies_of(statistics, opened, self.needs, weight, request.propagate)
         self.looks = bool(self.needs) or self.compares
         self.propagates = request.propagate if self.looks else "none"
-        self.known = known_of(self.needs, self.propagates, statistics.manifest if statistics is not None else None)
+        of_text = None if statistics is None else statistics.manifest
+        self.known = known_of(self.needs, self.propagates, of_text, subject)
         self.gathered: dict[str, AnyStatistic] = {name: load(name) for name in self.known}
         self.experts = mode if self.looks else ""
+        self.block = BlockSolver(solver, inputs, self.experts or "all", _checked_share(request, mode))
         if self.looks and statistics is None:
             raise UsageError(
                 f"`{request.method}` needs statistics, and `{request.source}` has none behind it",
@@ -293,8 +295,8 @@ class _Work:
         if self.statistics is not None and self.known:
             if self.needs:
                 self._check_carried(self.statistics.manifest.step.config)
-            plan = self.opened.subject.plan if gathered_behind(self.statistics) is None else Plan()
-            carried = CarriedStatistics(self.statistics, self.model, plan, self.needs)
+            plan = self.opened.subject.plan if gathered_behind(self.statistics.manifest) is None else Plan()
+            carried = CarriedStatistics(self.statistics, self.model, plan, hessians=HESSIAN in self.known)
         notes, estimated = [], set[str]()
         for layer in self._layers():
             if not writer.has(f"layer-{layer}"):

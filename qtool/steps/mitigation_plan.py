@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qtool.artifacts.manifest import Manifest
+from qtool.engine.block import needs_of, static_inputs
 from qtool.engine.block_problem import BlockMitigator
 from qtool.engine.gather import Gathering, PairedStatistic
 from qtool.engine.grid import Grid
@@ -21,7 +22,7 @@ from qtool.engine.stream import default_batch
 from qtool.engine.subject import Subject
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
-from qtool.steps.demand import StatisticSizes, code_bytes, known_of, methods_of, needs_of
+from qtool.steps.demand import StatisticSizes, code_bytes, known_of, methods_of
 from qtool.steps.description import Cell, Facts, Table, Tables
 from qtool.steps.inspect_quantized import kinds_of
 from qtool.steps.rehearsal import Rehearsal, forward_flops, sites_of, statistics_of
@@ -56,7 +57,8 @@ class _Foreseen:
 
     @property
     def known(self) -> tuple[str, ...]:
-        return known_of(needs_of(self.methods), self.config["propagate"], self.gathered)
+        needs = needs_of(self.methods, static_inputs(self.subject))
+        return known_of(needs, self.config["propagate"], self.gathered, self.subject)
 
     @property
     def windows(self) -> tuple[int, int]:

@@ -140,7 +140,7 @@ def _after(request: PlotRequest, statistics: Artifact) -> dict[str, Plan]:
                 ("plan", f"{artifact.path}  subject {artifact.manifest.subject[:12]}"),
             ),
         )
-    if gathered_behind(statistics) is not None:
+    if gathered_behind(statistics.manifest) is not None:
         raise UsageError(
             "statistics of a transformed model cannot be carried through a plan",
             facts=(("statistics", statistics.path),),

@@ -50,5 +50,5 @@ def saliencies_of(
                 facts=(("gathered", ", ".join(gathered) or "nothing"),),
                 hint=f"qtool calibrate MODEL --gather {','.join(sorted({*gathered, SALIENCY}))}",
             )
-    plan = Plan() if gathered_behind(statistics) is not None else opened.subject.plan
+    plan = Plan() if gathered_behind(statistics.manifest) is not None else opened.subject.plan
     return Saliencies(graph, statistics.tensor, plan)

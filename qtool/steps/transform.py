@@ -64,7 +64,7 @@ def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact
         require_kind(opened.artifact.manifest, "statistics", "plan", path=request.source)
     check_rules(request.scheme, opened.model.graph)
     statistics = statistics_of(opened, workspace)
-    if statistics is not None and gathered_behind(statistics) is not None:
+    if statistics is not None and gathered_behind(statistics.manifest) is not None:
         raise UsageError(
             "statistics of a transformed model cannot be carried through another transform",
             facts=(("statistics", statistics.path),),
@@ -116,9 +116,9 @@ def statistics_of(opened: Opened, workspace: Workspace) -> Artifact | None:
     return found
 
 
-def gathered_behind(statistics: Artifact) -> Input | None:
+def gathered_behind(statistics: Manifest) -> Input | None:
     """Return the plan (or the quantized artifact) that statistics were gathered behind; None for the model itself."""
-    inputs = statistics.manifest.inputs
+    inputs = statistics.inputs
     return next((inputs[role] for role in ("quantized", "plan") if role in inputs), None)
 
 
@@ -133,7 +133,7 @@ def _check_statistics(statistics: Artifact, opened: Opened) -> None:
             ),
             hint=f"qtool calibrate {opened.model.path}",
         )
-    behind = gathered_behind(statistics)
+    behind = gathered_behind(statistics.manifest)
     if behind is not None and behind.id not in {one.id for one in opened.inputs.values()}:
         raise ArtifactError(
             "statistics were collected on a transformed model",
