@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import current_thread, main_thread
 from typing import Annotated
 
 import typer
@@ -61,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Options may not have been read by the time something fails.
     debug = "--debug" in words
     try:
-        return _run(words)
+        with _stopped_by(signal.SIGTERM, signal.SIGHUP):
+            return _run(words)
     except KeyboardInterrupt:
         return report_interruption()
     except BrokenPipeError:
@@ -90,6 +94,20 @@ def build(found: Plugins) -> typer.Typer:
     for hook in found.manager.hook.register_commands.get_hookimpls():
         _add(app, hook.plugin_name, hook.function, owners)
     return app
+
+
+@contextmanager
+def _stopped_by(*signals: signal.Signals) -> Iterator[None]:
+    """Let signals end a command as Ctrl-C does, so that nothing half-done is left; those that are ignored stay so."""
+    before = {one: signal.getsignal(one) for one in signals} if current_thread() is main_thread() else {}
+    caught = [one for one, handler in before.items() if handler == signal.SIG_DFL]
+    for one in caught:
+        signal.signal(one, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for one in caught:
+            signal.signal(one, signal.SIG_DFL)
 
 
 def _run(words: list[str]) -> int:

@@ -24,10 +24,10 @@ from qtool.engine.stored import (
     compensation_tensors,
     input_scales,
     linear_tensors,
+    odd_scales,
     read_compensation,
     read_input_scales,
     read_linear,
-    subnormal_scales,
 )
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import UsageError
@@ -245,7 +245,7 @@ class BlockSolver:
             grid = self.solver.grid_of(sites[name])
             tensors |= linear_tensors(name, linear, grid)
             counters.update(linear.counters)
-            counters[f"subnormal_scales {name}"] = subnormal_scales(linear, grid)
+            counters.update({f"{what} {name}": count for what, count in odd_scales(linear, grid).items()})
         if solved.compensation is not None:
             layer = sites[next(iter(solved.solution.linears))].layer
             tensors |= compensation_tensors(graph.block_name(layer), solved.compensation)

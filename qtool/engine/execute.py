@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qtool.engine.network import Network
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.subject import Subject
+from qtool.errors import ResourceError
 
 Shown = Callable[[Iterable[int], int], Iterable[int]]
 
@@ -80,11 +81,22 @@ class LoadedExecutable:
             yield rows, logits
 
     def whole(self) -> nn.Module:
-        """Load the checkpoint."""
+        """Load the checkpoint.
+
+        Raises:
+            ResourceError: transformers asks for a package that is not installed.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         text = AutoConfig.from_pretrained(self.path).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         loader = AutoModelForCausalLM if text else AutoModelForImageTextToText
-        model: nn.Module = loader.from_pretrained(self.path, dtype="auto")
+        try:
+            model: nn.Module = loader.from_pretrained(self.path, dtype="auto")
+        except ImportError as error:
+            raise ResourceError(
+                "transformers needs another package to load this checkpoint",
+                facts=(("reason", str(error).strip().split("\n")[0]),),
+                hint="install it, or measure the quantized artifact that the checkpoint was packed from",
+            ) from error
         return model.to(self.device).eval()

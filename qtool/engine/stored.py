@@ -28,7 +28,7 @@ from qtool.errors import SchemeError
 from qtool.numerics.groups import repeat_rows
 from qtool.numerics.outliers import Outliers
 from qtool.numerics.packing import pack_codes, unpack_codes
-from qtool.numerics.scales import PACKED, count_subnormal, decode_scale, encode_scale
+from qtool.numerics.scales import PACKED, count_saturated, count_subnormal, decode_scale, encode_scale
 from qtool.numerics.second_level import decode_second_level
 from qtool.scheme import GroupParameters, SecondLevel
 
@@ -55,14 +55,15 @@ def linear_tensors(name: str, linear: QuantizedLinear, grid: Grid) -> dict[str, 
     return tensors
 
 
-def subnormal_scales(linear: QuantizedLinear, grid: Grid) -> int:
-    """Count the scales of a quantized linear that their format holds with few bits; see ``count_subnormal``."""
-    count = 0
+def odd_scales(linear: QuantizedLinear, grid: Grid) -> dict[str, int]:
+    """Count the scales of a quantized linear that their format holds roughly, or not at all, by what is wrong."""
+    counts = {"subnormal_scales": 0, "saturated_scales": 0}
     for part, own in zip(grid.parts, linear.parameters, strict=True):
-        if own.scale_codes is None:
-            count += count_subnormal(own.scale[:: part.block_rows], part.scheme.scale)
-            count += 0 if own.negative is None else count_subnormal(own.negative, part.scheme.scale)
-    return count
+        for scale in (own.scale[:: part.block_rows], own.negative) if own.scale_codes is None else ():
+            if scale is not None:
+                counts["subnormal_scales"] += count_subnormal(scale, part.scheme.scale)
+                counts["saturated_scales"] += count_saturated(scale, part.scheme.scale)
+    return counts
 
 
 def read_linear(name: str, n_in: int, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedLinear:

@@ -123,6 +123,14 @@ def count_subnormal(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) ->
     return int(((magnitude < _LEAST_NORMAL.get(scale_format, 0.0)) | (magnitude <= least)).sum())
 
 
+def count_saturated(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> int:
+    """Count stored scales that are the largest of their format: what they were fitted to may lie far beyond.
+
+    Scales under a multiplier do not count: it makes the largest of a tensor just that.
+    """
+    return 0 if scale_format in LARGEST_SHORT else int((scale.abs() >= LIMITS[scale_format][1]).sum())
+
+
 def encode_scale(scale: Float[Tensor, "*rows"], scale_format: ScaleFormat) -> Shaped[Tensor, "*rows"]:
     """Return scales in their storage dtype; formats that not every reader of safetensors knows as uint8 codes."""
     if scale_format == "e8m0":

@@ -152,12 +152,15 @@ def _measure(
 
 def _refuse_unreadable(artifact: Artifact) -> None:
     """Refuse a checkpoint that transformers, which is what it would be measured with, does not load as it is."""
-    text = str(artifact.manifest.details.get("consumers", {}).get("transformers", ""))
+    if artifact.manifest.kind != "checkpoint":
+        return
+    text = str(artifact.manifest.details["consumers"].get("transformers", UNREADABLE))
     if text.startswith(UNREADABLE):
+        whole = next(artifact.path.glob("*.gguf"), None)
         raise UsageError(
             "this checkpoint cannot be measured, since transformers does not read it",
             facts=(("transformers", text),),
-            hint="measure the quantized artifact that it was packed from",
+            hint="measure the quantized artifact that it was packed from" + (f", or {whole}" if whole else ""),
         )
 
 

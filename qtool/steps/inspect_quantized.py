@@ -23,6 +23,7 @@ COUNTERS: Mapping[str, str] = {
     "float64_factors": "linears whose Hessian was factorized in float64, since float32 failed",
     "raised_dampening": "linears whose Hessian took more damping than was asked for",
     "subnormal_scales": "scales of this linear that are too small for their format; it holds them roughly",
+    "saturated_scales": "scales of this linear that are the largest of their format; its weights may be cut off",
     "shrunk_experts": "experts with few tokens; their statistics were shrunk toward shared ones",
 }
 """What the counters of qtool's own methods count."""

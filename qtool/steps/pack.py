@@ -38,6 +38,7 @@ from qtool.steps.labels import labels_of, makers_of
 from qtool.steps.model_card import CARD, measurements_about, model_card
 from qtool.steps.storage import STORAGE, written_storage
 from qtool.steps.subjects import Opened, open_subject
+from qtool.steps.verify import verify_files
 from qtool.steps.workspace import Workspace, measured
 
 UNKNOWN = "unknown"
@@ -78,7 +79,9 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     exporter.check(opened.subject)
     inexact = 0 if reader is None else reader.check_scales(opened.subject, request.to)
     if inexact:
-        workspace.warn(f"{inexact} global scales have no exact reciprocal in float32: W4A4 may differ in the last bit")
+        workspace.warn(
+            f"{inexact} global scales have no exact reciprocal in float32: last bits of activations may differ"
+        )
     rotated = bool(opened.subject.plan.at(RESIDUAL).operators)
     if rotated and FURTHER_HEADS in opened.model.left_alone.values():
         workspace.warn("heads for further tokens (MTP) are copied and read a rotated residual: they will draft badly")
@@ -111,10 +114,11 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
     opened = open_subject(request.source, workspace)
     kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
     if kind != "quantized":
+        again = "the quantized artifact that it was packed from; compressed-tensors and modelopt are read themselves"
         raise ArtifactError(
             f"`{request.source}` holds nothing to pack",
             facts=(("expected", "quantized"), ("received", kind)),
-            hint=f"qtool mitigate {request.source} --method rtn --scheme W4A16",
+            hint=again if kind == "checkpoint" else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
         )
     return opened
 
@@ -145,17 +149,25 @@ def _present(path: Path, key: str, *, force: bool) -> Artifact | None:
     """Return the checkpoint at ``path`` if it answers ``key``; refuse whatever else is there.
 
     An empty folder is no obstacle, and with ``force`` no checkpoint of qtool's is.
+
+    Raises:
+        UsageError: Something else is there.
+        ArtifactError: The checkpoint was changed after it was written.
     """
     if path.is_dir() and not any(path.iterdir()):
         return None
-    if force and (path / CHECKPOINT_MANIFEST).is_file():
+    ours = (path / CHECKPOINT_MANIFEST).is_file()
+    if force and ours:
         return None
     try:
-        return ArtifactWriter.finished(path, key)
+        done = ArtifactWriter.finished(path, key)
     except UsageError as error:
-        ours = (path / CHECKPOINT_MANIFEST).is_file()
         hint = "-o another folder" + (", or --force to replace the checkpoint" if ours else "")
-        raise UsageError(error.message, facts=error.facts, hint=hint) from error
+        facts = error.facts if ours or not force else (("not replaced", f"it has no {CHECKPOINT_MANIFEST}"),)
+        raise UsageError(error.message, facts=facts, hint=hint) from error
+    if done is not None:
+        verify_files(done)
+    return done
 
 
 def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path, workspace: Workspace) -> Artifact:
@@ -167,7 +179,7 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         with measured(about, workspace.device):
-            with _shown(opened.subject, "pack", workspace) as subject:
+            with _compared(opened.artifact), _shown(opened.subject, "pack", workspace) as subject:
                 exported = exporter.write(subject, temporary)
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             with _digested(files) as digests:
@@ -186,6 +198,29 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Artifact(path, final)
+
+
+@contextmanager
+def _compared(source: Artifact | None) -> Iterator[None]:
+    """Compare what is packed with its digests meanwhile; a checkpoint of another tool has none.
+
+    Raises:
+        ArtifactError: It was changed after it was written.
+    """
+    beside = ThreadPoolExecutor(1)
+    try:
+        found = beside.submit(_compare, source)
+        yield
+        found.result()
+    finally:
+        beside.shutdown(cancel_futures=True)
+
+
+def _compare(source: Artifact | None) -> None:
+    if source is not None and source.manifest.kind == "checkpoint":
+        verify_files(source)
+    elif source is not None:
+        source.verify()
 
 
 @contextmanager

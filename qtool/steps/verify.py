@@ -80,7 +80,7 @@ def verify_files(checkpoint: Artifact) -> None:
         if not file.is_file() or digest_file(file) != digest:
             raise ArtifactError(
                 f"`{name}` of `{checkpoint.path}` {'was changed' if file.is_file() else 'is missing'}",
-                hint="make the checkpoint again with qtool pack",
+                hint="make the checkpoint again with qtool pack --force",
             )
 
 

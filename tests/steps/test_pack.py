@@ -250,6 +250,7 @@ def test_only_quantized_artifacts_are_packed(source: Path, quantize: Quantize, w
     with pytest.raises(ArtifactError) as refused:
         pack(PackRequest(str(checkpoint.path), "hf"), workspace)
     assert ("received", "checkpoint") in refused.value.facts
+    assert refused.value.hint.startswith("the quantized artifact that it was packed from")
 
 
 def test_an_unknown_exporter_is_met_with_the_nearest(quantize: Quantize, workspace: Workspace) -> None:

@@ -69,7 +69,7 @@ class TensorFile:
         kind, rows = (tensor.kind, tensor.rows) if isinstance(tensor, Blocks) else (_FLOATS[tensor.dtype], tensor)
         raw = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
         with disk_errors(self.path):
-            raw.tofile(self._output)
+            self._output.write(raw.data)
         self.keys.add_tensor_info(name, raw.shape, raw.dtype, raw.nbytes, gguf.GGMLQuantizationType[kind])
         self._places.append((self.total, raw.nbytes))
         self.total += raw.nbytes
