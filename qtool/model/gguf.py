@@ -32,6 +32,7 @@ from torch import Tensor
 
 from qtool.artifacts.store import disk_errors
 from qtool.errors import ModelError, ResourceError, UsageError
+from qtool.model.files import share
 
 # Values of `tokenizer.ggml.pre`: the digits apart, then GPT-2's split; and GPT-2's split alone.
 DIGITS_THEN_WORDS = ("smollm", "starcoder")
@@ -208,7 +209,7 @@ def _save(model: Any, folder: Path) -> None:  # noqa: ANN401 - as above
         with redirect_stderr(io.StringIO()):
             model.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):
-            file.chmod(folder.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+            share(file)
     except SafetensorError as error:
         raise ResourceError(
             "cannot write the converted weights",

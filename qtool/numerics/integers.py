@@ -121,9 +121,10 @@ def fit_offset(
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"]]:
     """Fit ``offset = min``, rounded to the scale's format, and ``scale = (v - offset) / (2^b - 1)``.
 
-    ``v`` is the end of the range that is farther from the rounded offset: the largest value, unless all values lie
-    below the offset by less than its rounding. Values that are ``scale * code + offset``, of which some have the first
-    code and some the last, are fitted by just these numbers.
+    ``v`` is the end of the range that is farther from the rounded offset: the largest value, unless the range is so
+    narrow that rounding puts the offset past its middle. Values that are ``scale * code + offset``, with a positive
+    scale, of which some have the first code and some the last, are fitted by just these numbers where the offset is not
+    so large beside the scale that float32 loses digits of their difference.
 
     Args:
         groups: Values; the last axis shares a scale. Not modified.

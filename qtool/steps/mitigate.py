@@ -162,7 +162,7 @@ def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> No
         raise NumericalError(
             "something unusual happened and --strict was given",
             facts=facts,
-            hint="qtool mitigate without --strict continues from here, and qtool inspect says what each of these means",
+            hint="without --strict the same command goes on from here, and qtool inspect says what each of these means",
         )
 
 

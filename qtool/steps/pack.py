@@ -79,9 +79,7 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     exporter.check(opened.subject)
     inexact = 0 if reader is None else reader.check_scales(opened.subject, request.to)
     if inexact:
-        workspace.warn(
-            f"{inexact} global scales have no exact reciprocal in float32: last bits of activations may differ"
-        )
+        workspace.warn(f"{inexact} global scales have no exact reciprocal in float32: last bits may differ")
     rotated = bool(opened.subject.plan.at(RESIDUAL).operators)
     if rotated and FURTHER_HEADS in opened.model.left_alone.values():
         workspace.warn("heads for further tokens (MTP) are copied and read a rotated residual: they will draft badly")

@@ -137,7 +137,7 @@ class Rehearsal:
 
     def _solve(self, site: Rehearsed, grid: Grid, entries: dict[str, Tensor], share: float) -> float:
         """Time the methods on random weights of a share of the size."""
-        width = next((len(entry.T) for entry in entries.values()), round(site.width * share))
+        width = next((entry.shape[-1] for entry in entries.values()), round(site.width * share))
         weights = {
             f"{one.spec.module}.weight": torch.randn(max(1, round(rows * share)), width)
             for one, rows in zip(site.linears, site.rows, strict=True)

@@ -217,7 +217,7 @@ def test_integers_and_a_part_of_the_range(tiny: TinyModel, kv: str, factors: tup
     largest = Theirs(tiny, subject).largest(0, tiny.statistics.tensor(WINDOWS).long())
     expected = [float(one) * factor for one, factor in zip(largest, factors, strict=True)]
     found = scales_of(subject)[0]
-    assert found == pytest.approx(expected, rel=0.01 if kv.startswith("int") else 1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)
     _, cache = subject.kv_path(0, torch.device("cpu"))
     assert cache is not None
     x = torch.linspace(-2, 2, 64).view(1, 2, 4, 8) * float(largest[0])

@@ -432,7 +432,8 @@ class TestRankDeficientHessian:
         assert (ended.code, ended.out) == (5, "")
         assert ended.err == (
             "error: something unusual happened and --strict was given\n  raised_dampening  28\n"
-            "hint: qtool mitigate without --strict continues from here, and qtool inspect says what each of these means\n"
+            "hint: without --strict the same command goes on from here, "
+            "and qtool inspect says what each of these means\n"
         )
         assert {Path(name).parts[0][-len(".partial") :] for name in bench.left()} == {".partial"}
         assert bench.run(f"{self.LINE} --set dampening-frac=0").code == 0

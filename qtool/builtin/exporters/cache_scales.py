@@ -15,6 +15,8 @@ from qtool.errors import SchemeError
 from qtool.model.graph import ModelGraph
 from qtool.model.naming import Place
 
+_LATENT = "kv_b_in"
+"""The site where families have a latent that keys and values are made of."""
 IN_ATTENTION = {KEYS: "k_scale", VALUES: "v_scale"}
 """What they are called inside an attention; other layouts have them inside the projections."""
 
@@ -23,10 +25,10 @@ def check_cache_scales(subject: Subject) -> None:
     """Refuse a static cache of models whose engines cache something else than keys and values.
 
     Raises:
-        SchemeError: Heads of keys and of values differ in size: they are made of one latent, which engines cache.
+        SchemeError: Keys and values are made of one latent, which engines cache.
     """
-    dims, cache = subject.model.graph.dims, subject.cache
-    if cache is not None and cache.static and dims.head_dim != dims.value_dim:
+    cache = subject.cache
+    if cache is not None and cache.static and _LATENT in subject.model.graph.input_sites_of(0):
         raise SchemeError(
             "engines cache the latent that these keys and values are made of, and the scales are of those",
             facts=(("kv", subject.scheme.kv), ("family", subject.model.family.name)),

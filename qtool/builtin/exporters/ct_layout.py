@@ -191,7 +191,7 @@ def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
         return
     if kv.scale != "fp32":
         reason = "consumers fit the scales of a KV cache as they run, and do not round them"
-        raise _refusal(reason, "kv", kv, replace(kv, scale="fp32"))
+        raise _refusal(reason, "kv", kv, replace(kv, scale="fp32", real=False, offset=False))
     if kv.real or kv.offset:
         reason = "consumers fit zero points of a KV cache that are codes"
         raise _refusal(reason, "kv", kv, replace(kv, real=False, offset=False))

@@ -46,11 +46,11 @@ def choose_type(weights: TensorScheme) -> Kind:
         raise SchemeError("FP4 is held as MXFP4 or NVFP4 only", facts=(("weights", weights),))
     else:
         raise SchemeError(f"GGUF has no type for `{weights.format}`", facts=(("weights", weights),))
-    if not weights.symmetric and kind != "Q4_1":
-        _refuse(f"{kind} has no zero points", weights, replace(weights, symmetric=True, real=False, offset=False))
-    nearest = _with_offset(weights) if kind == "Q4_1" else one_level(weights)
+    nearest = _with_offset(weights) if kind == "Q4_1" else _without_zero_points(one_level(weights))
     divides = weights.strategy != "group" or (weights.group_size or 1) % SCALED[kind] == 0
     nearest = nearest if divides else replace(nearest, group_size=SCALED[kind])
+    if not weights.symmetric and kind != "Q4_1":
+        _refuse(f"{kind} has no zero points", weights, nearest)
     if weights.scale_bits is not None:
         _refuse("no type's scales are codes in these groups; --to hf decodes them", weights, nearest)
     if weights.real:
@@ -104,6 +104,10 @@ def offset_of(parameters: GroupParameters) -> Float[Tensor, "*rows"]:
 def _with_offset(weights: TensorScheme) -> TensorScheme:
     """Return the nearest scheme whose numbers Q4_1 holds as they are."""
     return replace(one_level(weights), real=False, offset=True, scale="fp16")
+
+
+def _without_zero_points(weights: TensorScheme) -> TensorScheme:
+    return replace(weights, symmetric=True, real=False, offset=False)
 
 
 def exact_in_half(values: Float[Tensor, "*any"]) -> bool:

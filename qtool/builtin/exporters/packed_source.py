@@ -235,6 +235,12 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
     cached = len(model.cached) == len(IN_ATTENTION) * model.graph.dims.num_layers
     scheme = read_scheme(directory, seen, plain, plugins.format, cached=cached)
+    if model.cached and scheme.kv is None:
+        raise ArtifactError(
+            "the checkpoint has scales of a KV cache and does not say that it is quantized",
+            facts=(("first", next(iter(model.cached))),),
+            hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
+        )
     _refuse_other_tensors(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())

@@ -28,6 +28,7 @@ from qtool.builtin.exporters.shards import write_json
 from qtool.engine.exporter import UNREADABLE, Exported
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
+from qtool.model.files import share
 from qtool.model.graph import LinearSite
 
 FOLDER = "adapter"
@@ -92,6 +93,7 @@ class PEFT:
         with disk_errors(directory):
             (directory / FOLDER).mkdir()
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / FOLDER / WEIGHTS)
+            share(directory / FOLDER / WEIGHTS)
         write_json(directory / FOLDER / CONFIG, adapter_config(ranks))
         size = sum(tensor.nbytes for tensor in tensors.values())
         details = dict(exported.details)

@@ -43,7 +43,7 @@ def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False)
         UsageError: One tensor of all experts, channels set apart, operators in the forward pass, something added to the
             outputs of blocks, low-rank corrections, outliers, or scales of two levels; names the first.
     """
-    _refuse_real(subject, layout)
+    refuse_real(subject, layout)
     refuse_scale_codes(subject, layout)
     _refuse_stacked(subject, layout)
     _refuse_segments(subject, layout)
@@ -88,7 +88,12 @@ def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
     return _multiplier(subject, f"{linear.reads}{INPUT_GLOBAL_SCALE}")
 
 
-def _refuse_real(subject: Subject, layout: str) -> None:
+def refuse_real(subject: Subject, layout: str) -> None:
+    """Refuse zero points that are real numbers, and offsets, before a scheme near this one is named that has them too.
+
+    Raises:
+        SchemeError: Names the scheme with zero points that are codes.
+    """
     for name in get_args(RuledPart):
         for part in (one for one in subject.scheme.every(name) if one.real or one.offset):
             raise SchemeError(

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtool.artifacts.store import disk_errors
-from qtool.model.files import INDEX, WEIGHTS
+from qtool.model.files import INDEX, WEIGHTS, share
 
 SHARD_BYTES = 2_000_000_000
 
@@ -70,6 +70,7 @@ class Shards:
         shard = self.directory / f".shard-{len(self._shards)}.safetensors"
         with disk_errors(self.directory):
             save_file(self._gathered, shard, metadata={"format": "pt"})
+            share(shard)
         self._shards.append((shard, list(self._gathered)))
         self._gathered, self._pending = {}, 0
 
