@@ -277,6 +277,7 @@ def test_inputs_of_nvfp4_that_were_calibrated_have_their_scale_beside_the_weight
         ("int4-asym-g32-scales4g16", "no type's scales are codes", f"--weights {Q4_1}"),
         ("int3-asym-g32", "no type for `int3`", f"--weights {Q4_1}"),
         ("int8-asym-g32-offset-sfp16", "Q8_0 has no zero points", "--weights int8-sym-g32-sfp16"),
+        ("int8-asym-g16-sfp16", "Q8_0 has no zero points", "--weights int8-sym-g32-sfp16"),
     ],
 )
 def test_a_scheme_that_no_type_holds_is_met_with_the_nearest(
@@ -356,6 +357,26 @@ def test_a_full_disk_leaves_nothing_behind(
     subject = make(Q4_0)
     assert subject.quantized is not None
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(QtoolError, match="no space left"):
+        pack(PackRequest(str(subject.quantized.path), to, tmp_path / "out"), workspace)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-f16"])
+def test_a_disk_that_fills_up_while_tensors_are_gathered(
+    make: Make, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str
+) -> None:
+    real, subject = Path.open, make(Q4_0)
+
+    def opened(path: Path, *how: Any, **options: Any) -> Any:  # noqa: ANN401 - as Path.open has it
+        return (
+            real(Path("/dev/full"), "r+b", buffering=0)
+            if path.name.endswith(".tensors")
+            else real(path, *how, **options)
+        )
+
+    assert subject.quantized is not None
+    monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(QtoolError, match="no space left"):
         pack(PackRequest(str(subject.quantized.path), to, tmp_path / "out"), workspace)
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.artifacts.identity import digest_json
+from qtool.engine.subject import Subject
 from tests.cli.conftest import Ended, run_line
 
 Run = Callable[..., Any]
@@ -446,6 +448,25 @@ STEPS = {
     "eval": f"eval tiny {' '.join(SHORT)}",
     "pack": "pack @quantized --to hf",
 }
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def stopped(*_: object) -> NoReturn:
+        os.kill(os.getpid(), getattr(signal, name))
+        raise AssertionError("the signal was ignored")
+
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(Subject, "linear", stopped)
+    try:
+        ended = bench.run("pack @quantized --to hf")
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err.startswith("error: interrupted")
+    assert bench.left() == []
 
 
 class TestFullDisk:

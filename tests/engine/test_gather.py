@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qtool.artifacts.store import Artifact
 from qtool.builtin.plugin import register_statistics
-from qtool.engine.carry import CarriedStatistics
+from qtool.engine.carry import CarriedStatistics, can_carry_hessians
 from qtool.engine.gather import Gathering, SiteObserver, observing
 from qtool.engine.linear import SiteInput
 from qtool.engine.planner import extend
@@ -27,6 +27,7 @@ from qtool.numerics.operators import Affine, Diag, Hadamard, Kron, Operator, Ort
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
 from qtool.steps.calibrate import EVERYTHING, CalibrateRequest, calibrate
+from qtool.steps.demand import known_of
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing import double_precision, save_tiny_model, tiny_config
@@ -459,8 +460,18 @@ class TestCarrying:
             CarriedStatistics(gathered, model, shifted)["layers.0.attn_in"]
         assert refused.value.hint == "qtool calibrate MODEL --token-weight uniform"
         unread = CarriedStatistics(gathered, model, shifted, hessians=False)
-        assert set(unread["layers.0.attn_in"].entries) == set(gathered.tensors("layers.0.attn_in.")) - {"hessian"}
-        assert torch.equal(unread["layers.1.attn_in"].entries["hessian"], gathered.tensor("layers.1.attn_in.hessian"))
+        for layer in range(2):
+            site = f"layers.{layer}.attn_in"
+            assert set(unread[site].entries) == set(gathered.tensors(f"{site}.")) - {"hessian"}
+        assert not can_carry_hessians(model, shifted, "inverse-norm")
+        assert can_carry_hessians(model, shifted, "uniform")
+        assert can_carry_hessians(model, Plan(), "inverse-norm")
+        subject = open_subject(str(root / "llama"), workspace).subject
+        assert known_of((), "none", gathered.manifest, subject) == ("hessian",)
+        subject = replace(subject, plan=shifted)
+        assert known_of((), "none", gathered.manifest, subject) == ()
+        assert known_of(("absmax",), "none", gathered.manifest, subject) == ("absmax",)
+        assert known_of(("absmax",), "quantized", gathered.manifest, subject) == ("absmax", "hessian")
 
     def test_sites_that_nothing_was_gathered_at(self, root: Path, workspace: Workspace) -> None:
         gathered, _ = calibrate(request(root), workspace)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qtool.artifacts.store import Artifact, open_artifact
-from qtool.errors import ArtifactError, DataError, GateError, NumericalError, UsageError
+from qtool.errors import ArtifactError, DataError, GateError, NumericalError, ResourceError, UsageError
 from qtool.model.text import read_text_file, tokenize
 from qtool.numerics.likelihood import divergence, perplexity, token_losses
 from qtool.steps.eval import EvalRequest, evaluate
@@ -146,6 +146,31 @@ class TestBatches:
 
 
 class TestSubjects:
+    def test_a_file_in_a_folder_is_measured_by_its_name(self, desk: Desk) -> None:
+        scheme = read_scheme("", {"weights": "int4-sym-g8"}, desk.workspace.plugins)
+        quantized, _ = mitigate(MitigateRequest(str(desk.model), "rtn", scheme), desk.workspace)
+        checkpoint, _ = pack(PackRequest(str(quantized.path), "compressed-tensors"), desk.workspace)
+        about = checkpoint.manifest
+        unread = {name: words for name, words in about.details["consumers"].items() if name != "transformers"}
+        text = replace(about, details={**about.details, "consumers": unread}).to_text()
+        (checkpoint.path / "qtool.json").write_text(text)
+        (checkpoint.path / "model.gguf").touch()
+        with pytest.raises(UsageError, match="transformers does not read it") as refused:
+            evaluate(request(desk, checkpoint.path), desk.workspace)
+        assert str(refused.value.hint).endswith(f"or {checkpoint.path / 'model.gguf'}")
+
+    def test_a_package_that_transformers_misses(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(*_: object, **__: object) -> None:
+            raise ImportError("Loading a GPTQ quantized model requires gptqmodel\nand so on")
+
+        scheme = read_scheme("", {"weights": "int4-sym-g8"}, desk.workspace.plugins)
+        quantized, _ = mitigate(MitigateRequest(str(desk.model), "rtn", scheme), desk.workspace)
+        checkpoint, _ = pack(PackRequest(str(quantized.path), "hf"), desk.workspace)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+        with pytest.raises(ResourceError, match="another package") as refused:
+            evaluate(request(desk, checkpoint.path), desk.workspace)
+        assert refused.value.facts == (("reason", "Loading a GPTQ quantized model requires gptqmodel"),)
+
     def test_a_checkpoint_is_measured_as_its_loader_runs_it(self, desk: Desk) -> None:
         scheme = read_scheme("", {"weights": "int8"}, desk.workspace.plugins)
         quantized, _ = mitigate(MitigateRequest(str(desk.model), "rtn", scheme), desk.workspace)

@@ -499,3 +499,24 @@ class TestRecipes:
     def test_a_share_is_a_number(self, tidy: Desk, share: str) -> None:
         with pytest.raises(UsageError, match=r"`mitigate\.expert_share`"):
             run(RunRequest(self.written(tidy, share)), tidy.workspace)
+
+
+def test_rounding_to_nearest_takes_no_notice_of_experts(sparse: Desk) -> None:
+    """Its codes are the same whatever its loss is told in, and so is the key."""
+    every, routed = sparse.calibrate(experts="all"), sparse.calibrate(experts="routed")
+    asked = MitigateRequest(str(every.path), "rtn", weights(sparse), output=sparse.workspace.home / "plain.safetensors")
+    plain, _ = mitigate(asked, sparse.workspace)
+    again = replace(asked, experts="routed", output=sparse.workspace.home / "again.safetensors")
+    found, _ = mitigate(again, sparse.workspace)
+    assert found.manifest.key == plain.manifest.key
+    assert found.manifest.details["layers"] == plain.manifest.details["layers"]
+    assert all("loss" in report for report in found.manifest.details["layers"].values())
+    other, _ = mitigate(replace(asked, source=str(routed.path), output=None), sparse.workspace)
+    assert all("loss" not in report for report in other.manifest.details["layers"].values())
+
+
+def test_passes_gather_hessians_that_calibration_did_not(sparse: Desk) -> None:
+    bare = sparse.calibrate(experts="all", gather=())
+    scheme = weights(sparse, "int4-g4", activations="fp4-g4-se4m3")
+    found, _ = mitigate(MitigateRequest(str(bare.path), "rtn", scheme), sparse.workspace)
+    assert all("loss" in report for report in found.manifest.details["layers"].values())

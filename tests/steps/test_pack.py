@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.artifacts.identity import digest_file
+from qtool.artifacts.layout import read_header
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.engine.exporter import Exported
 from qtool.engine.subject import Subject
@@ -203,6 +204,47 @@ def test_nothing_is_left_behind(quantize: Quantize, workspace: Workspace, step: 
     with pytest.raises(type(error)):
         pack(PackRequest(quantize("int4-sym-g16"), "hf"), using(workspace, Faulty(**{step: error})))
     assert left_in(workspace) == []
+
+
+def test_codes_that_were_changed_are_not_packed(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.safetensors"
+    shutil.copy(quantize("int4-sym-g16"), changed)
+    slot = read_header(changed).slots["model.layers.1.mlp.up_proj.codes"]
+    content = bytearray(changed.read_bytes())
+    content[slot.start] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"tensor `model.layers.1.mlp.up_proj.codes` of .* was changed"):
+        pack(PackRequest(str(changed), "compressed-tensors", tmp_path / "out"), workspace)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]
+
+
+def test_a_checkpoint_that_was_changed_is_not_given_again(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path
+) -> None:
+    asked = PackRequest(quantize("int4-sym-g16"), "hf", tmp_path / "out")
+    weights = pack(asked, workspace)[0].path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ArtifactError, match=r"`model.safetensors` of .* was changed") as refused:
+        pack(asked, workspace)
+    assert refused.value.hint == "make the checkpoint again with qtool pack --force"
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"`model.safetensors` of .* is missing"):
+        pack(asked, workspace)
+    assert not pack(replace(asked, force=True), workspace)[1]
+    assert weights.read_bytes() == whole
+
+
+def test_all_may_read_a_checkpoint_who_may_read_its_folder(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path
+) -> None:
+    """safetensors itself leaves files to their owner alone, and servers run as somebody else."""
+    before = os.umask(0o027)
+    try:
+        checkpoint, _ = pack(PackRequest(quantize("int4-sym-g16"), "hf", tmp_path / "out"), workspace)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in checkpoint.path.iterdir()} == {0o640}
 
 
 def test_a_failure_by_force_keeps_the_old_checkpoint(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:

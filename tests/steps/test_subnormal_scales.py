@@ -1,4 +1,4 @@
-"""A tensor whose scales fall out of the range of their format is named, with how many."""
+"""A tensor whose scales fall out of the range of their format, at either end, is named, with how many."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from qtool.steps.mitigate import MitigateRequest, mitigate
 from tests.steps.conftest import Desk
 
 NAME = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("text", ["int4-g8-sfp16", "int4-asym-g8-offset-sfp16"])
+def test_a_tensor_is_named_with_the_scales_that_are_too_large(desk: Desk, tmp_path: Path, text: str) -> None:
+    def grow(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{NAME}.weight"][3:5] *= 1e9
+
+    scheme = ModelScheme(parse_tensor_scheme(text, desk.workspace.plugins.format))
+    found, _ = mitigate(MitigateRequest(str(desk.copied(tmp_path / "grown", grow)), "rtn", scheme), desk.workspace)
+    assert found.manifest.counters == {f"saturated_scales {NAME}": 2 * 3}
 
 
 @pytest.mark.parametrize(
