@@ -22,8 +22,8 @@ from qtool.plugins import Plugins
 from qtool.scheme import VECTORS, ModelScheme, TensorScheme, parse_tensor_scheme
 from qtool.scheme_parts import Rule, RuledPart
 
-Apart: TypeAlias = tuple[float, float, float]
-"""How far two schemes are apart in three ways, of which the first that differs decides."""
+Apart: TypeAlias = tuple[float, ...]
+"""How far two schemes are apart in several ways, of which the first that differs decides."""
 Check: TypeAlias = Callable[[ModelScheme], object]
 """What raises a ``SchemeError`` for a scheme that an exporter does not carry."""
 
@@ -126,14 +126,21 @@ def _written(own: ModelScheme, part: str, plugins: Plugins) -> str:
 
 
 def _apart(wanted: TensorScheme | None, held: TensorScheme | None, plugins: Plugins) -> tuple[Apart, Apart]:
-    """Return how far numbers are apart: whether bits are lost, kind, bits; and groups: values, zero points."""
+    """Return how far numbers are apart: whether bits are lost, kind, bits; and groups: scales, values, zero points."""
     if wanted is None or held is None:
-        return (0.0 if wanted is held else 2.0, 0.0, 0.0), (0.0, 0.0, 0.0)
+        return (0.0 if wanted is held else 2.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)
     more = plugins.format(held.format).bits - plugins.format(wanted.format).bits
     kind = wanted.format.startswith("int") != held.format.startswith("int")
     ratio = abs(log2(_values(held) / _values(wanted)))
     numbers = (float(more < 0), float(kind), float(abs(more)))
-    return numbers, (ratio, float(held.static != wanted.static), float(held.symmetric != wanted.symmetric))
+    four = plugins.format(wanted.format).bits == 4  # where powers of two cost more than groups of another size
+    coarser = four and held.scale == "e8m0" != wanted.scale
+    return numbers, (
+        float(coarser),
+        ratio,
+        float(held.static != wanted.static),
+        float(held.symmetric != wanted.symmetric),
+    )
 
 
 def _values(scheme: TensorScheme) -> int:

@@ -93,7 +93,7 @@ def test_what_a_refusal_names_is_carried(subjects: Make, plugins: Plugins, expor
     [
         ("compressed-tensors", "mxfp6_e3m2", "", "--weights mxfp6_e2m3"),
         ("compressed-tensors", "mxfp6_e3m2", "mxfp6_e3m2", "--weights mxfp6_e2m3 --activations mxfp6_e2m3"),
-        ("compressed-tensors", "amxfp4", "amxfp4", "--weights mxfp4 --activations mxfp4"),
+        ("compressed-tensors", "amxfp4", "amxfp4", "--weights nvfp4 --activations nvfp4"),
         ("compressed-tensors", "fp4-g16-se2m1", "", "--weights nvfp4"),
         ("compressed-tensors", "fp8_e5m2", "fp8_e5m2-token", "--weights fp8-channel-sbf16 --activations fp8-token"),
         ("compressed-tensors", "fp8-g32", "", "--weights mxfp8"),
@@ -106,10 +106,11 @@ def test_what_a_refusal_names_is_carried(subjects: Make, plugins: Plugins, expor
         ("gptq", "fp6_e3m2", "", "--weights int8-sym-channel-sfp16"),
         ("gptq", "int5-asym-channel", "", "--weights int8-asym-channel-sfp16"),
         ("awq", "nf4", "", "--weights int4-sym-g64-sfp16"),
-        ("gguf", "nf4", "", "--weights mxfp4"),
+        ("compressed-tensors", "fp4-channel", "", "--weights nvfp4"),
+        ("gguf", "nf4", "", "--weights nvfp4"),
         ("gguf", "fp8", "", "--weights int8-sym-channel-sfp16"),
         ("gguf", "int3-asym-channel", "", "--weights int4-asym-channel-offset-sfp16"),
-        ("peft", "amxfp4", "", "--weights mxfp4"),
+        ("peft", "amxfp4", "", "--weights nvfp4"),
     ],
 )
 def test_the_nearest_has_no_fewer_bits_then_the_same_kind_then_the_nearest_group(
