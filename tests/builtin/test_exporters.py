@@ -292,8 +292,14 @@ def test_transformers_quantizes_inputs_in_blocks_of_32(
 FITTED = [("fp8-token", "token"), ("fp8-tensor", "tensor"), ("fp8-g16", "group of 16")]
 
 
-@pytest.mark.parametrize("weights", ["mxfp4", "mxfp6_e2m3", "mxfp8"])
-@pytest.mark.parametrize(("activations", "shared"), FITTED)
+@pytest.mark.parametrize(
+    ("weights", "activations", "shared"),
+    [
+        *(("mxfp4", *one) for one in FITTED),
+        *(("mxfp6_e2m3", *one) for one in FITTED),
+        *(("mxfp8", *one) for one in FITTED[:2]),
+    ],
+)
 def test_transformers_rounds_inputs_to_fp8_beside_blocks(
     make: Make, tmp_path: Path, weights: str, activations: str, shared: str
 ) -> None:
@@ -501,8 +507,16 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
         ("int4-sym-g128", "int4-sym-token", "W4A16 on most kernels; W4A4 with --linear-backend humming"),
         ("int4-sym-channel", "int4-asym-token", "refused: it wants symmetric activations"),
         ("int4-sym-channel", "int6-sym-token", "refused: it wants symmetric activations of 4 or 8 bits"),
-        ("int4-sym-g128", "fp8-token", "refused: it has packed integers with FP8 activations on SM90 only; before it W4A8"),
-        ("int4-sym-g32", "fp8-token", "refused: it has packed integers with FP8 activations on SM90 only; before it refused"),
+        (
+            "int4-sym-g128",
+            "fp8-token",
+            "from SM100 on refused: it has packed integers with FP8 activations on SM90 only; before it W4A8 from SM90",
+        ),
+        (
+            "int4-sym-g32",
+            "fp8-token",
+            "from SM100 on refused: it has packed integers with FP8 activations on SM90 only; before it from SM90",
+        ),
         ("int8-sym-channel", "int8-asym-token", "W8A8: dynamic INT8 activations per token, asymmetric (by"),
         ("int8-sym-channel", "int8-sym-tensor", "refused: it wants INT8 activations per token"),
         ("fp8-channel", "", "W8A16: activations are not quantized (by"),
@@ -603,14 +617,13 @@ REFUSED = [
     ("int4-sym-g32-sfp32", "", "", "16-bit scales", "--weights int4-sym-g32-sbf16"),
     ("int4-sym-g32-sfp16", "", "", "compute in float16", "--weights int4-sym-g32-sbf16"),
     ("int8-sym-channel-se8m0", "int8-sym-token", "", "no such scales", "--weights int8-sym-channel-sbf16"),
-    ("int4-sym-g32", "nvfp4", "", "integer activations, or FP8 ones", "--activations int8-sym-token"),
+    ("int4-sym-g32", "mxfp4", "", "integer activations, or FP8 ones", "--activations int8-sym-token"),
     ("int4-sym-g32", "mxfp8-rceil", "", "integer activations, or FP8 ones", "--activations fp8-token"),
     ("int4-sym-g32", "fp8-token-c0.9", "", "the whole range", "--activations fp8-sym-token-sfp32"),
-    ("int4-sym-g32", "fp8-tensor-static", "", "static scales", "--activations fp8-sym-tensor-sfp32"),
     ("int4-sym-g32", "fp8-token-sbf16", "", "do not round them", "--activations fp8-sym-token-sfp32"),
-    ("mxfp4", "fp8-g128-sfp16", "", "do not round them", "--activations fp8-sym-g128-sfp32"),
+    ("mxfp4", "fp8-g32-sfp16", "", "do not round them", "--activations fp8-sym-g32-sfp32"),
     ("mxfp4", "mxfp8-rceil", "", "MXFP4 activations, or FP8 ones", "--activations mxfp4"),
-    ("nvfp4", "fp8-token", "", "NVFP4 activations$", "--activations nvfp4"),
+    ("mxfp8", "fp8-g16", "", "MXFP8-RCEIL activations", "--activations mxfp8-rceil"),
     ("int8-sym-channel", "int8-sym-token-o6", "", "quantize all columns", "--activations int8-sym-token-sbf16"),
     ("fp8-channel", "int8-sym-token", "", "FP8 activations", "--activations fp8-token"),
     ("fp8-b32", "fp8-token", "", "in blocks of 32", "--activations fp8-g32"),

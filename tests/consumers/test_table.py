@@ -86,10 +86,10 @@ def configs() -> Iterator[Config | None]:
         yield compressed("nvfp4-pack-quantized", "float4-sym-tensor_group16-static", given)
     for given in ("", "float4-sym-group32-dynamic", *fitted):
         yield compressed("mxfp4-pack-quantized", "float4-sym-group32-static", given)
-    for layout, weights in (("mxfp6-pack-quantized", "float6"), ("mxfp8-quantized", "float8")):
-        yield compressed(layout, f"{weights}-sym-group32-static", "float8-sym-token-dynamic")
-    for weights, given in product((*integers, "int4-sym-group128-static"), fitted):
-        yield compressed("pack-quantized", weights, given)
+    yield compressed("mxfp6-pack-quantized", "float6-sym-group32-static", "float8-sym-token-dynamic")
+    yield from (
+        compressed("pack-quantized", *both) for both in product((*integers, "int4-sym-group128-static"), fitted)
+    )
     for bits, size, sym, order in product((2, 3, 4, 8), (-1, 16, 32, 128), (True, False), (True, False)):
         config = {"bits": bits, "group_size": size, "sym": sym, "desc_act": order}
         yield {"quant_method": "gptq", "checkpoint_format": "gptq_v2" if order else "gptq", **config}

@@ -167,7 +167,7 @@ def test_what_is_read_is_the_artifact(quantize: Quantize, workspace: Workspace) 
         ("fp8-tensor", "fp8-tensor"),
         ("mxfp4", "mxfp4"),
         ("mxfp4", "fp8-g32"),
-        ("mxfp8", "fp8-g16"),
+        ("mxfp8", "fp8-token"),
         ("int4-sym-g32", "fp8-token"),
         ("mxfp6_e2m3", "mxfp6_e2m3"),
         ("mxfp6_e2m3", "mxfp8-rceil"),

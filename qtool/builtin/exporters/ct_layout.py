@@ -56,7 +56,7 @@ _FP8_INPUTS: tuple[Layout, ...] = (
     "mxfp6-pack-quantized",
     "mxfp8-quantized",
 )
-"""Layouts that have FP8 inputs beside them, with a scale a tensor, a token or a group of any size."""
+"""Layouts that have FP8 inputs beside them, with a scale a tensor, a token or, but for MXFP8, a group of any size."""
 _FLOAT_SCALES = ("bf16", "fp16", "fp32")
 _SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,8 +156,7 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
         reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
         raise _refusal(reason, "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
-    fp8 = (element, bits) == ("float", 8) and activations.scale in _FLOAT_SCALES
-    if fp8 and layout in _FP8_INPUTS:
+    if _is_fitted_fp8(layout, activations):
         if activations.scale != "fp32":
             reason = "consumers fit the scales of FP8 activations as they run, and do not round them"
             raise _refusal(reason, "activations", activations, replace(activations, scale="fp32"))
@@ -180,6 +179,13 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
     elif element != "int":
         reason = "integer weights go with integer activations, or FP8 ones"
         raise _refusal(reason, "activations", activations, "fp8-token" if bits == 8 else "int8-sym-token")
+
+
+def _is_fitted_fp8(layout: Layout, activations: TensorScheme) -> bool:
+    """Say whether inputs are FP8 beside other weights; of two sizes of FP8 groups the library warns."""
+    if layout not in _FP8_INPUTS or (layout == "mxfp8-quantized" and activations.strategy == "group"):
+        return False
+    return ELEMENTS.get(activations.format) == ("float", 8) and activations.scale in _FLOAT_SCALES
 
 
 def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
