@@ -157,10 +157,8 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
         raise _refusal(reason, "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
     if _is_fitted_fp8(layout, activations):
-        if activations.scale != "fp32":
-            reason = "consumers fit the scales of FP8 activations as they run, and do not round them"
-            raise _refusal(reason, "activations", activations, replace(activations, scale="fp32"))
-    elif layout in _INPUTS:
+        return
+    if layout in _INPUTS:
         held, own = _INPUTS[layout], _block(activations)
         rule = "" if activations.exponent_rule == "even" else f"-{activations.exponent_rule}"
         if own is None or f"{own[0]}{rule}" not in held or activations.range_rule != "tight":
@@ -185,7 +183,11 @@ def _is_fitted_fp8(layout: Layout, activations: TensorScheme) -> bool:
     """Say whether inputs are FP8 beside other weights; of two sizes of FP8 groups the library warns."""
     if layout not in _FP8_INPUTS or (layout == "mxfp8-quantized" and activations.strategy == "group"):
         return False
-    return ELEMENTS.get(activations.format) == ("float", 8) and activations.scale in _FLOAT_SCALES
+    fp8 = ELEMENTS.get(activations.format) == ("float", 8) and activations.scale in _FLOAT_SCALES
+    if fp8 and activations.scale != "fp32":
+        reason = "consumers fit the scales of FP8 activations as they run, and do not round them"
+        raise _refusal(reason, "activations", activations, replace(activations, scale="fp32"))
+    return fp8
 
 
 def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
