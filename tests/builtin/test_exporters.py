@@ -15,6 +15,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
@@ -204,6 +205,9 @@ def test_what_is_decoded_to_bfloat16_computes_the_same_in_bfloat16(
         ("int4-sym-channel", "int4-asym-token-sfp32", "pack-quantized"),
         ("int4-sym-g32", "int8-asym-tensor-sfp32", "pack-quantized"),
         ("int8-sym-g32", "int8-sym-g32-sfp32-half", "pack-quantized"),
+        *((f"int{bits}-sym-g32", "fp8-token", "pack-quantized") for bits in range(2, 9)),
+        ("int4-sym-channel", "fp8-tensor", "pack-quantized"),
+        ("int8-sym-channel", "fp8-g32", "pack-quantized"),
         ("fp8-channel-sbf16", "fp8-token", "float-quantized"),
         ("fp8-tensor", "fp8-tensor", "float-quantized"),
         ("fp8-b32-sbf16", "fp8-g32", "float-quantized"),
@@ -220,6 +224,8 @@ def test_transformers_quantizes_activations_as_qtool_does(
     assert exported.details["layout"] == layout
     assert exported.consumers["transformers"].startswith(f"W{weights[3] if weights[0] == 'i' else 8}A")
     assert f" {activations[:3].rstrip('8').upper()}" in exported.consumers["transformers"]
+    fitted = "; scales of inputs are fitted in bfloat16, not float32" in exported.consumers["transformers"]
+    assert fitted == activations.startswith("fp8")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,35 @@ def test_transformers_quantizes_inputs_in_blocks_of_32(
     alone = measured(without_activations(subject), torch.bfloat16)
     assert (theirs - ours).abs().mean() < 0.6 * (theirs - alone).abs().mean()
     assert exported.consumers["transformers"].startswith(f"{said} activations per group of 32")
-    assert exported.consumers["vllm"].startswith("unknown")
+    assert exported.consumers["vllm"].startswith("refused: it has no MXFP6" if "fp6" in weights else "unknown")
+
+
+FITTED = [("fp8-token", "token"), ("fp8-tensor", "tensor"), ("fp8-g16", "group of 16")]
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "shared"),
+    [
+        *(("mxfp4", *one) for one in FITTED),
+        *(("mxfp6_e2m3", *one) for one in FITTED),
+        *(("mxfp8", *one) for one in FITTED[:2]),
+    ],
+)
+def test_transformers_rounds_inputs_to_fp8_beside_blocks(
+    make: Make, tmp_path: Path, weights: str, activations: str, shared: str
+) -> None:
+    """The library decodes blocks to bfloat16 as they first run; from then on all can be in float32, scales too."""
+    subject = make(weights, activations)
+    exported = written(CompressedTensors(), subject, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        model(tokens()[:1])
+        nn.Module.float(model)
+        theirs = torch.cat([model(window[None]).logits for window in tokens()]).double()
+    torch.testing.assert_close(theirs, measured(subject), rtol=0, atol=1e-6)
+    assert (theirs - measured(without_activations(subject))).abs().mean() > 1e-3
+    says = f"W{read(weights)[0].bits}A8: dynamic FP8 activations per {shared}, emulated in bfloat16; scales of inputs"
+    assert exported.consumers["transformers"].startswith(says)
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4"])
@@ -401,27 +435,35 @@ def test_words_hold_codes_from_the_lowest_bit_on(rows: int, n: int, bits: int) -
 W4A4_SYM = next(preset for preset in PRESETS if preset.name == "W4A4_SYM")
 
 
-@pytest.mark.parametrize(
-    ("preset", "weights", "activations"),
-    [
-        ("W4A16", "int4-sym-g128", ""),
-        ("W8A16", "int8-sym-g128", ""),
-        ("W8A8", "int8-sym-channel", "int8-sym-token"),
-        ("W4A8", "int4-sym-g128", "int8-sym-token"),
-        ("W4A4", "int4-sym-g128", "int4-sym-token"),
-        ("W4A4", W4A4_SYM.weights, W4A4_SYM.activations),
-        ("FP8_DYNAMIC", "fp8-channel", "fp8-token"),
-        ("NVFP4", "nvfp4", "nvfp4"),
-        ("NVFP4A16", "nvfp4", ""),
-        ("MXFP4", "mxfp4", "mxfp4"),
-        ("MXFP4A16", "mxfp4", ""),
-        ("MXFP6A16", "mxfp6_e2m3", ""),
-        ("MXFP6A8", "mxfp6_e2m3", "mxfp8-rceil"),
-        ("MXFP8", "mxfp8", "mxfp8-rceil"),
-        ("MXFP8A16", "mxfp8", ""),
-        ("FP8_BLOCK", "fp8-b128", "fp8-g128"),
-    ],
-)
+LIBRARY = [
+    *((f"W{bits}A16", f"int{bits}-sym-g128", "") for bits in range(2, 9)),
+    *((f"W{bits}A8", f"int{bits}-sym-g128", "int8-sym-token") for bits in range(2, 8)),
+    *((f"W{bits}A4", f"int{bits}-sym-g128", "int4-sym-token") for bits in range(2, 5)),
+    ("W4A16_ASYM", "int4-asym-g128", ""),
+    ("W4AFP8", "int4-sym-g128", "fp8-token"),
+    ("W8A8", "int8-sym-channel", "int8-sym-token"),
+    ("INT8", "int8-sym-channel", "int8-sym-token"),
+    ("W4A4", W4A4_SYM.weights, W4A4_SYM.activations),
+    ("FP8", "fp8-tensor", "fp8-tensor-static"),
+    ("FP8_DYNAMIC", "fp8-channel", "fp8-token"),
+    ("NVFP4", "nvfp4", "nvfp4"),
+    ("NVFP4A16", "nvfp4", ""),
+    ("MXFP4", "mxfp4", "mxfp4"),
+    ("MXFP4A16", "mxfp4", ""),
+    ("MXFP4XFP8", "mxfp4", "fp8-g128"),
+    ("MXFP6A16", "mxfp6_e2m3", ""),
+    ("MXFP6A8", "mxfp6_e2m3", "mxfp8-rceil"),
+    ("MXFP8", "mxfp8", "mxfp8-rceil"),
+    ("MXFP8A16", "mxfp8", ""),
+    ("FP8_BLOCK", "fp8-b128", "fp8-g128"),
+]
+
+
+def test_every_preset_of_the_library_is_compared() -> None:
+    assert {preset for preset, _, _ in LIBRARY} == PRESET_SCHEMES.keys() - {"UNQUANTIZED"}
+
+
+@pytest.mark.parametrize(("preset", "weights", "activations"), LIBRARY)
 def test_the_config_says_what_the_librarys_presets_say(
     plugins: Plugins, preset: str, weights: str, activations: str
 ) -> None:
@@ -465,6 +507,16 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
         ("int4-sym-g128", "int4-sym-token", "W4A16 on most kernels; W4A4 with --linear-backend humming"),
         ("int4-sym-channel", "int4-asym-token", "refused: it wants symmetric activations"),
         ("int4-sym-channel", "int6-sym-token", "refused: it wants symmetric activations of 4 or 8 bits"),
+        (
+            "int4-sym-g128",
+            "fp8-token",
+            "from SM100 on refused: it has packed integers with FP8 activations on SM90 only; before it W4A8 from SM90",
+        ),
+        (
+            "int4-sym-g32",
+            "fp8-token",
+            "from SM100 on refused: it has packed integers with FP8 activations on SM90 only; before it from SM90",
+        ),
         ("int8-sym-channel", "int8-asym-token", "W8A8: dynamic INT8 activations per token, asymmetric (by"),
         ("int8-sym-channel", "int8-sym-tensor", "refused: it wants INT8 activations per token"),
         ("fp8-channel", "", "W8A16: activations are not quantized (by"),
@@ -565,7 +617,13 @@ REFUSED = [
     ("int4-sym-g32-sfp32", "", "", "16-bit scales", "--weights int4-sym-g32-sbf16"),
     ("int4-sym-g32-sfp16", "", "", "compute in float16", "--weights int4-sym-g32-sbf16"),
     ("int8-sym-channel-se8m0", "int8-sym-token", "", "no such scales", "--weights int8-sym-channel-sbf16"),
-    ("int4-sym-g32", "fp8-token", "", "integer activations", "--activations int8-sym-token"),
+    ("int4-sym-g32", "mxfp4", "", "integer activations, or FP8 ones", "--activations int8-sym-token"),
+    ("int4-sym-g32", "mxfp8-rceil", "", "integer activations, or FP8 ones", "--activations fp8-token"),
+    ("int4-sym-g32", "fp8-token-c0.9", "", "the whole range", "--activations fp8-sym-token-sfp32"),
+    ("int4-sym-g32", "fp8-token-sbf16", "", "do not round them", "--activations fp8-sym-token-sfp32"),
+    ("mxfp4", "fp8-g32-sfp16", "", "do not round them", "--activations fp8-sym-g32-sfp32"),
+    ("mxfp4", "mxfp8-rceil", "", "MXFP4 activations, or FP8 ones", "--activations mxfp4"),
+    ("mxfp8", "fp8-g16", "", "MXFP8-RCEIL activations", "--activations mxfp8-rceil"),
     ("int8-sym-channel", "int8-sym-token-o6", "", "quantize all columns", "--activations int8-sym-token-sbf16"),
     ("fp8-channel", "int8-sym-token", "", "FP8 activations", "--activations fp8-token"),
     ("fp8-b32", "fp8-token", "", "in blocks of 32", "--activations fp8-g32"),

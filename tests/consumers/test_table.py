@@ -80,11 +80,16 @@ def configs() -> Iterator[Config | None]:
         ("float8-sym-channel-static", "float8-sym-tensor-static", "float8-sym-block-static"), floats
     ):
         yield compressed("float-quantized", weights, given)
+    fitted = [one for one in floats if one.endswith("dynamic")]
     yield compressed("naive-quantized", "float8-sym-channel-static")
     for given in ("", "float4-sym-tensor_group16-local"):
         yield compressed("nvfp4-pack-quantized", "float4-sym-tensor_group16-static", given)
-    for given in ("", "float4-sym-group32-dynamic"):
+    for given in ("", "float4-sym-group32-dynamic", *fitted):
         yield compressed("mxfp4-pack-quantized", "float4-sym-group32-static", given)
+    yield compressed("mxfp6-pack-quantized", "float6-sym-group32-static", "float8-sym-token-dynamic")
+    yield from (
+        compressed("pack-quantized", *both) for both in product((*integers, "int4-sym-group128-static"), fitted)
+    )
     for bits, size, sym, order in product((2, 3, 4, 8), (-1, 16, 32, 128), (True, False), (True, False)):
         config = {"bits": bits, "group_size": size, "sym": sym, "desc_act": order}
         yield {"quant_method": "gptq", "checkpoint_format": "gptq_v2" if order else "gptq", **config}

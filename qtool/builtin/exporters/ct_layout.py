@@ -50,6 +50,13 @@ _INPUTS: Mapping[Layout, tuple[str, ...]] = {
     "mxfp8-quantized": ("mxfp8-rceil",),
 }
 """Inputs beside blocks; of FP8 the library rounds exponents up from 448 on, as ``rceil`` does but for 448 itself."""
+_FP8_INPUTS: tuple[Layout, ...] = (
+    "pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp6-pack-quantized",
+    "mxfp8-quantized",
+)
+"""Layouts that have FP8 inputs beside them, with a scale a tensor, a token or, but for MXFP8, a group of any size."""
 _FLOAT_SCALES = ("bf16", "fp16", "fp32")
 _SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -149,11 +156,14 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
         reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
         raise _refusal(reason, "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
+    if _is_fitted_fp8(layout, activations):
+        return
     if layout in _INPUTS:
         held, own = _INPUTS[layout], _block(activations)
         rule = "" if activations.exponent_rule == "even" else f"-{activations.exponent_rule}"
         if own is None or f"{own[0]}{rule}" not in held or activations.range_rule != "tight":
             reason = f"{layout.partition('-')[0].upper()} weights go with {' or '.join(held).upper()} activations"
+            reason += ", or FP8 ones" if layout in _FP8_INPUTS else ""
             raise _refusal(reason, "activations", activations, held[-1] if bits == 8 else held[0])
     elif layout == "float-quantized":
         if block is not None:
@@ -165,7 +175,19 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
             reason = "FP8 weights go with FP8 activations, one scale a token or a tensor"
             raise _refusal(reason, "activations", activations, "fp8-token")
     elif element != "int":
-        raise _refusal("integer weights go with integer activations", "activations", activations, "int8-sym-token")
+        reason = "integer weights go with integer activations, or FP8 ones"
+        raise _refusal(reason, "activations", activations, "fp8-token" if bits == 8 else "int8-sym-token")
+
+
+def _is_fitted_fp8(layout: Layout, activations: TensorScheme) -> bool:
+    """Say whether inputs are FP8 beside other weights; of two sizes of FP8 groups the library warns."""
+    if layout not in _FP8_INPUTS or (layout == "mxfp8-quantized" and activations.strategy == "group"):
+        return False
+    fp8 = ELEMENTS.get(activations.format) == ("float", 8) and activations.scale in _FLOAT_SCALES
+    if fp8 and activations.scale != "fp32":
+        reason = "consumers fit the scales of FP8 activations as they run, and do not round them"
+        raise _refusal(reason, "activations", activations, replace(activations, scale="fp32"))
+    return fp8
 
 
 def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
