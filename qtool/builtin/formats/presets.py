@@ -35,6 +35,7 @@ PRESETS: tuple[Preset, ...] = (
         None,
         "INT4 weights in groups of 128, INT8 inputs per token",
     ),
+    Preset("W4AFP8", "int4-sym-g128", "fp8-token", None, "INT4 weights in groups of 128, FP8 inputs per token"),
     Preset(
         "W4A4",
         "int4-sym-channel",
@@ -54,6 +55,7 @@ PRESETS: tuple[Preset, ...] = (
     Preset("NVFP4A16", "nvfp4", None, None, "NVFP4 weights"),
     Preset("MXFP4", "mxfp4", "mxfp4", None, "MXFP4 weights and inputs"),
     Preset("MXFP4A16", "mxfp4", None, None, "MXFP4 weights"),
+    Preset("MXFP4XFP8", "mxfp4", "fp8-g128", None, "MXFP4 weights, FP8 inputs in groups of 128"),
     Preset("AMXFP4", "amxfp4", "amxfp4", None, "AMXFP4 weights and inputs: MXFP4 with a scale for each sign"),
     Preset("AMXFP4A16", "amxfp4", None, None, "AMXFP4 weights"),
     Preset("MXFP6", "mxfp6_e2m3", "mxfp6_e2m3", None, "MXFP6 weights and inputs, of E2M3"),
