@@ -237,6 +237,8 @@ W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
         (NVFP4, "vllm", "cpu", "refuses", "refused: it has no kernel for NVFP4"),
         (NVFP4, "sglang", "sm89", "executes-other", "W4A16, with a warning"),
         (MXFP4, "sglang", "sm100", "refuses", "refused: it reads MXFP4 of experts only"),
+        (MXFP4, "vllm", "sm75", "refuses", "refused: it has MXFP4 from SM80 on"),
+        (MXFP4, "vllm", "sm80", "executes-other", "W4A16, unless"),
         (STATIC_W8A8, "sglang", "sm90", "executes-other", "W8A8: dynamic INT8 activations per token, though"),
         (FP8_BLOCK, "sglang", "sm90", "loads", "W8A8: dynamic FP8 activations per group of 128"),
         (FP8_BLOCK, "sglang", "sm100", "executes-other", "W8A8: dynamic FP8 activations per group of 128; with"),
