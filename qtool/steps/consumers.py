@@ -16,6 +16,8 @@ from qtool.plugins import Plugins
 from qtool.steps.description import Description, Table
 
 CPU = "cpu"
+_CAPABILITIES = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
+"""Compute capabilities of NVIDIA's devices from Maxwell on."""
 _COLUMNS = ("consumer", "device", "verdict", "executes", "kernel", "message", "version", "known")
 
 
@@ -96,12 +98,15 @@ def _device_here() -> str:
 def _checked(device: str) -> str:
     """Refuse what is no device."""
     device = device.lower()
-    if device == CPU or (device.startswith("sm") and device[2:].isdecimal()):
+    known = (CPU, *(f"sm{number}" for number in _CAPABILITIES))
+    if device in known:
         return device
+    number = device.removeprefix("sm")
+    near = min(_CAPABILITIES, key=lambda one: abs(one - int(number))) if number.isdecimal() else 90
     raise UsageError(
         f"there is no device called `{device}`",
-        facts=(("expected", "cpu, or a compute capability as sm90"),),
-        hint="--on sm90",
+        facts=(("known", ", ".join(known)),),
+        hint=f"--on sm{near}",
     )
 
 

@@ -121,6 +121,8 @@ def test_the_exit_code_says_whether_it_runs_as_meant(
         (("--for", "vllm"), 2, "`--for` belongs to a checkpoint", "qtool doctor CHECKPOINT --for …"),
         ((".", "--on", "sm90"), 2, "`--on` belongs to `--for`; without it all devices are shown", "--for vllm"),
         ((".", "--for", "vllm", "--on", "h100"), 2, "there is no device called `h100`", "--on sm90"),
+        ((".", "--for", "vllm", "--on", "sm999"), 2, "there is no device called `sm999`", "--on sm121"),
+        ((".", "--for", "vllm", "--on", "sm91"), 2, "there is no device called `sm91`", "--on sm90"),
     ],
 )
 def test_bad_words_end_in_a_sentence(qtool: Run, words: tuple[str, ...], code: int, says: str, hint: str) -> None:

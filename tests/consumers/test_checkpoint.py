@@ -240,13 +240,13 @@ def test_a_capability_between_two_known_ones_is_the_lower(tmp_path: Path) -> Non
     config = {**BY_OTHERS["ModelOpt"], "kv_cache_quant_algo": None}
     checkpoint(folder, config, f"{NAME}.weight_scale")
     told = {}
-    for device in ("sm86", "sm99", "sm100", "sm120", "sm60", "cpu"):
+    for device in ("sm86", "sm88", "sm100", "sm120", "sm60", "cpu"):
         _, answer = examine_checkpoint(folder, plugins, consumer="vllm", device=device)
         assert answer is not None
         assert answer.device == device
         told[device] = answer.verdict
     assert told == {
-        "sm86": "executes-other", "sm99": "executes-other", "sm100": "loads", "sm120": "loads", "sm60": "unknown",
+        "sm86": "executes-other", "sm88": "executes-other", "sm100": "loads", "sm120": "loads", "sm60": "unknown",
         "cpu": "refuses",
     }  # fmt: skip
     with pytest.raises(UsageError, match="no device called `hopper`"):

@@ -52,6 +52,13 @@ def compressed(layout: str, weights: str, inputs: str = "", cache: str = "") -> 
     }
 
 
+def microscaled() -> Iterator[Config]:
+    """Yield MXFP8 and MXFP6, each without and with quantized inputs."""
+    for given in ("", "float8-sym-group32-dynamic"):
+        yield compressed("mxfp8-quantized", "float8-sym-group32-static", given)
+        yield compressed("mxfp6-pack-quantized", "float6-sym-group32-static", given)
+
+
 def configs() -> Iterator[Config | None]:
     """Yield what checkpoints of qtool's and of others' hold."""
     yield None
@@ -90,6 +97,9 @@ def configs() -> Iterator[Config | None]:
     yield from (
         compressed("pack-quantized", *both) for both in product((*integers, "int4-sym-group128-static"), fitted)
     )
+    yield from microscaled()
+    yield compressed("int-quantized", "int8-sym-channel-static", "int8-sym-group32-dynamic")
+    yield compressed("pack-quantized", "int4-sym-group96-static", "", "float8-sym-group32-dynamic")
     for bits, size, sym, order in product((2, 3, 4, 8), (-1, 16, 32, 128), (True, False), (True, False)):
         config = {"bits": bits, "group_size": size, "sym": sym, "desc_act": order}
         yield {"quant_method": "gptq", "checkpoint_format": "gptq_v2" if order else "gptq", **config}
@@ -222,6 +232,15 @@ INTEGER_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="i
 MODELOPT_FP8 = {"quant_method": "modelopt", "quant_algo": "FP8"}
 W8A16 = compressed("pack-quantized", "int8-sym-channel-static")
 W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
+MXFP8 = compressed("mxfp8-quantized", "float8-sym-group32-static", "float8-sym-group32-dynamic")
+MXFP8_WEIGHTS = compressed("mxfp8-quantized", "float8-sym-group32-static")
+MXFP6 = compressed("mxfp6-pack-quantized", "float6-sym-group32-static", "float8-sym-group32-dynamic")
+FP8_BLOCK_WEIGHTS = compressed("float-quantized", "float8-sym-block-static")
+FP8_STATIC = compressed("float-quantized", "float8-sym-tensor-static", "float8-sym-tensor-static")
+TENSOR_W8A8 = compressed("int-quantized", "int8-sym-tensor-static", "int8-sym-tensor-static")
+GROUPED_W8A8 = compressed("int-quantized", "int8-sym-channel-static", "int8-sym-group32-dynamic")
+HEAD_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-group32-dynamic")
+TOKEN_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-token-dynamic")
 
 
 @pytest.mark.parametrize(
@@ -288,6 +307,58 @@ def test_what_is_known(config: Config | None, consumer: str, device: str, verdic
     assert (found.verdict, found.says[: len(says)]) == (verdict, says)
 
 
+NO_BITS = "Only num_bits in (8) are supported"
+NO_SCHEME = "No compressed-tensors compatible scheme was found"
+NO_SCALES = "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 argument(s)"
+NO_KERNEL = "Failed to find a kernel that can implement the {} linear layer"
+NO_STRATEGY = "Invalid strategy for compressed-tensors KV cache"
+NO_AMX = "requires AMX tile support (Sapphire Rapids or newer)"
+
+
+@pytest.mark.parametrize(
+    ("config", "consumer", "devices", "verdict", "says", "message"),
+    [
+        (MXFP8, "vllm", ("sm75", "sm80", "sm89", "sm90"), "executes-other", "W8A16", ""),
+        (MXFP8_WEIGHTS, "vllm", ("sm75", "sm80", "sm89", "sm90"), "loads", "W8A16: activations are not quantized", ""),
+        (MXFP8, "vllm", ("sm100",), "loads", "W8A8: dynamic FP8 activations per group of 32; W8A16 where", ""),
+        (MXFP8_WEIGHTS, "vllm", ("sm100",), "executes-other", "W8A8, whatever the config says of activations; W8", ""),
+        (MXFP8, "vllm", ("cpu",), "refuses", "refused: it has no kernel for MXFP8", NO_KERNEL.format("MXFP8")),
+        (MXFP8_WEIGHTS, "vllm", ("cpu",), "refuses", "refused: it has no kernel for MXFP8", NO_KERNEL.format("MXFP8")),
+        (MXFP8, "sglang", ("sm80", "sm100"), "refuses", "refused: it has no MXFP8 of compressed", NO_SCHEME + "."),
+        (MXFP6, "vllm", ("sm75", "sm100", "cpu"), "refuses", "refused: floats of compressed-tensors have", NO_BITS),
+        (MXFP6, "sglang", ("sm80", "sm100"), "refuses", "refused: floats of compressed-tensors have", NO_BITS),
+        (FP8_BLOCK, "vllm", ("cpu",), "refuses", "refused: it has kernels for FP8 in blocks on CPUs with", NO_AMX),
+        (FP8_BLOCK_WEIGHTS, "vllm", ("cpu",), "refuses", "refused: it has no kernel for", NO_KERNEL.format("ScaledMM")),
+        (FP8_STATIC, "vllm", ("cpu",), "refuses", "refused: it fails on FP8 weights with one scale", NO_SCALES),
+        (GROUPED_W8A8, "vllm", ("cpu",), "refuses", "refused: it wants INT8 activations per token", NO_SCHEME),
+        (TENSOR_W8A8, "vllm", ("cpu",), "executes-other", "W8A8: static INT8 activations per tensor; on", ""),
+        (STATIC_W8A8, "vllm", ("cpu",), "executes-other", "W8A8: static INT8 activations per tensor; on", ""),
+        (HEAD_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
+        (TOKEN_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
+    ],
+)  # fmt: skip
+def test_all_layouts_that_are_written_are_known(
+    config: Config, consumer: str, devices: Sequence[str], verdict: str, says: str, message: str
+) -> None:
+    for device in devices:
+        found = asked(config, consumer, device)
+        assert (found.verdict, found.says[: len(says)], found.message) == (verdict, says, message)
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_sglang_rotates_no_inputs(kind: str) -> None:
+    apply = [{"location": "input", "targets": ["model.layers.0.mlp.down_proj"]}]
+    turned = {**W4A16, "transform_config": {"config_groups": {"a": {"type": kind, "apply": apply}}}}
+    found = asked(turned, "sglang", "sm90")
+    assert (found.verdict, found.says[:30]) == ("executes-other", "cannot be read: it does not lo")
+
+
+@pytest.mark.parametrize("layout", ["F16", "Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"])
+def test_vllm_on_a_cpu_reads_no_gguf_files(layout: str) -> None:
+    found = answer([Case("gguf", layout, bits=4)], "vllm", "cpu")
+    assert (found.says, found.message) == ("refused: it has no loader of GGUF files", "is not a valid JSON file")
+
+
 @pytest.mark.parametrize(
     ("layout", "consumer", "verdict"),
     [
@@ -331,6 +402,9 @@ def test_rotations_in_the_forward_pass_are_refused_on_a_cpu_with_its_message(kin
         (NVFP4, "sm90", "MarlinNvFp4LinearKernel"),
         (NVFP4, "sm100", ""),
         (FP8, "cpu", "ChannelWiseTorchFP8ScaledMMLinearKernel"),
+        (MXFP8, "sm89", "MarlinMxfp8LinearKernel"),
+        (MXFP8, "sm90", "HummingMxfp8LinearKernel"),
+        (MXFP8, "sm100", ""),
     ],
 )
 def test_kernels_are_named_where_they_are_known(config: Config, device: str, kernel: str) -> None:
