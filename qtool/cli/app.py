@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Options may not have been read by the time something fails.
     debug = "--debug" in words
     try:
-        with _stopped_by(signal.SIGTERM, signal.SIGHUP):
+        with _stopped_by("SIGTERM", "SIGHUP"):
             return _run(words)
     except KeyboardInterrupt:
         return report_interruption()
@@ -97,10 +97,12 @@ def build(found: Plugins) -> typer.Typer:
 
 
 @contextmanager
-def _stopped_by(*signals: signal.Signals) -> Iterator[None]:
-    """Let signals end a command as Ctrl-C does, so that nothing half-done is left; those that are ignored stay so."""
-    before = {one: signal.getsignal(one) for one in signals} if current_thread() is main_thread() else {}
-    caught = [one for one, handler in before.items() if handler == signal.SIG_DFL]
+def _stopped_by(*names: str) -> Iterator[None]:
+    """Let signals that the system has end a command as Ctrl-C does; those that are ignored stay so."""
+    here = (
+        [getattr(signal, name) for name in names if hasattr(signal, name)] if current_thread() is main_thread() else []
+    )
+    caught = [one for one in here if signal.getsignal(one) == signal.SIG_DFL]
     for one in caught:
         signal.signal(one, signal.default_int_handler)
     try:
