@@ -380,7 +380,7 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
         return replace(scheme, scale_bits=int(codes[1]), scale_rows=int(codes[2]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
-        facts=(("grammar", "<format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real][-s<scale>]"),),
+        facts=(("grammar", "".join(map(str.strip, (__doc__ or "").partition("::")[2].splitlines()))),),
         hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     )
 
