@@ -471,3 +471,13 @@ def test_what_is_cached_as_a_latent_has_no_scales_of_keys(exporter: Exporter) ->
         artifact, _ = mitigate(MitigateRequest(str(latent.statistics.path), "rtn", asked), latent.workspace)
         with pytest.raises(SchemeError, match="latent"):
             exporter.check(open_subject(str(artifact.path), latent.workspace).subject)
+
+
+def test_stored_scales_that_no_config_speaks_of_are_not_dropped(tiny: TinyModel, tmp_path: Path) -> None:
+    subject = rounded(tiny)
+    CompressedTensors().write(subject, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="has scales of a KV cache and does not say that it is quantized"):
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)

@@ -118,6 +118,15 @@ def test_groups_of_one_value_and_narrow_ranges_lose_digits_only(
     assert float(error) <= 1e-6 + abs(value) * precision / 10 + 2.0**-24
 
 
+def test_values_that_all_lie_below_their_rounded_offset_have_a_negative_step(plugins: Plugins) -> None:
+    fmt, scheme = plugins.format("int4"), TensorScheme("int4", symmetric=False, scale="bf16", offset=True)
+    values = torch.tensor([[1.0040, 1.0050]])
+    fitted = fmt.fit(values, scheme)
+    assert fitted.offset is not None
+    assert float(fitted.offset) > 1.0050 > float(fitted.offset + 15 * fitted.scale)
+    torch.testing.assert_close(fmt.round(values, fitted), values, rtol=0, atol=1.5e-4)
+
+
 def test_values_beyond_float16_are_clamped() -> None:
     scale, offset = fit_offset(torch.tensor([[-1e5, 1e5]]), num_bits=8, scale_format="fp16")
     assert float(offset) == -65504
