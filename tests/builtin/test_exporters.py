@@ -384,7 +384,7 @@ SYMMETRIC = [f"int{bits}-sym-{'channel' if bits % 2 else 'g32'}" for bits in ran
 ASYMMETRIC = ["int4-asym-g32", "int3-asym-channel", "int5-asym-g16", "int8-asym-channel"]
 
 
-FLOATS = ["nvfp4", "mxfp4", "mxfp6_e2m3", "mxfp8", "fp8-tensor", "fp8-channel", "fp8-b48"]
+FLOATS = ["nvfp4", "mxfp4", "mxfp6_e2m3", "mxfp8", "fp8-tensor", "fp8-channel", "fp8-g32", "fp8-b48"]
 
 
 @pytest.mark.parametrize("weights", [*SYMMETRIC, *ASYMMETRIC, *FLOATS])
@@ -615,7 +615,6 @@ REFUSED = [
     ("mxfp8", "mxfp8", "", "MXFP8 weights go with MXFP8-RCEIL", "--activations mxfp8-rceil"),
     ("mxfp6_e2m3", "mxfp8-search", "", "MXFP6 weights go with", "--activations mxfp8-rceil"),
     ("mxfp6_e2m3", "mxfp6_e3m2", "", "MXFP6 weights go with", "--activations mxfp6_e2m3"),
-    ("fp8-g32", "", "", "one scale a row", "--weights mxfp8"),
     ("int4-sym-tensor", "", "", "no scale for a whole tensor", "--weights int4-sym-channel-sbf16"),
     ("int4-sym-g32-sfp32", "", "", "16-bit scales", "--weights int4-sym-g32-sbf16"),
     ("int4-sym-g32-sfp16", "", "", "compute in float16", "--weights int4-sym-g32-sbf16"),

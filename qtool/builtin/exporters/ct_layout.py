@@ -119,8 +119,8 @@ def _weight_layout(weights: TensorScheme, activations: TensorScheme | None) -> L
         reason = "FP6 is held as MXFP6 only" if bits == 6 else "FP4 is held as NVFP4 or MXFP4 only"
         raise SchemeError(reason, facts=(("weights", weights),))
     if element == "float":
-        if weights.strategy == "group" or weights.scale not in _FLOAT_SCALES:
-            reason = "FP8 weights have one scale a row, a tensor, a block of rows and columns, or are MXFP8"
+        if weights.scale not in _FLOAT_SCALES:
+            reason = "scales of FP8 weights are floats of 16 or 32 bits, or those of MXFP8"
             raise SchemeError(reason, facts=(("weights", weights),))
         return "float-quantized"
     eight = activations is not None and activations.format == weights.format == "int8"

@@ -96,7 +96,6 @@ def test_what_a_refusal_names_is_carried(subjects: Make, plugins: Plugins, expor
         ("compressed-tensors", "amxfp4", "amxfp4", "--weights nvfp4 --activations nvfp4"),
         ("compressed-tensors", "fp4-g16-se2m1", "", "--weights nvfp4"),
         ("compressed-tensors", "fp8_e5m2", "fp8_e5m2-token", "--weights fp8-channel-sbf16 --activations fp8-token"),
-        ("compressed-tensors", "fp8-g32", "", "--weights mxfp8"),
         ("modelopt", "int8-sym-channel", INT8, "--weights fp8-channel-sbf16 --activations fp8-token"),
         ("modelopt", "mxfp8", "", "--weights fp8-channel-sbf16 --activations fp8-token"),
         ("modelopt", "fp8_e5m2", "", "--weights fp8-channel-sbf16 --activations fp8-token"),
