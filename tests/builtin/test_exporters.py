@@ -500,6 +500,9 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
     assert config["ignore"] == ["lm_head"]
 
 
+SM100_MXFP4 = "W4A4 from SM100 on, whatever the config says of activations; before it W4A16 from SM80 on"
+
+
 @pytest.mark.parametrize(
     ("weights", "activations", "executed_by_vllm"),
     [
@@ -527,8 +530,8 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
         ("fp8-b128", "fp8-g128", "W8A8 from SM89 on: dynamic FP8 activations per group of 128"),
         ("nvfp4", "", "W4A16: activations are not quantized (by"),
         ("nvfp4", "nvfp4", "W4A4 from SM100 on; before it W4A16, unless --linear-backend emulation"),
-        ("mxfp4", "", "W4A4 from SM100 on, whatever the config says of activations; before it W4A16 from SM80 on; before it refused"),
-        ("mxfp4", "mxfp4", "W4A4 from SM100 on, whatever the config says of activations; before it W4A16 from SM80 on, unless"),
+        ("mxfp4", "", f"{SM100_MXFP4}; before it refused"),
+        ("mxfp4", "mxfp4", f"{SM100_MXFP4}, unless --linear-backend emulation"),
     ],
 )
 def test_what_vllm_does_with_a_scheme_is_said(
