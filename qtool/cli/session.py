@@ -136,7 +136,7 @@ class Session:
         """Print an artifact, and what was measured for people to read."""
         if not self.common.json and not self.common.quiet:
             say_values(metrics)
-            for consumer, executes in artifact.manifest.details.get("consumers", {}).items():
+            for consumer, executes in sorted(artifact.manifest.details.get("consumers", {}).items()):
                 say("note", f"{consumer}: {executes}")
         write_artifact(artifact, as_json=self.common.json, reused=reused, metrics=metrics)
 

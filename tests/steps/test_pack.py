@@ -235,6 +235,17 @@ def test_a_checkpoint_that_was_changed_is_not_given_again(
     assert weights.read_bytes() == whole
 
 
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
+def test_torch_has_its_threads_again(quantize: Quantize, workspace: Workspace, to: str) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        pack(PackRequest(quantize("int4-sym-g16"), to), workspace)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_all_may_read_a_checkpoint_who_may_read_its_folder(
     quantize: Quantize, workspace: Workspace, tmp_path: Path
 ) -> None:
