@@ -144,6 +144,8 @@ def _elsewhere(task: Task, source: str, workspace: Workspace, *, threads: int) -
     said: list[str] = []
     outcome = _attempt(task, source, replace(workspace, warn=said.append))
     error = None if outcome.error is None else _travelling(outcome.error)
+    if workspace.device.type == "cuda":
+        torch.cuda.empty_cache()  # others work on this device
     return replace(outcome, error=error, warnings=tuple(said))
 
 
