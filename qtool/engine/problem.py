@@ -45,6 +45,11 @@ class Adapter:
             up = up.float() * self.up_scale.float()
         return down.to(dtype), up.to(dtype)
 
+    def on(self, device: torch.device) -> Adapter:
+        """Return it with its tensors on a device."""
+        down_scale, up_scale = (None if one is None else one.to(device) for one in (self.down_scale, self.up_scale))
+        return Adapter(self.down.to(device), self.up.to(device), down_scale, up_scale, self.reads)
+
     def product(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """Return what it adds to the weight."""
         down, up = self.factors(dtype)
