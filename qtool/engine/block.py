@@ -32,7 +32,7 @@ from qtool.engine.stored import (
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
-from qtool.model.statistics import SiteStatistics
+from qtool.model.statistics import BLOCKS, HESSIAN, SiteStatistics
 
 Refine = Callable[[Method, Mapping[str, LayerProblem]], BlockResult]
 """Runs a block-wise method on the problems of a block's linears by full name."""
@@ -52,9 +52,13 @@ class InputGrids:
 
 
 def needs_of(methods: Iterable[Method], inputs: InputGrids | None) -> tuple[str, ...]:
-    """Return the statistics that methods read, and those that scales of inputs are found from."""
+    """Return the statistics that methods read, and those that scales of inputs are found from.
+
+    What reads blocks of a Hessian takes them from the whole if another method reads that.
+    """
     static = () if inputs is None else inputs.needs
-    return tuple(dict.fromkeys((*(need for method in methods for need in method.needs), *static)))
+    needs = dict.fromkeys((*(need for method in methods for need in method.needs), *static))
+    return tuple(need for need in needs if need != BLOCKS or HESSIAN not in needs)
 
 
 def static_inputs(subject: Subject) -> InputGrids | None:

@@ -11,8 +11,10 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from qtool.engine.grid import GlobalScales, Grid
-from qtool.errors import UsageError
+from qtool.errors import ShapeError, UsageError
+from qtool.model.statistics import BLOCKS
 from qtool.numerics.outliers import Outliers
+from qtool.numerics.second_moments import diagonal_blocks, inner_blocks
 from qtool.scheme import GroupParameters
 
 Reads: TypeAlias = Literal["quantized", "full"]
@@ -88,7 +90,8 @@ class LayerProblem:
         grid: What it is to be rounded to.
         hessian: Weighted mean of x xᵀ over calibration tokens, float32, or None where it is not known. Losses are told
             in it, so it is there for methods as well that do not need it, where statistics have it.
-        entries: Other statistics of the layer's input by name (``absmax``, ``mean_abs``, ``sample``, …).
+        entries: Other statistics of the layer's input by name (``absmax``, ``mean_abs``, ``sample``, …). Blocks of the
+            Hessian are for ``need_blocks`` to find, here or in the whole.
         global_scales: Tensor-level multipliers that the parts of the grid must use (shared with the layer's siblings);
             empty where the layer may choose its own.
         seed: Seeds whatever is random.
@@ -123,6 +126,28 @@ class LayerProblem:
                 hint="qtool calibrate MODEL --gather hessian,absmax,sample",
             )
         return self.hessian
+
+    def need_blocks(self, columns: slice, size: int) -> Float[Tensor, "groups size size"]:
+        """Return blocks along the Hessian's diagonal, of the whole or of larger blocks that were gathered in its place.
+
+        Args:
+            columns: Which the blocks are of.
+            size: Of a block; 1 for the diagonal itself.
+
+        Raises:
+            UsageError: Neither was gathered, or blocks too small.
+        """
+        if self.hessian is not None or BLOCKS not in self.entries:
+            return diagonal_blocks(self.need_hessian()[columns, columns], size)
+        blocks = self.entries[BLOCKS]
+        try:
+            return inner_blocks(blocks, columns, size)
+        except ShapeError as error:
+            raise UsageError(
+                f"groups of `{self.name}` do not lie in blocks of its Hessian that were gathered in place of the whole",
+                facts=(("groups", size), ("blocks", blocks.shape[-1])),
+                hint="qtool calibrate MODEL --gather hessian,absmax,sample",
+            ) from error
 
     def after(self, previous: QuantizedLinear) -> LayerProblem:
         """Return the problem as the method to the right sees it."""

@@ -20,10 +20,10 @@ from qtool.engine.grid import GridPart
 from qtool.engine.model_problem import ModelMitigator, ModelProblem, Values
 from qtool.engine.propagate import Propagation
 from qtool.engine.solve import Method
-from qtool.engine.starved import HESSIAN
 from qtool.engine.stored import NORMS, OUTLIERS, read_linear, scale_names
 from qtool.model.family import Norm
 from qtool.model.graph import LinearSite
+from qtool.model.statistics import HESSIAN
 from qtool.numerics.groups import from_groups
 from qtool.numerics.likelihood import divergence
 from qtool.numerics.losses import relative_loss

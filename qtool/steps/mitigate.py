@@ -20,12 +20,12 @@ from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
 from qtool.engine.propagate import Propagation, compares_inputs
 from qtool.engine.solve import Method, Solver
-from qtool.engine.starved import DEFAULT_SHARE, HESSIAN
+from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.whole_model import WHOLE, WholeModel
 from qtool.errors import ArtifactError, NumericalError, UsageError
 from qtool.model.plan import Plan
-from qtool.model.statistics import SiteStatistics
+from qtool.model.statistics import HESSIAN, SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
@@ -296,7 +296,7 @@ class _Work:
             if self.needs:
                 self._check_carried(self.statistics.manifest.step.config)
             plan = self.opened.subject.plan if gathered_behind(self.statistics.manifest) is None else Plan()
-            carried = CarriedStatistics(self.statistics, self.model, plan, hessians=HESSIAN in self.known)
+            carried = CarriedStatistics(self.statistics, self.model, plan, moments=self.known)
         notes, estimated = [], set[str]()
         for layer in self._layers():
             if not writer.has(f"layer-{layer}"):
