@@ -256,7 +256,7 @@ class BlockSolver:
         experts = expert_notes(solved.seen)
         counters.update({name: len(experts[name]) for name in ("shrunk_experts", "experts_rtn") if name in experts})
         aimed = solved.solution.reports
-        reports = {name: {**linear.report, **aimed.get(name, {})} for name, linear in solved.solution.linears.items()}
+        reports = {name: {**aimed.get(name, {}), **linear.report} for name, linear in solved.solution.linears.items()}
         notes: dict[str, Any] = {"reports": reports, "counters": {k: v for k, v in counters.items() if v}}
         if solved.report:
             notes["block"] = solved.report

@@ -62,7 +62,9 @@ class QuantizedLinear:
         parameters: Of each part of the grid: scales and zero points ``[out, groups]`` as stored, and the tensor-level
             multiplier.
         adapter: Low-rank correction, if any.
-        report: What happened, as numbers: ``loss`` and ``loss_rtn`` (tr(EHEᵀ)/tr(WHWᵀ)), ``dampening_frac``, ….
+        report: What happened, as numbers: ``loss``, tr(EHEᵀ)/tr(WHWᵀ), ``loss_rtn`` of rounding to nearest,
+            ``loss_before`` of what the last method that tells it started from (what the one to its left made, or
+            rounding to nearest for the first), ``dampening_frac``, ….
         counters: What was not as usual, summed over the model: ``dead_columns``, ``raised_dampening``, ….
         outliers: Weights in 16 bits that stand in place of what their codes decode to, if any.
     """

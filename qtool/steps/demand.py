@@ -145,12 +145,27 @@ def known_of(needs: Sequence[str], propagate: str, gathered: Manifest | None, su
     if propagate == "none" and (gathered is None or HESSIAN not in config.get("gather", ())):
         return tuple(needs)
     known = [HESSIAN if need == BLOCKS else need for need in needs]
-    if propagate != "none" or (gathered is not None and _told_in(gathered, subject)):
+    if propagate != "none" or (gathered is not None and _all_told_in(gathered, subject)):
         known.append(HESSIAN)
     return tuple(dict.fromkeys(known))
 
 
-def _told_in(gathered: Manifest, subject: Subject) -> bool:
+def told_in(known: Sequence[str], propagate: str, gathered: Manifest | None, token_weight: str) -> dict[str, str]:
+    """Return what there is to say of the Hessians that losses are told in; nothing where there are none.
+
+    Args:
+        known: Which statistics problems come with.
+        propagate: ``none`` without passes: they are then those that were gathered before.
+        gathered: The manifest of the statistics.
+        token_weight: The rule for the weight of a token in passes.
+    """
+    if HESSIAN not in known:
+        return {}
+    carried = gathered if propagate == "none" else None
+    return {"token_weight": token_weight if carried is None else carried.step.config["token_weight"]}
+
+
+def _all_told_in(gathered: Manifest, subject: Subject) -> bool:
     """Say whether the losses of all linears can be told in Hessians that were gathered before."""
     config, plan = gathered.step.config, subject.plan if gathered_behind(gathered) is None else Plan()
     return config.get("experts") != "routed" and can_carry_hessians(subject.model, plan, config["token_weight"])

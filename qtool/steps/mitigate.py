@@ -29,7 +29,7 @@ from qtool.model.statistics import HESSIAN, SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
-from qtool.steps.demand import known_of
+from qtool.steps.demand import known_of, told_in
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
@@ -282,7 +282,9 @@ class _Work:
     def run(self, writer: ArtifactWriter) -> Found:
         """Solve every block; return what there is to say of them."""
         solved = self._solve_carried(writer) if self.propagates == "none" else self._solve_with_passes(writer)
-        return Found.of(solved, self._notes(writer, WHOLE) if self.whole is not None else {})
+        found = Found.of(solved, self._notes(writer, WHOLE) if self.whole is not None else {})
+        of_text = None if self.statistics is None else self.statistics.manifest
+        return replace(found, losses=told_in(self.known, self.propagates, of_text, self.token_weight))
 
     def _layers(self) -> Iterable[int]:
         """Yield the blocks in order and show how far the work is."""
@@ -351,7 +353,8 @@ class _Work:
             layers = range(self.graph.dims.num_layers)
             model = WholeModel(work, lambda i: (subject.folded(i, self.wide), writer.part(f"layer-{i}")[0]), layers)
             tensors, report = model.tune(self.whole, self.request.seed, self.workspace.progress)
-            losses = model.losses(tensors, self.workspace.plugins.load("statistics", HESSIAN))
+            hessian = self.workspace.plugins.load("statistics", HESSIAN)
+            losses = model.losses(tensors, hessian, self.workspace.progress)
             writer.add(WHOLE, tensors, {"notes": json.dumps({"model": report, "reports": losses})})
         return notes
 

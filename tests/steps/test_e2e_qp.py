@@ -149,7 +149,8 @@ def test_interrupted_in_the_last_stage_and_run_again(desk: Desk, left: str) -> N
     undisturbed, watch = desk.watched()
     whole, _ = mitigate(replace(request, output=desk.workspace.home / "whole.safetensors"), undisturbed)
     blocks, windows = 2, 2 * 1 + 4 * 3 * 12
-    assert len(watch.seen) == blocks + windows
+    assert len(watch.seen) == blocks + windows + blocks
+    assert watch.labels[-blocks:] == ["losses of the whole model"] * blocks
     workspace, _ = desk.watched(stop_after=blocks + 60)
     with pytest.raises(KeyboardInterrupt):
         mitigate(request, workspace)
