@@ -161,8 +161,9 @@ class Mitigator(Protocol):
     """Turns one linear's weight into codes while compensating the error.
 
     Class attributes: ``version`` (raised whenever output bits change), ``needs`` (statistics of the layer's input
-    that it reads: ``hessian`` and the like) and ``Config`` (a frozen dataclass of its options; those that need more
-    statistics say so in a property ``needs``). A method that does better where propagated activations are rounded as
+    that it reads: ``hessian`` and the like; ``hessian_blocks`` for what ``need_blocks`` returns, which costs nothing
+    where the whole is there) and ``Config`` (a frozen dataclass of its options; those that need more statistics say so
+    in a property ``needs``). A method that does better where propagated activations are rounded as
     the scheme says, and statistics are of those, also has ``rounded_inputs = True``.
     """
 
