@@ -13,7 +13,7 @@ from qtool.numerics.token_weights import parse_token_weight
 
 RULES = ["uniform", "inverse-norm", "inverse-norm:0.5", "clip:1.05"]
 WINDOW = 16
-SIZES = {384: 128, 576: 64, 300: 4, 24: 8, 7: 1}
+SIZES = {512: 128, 576: 64, 300: 4, 24: 8, 7: 1}
 """Channels, and those of a block."""
 
 
@@ -46,7 +46,7 @@ def test_they_are_those_of_the_whole(n: int, size: int, rule: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_batch_does_not_matter(batch: int, rule: str) -> None:
-    parts, joined = (gathered(tokens(384), rule, batch=one)["hessian_blocks"] for one in (batch, 12))
+    parts, joined = (gathered(tokens(512), rule, batch=one)["hessian_blocks"] for one in (batch, 12))
     torch.testing.assert_close(parts, joined, rtol=0, atol=1e-6 * float(joined.abs().max()))
 
 
