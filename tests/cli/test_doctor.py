@@ -92,7 +92,7 @@ def test_doctor_says_what_pack_said(qtool: Run, packed: Mapping[str, Path], name
         ("compressed-tensors NVFP4", "vllm", "sm100", 0, ""),
         ("gptq-v2 int4-asym-g64", "vllm", "cpu", 8, "vllm on cpu: will not load"),
         ("modelopt FP8_DYNAMIC", "transformers", "", 8, "transformers: will not load"),
-        ("compressed-tensors MXFP4", "sglang", "cpu", 8, "sglang on cpu: unknown"),
+        ("compressed-tensors MXFP4", "sglang", "cpu", 8, "sglang on cpu: will not load"),
         ("gguf MXFP4A16", "llama.cpp", "", 0, ""),
         (f"compressed-tensors {APART}", "vllm", "sm90", 8, "vllm on sm90: will not load"),
         (f"compressed-tensors {APART}", "transformers", "", 0, ""),
