@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ def test_the_exit_code_says_whether_it_runs_as_meant(
     assert ended.err.startswith(f"error: {says}" if says else "")
     (row,) = rows(qtool, packed[name], *words)
     assert (row["verdict"] == "loads") == (code == 0)
+
+
+def test_people_read_neighbouring_devices_alike_on_one_line(qtool: Run, packed: Mapping[str, Path]) -> None:
+    ended = qtool("doctor", packed["compressed-tensors MXFP4"])
+    lines = [re.split(r"\s\s+", line.strip()) for line in ended.out.splitlines() if " vllm " in line]
+    assert [line[1] for line in lines] == ["sm75", "sm80 to sm89", "sm90", "sm100", "cpu"]
+    assert lines[2][3].endswith("; kernel HummingMxFp4LinearKernel (0.33, code read)")
+    assert "Failed to find a kernel" not in ended.out
+    assert rows(qtool, packed["compressed-tensors MXFP4"], "--for", "vllm", "--on", "cpu")[0]["message"]
 
 
 @pytest.mark.parametrize(
