@@ -502,8 +502,8 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
 
 MXFP4_FROM_SM90 = (
     "W4A4 from SM100 on, whatever the config says of activations; before it W4A8 from SM90 on: dynamic FP8 activations "
-    "per token, whatever the config says of activations; W4A16 with --linear-backend marlin, W4A4 with --linear-backend "
-    "emulation; before it W4A16 from SM80 on"
+    "per token, whatever the config says of activations; W4A16 with --linear-backend marlin, W4A4 with "
+    "--linear-backend emulation; before it W4A16 from SM80 on"
 )
 
 
