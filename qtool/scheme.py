@@ -7,7 +7,7 @@ another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-offset][-s<scales>][-<range rule>]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-head|-g<N>|-b<N>][-real|-offset][-s<scales>][-<range rule>]
         [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>][-static]
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Integer, UInt8
     from torch import Tensor
 
-Strategy = Literal["tensor", "channel", "token", "token-head", "group", "block"]
+Strategy = Literal["tensor", "channel", "token", "token-head", "head", "group", "block"]
 ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e5m2", "e2m1", "int4", "e8m0"]
 RangeRule = Literal["tight", "full", "half", "signed_full", "narrow", "four_over_six"]
 ExponentRule = Literal["even", "floor", "rceil", "search"]
@@ -45,9 +45,9 @@ class TensorScheme:
         format: Name of the format plugin, e.g. ``int4``.
         symmetric: Zero is at the middle of the grid and no zero point is stored.
         strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
-            (``token``), a head's vector of it (``token-head``), ``group_size`` neighbours along the input axis
-            (``group``), or those of as many output rows (``block``: a square of a weight; those at the ends of the
-            axes may be smaller). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
+            (``token``), a head's vector of it (``token-head``), what a head has of all tokens (``head``), ``group_size``
+            neighbours along the input axis (``group``), or those of as many output rows (``block``: a square of a
+            weight; those at the ends of the axes may be smaller). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
         group_size: Values to a scale, for the strategy ``group``, and for ``channel`` of keys; the side of a ``block``.
         scale: Storage format of the scale; codes are chosen against the rounded scale. The short ones (``e4m3``,
             ``ue5m3``, ``e2m1``, and ``int4`` from 1 to 15) are multiples of a float32 that the whole tensor shares.
@@ -68,7 +68,7 @@ class TensorScheme:
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
         scale_rows: See ``scale_bits``.
-        static: Symmetric activations (``qtool.engine.static_scales``), keys and values: a tensor's scale is found once.
+        static: Symmetric activations (``qtool.engine.static_scales``), keys, values: a tensor's or head's scale is found once.
         offset: Asymmetric integers are ``scale * code + offset``, with an offset in the format of scales in place of a
             zero point; codes are chosen against the rounded offset, and 0 need not have one.
     """
@@ -358,10 +358,9 @@ def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
     """Return ``scheme`` changed by one written part."""
     if part in ("sym", "asym"):
         return replace(scheme, symmetric=part == "sym")
-    if part in ("tensor", "channel", "token"):
-        return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
-    if part == "head" and scheme.strategy == "token":
-        return replace(scheme, strategy="token-head")
+    if part in ("tensor", "channel", "token", "head"):
+        strategy = "token-head" if (scheme.strategy, part) == ("token", "head") else part
+        return replace(scheme, strategy=strategy, group_size=None)  # type: ignore[arg-type]
     if part in ("real", "offset", "static"):
         return replace(scheme, **{part: True})  # type: ignore[arg-type]
     if size := _SIZE.fullmatch(part):

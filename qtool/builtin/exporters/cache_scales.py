@@ -1,4 +1,5 @@
-"""Static scales of a KV cache in checkpoints: one for the keys and one for the values of each block, in float32."""
+"""Static scales of a KV cache in checkpoints, in float32: one for the keys and one for the values of each block or head.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def cache_scales(subject: Subject, names: Mapping[str, str], shape: tuple[int, .
     Args:
         subject: A quantized subject.
         names: What those of keys and of values are called inside an attention.
-        shape: Of each scale, which has one value.
+        shape: Of each scale that has one value; those of heads stay as they are.
     """
     found: dict[str, Tensor] = {}
     graph, cache, quantized = subject.model.graph, subject.cache, subject.quantized
@@ -69,7 +70,7 @@ def cache_scales(subject: Subject, names: Mapping[str, str], shape: tuple[int, .
         attention = f"{graph.block_name(layer)}.{graph.family.attention}"
         for place in cache.static:
             scale = quantized.tensor(f"layers.{layer}.{place}{INPUT_GLOBAL_SCALE}")
-            found[f"{attention}.{names[place]}"] = scale.float().reshape(shape)
+            found[f"{attention}.{names[place]}"] = scale.float() if scale.ndim else scale.float().reshape(shape)
     return found
 
 

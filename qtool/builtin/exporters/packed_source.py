@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from qtool.builtin.exporters.packed_layouts import (
     read_packed,
 )
 from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
+from qtool.engine.cache import scale_shape
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, packed_tensors
@@ -128,13 +130,20 @@ class PackedArtifact(Artifact):
             slots |= dict.fromkeys((f"{linear.name}.{leaf}" for leaf in leaves), TensorSlot("U8", (), 0, 0))
             if any(f"{linear.name}.{leaf}" in self.model.packed for leaf in INPUT_LEAVES):
                 slots[f"{linear.reads}{INPUT_GLOBAL_SCALE}"] = TensorSlot("F32", (), 0, 4)
-        slots |= dict.fromkeys(self.model.cached, TensorSlot("F32", (), 0, 4))
+        shape = self.cached_shape
+        slots |= dict.fromkeys(self.model.cached, TensorSlot("F32", shape, 0, 4 * prod(shape)))
         return Header({}, slots)
+
+    @property
+    def cached_shape(self) -> tuple[int, ...]:
+        """The shape of each static scale of a cache, which keys and values have alike."""
+        keys = self.scheme.keys
+        return () if keys is None else scale_shape(keys, self.model.graph.dims.num_kv_heads)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as an artifact stores it."""
         if name in self.model.cached:
-            return read_place(self.model.cached[name][1]).float().reshape(())
+            return read_place(self.model.cached[name][1]).float().reshape(self.cached_shape)
         if name.endswith(INPUT_GLOBAL_SCALE):
             return self._input_multiplier(name.removesuffix(INPUT_GLOBAL_SCALE))
         linear, _, leaf = name.rpartition(".")
@@ -235,9 +244,9 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
     cached = len(model.cached) == len(IN_ATTENTION) * model.graph.dims.num_layers
     scheme = read_scheme(directory, seen, plain, plugins.format, cached=cached)
-    if model.cached and scheme.kv is None:
+    if model.cached and (scheme.keys is None or not scheme.keys.static):
         raise ArtifactError(
-            "the checkpoint has scales of a KV cache and does not say that it is quantized",
+            "the checkpoint has scales of a KV cache and does not say that it is quantized with those",
             facts=(("first", next(iter(model.cached))),),
             hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
         )
@@ -245,6 +254,13 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
+    for name, place in model.cached.values():
+        if prod(place.shape) != prod(artifact.cached_shape):
+            raise ArtifactError(
+                f"`{name}` has another number of scales than the config says",
+                facts=(("kv", scheme.kv), ("expected", prod(artifact.cached_shape)), ("received", prod(place.shape))),
+                hint="quantize the original model again: qtool mitigate MODEL --kv fp8-head-static",
+            )
     return Subject(model, plugins, scheme=scheme, quantized=artifact)
 
 
