@@ -7,8 +7,8 @@ another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-head|-g<N>|-b<N>][-real|-offset][-s<scales>][-<range rule>]
-        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>][-static]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-head|-g<N>|-b<N>][-real|-offset][-s<scales>]
+        [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<outliers from here on>][-scales<bits>g<rows>][-static]
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class TensorScheme:
         format: Name of the format plugin, e.g. ``int4``.
         symmetric: Zero is at the middle of the grid and no zero point is stored.
         strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
-            (``token``), a head's vector of it (``token-head``), what a head has of all tokens (``head``), ``group_size``
-            neighbours along the input axis (``group``), or those of as many output rows (``block``: a square of a
-            weight; those at the ends of the axes may be smaller). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
+            (``token``), a head's vector of it (``token-head``), a head of all tokens (``head``), ``group_size`` neighbours
+            along the input axis (``group``), or those of as many output rows (``block``: a square of a weight; smaller
+            at the ends of the axes). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
         group_size: Values to a scale, for the strategy ``group``, and for ``channel`` of keys; the side of a ``block``.
         scale: Storage format of the scale; codes are chosen against the rounded scale. The short ones (``e4m3``,
             ``ue5m3``, ``e2m1``, and ``int4`` from 1 to 15) are multiples of a float32 that the whole tensor shares.
@@ -68,7 +68,8 @@ class TensorScheme:
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
         scale_rows: See ``scale_bits``.
-        static: Symmetric activations (``qtool.engine.static_scales``), keys, values: a tensor's or head's scale is found once.
+        static: The scale of a tensor, or of a head of keys or values, is found once; activations are symmetric then
+            (``qtool.engine.static_scales``).
         offset: Asymmetric integers are ``scale * code + offset``, with an offset in the format of scales in place of a
             zero point; codes are chosen against the rounded offset, and 0 need not have one.
     """

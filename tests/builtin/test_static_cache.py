@@ -402,7 +402,9 @@ def test_checkpoints_hold_and_say_it(
     for consumer, device in (("vllm", "sm90"), ("vllm", "cpu")):
         answered = answer([case], consumer, device)
         assert answered.verdict in ("executes-other", "refuses")  # the smallest groups have no kernel
-        assert answered.verdict == "refuses" or answered.says.partition("FP8 KV cache with the ")[2].startswith(("scales that are stored", "largest"))
+        assert answered.verdict == "refuses" or answered.says.partition("FP8 KV cache with the ")[2].startswith(
+            ("scales that are stored", "largest")
+        )
     packed = open_packed(out, subject.plugins, cache=tmp_path)
     assert packed.scheme.kv == subject.scheme.kv
     assert scales_of(packed) == scales_of(subject)

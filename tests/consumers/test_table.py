@@ -73,7 +73,9 @@ def configs() -> Iterator[Config | None]:
     caches = (
         "float8-sym-tensor-dynamic",
         "float8-sym-tensor-static",
+        "float8-sym-attn_head-static",
         "int8-sym-tensor-static",
+        "int8-sym-attn_head-static",
         "int4-asym-group32-dynamic",
     )
     for sign, cached in product(signs, caches):
@@ -240,6 +242,8 @@ FP8_STATIC = compressed("float-quantized", "float8-sym-tensor-static", "float8-s
 TENSOR_W8A8 = compressed("int-quantized", "int8-sym-tensor-static", "int8-sym-tensor-static")
 GROUPED_W8A8 = compressed("int-quantized", "int8-sym-channel-static", "int8-sym-group32-dynamic")
 HEAD_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-group32-dynamic")
+STATIC_HEADS = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-attn_head-static")
+INTEGER_HEADS = compressed("pack-quantized", "int4-sym-group64-static", cache="int8-sym-attn_head-static")
 TOKEN_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-token-dynamic")
 
 
@@ -307,6 +311,11 @@ def test_what_is_known(config: Config | None, consumer: str, device: str, verdic
     assert (found.verdict, found.says[: len(says)]) == (verdict, says)
 
 
+A16 = "W4A16: activations are not quantized"
+DECODED = f"{A16}, weights are decoded to bfloat16"
+FP8_CACHE, EACH_HEAD = f"{A16}; FP8 KV cache with the ", "with the scale that is stored per head"
+NO_BACKEND = "No valid attention backend found"
+NO_INTEGERS = "Currently supported kv cache quantization is num_bits=8, type=float"
 NO_BITS = "Only num_bits in (8) are supported"
 NO_SCHEME = "No compressed-tensors compatible scheme was found"
 NO_SCALES = "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 argument(s)"
@@ -335,6 +344,15 @@ NO_AMX = "requires AMX tile support (Sapphire Rapids or newer)"
         (STATIC_W8A8, "vllm", ("cpu",), "executes-other", "W8A8: static INT8 activations per tensor; on", ""),
         (HEAD_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
         (TOKEN_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
+        (STATIC_HEADS, "vllm", ("sm75", "sm80", "sm89"), "refuses", "refused: only its FlashAttention 3", NO_BACKEND),
+        (STATIC_HEADS, "vllm", ("sm90", "sm100"), "executes-other", f"{FP8_CACHE}scales that are stored, a head", ""),
+        (STATIC_HEADS, "vllm", ("cpu",), "executes-other", f"{FP8_CACHE}largest of the scales of a block's heads", ""),
+        (STATIC_HEADS, "sglang", ("sm80", "sm90"), "executes-other", f"{A16}; the KV cache is NOT quantized", ""),
+        (STATIC_HEADS, "transformers", ("any",), "loads", f"{DECODED}; KV cache in FP8 {EACH_HEAD}", ""),
+        (INTEGER_HEADS, "vllm", ("sm90",), "refuses", "refused: a KV cache is FP8", ""),
+        (INTEGER_HEADS, "vllm", ("cpu",), "refuses", "refused: a KV cache is FP8", NO_INTEGERS),
+        (INTEGER_HEADS, "sglang", ("sm80", "sm90"), "executes-other", f"{A16}; the KV cache is NOT quantized", ""),
+        (INTEGER_HEADS, "transformers", ("any",), "loads", f"{DECODED}; KV cache in INT8 {EACH_HEAD}", ""),
     ],
 )  # fmt: skip
 def test_all_layouts_that_are_written_are_known(

@@ -1,5 +1,4 @@
-"""Static scales of a KV cache in checkpoints, in float32: one for the keys and one for the values of each block or head.
-"""
+"""Static scales of a KV cache in checkpoints, in float32: one for keys and one for values, of each block or head."""
 
 from __future__ import annotations
 

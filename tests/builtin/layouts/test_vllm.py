@@ -291,7 +291,9 @@ def test_vllm_reads_the_scales_of_a_cache_and_rounds_toward_zero(
 ) -> None:
     subject, directory = packed(scheme)
     (file,) = directory.glob("*.safetensors")
-    held = {name: _with_less(one) if name.endswith(("k_scale", "v_scale")) else one for name, one in load_file(file).items()}
+    held = {
+        name: _with_less(one) if name.endswith(("k_scale", "v_scale")) else one for name, one in load_file(file).items()
+    }
     save_file(held, file, {"format": "pt"})
     said, result = told(directory), read([directory])[str(directory)]
     assert (said.verdict, said.known) == ("executes-other", "run on a CPU")
