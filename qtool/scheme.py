@@ -8,7 +8,7 @@ another.
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
     <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-head|-g<N>|-b<N>][-real|-offset][-s<scales>]
-        [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<outliers from here on>][-scales<bits>g<rows>][-static]
+        [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<least outlier>][-scales<bits>g<rows>][-static]
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TensorScheme:
         format: Name of the format plugin, e.g. ``int4``.
         symmetric: Zero is at the middle of the grid and no zero point is stored.
         strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
-            (``token``), a head's vector of it (``token-head``), a head of all tokens (``head``), ``group_size`` neighbours
+            (``token``), a head's vector of it (``token-head``), a head of all (``head``), ``group_size`` neighbours
             along the input axis (``group``), or those of as many output rows (``block``: a square of a weight; smaller
             at the ends of the axes). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
         group_size: Values to a scale, for the strategy ``group``, and for ``channel`` of keys; the side of a ``block``.
