@@ -26,7 +26,7 @@ from qtool.engine.exporter import Exporter
 from qtool.engine.network import Network
 from qtool.engine.storage import stored_bytes
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, SchemeError, UsageError
+from qtool.errors import ArtifactError, QtoolError, SchemeError, UsageError
 from qtool.steps.calibrate import WINDOWS, CalibrateRequest, calibrate
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.foresee import foresee
@@ -491,6 +491,31 @@ def test_what_is_cached_as_a_latent_has_no_scales_of_keys(exporter: Exporter) ->
         artifact, _ = mitigate(MitigateRequest(str(latent.statistics.path), "rtn", asked), latent.workspace)
         with pytest.raises(SchemeError, match="latent"):
             exporter.check(open_subject(str(artifact.path), latent.workspace).subject)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"strategy": None}, ""),
+        ({"strategy": "attn_head"}, "another number of scales"),
+        ({"strategy": "channel"}, "a stored scale for keys and one for values"),
+        ({"symmetric": False}, "a stored scale for keys and one for values"),
+        ({"dynamic": True}, "does not say that it is quantized with those"),
+    ],
+)
+def test_what_configs_say_of_a_cache_is_held_against_the_files(
+    tiny: TinyModel, tmp_path: Path, said: dict[str, Any], reason: str
+) -> None:
+    subject = rounded(tiny, INT4)
+    CT.write(subject, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] |= said
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not reason:
+        assert open_packed(tmp_path, subject.plugins, cache=tmp_path).scheme.kv == subject.scheme.kv
+        return
+    with pytest.raises(QtoolError, match=reason):
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)
 
 
 def test_stored_scales_that_no_config_speaks_of_are_not_dropped(tiny: TinyModel, tmp_path: Path) -> None:
