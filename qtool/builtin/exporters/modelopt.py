@@ -184,7 +184,7 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
         raise SchemeError("the scheme leaves the weights as they are", hint="--scheme NVFP4")
     kv = scheme.kv
     if kv is not None and (isinstance(kv, KeysAndValues) or (kv.format, kv.strategy, kv.static) != _FP8_CACHE):
-        reason = "modelopt has an FP8 cache with a static scale for keys and one for values, and no other"
+        reason = "modelopt has an FP8 cache with static scales, one for keys and one for values, and no other"
         raise SchemeError(reason, facts=(("kv", kv),))
     block = ("group", _GROUP, "e4m3", True)
     if (weights.strategy, weights.group_size, weights.scale, weights.symmetric) == block:
