@@ -348,19 +348,19 @@ def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: S
         scheme = replace(scheme, strategy=vector)
     for part in parts:
         along_tokens = vector == "token-head" and scheme.strategy == "channel"
-        scheme = _apply(scheme, part, text)
+        scheme = _apply(scheme, part, text, of_cache=vector == "token-head")
         if along_tokens and scheme.strategy == "group":
             scheme = replace(scheme, strategy="channel")
     chosen.check(scheme)
     return scheme
 
 
-def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
+def _apply(scheme: TensorScheme, part: str, text: str, *, of_cache: bool) -> TensorScheme:
     """Return ``scheme`` changed by one written part."""
     if part in ("sym", "asym"):
         return replace(scheme, symmetric=part == "sym")
     if part in ("tensor", "channel", "token", "head"):
-        strategy = "token-head" if (scheme.strategy, part) == ("token", "head") else part
+        strategy = "token-head" if part == "head" and (scheme.strategy == "token" or not of_cache) else part
         return replace(scheme, strategy=strategy, group_size=None)  # type: ignore[arg-type]
     if part in ("real", "offset", "static"):
         return replace(scheme, **{part: True})  # type: ignore[arg-type]

@@ -100,12 +100,12 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
         nearest = replace(scheme, outlier_threshold=None)
     elif scheme.static and name != "activations":
         reason = f"{name} have no static scales: those are of activations and of kv"
-        nearest = replace(scheme, static=False, strategy=vector if scheme.strategy == "head" else scheme.strategy)
+        nearest = replace(scheme, static=False)
     elif scheme.strategy == "block" and name != "weights":
         reason = f"blocks are of weights: of {name} a token has groups"
         nearest = replace(scheme, strategy="group")
     elif scheme.strategy not in ("tensor", "group", "block", vector):
-        nearest = replace(scheme, strategy="tensor" if scheme.static else vector, group_size=None)
+        nearest = replace(scheme, strategy=vector, group_size=None)
     elif scheme.strategy == vector and scheme.group_size is not None:
         reason, nearest = f"{name} have groups along their inputs", replace(scheme, strategy="group")
     if nearest != scheme:

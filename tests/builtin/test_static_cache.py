@@ -354,6 +354,20 @@ def test_combinations_that_mean_nothing_name_the_nearest(tiny: TinyModel, kv: st
     assert refused.value.hint == f"nearest that works: {nearest}"
 
 
+@pytest.mark.parametrize(
+    ("part", "scheme", "nearest"),
+    [
+        ("weights", "int4-head", "--weights int4-sym-channel-sbf16"),
+        ("activations", "int8-head", "--activations int8-sym-token-sbf16"),
+        ("activations", "fp8-g32-head-static", "fp8-sym-tensor-sfp32-static"),
+    ],
+)
+def test_heads_are_of_caches(tiny: TinyModel, part: str, scheme: str, nearest: str) -> None:
+    with pytest.raises(SchemeError) as refused:
+        read_scheme("", {"weights": "int4-g8", part: scheme}, tiny.workspace.plugins)
+    assert refused.value.hint == f"nearest that works: {nearest}"
+
+
 CT, INT4, OF_CT = CompressedTensors(), "int4-sym-g8-sbf16", ("self_attn.k_scale", "self_attn.v_scale")
 OF_MODELOPT = ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale")
 CASES = [
