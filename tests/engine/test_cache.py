@@ -243,10 +243,11 @@ def test_bad_schemes_of_a_cache_name_the_nearest(plugins: Plugins, text: str, me
 @pytest.mark.parametrize(
     "text",
     [
+        "keys=fp8-sym-head-sfp32-static,values=int8-asym-token-head-sbf16",
         "int4-asym-token-head-sfp16-c0.95", "keys=int2-asym-channel-g32-real-sfp16,values=int2-asym-g16-sbf16",
         "keys=int2-asym-channel-g32-offset-sfp16,values=int2-asym-g16-offset-sbf16",
         "keys=fp8-sym-channel-g16-sfp32,values=none", "keys=none,values=int6-sym-token-head-sbf16",
-        "fp8-sym-tensor-sfp32-static", "keys=fp8-sym-head-sfp32-static,values=int8-asym-token-head-sbf16", "keys=none,values=int8-sym-tensor-sfp32-c0.9-static",
+        "fp8-sym-tensor-sfp32-static", "keys=none,values=int8-sym-tensor-sfp32-c0.9-static",
     ],
 )  # fmt: skip
 def test_a_cache_is_written_as_it_is_read(plugins: Plugins, text: str) -> None:
