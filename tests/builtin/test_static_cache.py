@@ -532,6 +532,38 @@ def test_what_configs_say_of_a_cache_is_held_against_the_files(
         open_packed(tmp_path, subject.plugins, cache=tmp_path)
 
 
+def test_zero_points_that_are_0_are_left_out(tiny: TinyModel, tmp_path: Path) -> None:
+    """Older libraries write them beside the scales of a symmetric cache."""
+    subject = rounded(tiny, INT4)
+    CT.write(subject, tmp_path)
+    file = tmp_path / "model.safetensors"
+    name, zero = "model.layers.1.self_attn.v_zero_point", torch.zeros(1, dtype=torch.float8_e4m3fn)
+    save_file(load_file(file) | {name: zero}, file, {"format": "pt"})
+    source = open_packed(tmp_path, subject.plugins, cache=tmp_path)
+    written(CT, source, tmp_path / "again")
+    assert name not in load_file(tmp_path / "again" / "model.safetensors")
+    save_file(load_file(file) | {name: torch.ones(1, dtype=torch.int8)}, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match="a KV cache with zero points") as refused:
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)
+    assert ("first", name) in refused.value.facts
+
+
+@pytest.mark.parametrize("leaf", ["q_scale", "k_global_scale"])
+def test_quantized_queries_are_not_dropped(tiny: TinyModel, tmp_path: Path, leaf: str) -> None:
+    subject = rounded(tiny, INT4)
+    CT.write(subject, tmp_path)
+    inputs = {"num_bits": 8, "type": "float", "dynamic": True, "symmetric": True, "strategy": "tensor"}
+    config, file = json.loads((tmp_path / "config.json").read_text()), tmp_path / "model.safetensors"
+    group = {"targets": ["LlamaAttention"], "weights": None, "input_activations": inputs}
+    config["quantization_config"]["config_groups"]["group_1"] = group
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SchemeError, match="a group without weights"):
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)
+    save_file(load_file(file) | {f"model.layers.0.self_attn.{leaf}": torch.ones(1)}, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match="codes of what qtool does not quantize"):
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)
+
+
 def test_stored_scales_that_no_config_speaks_of_are_not_dropped(tiny: TinyModel, tmp_path: Path) -> None:
     subject = rounded(tiny)
     CompressedTensors().write(subject, tmp_path)

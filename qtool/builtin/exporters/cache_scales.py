@@ -19,6 +19,10 @@ _LATENT = "kv_b_in"
 """The site where families have a latent that keys and values are made of."""
 IN_ATTENTION = {KEYS: "k_scale", VALUES: "v_scale"}
 """What they are called inside an attention; other layouts have them inside the projections."""
+CACHE_ZEROS = ("k_zero_point", "v_zero_point")
+"""What others write beside the scales of a symmetric cache too: nothing but 0."""
+QUERIES = ("q_scale", "q_zero_point", "q_global_scale", "k_global_scale", "v_global_scale")
+"""What others write where queries are quantized, or a cache in FP4: nothing that is read."""
 
 
 def check_cache_scales(subject: Subject) -> None:

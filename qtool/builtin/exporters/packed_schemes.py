@@ -125,6 +125,9 @@ def _compressed_schemes(
         if config.get(part):
             raise _unread(f"a `{part}`", config[part])
     groups = {name: group for name, group in config.get("config_groups", {}).items() if isinstance(group, Mapping)}
+    odd = next((group for group in groups.values() if not group.get("weights")), None)
+    if odd is not None:
+        raise _unread("a group without weights", odd)
     targets = {target: name for name, group in groups.items() for target in group.get("targets", ())}
     schemes: dict[tuple[str, Seen], ModelScheme] = {}
     found = {}
@@ -142,8 +145,6 @@ def _compressed_schemes(
 
 def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one group."""
-    if not group.get("weights"):
-        raise _unread("a group without weights", group)
     if group.get("output_activations"):
         raise _unread("quantized outputs", group["output_activations"])
     weights, inputs = group["weights"], group.get("input_activations")

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from qtool.artifacts.layout import Header, TensorSlot
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import Artifact
-from qtool.builtin.exporters.cache_scales import IN_ATTENTION, cache_places
+from qtool.builtin.exporters.cache_scales import CACHE_ZEROS, IN_ATTENTION, QUERIES, cache_places
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -72,7 +72,7 @@ class PackedModel(Model):
         """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
         leaves = (*LEAVES, *INPUT_LEAVES, "weight")
         own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
-        own |= {name for name, _ in self.cached.values()}
+        own |= {name for name, _ in self.cached.values()} | {name for name in self.packed if _leaf(name) in CACHE_ZEROS}
         places = {name: place for name, place in self.found_places().items() if name not in own}
         return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
 
@@ -250,6 +250,7 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
             facts=(("first", next(iter(model.cached))),),
             hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
         )
+    _refuse_zero_points(model)
     _refuse_other_tensors(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
@@ -314,7 +315,7 @@ def _seen(model: PackedModel, name: str) -> Seen:
 def _refuse_other_codes(model: PackedModel) -> None:
     """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
     coded = {linear.name for linear in model.coded}
-    leaves = {*LEAVES, *INPUT_LEAVES}
+    leaves = {*LEAVES, *INPUT_LEAVES, *QUERIES}
     named = (name.rpartition(".") for name in model.packed)
     odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
     if odd is not None:
@@ -322,6 +323,18 @@ def _refuse_other_codes(model: PackedModel) -> None:
             "the checkpoint has codes of what qtool does not quantize",
             facts=(("first", odd), ("family", model.family.name)),
             hint="quantize the original model without it: qtool mitigate MODEL",
+        )
+
+
+def _refuse_zero_points(model: PackedModel) -> None:
+    """Refuse a cache whose zero points are others than those of a symmetric one."""
+    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in CACHE_ZEROS}
+    odd = next((name for name, place in zeros.items() if read_place(place).float().any()), None)
+    if odd is not None:
+        raise ArtifactError(
+            "the checkpoint has a KV cache with zero points, and its config says that it is symmetric",
+            facts=(("first", odd),),
+            hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
         )
 
 
@@ -336,6 +349,10 @@ def _refuse_other_tensors(model: PackedModel) -> None:
             facts=(("first", odd),),
             hint="quantize the original model again, without it: qtool mitigate MODEL",
         )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _weights_of(scheme: ModelScheme, name: str) -> TensorScheme:
