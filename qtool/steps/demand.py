@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 import torch
@@ -230,7 +230,8 @@ def _input_scale_bytes(subject: Subject) -> int:
     inputs = static_inputs(subject)
     if inputs is None:
         return 0
-    cached = 0 if subject.cache is None else len(subject.cache.static) * subject.model.graph.dims.num_layers
+    dims, cache = subject.model.graph.dims, subject.cache
+    cached = 0 if cache is None else dims.num_layers * sum(map(prod, cache.static_shapes(dims.num_kv_heads).values()))
     found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.linears)
     grids = {site: grid for site, grid in found if grid is not None}
     return _SCALE * (cached + sum(part.has_global_scale for grid in grids.values() for part in grid.parts))
