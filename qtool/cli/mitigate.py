@@ -73,7 +73,8 @@ def mitigate(
         str | None,
         typer.Option(
             metavar="RULE[,SITE=RULE]",
-            help="uniform, inverse-norm[:P], clip[:K], gradient. [default: inverse-norm:0.5, or as statistics have it]",
+            help="uniform, inverse-norm[:P], clip[:K], gradient. "
+            "[default: gradient where statistics hold saliency, else inverse-norm:0.5; as gathered where carried]",
         ),
     ] = None,
     experts: Annotated[

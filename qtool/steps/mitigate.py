@@ -35,14 +35,12 @@ from qtool.steps.saliency import saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
 from qtool.steps.solved import Found, check_order
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
-from qtool.steps.token_weights import token_weight_of
+from qtool.steps.token_weights import default_token_weight, token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace, measured
 
 Propagate = Literal["quantized", "none"]
 PROPAGATE: tuple[Propagate, ...] = ("quantized", "none")
-SOLVED_WITH = "inverse-norm:0.5"
-"""Weight of a token in Hessians that are gathered for solving (measured in ``recipes/README.md``)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class MitigateRequest:
             for where a method compares the inputs of linears with those in full precision.
         round_activations: Whether the activations that are propagated are quantized as the scheme says, and moments are
             of them; None for where a method does better so (measured in ``recipes/README.md``).
-        token_weight: Rule for the weight of a token in the Hessian; empty is ``inverse-norm:0.5`` where Hessians are
-            gathered on the way, and that of the statistics where those are carried.
+        token_weight: Rule for the weight of a token in the Hessian; empty is the best that there are statistics for
+            (``default_token_weight``).
         experts: Which tokens an expert's statistics are of: ``all``, or those ``routed`` to it; empty takes the choice
             of the statistics.
         expert_share: With ``routed``, the part of the tokens of even routing below which an expert's statistics are
@@ -274,10 +272,9 @@ class _Work:
     @property
     def token_weight(self) -> str:
         """The rule in force: the user's, else the best for solvers, or that of carried statistics."""
-        used = SOLVED_WITH
-        if self.statistics is not None and self.request.propagate == "none":
-            used = str(self.statistics.manifest.step.config["token_weight"])
-        return str(parse_token_weight(self.request.token_weight or used))
+        gathered = None if self.statistics is None else self.statistics.manifest.step.config
+        chosen = self.request.token_weight or default_token_weight(gathered, self.request.propagate)
+        return str(parse_token_weight(chosen))
 
     def run(self, writer: ArtifactWriter) -> Found:
         """Solve every block; return what there is to say of them."""

@@ -125,6 +125,20 @@ def test_token_weights_of_gradients(desk: Desk, problems: Problems) -> None:
             assert GUIDED not in problems[f"model.layers.0.{module}"].entries
 
 
+def test_tokens_weigh_by_gradients_where_statistics_hold_them(desk: Desk) -> None:
+    statistics = desk.calibrate(gather=("hessian", "saliency"))
+    chosen, _ = mitigate(asked(desk, statistics, "gptq"), desk.workspace)
+    asked_for, _ = mitigate(asked(desk, statistics, "gptq", token_weight="gradient"), desk.workspace)
+    assert chosen.manifest.step.config["token_weight"] == "gradient"
+    assert chosen.manifest.id == asked_for.manifest.id
+    carried, _ = mitigate(asked(desk, statistics, "gptq", propagate="none"), desk.workspace)
+    assert carried.manifest.step.config["token_weight"] == "uniform"
+    plain = desk.calibrate(gather=("hessian",))
+    without, _ = mitigate(asked(desk, plain, "gptq"), desk.workspace)
+    assert without.manifest.step.config["token_weight"] == "inverse-norm:0.5"
+    assert without.manifest.tensors != chosen.manifest.tensors
+
+
 def test_interrupted_and_run_again(desk: Desk) -> None:
     statistics = desk.calibrate(gather=("hessian", "saliency"))
     whole, _ = mitigate(asked(desk, statistics, output=desk.workspace.home / "whole.safetensors"), desk.workspace)
