@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +14,9 @@ from qtool.cli.session import Debug, Json
 from qtool.cli.tables import draw
 from qtool.errors import UsageError
 from qtool.plugins import Plugins
+
+if TYPE_CHECKING:
+    from qtool.steps.description import Cell, Description
 
 
 def doctor(
@@ -51,9 +56,25 @@ def doctor(
     if json:
         write_json(description.to_json())
     else:
-        draw(description)
+        draw(description if checkpoint is None else _narrowed(description))
     if checkpoint is not None and found is not None:
         require_as_meant(checkpoint, found)
+
+
+def _narrowed(description: Description) -> Description:
+    """Return what consumers do in four columns; neighbouring devices alike are one row, and messages are left out."""
+    from qtool.steps.description import Description, Table
+
+    def told(row: Mapping[str, Cell]) -> tuple[Cell, Cell, str]:
+        kernel = f"; kernel {row['kernel']}" if row["kernel"] else ""
+        known = f" ({row['version']}, {row['known']})" if row["version"] else ""
+        return row["consumer"], row["verdict"], f"{row['executes']}{kernel}{known}"
+
+    rows = []
+    for (consumer, verdict, executes), alike in groupby(description.tables["consumers"].to_json(), told):
+        devices = [str(row["device"]) for row in alike]
+        rows.append((consumer, " to ".join(dict.fromkeys((devices[0], devices[-1]))), verdict, executes))
+    return Description(description.facts, {"consumers": Table(("consumer", "device", "verdict", "executes"), rows)})
 
 
 def _check_options(checkpoint: Path | None, consumer: str, device: str) -> None:

@@ -49,7 +49,8 @@ class Case:
         cache: Whether keys and values are quantized, and how their scales come about.
         cache_format: As ``fp8-tensor``.
         cache_group_size: As ``group_size``.
-        experts: Whether the model has experts.
+        experts: Whether linears of experts are among them.
+        alone: Whether they are linears of experts and no others.
         apart: Whether linears that engines fuse into one have several schemes.
         decoded: Whether the config asks to decode all linears on loading (``dequantize``).
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
@@ -81,6 +82,7 @@ class Case:
     cache_format: str = ""
     cache_group_size: int = -1
     experts: bool = False
+    alone: bool = False
     apart: bool = False
     decoded: bool = False
     beside: bool = False

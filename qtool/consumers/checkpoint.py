@@ -140,9 +140,13 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
         )
     names, scale = _heads(folder)
     quantization = _with_names(quantization, names)
+    ends = _STORED.get(str((quantization or {}).get("quant_method", "")), ())
+    stored = [name for name in names if name.endswith(ends)]
+    of_experts = [bool(_EXPERTS.search(name)) for name in stored or names]
     about: dict[str, Any] = {
         "dtype": str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch."),
-        "experts": any(_EXPERTS.search(name) for name in names),
+        "experts": any(of_experts),
+        "alone": all(of_experts),
         "biased": any(f"{target}.bias" in names for target in _rotated(quantization)),
         "scale": scale,
     }
@@ -152,8 +156,7 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
     if (quantization or {}).get("dynamic"):
         about["apart"] = dynamic_apart(quantization or {}, {name.rpartition(".")[0] for name in names})
     cases = cases_of(quantization, **about)
-    ends = _STORED.get(cases[0].method, ())
-    if names and ends and not any(name.endswith(ends) for name in names):
+    if names and ends and not stored:
         raise ArtifactError(
             f"the config says `{cases[0].method}`, and no tensor is stored so",
             facts=(("expected", " or ".join(f"*{end}" for end in ends)), ("tensors", len(names))),

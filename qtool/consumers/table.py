@@ -36,7 +36,12 @@ PARTS = ("linears", "range", "scales", "cache", "online", "experts", "groups")
 """Parts in the order of what is said of them."""
 
 _FOLDER = Path(__file__).with_name("rules")
-_FILES = ("transformers", "vllm", "vllm_other", "vllm_cpu", "sglang", "llama_cpp", "tensorrt_llm")
+_FILES = (
+    "transformers",
+    *("vllm", "vllm_fp4", "vllm_experts", "vllm_other", "vllm_cpu", "vllm_cpu_other"),
+    *("sglang", "sglang_other", "sglang_cpu"),
+    *("llama_cpp", "tensorrt_llm"),
+)
 _QUIET = ("tensorrt-llm",)  # named only where something is known of it
 _PRECISION = re.compile(r"W\d+A\d+")
 

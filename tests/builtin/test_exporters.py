@@ -503,7 +503,11 @@ def test_int4_is_packed_whatever_the_activations_where_the_library_would_not(mak
     assert config["ignore"] == ["lm_head"]
 
 
-SM100_MXFP4 = "W4A4 from SM100 on, whatever the config says of activations; before it W4A16 from SM80 on"
+MXFP4_FROM_SM90 = (
+    "W4A4 from SM100 on, whatever the config says of activations; before it W4A8 from SM90 on: dynamic FP8 activations "
+    "per token, whatever the config says of activations; W4A16 with --linear-backend marlin, W4A4 with "
+    "--linear-backend emulation; before it W4A16 from SM80 on"
+)
 
 
 @pytest.mark.parametrize(
@@ -530,11 +534,15 @@ SM100_MXFP4 = "W4A4 from SM100 on, whatever the config says of activations; befo
         ("int8-sym-channel", "int8-sym-tensor", "refused: it wants INT8 activations per token"),
         ("fp8-channel", "", "W8A16: activations are not quantized (by"),
         ("fp8-tensor", "fp8-tensor", "W8A8 from SM89 on: dynamic FP8 activations per token"),
-        ("fp8-b128", "fp8-g128", "W8A8 from SM89 on: dynamic FP8 activations per group of 128"),
+        (
+            "fp8-b128",
+            "fp8-g128",
+            "W8A8 from SM90 on: dynamic FP8 activations per group of 128; before it W8A16 from SM89 on",
+        ),
         ("nvfp4", "", "W4A16: activations are not quantized (by"),
         ("nvfp4", "nvfp4", "W4A4 from SM100 on; before it W4A16, unless --linear-backend emulation"),
-        ("mxfp4", "", f"{SM100_MXFP4}; before it refused"),
-        ("mxfp4", "mxfp4", f"{SM100_MXFP4}, unless --linear-backend emulation"),
+        ("mxfp4", "", f"{MXFP4_FROM_SM90}; before it refused"),
+        ("mxfp4", "mxfp4", f"{MXFP4_FROM_SM90}, unless --linear-backend emulation"),
     ],
 )
 def test_what_vllm_does_with_a_scheme_is_said(

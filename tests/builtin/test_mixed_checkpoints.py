@@ -376,8 +376,8 @@ class TestModelOpt:
             assert by["W4A16_NVFP4"].inputs == "none"
         found = answer(cases, "vllm", "sm100")
         assert found.verdict == "loads"
-        rows = "FP8_PER_CHANNEL_PER_TOKEN" in by  # which it does not know beside others
-        assert answer(cases, "sglang", "sm100").verdict == ("unknown" if rows else "loads")
+        rows = "FP8_PER_CHANNEL_PER_TOKEN" in by  # which it takes for 16 bits beside others
+        assert answer(cases, "sglang", "sm100").verdict == ("executes-other" if rows else "loads")
 
     def test_linears_that_engines_fuse_have_one_algorithm(self, make: Make, tmp_path: Path) -> None:
         subject = make("nvfp4,q_proj=fp8-channel", "nvfp4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_doctor_says_what_pack_said(qtool: Run, packed: Mapping[str, Path], name
         ("compressed-tensors NVFP4", "vllm", "sm100", 0, ""),
         ("gptq-v2 int4-asym-g64", "vllm", "cpu", 8, "vllm on cpu: will not load"),
         ("modelopt FP8_DYNAMIC", "transformers", "", 8, "transformers: will not load"),
-        ("compressed-tensors MXFP4", "sglang", "cpu", 8, "sglang on cpu: unknown"),
+        ("compressed-tensors MXFP4", "sglang", "cpu", 8, "sglang on cpu: will not load"),
         ("gguf MXFP4A16", "llama.cpp", "", 0, ""),
         (f"compressed-tensors {APART}", "vllm", "sm90", 8, "vllm on sm90: will not load"),
         (f"compressed-tensors {APART}", "transformers", "", 0, ""),
@@ -111,6 +112,15 @@ def test_the_exit_code_says_whether_it_runs_as_meant(
     assert ended.err.startswith(f"error: {says}" if says else "")
     (row,) = rows(qtool, packed[name], *words)
     assert (row["verdict"] == "loads") == (code == 0)
+
+
+def test_people_read_neighbouring_devices_alike_on_one_line(qtool: Run, packed: Mapping[str, Path]) -> None:
+    ended = qtool("doctor", packed["compressed-tensors MXFP4"])
+    lines = [re.split(r"\s\s+", line.strip()) for line in ended.out.splitlines() if " vllm " in line]
+    assert [line[1] for line in lines] == ["sm75", "sm80 to sm89", "sm90", "sm100", "cpu"]
+    assert lines[2][3].endswith("; kernel HummingMxFp4LinearKernel (0.33, code read)")
+    assert "Failed to find a kernel" not in ended.out
+    assert rows(qtool, packed["compressed-tensors MXFP4"], "--for", "vllm", "--on", "cpu")[0]["message"]
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,21 @@ def test_experts_and_scales_come_from_the_heads_of_files(tmp_path: Path) -> None
     assert (plain.method, plain.bits, plain.experts) == ("dense", 16, False)
 
 
+def test_experts_count_where_they_are_quantized(tmp_path: Path) -> None:
+    config = BY_OTHERS["llm-compressor"]
+    stored, kept = ".weight_scale", ".weight"
+    held = {
+        "alone": (EXPERT + stored, NAME + kept),
+        "left": (NAME + stored, EXPERT + kept),
+        "all": (NAME + stored, EXPERT + stored),
+    }
+    found = {}
+    for name, tensors in held.items():
+        (case,) = read_checkpoint(checkpoint(tmp_path / name, config, *tensors), bits_of)
+        found[name] = (case.experts, case.alone)
+    assert found == {"alone": (True, True), "left": (False, False), "all": (True, False)}
+
+
 def of_artifact(folder: Path, config: Any, weights: str, activations: str) -> Path:  # noqa: ANN401 - JSON
     """Write a checkpoint as qtool does of an artifact of several schemes."""
     scheme = read_scheme("", {"weights": weights, "activations": activations}, Plugins.discover())

@@ -172,8 +172,9 @@ def _consumers(
     biased = any(subject.model.has(f"{name}.bias") for transform in transforms for name in transform.linears)
     each, groups = [], groups_of(subject)
     for (scheme, linears), case in zip(groups, cases_of(config, biased=biased), strict=True):
-        experts = any(linear.expert is not None for linear in linears)
-        each.append((linears, replace(case, experts=experts, **artifact_facts(scheme, dtype=dtype))))
+        experts = {linear.expert is not None for linear in linears}
+        facts = artifact_facts(scheme, dtype=dtype) | {"experts": True in experts, "alone": False not in experts}
+        each.append((linears, replace(case, **facts)))
     return mixed_consumers(each)
 
 

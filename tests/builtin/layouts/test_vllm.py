@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from qtool.consumers.checkpoint import read_checkpoint
 from qtool.consumers.table import Answer, answer
@@ -47,63 +48,10 @@ CT, INTEGERS = "compressed-tensors", "CPUWNA16LinearKernel"
 BYTES, FLOATS = "CPUInt8ScaledMMLinearKernel", "ChannelWiseTorchFP8ScaledMMLinearKernel"
 # The first tokens of the text that `tiny` is evaluated on
 PROMPT = (
-    39,
-    290,
-    310,
-    77,
-    265,
-    268,
-    260,
-    338,
-    265,
-    358,
-    284,
-    406,
-    290,
-    310,
-    77,
-    265,
-    268,
-    260,
-    637,
-    291,
-    315,
-    268,
-    597,
-    524,
-    564,
-    266,
-    837,
-    26,
-    199,
-    199,
-    41,
-    84,
-    326,
-    344,
-    274,
-    413,
-    355,
-    73,
-    288,
-    271,
-    266,
-    279,
-    70,
-    65,
-    500,
-    318,
-    327,
-    507,
-    360,
-    260,
-    221,
-    22,
-    445,
-    479,
-    268,
-    260,
-)
+    39, 290, 310, 77, 265, 268, 260, 338, 265, 358, 284, 406, 290, 310, 77, 265, 268, 260, 637, 291,
+    315, 268, 597, 524, 564, 266, 837, 26, 199, 199, 41, 84, 326, 344, 274, 413, 355, 73, 288, 271,
+    266, 279, 70, 65, 500, 318, 327, 507, 360, 260, 221, 22, 445, 479, 268, 260,
+)  # fmt: skip
 
 
 class Scheme(NamedTuple):
@@ -137,8 +85,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Packed:
         if scheme.plan:
             plan, _ = transform(TransformRequest(model, scheme.plan, scheme=whole), workspace)
             source = str(plan.path)
-        if scheme.kv.endswith("-static"):
-            asked = CalibrateRequest(model, "sotu", num_samples=8, seq_len=128, gather=(), dtype="float32")
+        if any(part.endswith("-static") for part in scheme[:3]):
+            gather = ("absmax",) if scheme.activations.endswith("-static") else ()
+            asked = CalibrateRequest(model, "sotu", num_samples=8, seq_len=128, gather=gather, dtype="float32")
             source = str(calibrate(asked, workspace)[0].path)
         artifact, _ = mitigate(MitigateRequest(source, "rtn", whole, {}, dtype="float32"), workspace)
         checkpoint, _ = pack(PackRequest(str(artifact.path), scheme.to), workspace)
@@ -362,6 +311,10 @@ REFUSED = {
     Scheme("int8-sym-channel", "int8-sym-tensor", "", CT): "No compressed-tensors compatible scheme was found",
     Scheme("fp8-channel", "", "", CT): "Failed to find a kernel that can implement the ScaledMM linear layer",
     Scheme("fp8-tensor", "fp8-tensor", "", CT): "_C::static_scaled_fp8_quant() expected at most 0 argument(s)",
+    Scheme("fp8-tensor", "fp8-token", "", CT): "_C::static_scaled_fp8_quant() expected at most 0 argument(s)",
+    Scheme("fp8-channel", "fp8-tensor-static", "", CT): "narrow() cannot be applied to a 0-dim tensor",
+    Scheme("fp8-g64", "", "", CT): "'NoneType' object has no attribute 'num_bits'",
+    Scheme("fp8-g64", "fp8-token", "", CT): "No compressed-tensors compatible scheme was found",
     Scheme("mxfp4", "", "", CT): "Failed to find a kernel that can implement the MXFP4 linear layer",
     Scheme("mxfp4", "mxfp4", "", CT): "Failed to find a kernel that can implement the MXFP4 linear layer",
     Scheme("nvfp4", "", "", CT): "Forced NVFP4 kernel MarlinNvFp4LinearKernel is not supported",
@@ -383,6 +336,46 @@ def test_vllm_on_a_cpu_refuses_what_the_table_says_with_its_message(packed: Pack
         assert (said.verdict, said.known) == ("refuses", "run on a CPU"), scheme
         assert said.message, scheme
         assert said.message in result.message, scheme
+
+
+def test_vllm_rounds_inputs_per_token_where_the_config_says_per_tensor(packed: Packed, read: Read) -> None:
+    per_token, per_tensor = (packed(Scheme("fp8-channel", f"fp8-{how}", "", CT))[1] for how in ("token", "tensor"))
+    found = read([per_token, per_tensor])
+    assert (told(per_tensor).verdict, told(per_tensor).known) == ("executes-other", "run on a CPU")
+    assert told(per_tensor).says.startswith("W8A8: dynamic FP8 activations per token")
+    assert found[str(per_tensor)].values == found[str(per_token)].values != []
+    assert found[str(per_tensor)].kernels == [told(per_tensor).kernel] == [FLOATS]
+
+
+EXPERTS = (
+    Scheme("int4-sym-g32", "", "", CT),
+    Scheme("int4-sym-g32", HALF, "", CT),
+    Scheme("int4-sym-g32", "int4-sym-token", "", CT),
+    Scheme("int4-sym-g32", "", "", "gptq"),
+    Scheme("int4-asym-g32", "", "", "awq"),
+    Scheme("int8-sym-channel", HALF, "", CT),
+    Scheme("fp8-channel", "fp8-token", "", CT),
+)
+
+
+def test_vllm_on_a_cpu_reads_experts_that_are_not_packed_only(packed: Packed, read: Read, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "vocab_size": 1024}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 1}
+    config = Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "experts")
+    folders = {scheme: packed(scheme, str(tmp_path / "experts"))[1] for scheme in EXPERTS}
+    subject, dense = packed(Scheme("int4-sym-g32", "", "", "hf"), str(tmp_path / "experts"))
+    found = read([*folders.values(), dense])
+    for scheme, folder in folders.items():
+        result, said = found[str(folder)], told(folder)
+        assert (said.verdict, said.known, result.values) == ("refuses", "run on a CPU", []), scheme
+        assert said.message, scheme
+        assert said.message in result.message, (scheme, result.message)
+    assert (told(dense).verdict, told(dense).known) == ("loads", "run on a CPU")
+    theirs = torch.tensor(found[str(dense)].values, dtype=torch.float64)
+    exact, half = ours(subject, torch.float32), ours(subject, torch.bfloat16)
+    assert float((theirs - exact).abs().mean()) < 1.5 * float((half - exact).abs().mean())
 
 
 def test_what_others_write_is_refused_as_the_table_says(packed: Packed, read: Read, tmp_path: Path) -> None:
