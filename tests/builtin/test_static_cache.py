@@ -441,7 +441,9 @@ def test_checkpoints_hold_and_say_it(
         open_packed(out, subject.plugins, cache=tmp_path)
 
 
-@pytest.mark.parametrize("kv", [STATIC, "int8-tensor-sfp32-static", PER_HEAD, "int8-head-sfp32-static"])
+@pytest.mark.parametrize(
+    "kv", [STATIC, PER_HEAD, *(f"int{bits}-{of}-sfp32-static" for bits in range(2, 9) for of in ("tensor", "head"))]
+)
 def test_transformers_rounds_the_cache_as_qtool_does(tiny: TinyModel, tmp_path: Path, kv: str) -> None:
     subject = rounded(tiny, "int8-sym-g8-sbf16", kv)
     exported = written(CompressedTensors(), subject, tmp_path / "out")
@@ -455,7 +457,7 @@ def test_transformers_rounds_the_cache_as_qtool_does(tiny: TinyModel, tmp_path: 
     ours = logits_of(subject, windows)
     plain = logits_of(rounded(tiny, "int8-sym-g8-sbf16", "none"), windows)
     assert (theirs - ours).abs().mean() < 0.02 * (theirs - plain).abs().mean()
-    word, per = "FP8" if kv.startswith("fp8") else "INT8", " per head" if "head" in kv else ""
+    word, per = kv.partition("-")[0].upper(), " per head" if "head" in kv else ""
     said = f"; KV cache in {word} with the scale that is stored{per}, rounded to bfloat16 ("
     assert said in exported.consumers["transformers"]
 
