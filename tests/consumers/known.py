@@ -8,6 +8,7 @@ from qtool.consumers.case import cases_of
 from qtool.consumers.table import Answer, answer
 
 Config: TypeAlias = dict[str, Any]
+NO_BITS = "Only num_bits in (8) are supported"
 NO_SCHEME = "No compressed-tensors compatible scheme was found"
 NONE_TYPE = "'NoneType' object has no attribute 'num_bits'"
 GPUS = ("sm75", "sm80", "sm89", "sm90", "sm100")

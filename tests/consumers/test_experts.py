@@ -10,6 +10,7 @@ from tests.consumers.known import (
     AWQ,
     FP8,
     FP8_BLOCK,
+    FP8_BLOCKS,
     FP8_GROUP,
     FP8_MIXED,
     FP8_STATIC,
@@ -49,6 +50,7 @@ ISSUES = "We encountered some issues during automatic conversion of the weights"
     [
         (MXFP4_WEIGHTS, "vllm", ("sm80", "sm89"), "loads", "W4A16", ""),
         (MXFP4, "vllm", ("sm90",), "executes-other", "emulation; experts W4A16", ""),
+        (FP8_BLOCKS, "vllm", ("sm89",), "unknown", "these linears in fp8 e4m3", ""),
         (MXFP4, "vllm", ("sm100",), "loads", "W4A4, whatever the config says of activations", ""),
         (MXFP4_G128, "vllm", ("sm90",), "loads", "the kernel `humming` only", ""),
         (MXFP4_TOKEN, "vllm", ("sm89",), "executes-other", "`humming` only; experts W4A16", ""),
