@@ -30,6 +30,7 @@ from tests.consumers.known import (
     NVFP4_WEIGHTS,
     PER_ROW,
     STATIC_W8A8,
+    W3A16,
     W4A4,
     W4A16,
     W4AFP8,
@@ -45,14 +46,13 @@ FP8_ON = SGLANG[1:]
 NO_W4A16 = "Other method (CompressedTensorsW4A16Sparse24) is not supported now"
 NO_FP8 = "The quantization method modelopt_fp8 is not supported for the current GPU."
 ASYMMETRIC = compressed("int-quantized", "int8-sym-channel-static", "int8-asym-token-dynamic")
-INT3 = compressed("pack-quantized", "int3-sym-group64-static")
 
 
 @pytest.mark.parametrize(
     ("config", "devices", "verdict", "says", "message"),
     [
         (W4A16, SGLANG, "loads", "W4A16: activations are not quantized", ""),
-        (INT3, SGLANG, "refuses", "refused: packed integers have 4 or 8 bits", NO_W4A16),
+        (W3A16, SGLANG, "refuses", "refused: packed integers have 4 or 8 bits", NO_W4A16),
         (W4A4, SGLANG, "refuses", "refused: integers with quantized activations are INT8", NO_SCHEME + "."),
         (W4AFP8, SGLANG, "refuses", "refused: it has packed integers with FP8 activations of", NO_SCHEME + "."),
         (W8A8, SGLANG, "loads", "W8A8: dynamic INT8 activations per token", ""),
