@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -83,6 +83,10 @@ class Plugins:
         presets = {name: preset for name, (preset, _) in found.pop("presets").items()}
         offers = {kind: {name: Offer(*offered) for name, offered in names.items()} for kind, names in found.items()}
         return cls(offers, presets, broken, manager)
+
+    def __reduce__(self) -> tuple[Callable[[], Plugins], tuple[()]]:
+        """Be found anew in another process: loaded plugins do not travel."""
+        return Plugins.discover, ()
 
     def offer(self, kind: str, name: str) -> Offer:
         """Find an offer by name.

@@ -7,8 +7,8 @@ another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-g<N>|-b<N>][-real|-offset][-s<scales>][-<range rule>]
-        [-<exponent rule>][-c<fraction of the range>][-o<magnitude of outliers>][-scales<bits>g<rows>][-static]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-head|-g<N>|-b<N>][-real|-offset][-s<scales>]
+        [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<least outlier>][-scales<bits>g<rows>][-static]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Integer, UInt8
     from torch import Tensor
 
-Strategy = Literal["tensor", "channel", "token", "token-head", "group", "block"]
+Strategy = Literal["tensor", "channel", "token", "token-head", "head", "group", "block"]
 ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e5m2", "e2m1", "int4", "e8m0"]
 RangeRule = Literal["tight", "full", "half", "signed_full", "narrow", "four_over_six"]
 ExponentRule = Literal["even", "floor", "rceil", "search"]
@@ -45,9 +45,9 @@ class TensorScheme:
         format: Name of the format plugin, e.g. ``int4``.
         symmetric: Zero is at the middle of the grid and no zero point is stored.
         strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
-            (``token``), a head's vector of it (``token-head``), ``group_size`` neighbours along the input axis
-            (``group``), or those of as many output rows (``block``: a square of a weight; those at the ends of the
-            axes may be smaller). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
+            (``token``), a head's vector of it (``token-head``), a head of all (``head``), ``group_size`` neighbours
+            along the input axis (``group``), or those of as many output rows (``block``: a square of a weight; smaller
+            at the ends of the axes). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
         group_size: Values to a scale, for the strategy ``group``, and for ``channel`` of keys; the side of a ``block``.
         scale: Storage format of the scale; codes are chosen against the rounded scale. The short ones (``e4m3``,
             ``ue5m3``, ``e2m1``, and ``int4`` from 1 to 15) are multiples of a float32 that the whole tensor shares.
@@ -68,7 +68,8 @@ class TensorScheme:
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
         scale_rows: See ``scale_bits``.
-        static: Symmetric activations (``qtool.engine.static_scales``), keys and values: a tensor's scale is found once.
+        static: The scale of a tensor, or of a head of keys or values, is found once; activations are symmetric then
+            (``qtool.engine.static_scales``).
         offset: Asymmetric integers are ``scale * code + offset``, with an offset in the format of scales in place of a
             zero point; codes are chosen against the rounded offset, and 0 need not have one.
     """
@@ -347,21 +348,20 @@ def parse_tensor_scheme(text: str, lookup: Callable[[str], Format], *, vector: S
         scheme = replace(scheme, strategy=vector)
     for part in parts:
         along_tokens = vector == "token-head" and scheme.strategy == "channel"
-        scheme = _apply(scheme, part, text)
+        scheme = _apply(scheme, part, text, of_cache=vector == "token-head")
         if along_tokens and scheme.strategy == "group":
             scheme = replace(scheme, strategy="channel")
     chosen.check(scheme)
     return scheme
 
 
-def _apply(scheme: TensorScheme, part: str, text: str) -> TensorScheme:
+def _apply(scheme: TensorScheme, part: str, text: str, *, of_cache: bool) -> TensorScheme:
     """Return ``scheme`` changed by one written part."""
     if part in ("sym", "asym"):
         return replace(scheme, symmetric=part == "sym")
-    if part in ("tensor", "channel", "token"):
-        return replace(scheme, strategy=part, group_size=None)  # type: ignore[arg-type]
-    if part == "head" and scheme.strategy == "token":
-        return replace(scheme, strategy="token-head")
+    if part in ("tensor", "channel", "token", "head"):
+        strategy = "token-head" if part == "head" and (scheme.strategy == "token" or not of_cache) else part
+        return replace(scheme, strategy=strategy, group_size=None)  # type: ignore[arg-type]
     if part in ("real", "offset", "static"):
         return replace(scheme, **{part: True})  # type: ignore[arg-type]
     if size := _SIZE.fullmatch(part):

@@ -171,6 +171,7 @@ def register_statistics() -> Sequence[Entry]:
     channel = "statistics.channel"
     return [
         _entry("hessian", "statistics.hessian:Hessian", "second moment of the input, tokens weighted"),
+        _entry("hessian_blocks", "statistics.hessian:HessianBlocks", "its diagonal blocks of up to 128 channels"),
         _entry("absmax", f"{channel}:AbsMax", "largest magnitude of each channel"),
         _entry("min", f"{channel}:Minimum", "smallest value of each channel"),
         _entry("max", f"{channel}:Maximum", "largest value of each channel"),

@@ -27,6 +27,10 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the steps, and which are done already.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", "-j", metavar="N", min=1, help="Steps at once, each a process, over all CUDA devices."),
+    ] = 1,
     to: Annotated[
         str,
         typer.Option(metavar="FORMAT", help="markdown, latex, csv or json. [default: the recipe's]"),
@@ -41,7 +45,7 @@ def run(
     from qtool.steps.run import run as step
 
     common = session.common
-    request = RunRequest(recipe, tuple(only or ()), dry_run, fail_fast, read_format(to, as_json=common.json))
+    request = RunRequest(recipe, tuple(only or ()), dry_run, fail_fast, jobs, read_format(to, as_json=common.json))
 
     def announce(message: str) -> None:
         if not common.quiet:

@@ -183,6 +183,7 @@ def return_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGE)
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(_LARGE))  # of processes that this one starts
 
 
 def read_inputs(pairs: Sequence[str]) -> dict[str, Path]:

@@ -102,6 +102,7 @@ class Case:
         """Return such as ``INT4 with a dynamic scale per group of 32, asymmetric``."""
         element = self.cache_format.partition("-")[0].upper()
         per = f" per group of {self.cache_group_size}" if self.cache_group_size > 0 else ""
+        per = " per head" if self.cache_format.endswith("-attn_head") else per
         scale = "the scale that is stored" if self.cache == "static" else "a dynamic scale"
         return f"{element} with {scale}{per}{', asymmetric' if '-asym' in self.cache_format else ''}"
 

@@ -33,7 +33,7 @@ class KVPath(nn.Module):
         rounding: How keys and values are rounded, or None.
 
     Attributes:
-        keys: Where keys are observed, a row a head of a token, behind the operators and before they are rounded.
+        keys: Where keys are observed, a row a token, behind the operators and before they are rounded.
         values: The same, of values.
     """
 
@@ -52,7 +52,9 @@ class KVPath(nn.Module):
         """Return queries, keys and values as the attention sees them, but for keys that are rounded in groups."""
         for operator in self.operators:
             query, key = operator.weight_in(query), operator.act(key)
-        key, value = self.keys.operated(key), self.values.operated(value)
+        for site, states in ((self.keys, key), (self.values, value)):
+            if site.observer is not None:
+                site.operated(states.transpose(1, 2).flatten(2))
         return query, *((key, value) if self.rounding is None else self.rounding.by_token(key, value))
 
 

@@ -32,7 +32,7 @@ from qtool.engine.stored import (
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
-from qtool.model.statistics import SiteStatistics
+from qtool.model.statistics import BLOCKS, HESSIAN, SiteStatistics
 
 Refine = Callable[[Method, Mapping[str, LayerProblem]], BlockResult]
 """Runs a block-wise method on the problems of a block's linears by full name."""
@@ -52,9 +52,13 @@ class InputGrids:
 
 
 def needs_of(methods: Iterable[Method], inputs: InputGrids | None) -> tuple[str, ...]:
-    """Return the statistics that methods read, and those that scales of inputs are found from."""
+    """Return the statistics that methods read, and those that scales of inputs are found from.
+
+    What reads blocks of a Hessian takes them from the whole if another method reads that.
+    """
     static = () if inputs is None else inputs.needs
-    return tuple(dict.fromkeys((*(need for method in methods for need in method.needs), *static)))
+    needs = dict.fromkeys((*(need for method in methods for need in method.needs), *static))
+    return tuple(need for need in needs if need != BLOCKS or HESSIAN not in needs)
 
 
 def static_inputs(subject: Subject) -> InputGrids | None:
@@ -252,7 +256,7 @@ class BlockSolver:
         experts = expert_notes(solved.seen)
         counters.update({name: len(experts[name]) for name in ("shrunk_experts", "experts_rtn") if name in experts})
         aimed = solved.solution.reports
-        reports = {name: {**linear.report, **aimed.get(name, {})} for name, linear in solved.solution.linears.items()}
+        reports = {name: {**aimed.get(name, {}), **linear.report} for name, linear in solved.solution.linears.items()}
         notes: dict[str, Any] = {"reports": reports, "counters": {k: v for k, v in counters.items() if v}}
         if solved.report:
             notes["block"] = solved.report

@@ -6,9 +6,9 @@ in the groups that its own token is behind or fills, and keys in 16 bits after t
 once or token by token. What is kept in 16 bits is at most one group less a token, where KIVI keeps 128 tokens and
 values too.
 
-One scale for all keys of a layer, and one for all values, are found once where the scheme says ``static``: the largest
-magnitude over the calibration tokens is at the end of the range, of keys behind the rotary positions and a plan's
-operators there. They are what engines with an FP8 cache read from checkpoints.
+One scale for all keys of a layer, or one for those of each head, and of values likewise, are found once where the
+scheme says ``static``: the largest magnitude over the calibration tokens is at the end of the range, of keys behind the
+rotary positions and a plan's operators there. They are what engines with an FP8 cache read from checkpoints.
 
 References:
     Liu et al. 2024, KIVI, arXiv:2402.02750, section 3 and algorithm 1.
@@ -33,10 +33,16 @@ from qtool.scheme import Format, TensorScheme
 KEYS, VALUES = "keys", "values"
 """The places inside a block where keys and values are observed.
 
-Their scales are stored as ``layers.<i>.keys.input_global_scale``, like multipliers of a linear's input.
+Their scales are stored as ``layers.<i>.keys.input_global_scale``, like multipliers of a linear's input; those of heads
+are ``[heads, 1, 1]``.
 """
 ABSMAX = "absmax"
 """What is gathered there."""
+
+
+def scale_shape(scheme: TensorScheme, heads: int) -> tuple[int, ...]:
+    """Return the shape of a block's static scale of keys or of values, which have so many heads."""
+    return (heads, 1, 1) if scheme.strategy == "head" else ()
 
 
 @dataclass(frozen=True)
@@ -72,17 +78,23 @@ class CacheRounding:
         parts = {KEYS: self.keys, VALUES: self.values}
         return {name: one for name, one in parts.items() if one is not None and one.grid.parts[0].scheme.static}
 
-    def scales(self, layer: int, statistics: Mapping[str, SiteStatistics]) -> dict[str, Tensor]:
+    def static_shapes(self, heads: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a block's static scales, by place."""
+        return {name: scale_shape(one.grid.parts[0].scheme, heads) for name, one in self.static.items()}
+
+    def scales(self, layer: int, statistics: Mapping[str, SiteStatistics], *, heads: int) -> dict[str, Tensor]:
         """Return the static scales of a block as they are stored.
 
         Args:
             layer: Block index.
             statistics: What was gathered of the block, by place.
+            heads: Of keys, and of values.
         """
         found: dict[str, Tensor] = {}
         for name, one in self.static.items():
             site = f"layers.{layer}.{name}"
-            found |= input_scales(site, one.grid.global_scales(statistics[name].need(ABSMAX, site=site)))
+            absmax = statistics[name].need(ABSMAX, site=site)
+            found |= input_scales(site, one.grid.global_scales(absmax.view(heads, 1, -1)))
         return found
 
     def calibrated(self, layer: int, find: Callable[[str], Tensor | None], device: torch.device) -> CacheRounding:

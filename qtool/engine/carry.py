@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
@@ -12,11 +12,11 @@ from qtool.errors import ArtifactError
 from qtool.model.graph import EXPERTS
 from qtool.model.plan import Plan
 from qtool.model.source import Model
-from qtool.model.statistics import SiteStatistics
+from qtool.model.statistics import MOMENTS, SiteStatistics
 from qtool.numerics.operators import Diag, Operator, Shift
 from qtool.numerics.token_weights import parse_token_weight
 
-VO, HESSIAN, UNIFORM = "vo", "hessian", "uniform"
+VO, UNIFORM = "vo", "uniform"
 
 
 class CarriedStatistics(Mapping[str, SiteStatistics]):
@@ -28,11 +28,11 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         artifact: What calibrate gathered on the original model.
         model: That model.
         plan: The operators to carry through; empty leaves the statistics as they were gathered.
-        hessians: Whether Hessians are wanted.
+        moments: Which of the statistics whose tokens have weights are wanted.
     """
 
-    def __init__(self, artifact: Artifact, model: Model, plan: Plan, *, hessians: bool = True) -> None:
-        self.artifact, self.model, self.plan, self.hessians = artifact, model, plan, hessians
+    def __init__(self, artifact: Artifact, model: Model, plan: Plan, *, moments: Collection[str] = MOMENTS) -> None:
+        self.artifact, self.model, self.plan, self.unwanted = artifact, model, plan, MOMENTS - set(moments)
         self.tokens: int = artifact.manifest.details["tokens"]
 
     def __getitem__(self, site_id: str) -> SiteStatistics:
@@ -46,10 +46,9 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         place = self._place(gathered_at)
         operators = self.plan.at(site_id).operators if name == VO else _between(self.model, self.plan, *place)
         entries = {entry: tensor.float() for entry, tensor in self.artifact.tensors(f"{gathered_at}.").items()}
-        if not self.hessians:
-            entries.pop(HESSIAN, None)
+        entries = {entry: tensor for entry, tensor in entries.items() if entry not in self.unwanted}
         rule = self.artifact.manifest.step.config["token_weight"]
-        if HESSIAN in entries and _shifts_weighted(operators, rule, place[1]):
+        if MOMENTS & entries.keys() and _shifts_weighted(operators, rule, place[1]):
             raise ArtifactError(
                 "the mean that a shift needs counts all tokens alike, and these Hessians do not",
                 facts=(("gathered with", parse_token_weight(rule).at(place[1])), ("site", site_id)),

@@ -87,14 +87,18 @@ class GridPart:
         """Arrange values of the part so that the last axis shares a scale; see ``to_groups``."""
         return to_groups(x, self.scheme.strategy, self.scheme.group_size)
 
-    def global_scale(self, amax: Float[Tensor, ""]) -> Float[Tensor, ""] | None:
+    def largest(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*heads"]:
+        """Return the largest magnitude of all values, or ``[heads, 1, 1]`` of each head's ``[heads, tokens, n]``."""
+        return x.abs().amax((-2, -1), keepdim=True) if self.scheme.strategy == "head" else x.abs().amax()
+
+    def global_scale(self, amax: Float[Tensor, "*heads"]) -> Float[Tensor, "*heads"] | None:
         """Return the multiplier for values of largest magnitude ``amax``, or None without one.
 
         Of static scales it is the scale itself.
         """
         if self.scheme.static:
-            fitted = self.format.fit(amax.reshape(1, 1), self.scheme, clip=self.scheme.clip)
-            return fitted.scale.reshape(())
+            fitted = self.format.fit(amax.unsqueeze(-1), self.scheme, clip=self.scheme.clip)
+            return fitted.scale
         return self.format.global_scale(amax, self.scheme)
 
     @property
@@ -197,9 +201,9 @@ class Grid:
                     hint="plan with the scheme that is going to be used: qtool transform STATISTICS --scheme SCHEME",
                 )
 
-    def global_scales(self, amax: Float[Tensor, " n"]) -> GlobalScales:
-        """Return the multiplier of each part from the largest magnitude of each column."""
-        return tuple(part.global_scale(amax[columns].amax()) for columns, part in self.places(len(amax)))
+    def global_scales(self, amax: Float[Tensor, "*heads n"]) -> GlobalScales:
+        """Return the multiplier of each part from the largest magnitude of each column, of one token of each head."""
+        return tuple(part.global_scale(part.largest(amax[..., own])) for own, part in self.places(amax.shape[-1]))
 
     def decode(self, codes: UInt8[Tensor, "out in"], parameters: Sequence[GroupParameters]) -> Float[Tensor, "out in"]:
         """Return the float32 values that codes stand for, of parameters for each part."""

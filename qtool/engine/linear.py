@@ -72,7 +72,7 @@ class Rounding:
             values = x[..., columns]
             outliers = _outlier_columns(values, part.scheme.outlier_threshold)
             inner = values if outliers is None else values.masked_fill(outliers, 0.0)
-            multiplier = part.global_scale(inner.abs().amax().float()) if fits else scale
+            multiplier = part.global_scale(part.largest(inner).float()) if fits else scale
             inner = _rounded_part(inner, part, multiplier)
             rounded.append(inner if outliers is None else torch.where(outliers, values, inner))
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=-1)

@@ -188,7 +188,8 @@ class Network:
             self.experts[layer].reset()
         for linear in graph.linears_of(layer):
             target = self.linear(layer, linear.spec.module)
-            target.adapter, target.replaced = content.adapters.get(linear.spec.module), None
+            adapter = content.adapters.get(linear.spec.module)
+            target.adapter, target.replaced = None if adapter is None else adapter.on(self.device), None
             undone = [one.inverse() for one in reversed(output_operators(self.subject.plan, linear))]
             target.undone = with_kernels(undone, self.subject.plugins, self.device)
         return content

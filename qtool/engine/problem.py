@@ -11,8 +11,10 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from qtool.engine.grid import GlobalScales, Grid
-from qtool.errors import UsageError
+from qtool.errors import ShapeError, UsageError
+from qtool.model.statistics import BLOCKS
 from qtool.numerics.outliers import Outliers
+from qtool.numerics.second_moments import diagonal_blocks, inner_blocks
 from qtool.scheme import GroupParameters
 
 Reads: TypeAlias = Literal["quantized", "full"]
@@ -45,6 +47,11 @@ class Adapter:
             up = up.float() * self.up_scale.float()
         return down.to(dtype), up.to(dtype)
 
+    def on(self, device: torch.device) -> Adapter:
+        """Return it with its tensors on a device."""
+        down_scale, up_scale = (None if one is None else one.to(device) for one in (self.down_scale, self.up_scale))
+        return Adapter(self.down.to(device), self.up.to(device), down_scale, up_scale, self.reads)
+
     def product(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """Return what it adds to the weight."""
         down, up = self.factors(dtype)
@@ -60,7 +67,9 @@ class QuantizedLinear:
         parameters: Of each part of the grid: scales and zero points ``[out, groups]`` as stored, and the tensor-level
             multiplier.
         adapter: Low-rank correction, if any.
-        report: What happened, as numbers: ``loss`` and ``loss_rtn`` (tr(EHEᵀ)/tr(WHWᵀ)), ``dampening_frac``, ….
+        report: What happened, as numbers: ``loss``, tr(EHEᵀ)/tr(WHWᵀ), ``loss_rtn`` of rounding to nearest,
+            ``loss_before`` of what the last method that tells it started from (what the one to its left made, or
+            rounding to nearest for the first), ``dampening_frac``, ….
         counters: What was not as usual, summed over the model: ``dead_columns``, ``raised_dampening``, ….
         outliers: Weights in 16 bits that stand in place of what their codes decode to, if any.
     """
@@ -88,7 +97,8 @@ class LayerProblem:
         grid: What it is to be rounded to.
         hessian: Weighted mean of x xᵀ over calibration tokens, float32, or None where it is not known. Losses are told
             in it, so it is there for methods as well that do not need it, where statistics have it.
-        entries: Other statistics of the layer's input by name (``absmax``, ``mean_abs``, ``sample``, …).
+        entries: Other statistics of the layer's input by name (``absmax``, ``mean_abs``, ``sample``, …). Blocks of the
+            Hessian are for ``need_blocks`` to find, here or in the whole.
         global_scales: Tensor-level multipliers that the parts of the grid must use (shared with the layer's siblings);
             empty where the layer may choose its own.
         seed: Seeds whatever is random.
@@ -124,6 +134,28 @@ class LayerProblem:
             )
         return self.hessian
 
+    def need_blocks(self, columns: slice, size: int) -> Float[Tensor, "groups size size"]:
+        """Return blocks along the Hessian's diagonal, of the whole or of larger blocks that were gathered in its place.
+
+        Args:
+            columns: Which the blocks are of.
+            size: Of a block; 1 for the diagonal itself.
+
+        Raises:
+            UsageError: Neither was gathered, or blocks too small.
+        """
+        if self.hessian is not None or BLOCKS not in self.entries:
+            return diagonal_blocks(self.need_hessian()[columns, columns], size)
+        blocks = self.entries[BLOCKS]
+        try:
+            return inner_blocks(blocks, columns, size)
+        except ShapeError as error:
+            raise UsageError(
+                f"groups of `{self.name}` do not lie in blocks of its Hessian that were gathered in place of the whole",
+                facts=(("groups", size), ("blocks", blocks.shape[-1])),
+                hint="qtool calibrate MODEL --gather hessian,absmax,sample",
+            ) from error
+
     def after(self, previous: QuantizedLinear) -> LayerProblem:
         """Return the problem as the method to the right sees it."""
         return replace(self, previous=previous)
@@ -134,8 +166,9 @@ class Mitigator(Protocol):
     """Turns one linear's weight into codes while compensating the error.
 
     Class attributes: ``version`` (raised whenever output bits change), ``needs`` (statistics of the layer's input
-    that it reads: ``hessian`` and the like) and ``Config`` (a frozen dataclass of its options; those that need more
-    statistics say so in a property ``needs``). A method that does better where propagated activations are rounded as
+    that it reads: ``hessian`` and the like; ``hessian_blocks`` for what ``need_blocks`` returns, which costs nothing
+    where the whole is there) and ``Config`` (a frozen dataclass of its options; those that need more statistics say so
+    in a property ``needs``). A method that does better where propagated activations are rounded as
     the scheme says, and statistics are of those, also has ``rounded_inputs = True``.
     """
 

@@ -16,12 +16,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from qtool.model.graph import LinearSite
-from qtool.model.statistics import SAMPLE, SiteStatistics
+from qtool.model.statistics import BLOCKS, HESSIAN, MOMENTS, SAMPLE, SiteStatistics
 from qtool.numerics.shrinkage import shrink
 
 DEFAULT_SHARE = 0.25
-HESSIAN = "hessian"
-_MEANS = (HESSIAN, "mean", "mean_abs")
+_MEANS = (HESSIAN, BLOCKS, "mean", "mean_abs")
 _EXTREMES = {"absmax": torch.maximum, "max": torch.maximum, "min": torch.minimum}
 
 
@@ -154,10 +153,10 @@ def shrunk_statistics(own: SiteStatistics, shared: SiteStatistics, *, tokens: in
 def white(shared: SiteStatistics) -> SiteStatistics:
     """Return statistics of white noise of the shared size: the Hessian is a multiple of the identity."""
     entries = dict(shared.entries)
-    if HESSIAN in entries:
-        diagonal = entries[HESSIAN].diagonal()
+    for name in MOMENTS & entries.keys():
+        diagonal = entries[name].diagonal(dim1=-2, dim2=-1)
         size = diagonal.mean()
-        entries[HESSIAN] = torch.diag(torch.where(size > 0, size, torch.ones_like(size)).expand_as(diagonal))
+        entries[name] = torch.diag_embed(torch.where(size > 0, size, torch.ones_like(size)).expand_as(diagonal))
     return SiteStatistics(0, entries, shared.estimated)
 
 

@@ -20,10 +20,10 @@ from qtool.engine.grid import GridPart
 from qtool.engine.model_problem import ModelMitigator, ModelProblem, Values
 from qtool.engine.propagate import Propagation
 from qtool.engine.solve import Method
-from qtool.engine.starved import HESSIAN
 from qtool.engine.stored import NORMS, OUTLIERS, read_linear, scale_names
 from qtool.model.family import Norm
 from qtool.model.graph import LinearSite
+from qtool.model.statistics import HESSIAN
 from qtool.numerics.groups import from_groups
 from qtool.numerics.likelihood import divergence
 from qtool.numerics.losses import relative_loss
@@ -160,12 +160,15 @@ class WholeModel:
         formats = {name: scale.part.scheme.scale for name, scale in scales.items() if name in found}
         return tensors | {name: encode_scale(found[name], kind) for name, kind in formats.items()}, result.report
 
-    def losses(self, tensors: Mapping[str, Tensor], hessian: AnyStatistic) -> dict[str, dict[str, float]]:
+    def losses(
+        self, tensors: Mapping[str, Tensor], hessian: AnyStatistic, progress: Progress
+    ) -> dict[str, dict[str, float]]:
         """Return the loss of each linear by its inputs in the model that was made, in one more pass over all windows.
 
         Args:
             tensors: What ``tune`` returned; the model becomes that.
             hessian: The statistic of second moments.
+            progress: Shows how many blocks have been measured.
 
         Returns:
             ``loss``, ``tr(EHEᵀ) / tr(WHWᵀ)``, and ``weight_error``, the same with the identity, by name of the linear.
@@ -173,7 +176,7 @@ class WholeModel:
         network, solver = self.network, self._work.block.solver
         found: dict[str, dict[str, float]] = {}
         self.stream.restart()
-        for layer in self.layers:
+        for layer in progress(self.layers, total=len(self.layers), label="losses of the whole model"):
             state, stored = self._content(layer)
             now = {name: tensors.get(name, tensor).to(network.device) for name, tensor in stored.items()}
             self._work.block.install(network, layer, state, now)

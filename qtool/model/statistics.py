@@ -15,9 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qtool.errors import ArtifactError
-from qtool.numerics.operators import Operator, carry_hessian
+from qtool.numerics.operators import Operator, carry_hessian, carry_hessian_blocks
+from qtool.numerics.second_moments import block_size, diagonal_blocks
 
 SAMPLE = "sample"
+HESSIAN, BLOCKS = "hessian", "hessian_blocks"
+MOMENTS = frozenset({HESSIAN, BLOCKS})
+"""Statistics whose tokens have weights."""
 FROM_SAMPLE = ("absmax", "min", "max", "mean_abs")
 
 
@@ -27,8 +31,9 @@ class SiteStatistics:
 
     Attributes:
         tokens: How many tokens were seen.
-        entries: Name to tensor: ``hessian`` [n, n] (weighted mean of x xᵀ), ``absmax``, ``min``, ``max``, ``mean``,
-            ``mean_abs`` [n], ``sample`` [tokens, n], and what plugins gather.
+        entries: Name to tensor: ``hessian`` [n, n] (weighted mean of x xᵀ), ``hessian_blocks`` [blocks, b, b] along
+            its diagonal, ``absmax``, ``min``, ``max``, ``mean``, ``mean_abs`` [n], ``sample`` [tokens, n], and what
+            plugins gather.
         estimated: Entries that were recomputed from the sample after an operator.
     """
 
@@ -37,14 +42,17 @@ class SiteStatistics:
     estimated: frozenset[str] = field(default_factory=frozenset)
 
     def need(self, name: str, *, site: str) -> Tensor:
-        """Return an entry.
+        """Return an entry; blocks of a Hessian also where the whole was gathered.
 
         Raises:
             ArtifactError: It was not gathered; the hint says how to gather it.
         """
+        if name == BLOCKS and HESSIAN in self.entries:
+            return diagonal_blocks(self.entries[HESSIAN], block_size(len(self.entries[HESSIAN])))
         if name not in self.entries:
-            # Behind a rotation extremes come from the sample, so gathering them alone would lead here again.
-            wanted = {*self.entries, name, *((SAMPLE,) if name in FROM_SAMPLE else ())}
+            # Behind a rotation extremes come from the sample and blocks from the whole, so these alone lead here again.
+            asked = HESSIAN if name == BLOCKS else name
+            wanted = {*self.entries, asked, *((SAMPLE,) if name in FROM_SAMPLE else ())}
             raise ArtifactError(
                 f"the statistics lack `{name}` at `{site}`",
                 facts=(("gathered", ", ".join(sorted(self.entries)) or "nothing"),),
@@ -55,7 +63,8 @@ class SiteStatistics:
     def carried(self, operators: tuple[Operator, ...]) -> SiteStatistics:
         """Return the statistics of ``x T`` for ``T`` the product of ``operators``.
 
-        ``hessian``, ``mean`` and ``sample`` are exact (a Hessian stays weighted by the tokens' original weights).
+        ``hessian``, ``mean`` and ``sample`` are exact (a Hessian stays weighted by the tokens' original weights), and
+        so is ``hessian_blocks`` where no channels of different blocks are mixed, and dropped otherwise.
         The others are exact behind a diagonal or a permutation, and are otherwise estimated from the sample, or
         dropped without one.
         """
@@ -68,8 +77,11 @@ class SiteStatistics:
         """Return the statistics behind one operator."""
         mean = self.entries.get("mean")
         entries = {name: operator.act(self.entries[name]) for name in ("mean", SAMPLE) if name in self.entries}
-        if "hessian" in self.entries:
-            entries["hessian"] = carry_hessian((operator,), self.entries["hessian"], mean=mean)
+        if HESSIAN in self.entries:
+            entries[HESSIAN] = carry_hessian((operator,), self.entries[HESSIAN], mean=mean)
+        blocks = self.entries.get(BLOCKS)
+        if blocks is not None and (blocks := carry_hessian_blocks(operator, blocks, mean=mean)) is not None:
+            entries[BLOCKS] = blocks
         estimated = set(self.estimated)
         if operator.is_diagonal or operator.is_permutation:
             entries |= self._by_channel(operator)

@@ -1,4 +1,4 @@
-"""Second moments: the lower triangle of Σ x xᵀ, without computing the upper one, and cross moments."""
+"""Second moments: the lower triangle of Σ x xᵀ without computing the upper one, its diagonal blocks, cross moments."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def add_second_moment(total: Float[Tensor, "n n"], x: Float[Tensor, "tokens n"])
     """
     for start, stop in panels(x.shape[1]):
         total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+
+def add_block_moments(total: Float[Tensor, "blocks b b"], x: Float[Tensor, "tokens n"]) -> None:
+    """Add the diagonal blocks of ``Σ x xᵀ`` over tokens to ``total``, in place.
+
+    Args:
+        total: Running sums of neighbouring channels, ``blocks * b`` of them; modified.
+        x: Values of some tokens, in the dtype of ``total``.
+    """
+    by_block = x.reshape(len(x), *total.shape[:2]).permute(1, 2, 0)
+    total.baddbmm_(by_block, by_block.mT)
 
 
 def add_cross_moment(

@@ -73,6 +73,11 @@ class Operator(Protocol):
         """Whether ``T`` only reorders channels."""
         return self.group == "perm"
 
+    @property
+    def span(self) -> int:
+        """Channels of a run that are mixed with each other and with no others: ``T`` is block-diagonal in such runs."""
+        return 1 if self.is_diagonal or self.group == "shift" else self.dim
+
     def act(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Transform activations: ``(x - z) T``."""
         ...

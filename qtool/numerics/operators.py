@@ -34,6 +34,7 @@ __all__ = [
     "Shift",
     "Signs",
     "carry_hessian",
+    "carry_hessian_blocks",
     "carry_mean",
     "compose_act",
     "operator_from_state",
@@ -90,14 +91,50 @@ def carry_hessian(
     """
     for operator in operators:
         if operator.group == "shift":
-            if mean is None:
-                raise UsageError(
-                    "a Hessian can be carried through a shift only with the mean of the activations",
-                    hint="qtool calibrate MODEL --gather hessian,mean,min,max",
-                )
-            z = -operator.act(torch.zeros_like(mean))
-            hessian = hessian - torch.outer(mean, z) - torch.outer(z, mean) + torch.outer(z, z)
+            hessian = _moved(operator, hessian.unsqueeze(0), mean).squeeze(0)
         else:
             hessian = operator.act(operator.act(hessian).mT).mT
         mean = None if mean is None else operator.act(mean)
     return hessian
+
+
+def carry_hessian_blocks(
+    operator: Operator, blocks: Float[Tensor, "blocks b b"], *, mean: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, "blocks b b"] | None:
+    """Diagonal blocks of the Hessian of the transformed activations; None where those do not follow from the blocks.
+
+    They do behind a shift, and behind what mixes channels inside of blocks only.
+
+    Args:
+        operator: What is applied.
+        blocks: Those of ``sum x x.T / tokens`` along its diagonal.
+        mean: ``sum x / tokens``; needed only for a shift.
+
+    Raises:
+        UsageError: There is a shift and no ``mean``.
+    """
+    count, size, _ = blocks.shape
+    if operator.group == "shift":
+        return _moved(operator, blocks, mean)
+    if size % operator.span:
+        return None
+
+    def act(parts: Tensor) -> Tensor:
+        """Apply the operator to the rows of all blocks, which are parts of the vectors that it acts on."""
+        vectors = operator.act(parts.transpose(0, 1).reshape(size, count * size))
+        return vectors.reshape(size, count, size).transpose(0, 1)
+
+    return act(act(blocks).mT).mT.contiguous()
+
+
+def _moved(
+    shift: Operator, blocks: Float[Tensor, "blocks b b"], mean: Float[Tensor, " n"] | None
+) -> Float[Tensor, "blocks b b"]:
+    """Return blocks of ``H - m z.T - z m.T + z z.T``."""
+    if mean is None:
+        raise UsageError(
+            "a Hessian can be carried through a shift only with the mean of the activations",
+            hint="qtool calibrate MODEL --gather hessian,mean,min,max",
+        )
+    m, z = (one.reshape(len(blocks), -1, 1) for one in (mean, -shift.act(torch.zeros_like(mean))))
+    return blocks - m * z.mT - z * m.mT + z * z.mT

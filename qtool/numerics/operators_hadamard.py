@@ -65,6 +65,10 @@ class Hadamard(Operator):
     def dim(self) -> int:
         return self.n
 
+    @property
+    def span(self) -> int:
+        return self.block_size or self.n
+
     def act(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return self.act_by(hadamard_rotate, x)
 

@@ -195,6 +195,10 @@ class Block(Operator):
     def dim(self) -> int:
         return self.n
 
+    @property
+    def span(self) -> int:
+        return self.matrices.shape[-1]
+
     def act(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return self._multiply(x, self.matrices)
 

@@ -6,6 +6,7 @@ Blocks are stacked, ``[blocks, b, b]``, and computed together in float64: a mode
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import gcd
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,19 @@ from qtool.errors import NumericalError, ShapeError
 
 _ROWS = 2048
 """Rows of a weight that are held in float64 at once."""
+
+
+LARGEST_BLOCK = 128
+"""Channels of a block of a Hessian that is kept in place of the whole: those of the largest groups in common use."""
+
+
+def block_size(n: int) -> int:
+    """Return the channels of the blocks that are kept of a Hessian of ``n``: a power of two that divides it.
+
+    A group whose size is a power of two up to ``LARGEST_BLOCK`` and divides ``n`` lies in one block, so blocks are kept
+    before anyone knows which groups a format is going to have.
+    """
+    return gcd(n, LARGEST_BLOCK)
 
 
 def diagonal_blocks(matrix: Float[Tensor, "n n"], size: int) -> Float[Tensor, "blocks size size"]:
@@ -30,6 +44,27 @@ def diagonal_blocks(matrix: Float[Tensor, "n n"], size: int) -> Float[Tensor, "b
     count = _count(matrix.shape[0], size)
     places = torch.arange(count, device=matrix.device)
     return matrix.reshape(count, size, count, size)[places, :, places, :]
+
+
+def inner_blocks(blocks: Float[Tensor, "blocks b b"], columns: slice, size: int) -> Float[Tensor, "groups size size"]:
+    """Return smaller blocks along the same diagonal, as a new tensor.
+
+    Args:
+        blocks: Of a Hessian, such as ``diagonal_blocks`` returns. Not modified.
+        columns: Neighbouring ones, which the smaller blocks are of.
+        size: Rows of a smaller block.
+
+    Raises:
+        ShapeError: ``size`` does not divide the columns, or a block lies across two of those that are given.
+    """
+    outer = blocks.shape[-1]
+    count = _count(columns.stop - columns.start, size)
+    first = columns.start + size * torch.arange(count, device=blocks.device)
+    if bool((first // outer != (first + size - 1) // outer).any()):
+        raise ShapeError(f"blocks of {size} do not lie in blocks of {outer}")
+    places = first[:, None] + torch.arange(size, device=blocks.device)
+    rows = places % outer
+    return blocks[(places // outer)[:, :, None], rows[:, :, None], rows[:, None, :]]
 
 
 def weight_moment_blocks(weights: Iterable[Float[Tensor, "_out n"]], size: int) -> Float[Tensor, "blocks size size"]:

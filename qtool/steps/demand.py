@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from qtool.engine.gather import Gathering, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Method
-from qtool.engine.starved import HESSIAN
 from qtool.engine.stored import linear_tensors
 from qtool.engine.subject import Subject
 from qtool.model.graph import EXPERTS, ModelGraph
 from qtool.model.plan import Plan
 from qtool.model.source import Model
+from qtool.model.statistics import BLOCKS, HESSIAN
 from qtool.numerics.groups import from_groups
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
@@ -133,7 +133,7 @@ def known_of(needs: Sequence[str], propagate: str, gathered: Manifest | None, su
     """Return which statistics problems come with: what is needed, and the Hessian that the loss of all is told in.
 
     Passes gather it. Without them it is there, also for methods without needs, if calibration gathered it of all tokens
-    and it can be carried to the inputs of all linears.
+    and it can be carried to the inputs of all linears. Blocks of it come from it then.
 
     Args:
         needs: What is needed.
@@ -141,14 +141,34 @@ def known_of(needs: Sequence[str], propagate: str, gathered: Manifest | None, su
         gathered: The manifest of the statistics.
         subject: What they are carried to.
     """
-    if propagate != "none":
-        return tuple(dict.fromkeys((*needs, HESSIAN)))
     config = {} if gathered is None else gathered.step.config
-    if gathered is None or HESSIAN not in config.get("gather", ()) or config.get("experts") == "routed":
+    if propagate == "none" and (gathered is None or HESSIAN not in config.get("gather", ())):
         return tuple(needs)
-    plan = subject.plan if gathered_behind(gathered) is None else Plan()
-    there = can_carry_hessians(subject.model, plan, config["token_weight"])
-    return tuple(dict.fromkeys((*needs, HESSIAN))) if there else tuple(needs)
+    known = [HESSIAN if need == BLOCKS else need for need in needs]
+    if propagate != "none" or (gathered is not None and _all_told_in(gathered, subject)):
+        known.append(HESSIAN)
+    return tuple(dict.fromkeys(known))
+
+
+def told_in(known: Sequence[str], propagate: str, gathered: Manifest | None, token_weight: str) -> dict[str, str]:
+    """Return what there is to say of the Hessians that losses are told in; nothing where there are none.
+
+    Args:
+        known: Which statistics problems come with.
+        propagate: ``none`` without passes: they are then those that were gathered before.
+        gathered: The manifest of the statistics.
+        token_weight: The rule for the weight of a token in passes.
+    """
+    if HESSIAN not in known:
+        return {}
+    carried = gathered if propagate == "none" else None
+    return {"token_weight": token_weight if carried is None else carried.step.config["token_weight"]}
+
+
+def _all_told_in(gathered: Manifest, subject: Subject) -> bool:
+    """Say whether the losses of all linears can be told in Hessians that were gathered before."""
+    config, plan = gathered.step.config, subject.plan if gathered_behind(gathered) is None else Plan()
+    return config.get("experts") != "routed" and can_carry_hessians(subject.model, plan, config["token_weight"])
 
 
 def _largest(layers: Sequence[int], *, disk: int) -> Demand:
@@ -210,7 +230,8 @@ def _input_scale_bytes(subject: Subject) -> int:
     inputs = static_inputs(subject)
     if inputs is None:
         return 0
-    cached = 0 if subject.cache is None else len(subject.cache.static) * subject.model.graph.dims.num_layers
+    dims, cache = subject.model.graph.dims, subject.cache
+    cached = 0 if cache is None else dims.num_layers * sum(map(prod, cache.static_shapes(dims.num_kv_heads).values()))
     found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.linears)
     grids = {site: grid for site, grid in found if grid is not None}
     return _SCALE * (cached + sum(part.has_global_scale for grid in grids.values() for part in grid.parts))

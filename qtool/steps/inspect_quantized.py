@@ -33,6 +33,7 @@ _PROTOCOL = (
     *("seed", "dtype"),
 )
 _LOSSES = ("loss", "weight_error")
+_BEFORE = "what the last method that tells it started from: what the one to its left made, or rounding to nearest"
 
 
 def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts, Tables]:
@@ -51,6 +52,10 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
         facts |= {f"bits_per_weight_{name}": bits for name, bits in storage.bits.items()}
     facts["strict"] = "refuses it, for its counters" if manifest.counters else "accepts it"
     names = {name for report in reports.values() for name in report}
+    if "losses" in manifest.details:
+        facts["losses_token_weight"] = manifest.details["losses"]["token_weight"]
+    if f"{loss_name(reports)}_before" in names:
+        facts[f"{loss_name(reports)}_before"] = _BEFORE
     columns = sorted(names, key=lambda name: (not name.startswith(_LOSSES), not name.endswith("_rtn"), name))
     means = _over_experts(reports)
     rows = [(linear, *(means[linear].get(c) for c in columns)) for linear in sorted(means, key=natural)]
@@ -132,7 +137,7 @@ def _of_model(report: Mapping[str, float]) -> Tables:
 
 
 def _by_module(reports: Reports) -> Table:
-    """Return the mean loss over layers of each kind of linear, beside those of rounding to nearest and of the codes."""
+    """Return the mean loss over layers of each kind of linear, beside rounding to nearest and what was there before."""
     key = loss_name(reports)
     shown = [key + suffix for suffix in ("_rtn", "_before", "")]
     if not any(f"{key}_before" in report for report in reports.values()):

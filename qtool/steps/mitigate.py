@@ -20,16 +20,16 @@ from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
 from qtool.engine.propagate import Propagation, compares_inputs
 from qtool.engine.solve import Method, Solver
-from qtool.engine.starved import DEFAULT_SHARE, HESSIAN
+from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.whole_model import WHOLE, WholeModel
 from qtool.errors import ArtifactError, NumericalError, UsageError
 from qtool.model.plan import Plan
-from qtool.model.statistics import SiteStatistics
+from qtool.model.statistics import HESSIAN, SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
-from qtool.steps.demand import known_of
+from qtool.steps.demand import known_of, told_in
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
@@ -282,7 +282,9 @@ class _Work:
     def run(self, writer: ArtifactWriter) -> Found:
         """Solve every block; return what there is to say of them."""
         solved = self._solve_carried(writer) if self.propagates == "none" else self._solve_with_passes(writer)
-        return Found.of(solved, self._notes(writer, WHOLE) if self.whole is not None else {})
+        found = Found.of(solved, self._notes(writer, WHOLE) if self.whole is not None else {})
+        of_text = None if self.statistics is None else self.statistics.manifest
+        return replace(found, losses=told_in(self.known, self.propagates, of_text, self.token_weight))
 
     def _layers(self) -> Iterable[int]:
         """Yield the blocks in order and show how far the work is."""
@@ -296,7 +298,7 @@ class _Work:
             if self.needs:
                 self._check_carried(self.statistics.manifest.step.config)
             plan = self.opened.subject.plan if gathered_behind(self.statistics.manifest) is None else Plan()
-            carried = CarriedStatistics(self.statistics, self.model, plan, hessians=HESSIAN in self.known)
+            carried = CarriedStatistics(self.statistics, self.model, plan, moments=self.known)
         notes, estimated = [], set[str]()
         for layer in self._layers():
             if not writer.has(f"layer-{layer}"):
@@ -351,7 +353,8 @@ class _Work:
             layers = range(self.graph.dims.num_layers)
             model = WholeModel(work, lambda i: (subject.folded(i, self.wide), writer.part(f"layer-{i}")[0]), layers)
             tensors, report = model.tune(self.whole, self.request.seed, self.workspace.progress)
-            losses = model.losses(tensors, self.workspace.plugins.load("statistics", HESSIAN))
+            hessian = self.workspace.plugins.load("statistics", HESSIAN)
+            losses = model.losses(tensors, hessian, self.workspace.progress)
             writer.add(WHOLE, tensors, {"notes": json.dumps({"model": report, "reports": losses})})
         return notes
 

@@ -20,6 +20,7 @@ from qtool.engine.model_problem import ModelMitigator
 from qtool.engine.solve import MOST_ROWS, Method
 from qtool.engine.stream import default_batch
 from qtool.engine.subject import Subject
+from qtool.model.statistics import HESSIAN
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
 from qtool.steps.demand import StatisticSizes, code_bytes, known_of, methods_of
@@ -184,7 +185,7 @@ def _memory(step: _Foreseen) -> dict[str, int]:
     (windows, seq_len), size = step.windows, dtype.itemsize
     batch = min(windows, default_batch(step.device, max(1, seq_len)))
     sites = sites_of(step.subject)
-    squares = max(site.width**2 for site in sites) if step.known else 0
+    squares = max(site.width**2 for site in sites) if HESSIAN in step.known else 0
     largest = max(min(sum(site.rows), MOST_ROWS) * site.width for site in sites)
     wide = graph.dims.hidden * 4 + max(site.width for site in sites) * 3
     memory = {

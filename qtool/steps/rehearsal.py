@@ -129,17 +129,16 @@ class Rehearsal:
             entries, gather = self._entries(width)
             gather *= (site.width / width) ** 2
             try:
-                taken.append((width, self._solve(site, sized, entries, width / site.width)))
+                taken.append((width, self._solve(site, sized, entries, width)))
             except QtoolError as error:  # what a small layer is refused for need not hold for the whole one
                 if width == site.width and isinstance(error, UsageError):
                     raise
         return Timed(extrapolated(taken, site.width) if taken else None, gather)
 
-    def _solve(self, site: Rehearsed, grid: Grid, entries: dict[str, Tensor], share: float) -> float:
-        """Time the methods on random weights of a share of the size."""
-        width = next((entry.shape[-1] for entry in entries.values()), round(site.width * share))
+    def _solve(self, site: Rehearsed, grid: Grid, entries: dict[str, Tensor], width: int) -> float:
+        """Time the methods on random weights of so many columns, and of rows in proportion."""
         weights = {
-            f"{one.spec.module}.weight": torch.randn(max(1, round(rows * share)), width)
+            f"{one.spec.module}.weight": torch.randn(max(1, round(rows * width / site.width)), width)
             for one, rows in zip(site.linears, site.rows, strict=True)
         }
         statistics = {site.linears[0].observed: SiteStatistics(_TOKENS, entries)}

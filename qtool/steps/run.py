@@ -1,4 +1,4 @@
-"""run: the steps of a recipe one after the other, and the table of what they measured.
+"""run: the steps of a recipe, and the table of what they measured.
 
 Every step finds its own finished artifact by key, so a run that was interrupted, or that shares steps with another
 recipe, goes on from what is there.
@@ -6,25 +6,23 @@ recipe, goes on from what is there.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from tabulate import tabulate
 
 from qtool.artifacts.store import disk_errors
 from qtool.errors import QtoolError
+from qtool.steps.crew import crew_of, worked
 from qtool.steps.demand import Demand
 from qtool.steps.foresee import foreseen
 from qtool.steps.recipe import Recipe, read_recipe
 from qtool.steps.rendering import SUFFIXES
 from qtool.steps.report import ReportRequest, check, report
-from qtool.steps.tasks import Outcome, Task, ended, tasks_of
-from qtool.steps.workspace import Progress, Workspace
+from qtool.steps.tasks import Outcome, Task, tasks_of
+from qtool.steps.workspace import Workspace
 
-T = TypeVar("T")
 Announce = Callable[[str], None]
 
 
@@ -38,6 +36,7 @@ class RunRequest:
         dry_run: Whether to do nothing but list the steps, and which of them are done already. The model is fetched
             all the same where it is not there: what is done follows from its weights.
         fail_fast: Whether the first failure ends the run.
+        jobs: Steps that run at once, each in a process of its own; 1 runs them here.
         to: Format of the table; empty takes the recipe's.
     """
 
@@ -45,6 +44,7 @@ class RunRequest:
     only: tuple[str, ...] = ()
     dry_run: bool = False
     fail_fast: bool = False
+    jobs: int = 1
     to: str = ""
 
 
@@ -101,45 +101,24 @@ def run(request: RunRequest, workspace: Workspace, announce: Announce = lambda m
 def _run_all(
     tasks: list[Task], request: RunRequest, recipe: Recipe, workspace: Workspace, announce: Announce
 ) -> tuple[Outcome, ...]:
-    """Run the tasks one after the other."""
+    """Run the tasks, and say how each ended."""
+    width = len(str(len(tasks)))
+    labels = {task: f"[{index:>{width}}/{len(tasks)}] {task.title}" for index, task in enumerate(tasks, 1)}
     outcomes: dict[Task, Outcome] = {}
-    for index, task in enumerate(tasks, 1):
-        label = f"[{index:>{len(str(len(tasks)))}}/{len(tasks)}] {task.title}"
-        start = time.perf_counter()
-        outcome = _run_one(task, outcomes, recipe, replace(workspace, progress=_labelled(workspace.progress, label)))
-        outcomes[task] = outcome
-        if outcome.error is not None:
-            announce(f"{label}: failed: {_sentence(outcome.error)}")
-            if request.fail_fast:
-                raise outcome.error
-        else:
-            said = f"{time.perf_counter() - start:.1f} s" if outcome.state == "done" else outcome.state
-            announce(f"{label}: {said}")
-    return tuple(outcomes.values())
-
-
-def _run_one(task: Task, outcomes: Mapping[Task, Outcome], recipe: Recipe, workspace: Workspace) -> Outcome:
-    source = recipe.model
-    if task.source is not None:
-        before = outcomes[task.source]
-        if not before.id:
-            return Outcome(task.title, "skipped")
-        source = before.path
-    try:
-        artifact, reused = task.start(source, workspace)
-    except Exception as error:  # a plugin's method may raise anything, and the other cells must go on
-        return Outcome(task.title, "failed", error=error)
-    return ended(task, artifact, "reused" if reused else "done")
-
-
-def _labelled(progress: Progress, title: str) -> Progress:
-    """Return progress that says which task of the run it belongs to."""
-
-    def shown(items: Iterable[T], *, total: int, label: str) -> Iterable[T]:
-        del label
-        return progress(items, total=total, label=title)
-
-    return shown
+    if request.jobs > 1:
+        workspace.model(recipe.model)  # fetched once, before processes ask for it together
+    with crew_of(request.jobs, workspace) as crew:
+        for task, outcome, seconds in worked(labels, recipe.model, crew):
+            outcomes[task] = outcome
+            for message in outcome.warnings:
+                workspace.warn(f"{task.title}: {message}")
+            if outcome.error is not None:
+                announce(f"{labels[task]}: failed: {_sentence(outcome.error)}")
+                if request.fail_fast:
+                    raise outcome.error
+            else:
+                announce(f"{labels[task]}: {f'{seconds:.1f} s' if outcome.state == 'done' else outcome.state}")
+    return tuple(outcomes[task] for task in tasks)
 
 
 def _table_request(request: RunRequest, recipe: Recipe) -> ReportRequest:

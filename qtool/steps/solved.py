@@ -15,13 +15,23 @@ from qtool.steps.options import Configured
 
 @dataclass
 class Found:
-    """What there is to say: reports of linears, blocks and the model, counters, what each block's experts went by."""
+    """What there is to say of a model.
+
+    Attributes:
+        reports: Of linears.
+        blocks: Of blocks.
+        model: Of the model.
+        counters: What was not as usual.
+        experts: What each block's experts went by.
+        losses: What the losses in the reports are told in.
+    """
 
     reports: dict[str, Mapping[str, float]] = field(default_factory=dict)
     blocks: dict[str, Mapping[str, float]] = field(default_factory=dict)
     model: Mapping[str, float] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     experts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    losses: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, blocks: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> Found:
@@ -44,8 +54,8 @@ class Found:
     @property
     def details(self) -> dict[str, Any]:
         """What goes into the manifest."""
-        told = {"layers": self.reports, "blocks": self.blocks, "model": self.model, "experts": self.experts}
-        return {name: told[name] for name in told if told[name] or name == "layers"}
+        told = {"blocks": self.blocks, "model": self.model, "experts": self.experts, "losses": self.losses}
+        return {"layers": self.reports, **{name: value for name, value in told.items() if value}}
 
 
 def check_order(methods: Sequence[Configured], written: str) -> None:

@@ -126,7 +126,7 @@ def cache_bits(scheme: ModelScheme, model: Model, plugins: Plugins) -> dict[str,
             found[name] = float(heads * width * 8 * HALF)
             continue
         fmt = plugins.format(part.format)
-        if part.strategy == "tensor":
+        if part.strategy in ("tensor", "head"):
             found[name] = float(heads * width * fmt.bits)
             continue
         size = part.group_size or width

@@ -58,6 +58,7 @@ class Outcome:
         id: The artifact's id, if there is one.
         error: Why it failed.
         demand: Of a dry run, what it is going to take, where that is known.
+        warnings: What it said in another process.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Outcome:
     id: str = ""
     error: Exception | None = None
     demand: Demand | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def ended(task: Task, artifact: Artifact, state: State) -> Outcome:

@@ -28,6 +28,7 @@ from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout
 from qtool.builtin.exporters.ct_tensors import pack_words
 from qtool.builtin.exporters.hf import HuggingFace, dense
+from qtool.builtin.exporters.packed_source import open_packed
 from qtool.builtin.exporters.shards import Shards
 from qtool.builtin.formats.presets import PRESETS
 from qtool.consumers.case import cases_of
@@ -366,6 +367,8 @@ def test_transformers_quantizes_the_cache_as_qtool_does(
     assert ("refused" in exported.consumers["vllm"]) == (kv != "fp8-tensor")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"]["group_size"] == group
+    same = subject.scheme.keys if group is None else replace(subject.scheme.keys, strategy="group", group_size=group)
+    assert open_packed(tmp_path / "out", subject.plugins, cache=tmp_path).scheme.kv == same
 
 
 def test_float32_scales_are_said_to_be_rounded_and_are(make: Make, tmp_path: Path) -> None:

@@ -297,6 +297,7 @@ def test_what_llama_cpp_does_not_run_is_refused(make: Make) -> None:
         (replace(plain, plan=Plan(sites)), "operators in the forward pass"),
         (replace(plain, plan=Plan(apart)), "sets channels apart"),
         (make(Q4_0, kv="fp8-tensor"), "how its KV cache"),
+        (make("fp8-channel", kv="fp8-tensor"), "how its KV cache"),
         (make("nvfp4", "qwen2"), "NVFP4 of `qwen2`"),
         (make("nvfp4", "llama with biases"), "NVFP4 beside biases"),
         (make(Q4_0, "qwen2", changes=(("head_dim", 32),)), "not as wide as the residual"),

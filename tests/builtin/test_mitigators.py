@@ -24,6 +24,7 @@ from qtool.errors import NumericalError, SchemeError, ShapeError, UsageError
 from qtool.model.plan import Segment
 from qtool.numerics import triangular
 from qtool.numerics.groups import to_groups
+from qtool.numerics.second_moments import diagonal_blocks
 from qtool.scheme import Format, TensorScheme
 from tests.oracles.gptq import Order, Params, gptq_oracle, visiting_order
 from tests.oracles.lowrank import lorc_oracle, output_error
@@ -399,6 +400,66 @@ class TestLoRC:
             LoRC().quantize(huge, LoRCConfig(rank=2, dtype="fp16"))
 
 
+def in_blocks(of: LayerProblem, size: int = 32) -> LayerProblem:
+    """Return a problem of which only blocks of the Hessian are known."""
+    assert of.hessian is not None
+    return replace(of, hessian=None, entries={"hessian_blocks": diagonal_blocks(of.hessian, size)})
+
+
+class TestBlocksOfAHessian:
+    """The clip search finds in blocks what it finds in the whole; losses are then of the weight."""
+
+    @pytest.mark.parametrize("metric", ["hessian", "output"])
+    @pytest.mark.parametrize("text", ["int3-g32", "int4-g16", "nvfp4", "mxfp4"])
+    def test_codes_and_scales_are_the_same_to_the_bit(self, text: str, metric: str) -> None:
+        options = ClipOptions(clip="search", clip_metric=metric)  # type: ignore[arg-type]
+        of = problem(text)
+        whole, blocks = RTN().quantize(of, options), RTN().quantize(in_blocks(of), options)
+        assert torch.equal(blocks.codes, whole.codes)
+        assert torch.equal(blocks.parameters[0].scale, whole.parameters[0].scale)
+        plain = RTN().quantize(of, ClipOptions())
+        assert not torch.equal(plain.parameters[0].scale, whole.parameters[0].scale)
+        assert {"loss", "loss_rtn"} <= set(whole.report)
+        assert {"weight_error", "weight_error_rtn"} <= set(blocks.report)
+        assert "loss" not in blocks.report
+
+    @pytest.mark.parametrize("text", ["int4", "int4-tensor", "int4-g64"])
+    def test_the_diagonal_is_in_blocks_of_any_size(self, text: str) -> None:
+        options = ClipOptions(clip="search", clip_metric="hessian")
+        of = problem(text)
+        whole = RTN().quantize(of, options)
+        for size in (1, 16, 64):
+            blocks = RTN().quantize(in_blocks(of, size), options)
+            assert torch.equal(blocks.codes, whole.codes)
+
+    @pytest.mark.parametrize(("text", "group"), [("int4", 64), ("int4-tensor", 64), ("int3-g64", 64)])
+    def test_groups_beyond_a_block_need_the_whole(self, text: str, group: int) -> None:
+        options = ClipOptions(clip="search", clip_metric="output")
+        with pytest.raises(
+            UsageError, match=r"groups of `model\.layers\.0\.mlp\.up_proj` do not lie in blocks"
+        ) as refused:
+            RTN().quantize(in_blocks(problem(text)), options)
+        assert refused.value.facts == (("groups", group), ("blocks", 32))
+        assert refused.value.hint == "qtool calibrate MODEL --gather hessian,absmax,sample"
+
+    def test_the_whole_is_preferred(self) -> None:
+        of = problem("int4-g16")
+        other = replace(of, entries={"hessian_blocks": torch.eye(32).repeat(2, 1, 1)})
+        options = ClipOptions(clip="search", clip_metric="output")
+        assert torch.equal(RTN().quantize(of, options).codes, RTN().quantize(other, options).codes)
+
+    def test_what_is_wrong_with_them_is_said(self) -> None:
+        of = in_blocks(problem("int4-g16"))
+        options = ClipOptions(clip="search", clip_metric="output")
+        blocks = of.entries["hessian_blocks"].clone()
+        for wrong in (blocks[:1], blocks[:, :16]):
+            with pytest.raises(ShapeError, match="does not fit its weight"):
+                RTN().quantize(replace(of, entries={"hessian_blocks": wrong}), options)
+        blocks[1, 2, 3] = torch.nan
+        with pytest.raises(NumericalError, match=r"Hessian of `model.layers.0.mlp.up_proj` holds NaN"):
+            RTN().quantize(replace(of, entries={"hessian_blocks": blocks}), options)
+
+
 METHODS: list[Callable[[LayerProblem], QuantizedLinear]] = [
     lambda of: RTN().quantize(of, ClipOptions()),
     lambda of: GPTQ().quantize(of, GPTQConfig()),
@@ -441,8 +502,8 @@ class TestClipByOutput:
         assert not torch.equal(solved.codes, nearest.codes)
         assert solved.report["loss"] < nearest.report["loss"]
 
-    def test_the_options_say_that_they_need_a_hessian(self) -> None:
-        assert ClipOptions(**AWQ_SEARCH).needs == ("hessian",)
+    def test_the_options_say_that_they_need_blocks_of_a_hessian(self) -> None:
+        assert ClipOptions(**AWQ_SEARCH).needs == ("hessian_blocks",)
         assert ClipOptions(clip_metric="output").needs == ()
         with pytest.raises(UsageError, match="no Hessian was gathered"):
             RTN().quantize(problem("int3", with_hessian=False), ClipOptions(**AWQ_SEARCH))

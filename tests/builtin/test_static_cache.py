@@ -26,7 +26,7 @@ from qtool.engine.exporter import Exporter
 from qtool.engine.network import Network
 from qtool.engine.storage import stored_bytes
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, SchemeError, UsageError
+from qtool.errors import ArtifactError, QtoolError, SchemeError, UsageError
 from qtool.steps.calibrate import WINDOWS, CalibrateRequest, calibrate
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.foresee import foresee
@@ -39,8 +39,8 @@ from qtool.testing import TinyModel, tiny_model
 from qtool.testing.tiny_models import decoded_logits, double_precision, exact_logits
 from tests.builtin.packed import written
 
-STATIC = "fp8-tensor-static"
-LAYERS = 2
+STATIC, PER_HEAD = "fp8-tensor-static", "fp8-head-static"
+LAYERS, HEADS = 2, 2
 Seen = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -62,11 +62,11 @@ def rounded(tiny: TinyModel, weights: str = "int4-g8", kv: str = STATIC, **optio
 
 
 def scales_of(subject: Subject) -> list[list[float]]:
-    """The stored scales of keys and of values, by layer."""
+    """The stored scales of keys, and behind them of values, by layer; each may be of several heads."""
     held = subject.quantized
     assert held is not None
     names = [[f"layers.{i}.{part}.input_global_scale" for part in ("keys", "values")] for i in range(LAYERS)]
-    return [[float(held.tensor(name)) for name in own] for own in names]
+    return [[one for name in own for one in held.tensor(name).flatten().tolist()] for own in names]
 
 
 def logits_of(subject: Subject, windows: Tensor) -> Tensor:
@@ -112,12 +112,13 @@ class Theirs:
         logits: Tensor = self.module(windows, use_cache=False).logits
         return logits
 
-    def largest(self, layer: int, windows: Tensor) -> list[Tensor]:
-        """The largest magnitudes of a layer's keys and values."""
+    def largest(self, layer: int, windows: Tensor, kv: str = STATIC) -> list[Tensor]:
+        """The largest magnitudes of a layer's keys and values, of each head where those have scales."""
         found: list[Tensor] = []
 
         def see(own: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            found.extend((key.abs().amax(), value.abs().amax()) if own == layer else ())
+            for states in (key, value) if own == layer else ():
+                found.extend(states.abs().amax((0, 2, 3)) if "head" in kv else [states.abs().amax()])
             return key, value
 
         self.run(windows, see)
@@ -128,31 +129,34 @@ def by_hand(scales: list[list[float]]) -> Seen:
     """Round keys and values with torch's FP8, which does not saturate by itself."""
 
     def see(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        def fp8(x: Tensor, scale: float) -> Tensor:
-            steps = (x / torch.tensor(scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
-            return steps.float() * torch.tensor(scale)
+        def fp8(x: Tensor, scale: Tensor) -> Tensor:
+            return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
-        return fp8(key, scales[layer][0]), fp8(value, scales[layer][1])
+        keys, values = torch.tensor(scales[layer]).view(2, -1, 1, 1)
+        return fp8(key, keys), fp8(value, values)
 
     return see
 
 
+@pytest.mark.parametrize("kv", [STATIC, PER_HEAD])
 @pytest.mark.parametrize("sequential", [False, True])
-def test_scales_are_those_of_what_attention_caches(tiny: TinyModel, sequential: bool) -> None:
+def test_scales_are_those_of_what_attention_caches(tiny: TinyModel, sequential: bool, kv: str) -> None:
     """Blocks before are quantized; where linears see each other quantized, so are the projections of the block."""
-    subject = rounded(tiny, true_sequential=sequential)
+    subject = rounded(tiny, kv=kv, true_sequential=sequential)
     theirs, windows = Theirs(tiny, subject), tiny.statistics.tensor(WINDOWS).long()
     for layer, found in enumerate(scales_of(subject)):
         if sequential:
             theirs.quantize(layer, ("k_proj", "v_proj"))
-        expected = [float(largest / 448) for largest in theirs.largest(layer, windows)]
+        expected = [float(largest / 448) for largest in theirs.largest(layer, windows, kv)]
+        assert len(set(found)) == 2 * (HEADS if kv == PER_HEAD else 1)
         assert found == pytest.approx(expected, rel=1e-5)
         theirs.quantize(layer)
 
 
-def test_the_loss_is_that_of_a_cache_rounded_by_hand(tiny: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", [STATIC, PER_HEAD])
+def test_the_loss_is_that_of_a_cache_rounded_by_hand(tiny: TinyModel, tmp_path: Path, kv: str) -> None:
     """On text beyond the calibrated range, so that some values saturate."""
-    subject = rounded(tiny)
+    subject = rounded(tiny, kv=kv)
     theirs = Theirs(tiny, subject)
     for layer in range(LAYERS):
         theirs.quantize(layer)
@@ -163,7 +167,7 @@ def test_the_loss_is_that_of_a_cache_rounded_by_hand(tiny: TinyModel, tmp_path: 
     for layer in range(LAYERS):
         beyond += sum(
             float(largest) > 448 * scale
-            for largest, scale in zip(theirs.largest(layer, windows), scales[layer], strict=True)
+            for largest, scale in zip(theirs.largest(layer, windows, kv), scales[layer], strict=True)
         )
     assert beyond > 0
     expected, ours = theirs.run(windows, by_hand(scales)), logits_of(subject, windows)
@@ -294,8 +298,9 @@ def test_tokens_weigh_the_same_for_the_range(tiny: TinyModel) -> None:
     assert scales_of(plain)[0] == pytest.approx(scales_of(weighed)[0], rel=1e-6)
 
 
-def test_token_by_token_is_as_all_at_once(tiny: TinyModel) -> None:
-    subject = rounded(tiny)
+@pytest.mark.parametrize("kv", [STATIC, PER_HEAD])
+def test_token_by_token_is_as_all_at_once(tiny: TinyModel, kv: str) -> None:
+    subject = rounded(tiny, kv=kv)
     with double_precision():
         torch.testing.assert_close(decoded_logits(subject), exact_logits(subject), rtol=0, atol=1e-9)
 
@@ -308,18 +313,19 @@ def test_other_methods_find_the_same_scales_of_the_first_block(tiny: TinyModel, 
     assert scales_of(subject)[0] == pytest.approx(scales_of(rounded(tiny))[0], rel=1e-5)
 
 
-def test_they_are_counted_and_foreseen(tiny: TinyModel) -> None:
-    asked = request(tiny, seed=1)
+@pytest.mark.parametrize(("kv", "scales"), [(STATIC, 2 * LAYERS), (PER_HEAD, 2 * LAYERS * HEADS)])
+def test_they_are_counted_and_foreseen(tiny: TinyModel, kv: str, scales: int) -> None:
+    asked = request(tiny, kv=kv, seed=1)
     seen = foresee(mitigate, asked, tiny.workspace).to_json()
     made, _ = mitigate(asked, tiny.workspace)
-    assert stored_bytes(made.header.slots)["inputs"] == 2 * LAYERS * 4
+    assert stored_bytes(made.header.slots)["inputs"] == scales * 4
     assert seen["disk_bytes_at_least"] == sum(slot.nbytes for slot in made.header.slots.values())
     assert seen["passes_over_the_data"] == 2
     told = inspect(str(made.path), tiny.workspace)
     bits = {row["cache"]: row["bits_per_value"] for row in told.tables["cache"].to_json()}
     assert bits == {"keys": 8, "values": 8, "both": 8}
     (inputs,) = [row for row in told.tables["storage"].to_json() if row["part"] == "inputs"]
-    assert (inputs["linears_bytes"], inputs["model_bytes"]) == (0, 16)
+    assert (inputs["linears_bytes"], inputs["model_bytes"]) == (0, scales * 4)
 
 
 def test_without_passes_or_a_text_there_is_nothing_to_find_them_in(tiny: TinyModel) -> None:
@@ -338,6 +344,8 @@ def test_without_passes_or_a_text_there_is_nothing_to_find_them_in(tiny: TinyMod
         ("int8-asym-tensor-static", "int8-sym-tensor-sbf16-static"),
         ("fp8-token-head-static", "fp8-sym-tensor-sfp32-static"),
         ("keys=fp8-channel-g16-static,values=none", "fp8-sym-tensor-sfp32-static"),
+        ("fp8-head", "fp8-sym-head-sfp32-static"),
+        ("int8-asym-head", "int8-sym-head-sbf16-static"),
     ],
 )
 def test_combinations_that_mean_nothing_name_the_nearest(tiny: TinyModel, kv: str, nearest: str) -> None:
@@ -346,24 +354,45 @@ def test_combinations_that_mean_nothing_name_the_nearest(tiny: TinyModel, kv: st
     assert refused.value.hint == f"nearest that works: {nearest}"
 
 
+@pytest.mark.parametrize(
+    ("part", "scheme", "nearest"),
+    [
+        ("weights", "int4-head", "--weights int4-sym-channel-sbf16"),
+        ("activations", "int8-head", "--activations int8-sym-token-sbf16"),
+        ("activations", "fp8-g32-head-static", "fp8-sym-tensor-sfp32-static"),
+    ],
+)
+def test_heads_are_of_caches(tiny: TinyModel, part: str, scheme: str, nearest: str) -> None:
+    with pytest.raises(SchemeError) as refused:
+        read_scheme("", {"weights": "int4-g8", part: scheme}, tiny.workspace.plugins)
+    assert refused.value.hint == f"nearest that works: {nearest}"
+
+
+CT, INT4, OF_CT = CompressedTensors(), "int4-sym-g8-sbf16", ("self_attn.k_scale", "self_attn.v_scale")
+OF_MODELOPT = ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale")
 CASES = [
-    (CompressedTensors(), "int4-sym-g8-sbf16", "", "self_attn.k_scale", "self_attn.v_scale", (1,)),
-    (ModelOpt(), "fp8-channel", "fp8-token", "self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale", ()),
+    (CT, INT4, "", STATIC, "fp8-tensor", *OF_CT, (1,)),
+    (CT, INT4, "", PER_HEAD, "fp8-attn_head", *OF_CT, (HEADS, 1, 1)),
+    (CT, INT4, "", "int8-tensor-sfp32-static", "int8-tensor", *OF_CT, (1,)),
+    (CT, INT4, "", "int8-head-sfp32-static", "int8-attn_head", *OF_CT, (HEADS, 1, 1)),
+    (ModelOpt(), "fp8-channel", "fp8-token", STATIC, "fp8-tensor", *OF_MODELOPT, ()),
 ]
 
 
-@pytest.mark.parametrize(("exporter", "weights", "inputs", "keys", "values", "shape"), CASES)
+@pytest.mark.parametrize(("exporter", "weights", "inputs", "kv", "told", "keys", "values", "shape"), CASES)
 def test_checkpoints_hold_and_say_it(
     tiny: TinyModel,
     tmp_path: Path,
     exporter: Exporter,
     weights: str,
     inputs: str,
+    kv: str,
+    told: str,
     keys: str,
     values: str,
     shape: tuple[int, ...],
 ) -> None:
-    scheme = read_scheme("", {"weights": weights, "activations": inputs, "kv": STATIC}, tiny.workspace.plugins)
+    scheme = read_scheme("", {"weights": weights, "activations": inputs, "kv": kv}, tiny.workspace.plugins)
     artifact, _ = mitigate(MitigateRequest(str(tiny.statistics.path), "rtn", scheme), tiny.workspace)
     subject, out = open_subject(str(artifact.path), tiny.workspace).subject, tmp_path / "out"
     exported = written(exporter, subject, out)
@@ -372,22 +401,24 @@ def test_checkpoints_hold_and_say_it(
         own = [stored[f"model.layers.{layer}.{name}"] for name in (keys, values)]
         assert [one.dtype for one in own] == [torch.float32] * 2
         assert [tuple(one.shape) for one in own] == [shape] * 2
-        assert [float(one) for one in own] == found
+        assert torch.cat([one.flatten() for one in own]).tolist() == found
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     said = config["kv_cache_scheme"]
-    assert (said["num_bits"], said["type"], said["dynamic"]) == (8, "float", False)
+    assert (said["num_bits"], said["type"], said["dynamic"]) == (8, "int" if kv.startswith("int") else "float", False)
     if isinstance(exporter, ModelOpt):
         beside = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
         assert beside["kv_cache_quant_algo"] == "FP8"
     else:
-        assert (said["strategy"], said["symmetric"], said["group_size"]) == ("tensor", True, None)
-    assert exported.details["bytes"]["parts"]["inputs"] == 2 * LAYERS * 4
+        assert (said["strategy"], said["symmetric"], said["group_size"]) == (told.partition("-")[2], True, None)
+    assert exported.details["bytes"]["parts"]["inputs"] == 2 * LAYERS * 4 * (HEADS if "head" in kv else 1)
     (case,) = read_checkpoint(out, lambda _: 8)
-    assert (case.cache, case.cache_format) == ("static", "fp8-tensor")
+    assert (case.cache, case.cache_format) == ("static", told)
     for consumer, device in (("vllm", "sm90"), ("vllm", "cpu")):
-        told = answer([case], consumer, device)
-        assert told.verdict in ("executes-other", "refuses")  # the smallest groups have no kernel
-        assert told.verdict == "refuses" or "FP8 KV cache with the scales that are stored" in told.says
+        answered = answer([case], consumer, device)
+        assert answered.verdict in ("executes-other", "refuses")  # the smallest groups have no kernel
+        assert answered.verdict == "refuses" or answered.says.partition("FP8 KV cache with the ")[2].startswith(
+            ("scales that are stored", "largest")
+        )
     packed = open_packed(out, subject.plugins, cache=tmp_path)
     assert packed.scheme.kv == subject.scheme.kv
     assert scales_of(packed) == scales_of(subject)
@@ -410,7 +441,7 @@ def test_checkpoints_hold_and_say_it(
         open_packed(out, subject.plugins, cache=tmp_path)
 
 
-@pytest.mark.parametrize("kv", [STATIC, "int8-tensor-sfp32-static"])
+@pytest.mark.parametrize("kv", [STATIC, "int8-tensor-sfp32-static", PER_HEAD, "int8-head-sfp32-static"])
 def test_transformers_rounds_the_cache_as_qtool_does(tiny: TinyModel, tmp_path: Path, kv: str) -> None:
     subject = rounded(tiny, "int8-sym-g8-sbf16", kv)
     exported = written(CompressedTensors(), subject, tmp_path / "out")
@@ -424,8 +455,8 @@ def test_transformers_rounds_the_cache_as_qtool_does(tiny: TinyModel, tmp_path: 
     ours = logits_of(subject, windows)
     plain = logits_of(rounded(tiny, "int8-sym-g8-sbf16", "none"), windows)
     assert (theirs - ours).abs().mean() < 0.02 * (theirs - plain).abs().mean()
-    word = "FP8" if kv == STATIC else "INT8"
-    said = f"; KV cache in {word} with the scale that is stored, rounded to bfloat16 ("
+    word, per = "FP8" if kv.startswith("fp8") else "INT8", " per head" if "head" in kv else ""
+    said = f"; KV cache in {word} with the scale that is stored{per}, rounded to bfloat16 ("
     assert said in exported.consumers["transformers"]
 
 
@@ -448,6 +479,9 @@ def test_transformers_leaves_the_cache_beside_asymmetric_weights(tiny: TinyModel
     [
         (ModelOpt(), "fp8-tensor", "no other", f"--kv {STATIC.replace('tensor', 'sym-tensor-sfp32')}"),
         (ModelOpt(), "int8-tensor-static", "no other", "--kv fp8-sym-tensor-sfp32-static"),
+        (ModelOpt(), PER_HEAD, "no other", "--kv fp8-sym-tensor-sfp32-static"),
+        (CompressedTensors(), f"keys={STATIC},values={PER_HEAD}", "one scheme", f"--kv {PER_HEAD}"),
+        (CompressedTensors(), "fp4-head-static", "FP8 or integers", f"--kv {PER_HEAD}"),
         (CompressedTensors(), f"keys={STATIC},values=int8-tensor-static", "one scheme", f"--kv {STATIC}"),
         (CompressedTensors(), "fp4-tensor-static", "FP8 or integers", f"--kv {STATIC}"),
         (CompressedTensors(), "int8-tensor-static-narrow", "all codes", "--kv int8-sym-tensor-sbf16-full-static"),
@@ -471,6 +505,63 @@ def test_what_is_cached_as_a_latent_has_no_scales_of_keys(exporter: Exporter) ->
         artifact, _ = mitigate(MitigateRequest(str(latent.statistics.path), "rtn", asked), latent.workspace)
         with pytest.raises(SchemeError, match="latent"):
             exporter.check(open_subject(str(artifact.path), latent.workspace).subject)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"strategy": None}, ""),
+        ({"strategy": "attn_head"}, "another number of scales"),
+        ({"strategy": "channel"}, "a stored scale for keys and one for values"),
+        ({"symmetric": False}, "a stored scale for keys and one for values"),
+        ({"dynamic": True}, "does not say that it is quantized with those"),
+    ],
+)
+def test_what_configs_say_of_a_cache_is_held_against_the_files(
+    tiny: TinyModel, tmp_path: Path, said: dict[str, Any], reason: str
+) -> None:
+    subject = rounded(tiny, INT4)
+    CT.write(subject, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] |= said
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not reason:
+        assert open_packed(tmp_path, subject.plugins, cache=tmp_path).scheme.kv == subject.scheme.kv
+        return
+    with pytest.raises(QtoolError, match=reason):
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)
+
+
+def test_zero_points_that_are_0_are_left_out(tiny: TinyModel, tmp_path: Path) -> None:
+    """Older libraries write them beside the scales of a symmetric cache."""
+    subject = rounded(tiny, INT4)
+    CT.write(subject, tmp_path)
+    file = tmp_path / "model.safetensors"
+    name, zero = "model.layers.1.self_attn.v_zero_point", torch.zeros(1, dtype=torch.float8_e4m3fn)
+    save_file(load_file(file) | {name: zero}, file, {"format": "pt"})
+    source = open_packed(tmp_path, subject.plugins, cache=tmp_path)
+    written(CT, source, tmp_path / "again")
+    assert name not in load_file(tmp_path / "again" / "model.safetensors")
+    save_file(load_file(file) | {name: torch.ones(1, dtype=torch.int8)}, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match="a KV cache with zero points") as refused:
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)
+    assert ("first", name) in refused.value.facts
+
+
+@pytest.mark.parametrize("leaf", ["q_scale", "k_global_scale"])
+def test_quantized_queries_are_not_dropped(tiny: TinyModel, tmp_path: Path, leaf: str) -> None:
+    subject = rounded(tiny, INT4)
+    CT.write(subject, tmp_path)
+    inputs = {"num_bits": 8, "type": "float", "dynamic": True, "symmetric": True, "strategy": "tensor"}
+    config, file = json.loads((tmp_path / "config.json").read_text()), tmp_path / "model.safetensors"
+    group = {"targets": ["LlamaAttention"], "weights": None, "input_activations": inputs}
+    config["quantization_config"]["config_groups"]["group_1"] = group
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SchemeError, match="a group without weights"):
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)
+    save_file(load_file(file) | {f"model.layers.0.self_attn.{leaf}": torch.ones(1)}, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match="codes of what qtool does not quantize"):
+        open_packed(tmp_path, subject.plugins, cache=tmp_path)
 
 
 def test_stored_scales_that_no_config_speaks_of_are_not_dropped(tiny: TinyModel, tmp_path: Path) -> None:

@@ -98,6 +98,33 @@ def test_nvfp4_blocks_have_the_same_bytes(torchao: Module) -> None:
     assert float(differ.float().mean()) < 1e-3
 
 
+@pytest.mark.parametrize("rows", [128, 300, 16])
+@pytest.mark.parametrize("n", [64, 240])
+def test_stored_scales_are_those_that_tensor_cores_read_in_tiles(torchao: Module, rows: int, n: int) -> None:
+    """qtool stores a scale a row and group, and readers lay them out in tiles of 128 rows and 4 groups."""
+    nvfp4, utils = (torchao(f"prototype.mx_formats.{name}") for name in ("nvfp4_tensor", "utils"))
+    x = values_of(rows, n)
+    form, groups, parameters = fit("nvfp4", x)
+    stored = encode_scale(parameters.scale, "e4m3").view(torch.float8_e4m3fn)
+    tiled, across = utils.to_blocked(stored), -(-(n // 16) // 4)
+    expected = torch.zeros(-(-rows // 128) * across * 512, dtype=torch.uint8)
+    for row in range(rows):
+        for group in range(n // 16):
+            tile, inside = row // 128 * across + group // 4, row % 128
+            expected[tile * 512 + inside % 32 * 16 + inside // 32 * 4 + group % 4] = stored.view(torch.uint8)[
+                row, group
+            ]
+    assert torch.equal(tiled.view(torch.uint8), expected)
+    assert torch.equal(utils.from_blocked(tiled, rows, n // 16).float(), stored.float())
+    codes = pack_codes(from_groups(form.encode(groups, parameters), x.shape), 4)
+    shape = utils.hp_data_dims_to_swizzled_scale_dims_nvfp4(rows, n)
+    read_by_them = nvfp4.NVFP4Tensor(
+        codes, tiled.view(shape), 16, torch.float32, parameters.global_scale, is_swizzled_scales=True
+    )
+    ours = from_groups(form.round(groups, parameters), x.shape)
+    torch.testing.assert_close(read_by_them.dequantize(torch.float32), ours, rtol=1e-6, atol=0)
+
+
 def test_fp8_in_blocks_has_the_same_scales_and_values(torchao: Module) -> None:
     quant = torchao("quantization.quant_primitives")
     x = values_of(8, 48)

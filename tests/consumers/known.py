@@ -72,6 +72,8 @@ FP8_STATIC = compressed("float-quantized", "float8-sym-tensor-static", "float8-s
 TENSOR_W8A8 = compressed("int-quantized", "int8-sym-tensor-static", "int8-sym-tensor-static")
 GROUPED_W8A8 = compressed("int-quantized", "int8-sym-channel-static", "int8-sym-group32-dynamic")
 HEAD_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-group32-dynamic")
+STATIC_HEADS = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-attn_head-static")
+INTEGER_HEADS = compressed("pack-quantized", "int4-sym-group64-static", cache="int8-sym-attn_head-static")
 MXFP4_WEIGHTS = compressed("mxfp4-pack-quantized", "float4-sym-group32-static")
 MXFP4_TOKEN = compressed("mxfp4-pack-quantized", "float4-sym-group32-static", "float8-sym-token-dynamic")
 MXFP4_TENSOR = compressed("mxfp4-pack-quantized", "float4-sym-group32-static", "float8-sym-tensor-dynamic")

@@ -31,6 +31,7 @@ from tests.consumers.known import (
     INT4_G16,
     INT8_ASYM,
     INTEGER_CACHE,
+    INTEGER_HEADS,
     LIBRARY_W4A4,
     MODELOPT,
     MODELOPT_FP8,
@@ -50,6 +51,7 @@ from tests.consumers.known import (
     NONE_TYPE,
     NVFP4,
     PER_ROW,
+    STATIC_HEADS,
     STATIC_W8A8,
     TENSOR_W8A8,
     TOKEN_CACHE,
@@ -137,6 +139,11 @@ NO_SCALES = "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but re
 NO_KERNEL = "Failed to find a kernel that can implement the {} linear layer"
 NO_STRATEGY = "Invalid strategy for compressed-tensors KV cache"
 NO_AMX = "requires AMX tile support (Sapphire Rapids or newer)"
+A16 = "W4A16: activations are not quantized"
+DECODED = f"{A16}, weights are decoded to bfloat16"
+FP8_CACHE, EACH_HEAD = f"{A16}; FP8 KV cache with the ", "with the scale that is stored per head"
+NO_BACKEND = "No valid attention backend found"
+NO_INTEGERS = "Currently supported kv cache quantization is num_bits=8, type=float"
 
 
 @pytest.mark.parametrize(
@@ -159,6 +166,15 @@ NO_AMX = "requires AMX tile support (Sapphire Rapids or newer)"
         (STATIC_W8A8, "vllm", ("cpu",), "executes-other", "W8A8: static INT8 activations per tensor; on", ""),
         (HEAD_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
         (TOKEN_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
+        (STATIC_HEADS, "vllm", ("sm75", "sm80", "sm89"), "refuses", "refused: only its FlashAttention 3", NO_BACKEND),
+        (STATIC_HEADS, "vllm", ("sm90", "sm100"), "executes-other", f"{FP8_CACHE}scales that are stored, a head", ""),
+        (STATIC_HEADS, "vllm", ("cpu",), "executes-other", f"{FP8_CACHE}largest of the scales of a block's heads", ""),
+        (STATIC_HEADS, "sglang", ("sm80", "sm90"), "executes-other", f"{A16}; the KV cache is NOT quantized", ""),
+        (STATIC_HEADS, "transformers", ("any",), "loads", f"{DECODED}; KV cache in FP8 {EACH_HEAD}", ""),
+        (INTEGER_HEADS, "vllm", ("sm90",), "refuses", "refused: a KV cache is FP8", ""),
+        (INTEGER_HEADS, "vllm", ("cpu",), "refuses", "refused: a KV cache is FP8", NO_INTEGERS),
+        (INTEGER_HEADS, "sglang", ("sm80", "sm90"), "executes-other", f"{A16}; the KV cache is NOT quantized", ""),
+        (INTEGER_HEADS, "transformers", ("any",), "loads", f"{DECODED}; KV cache in INT8 {EACH_HEAD}", ""),
     ],
 )  # fmt: skip
 def test_all_layouts_that_are_written_are_known(

@@ -47,7 +47,9 @@ def configs() -> Iterator[Config | None]:
     caches = (
         "float8-sym-tensor-dynamic",
         "float8-sym-tensor-static",
+        "float8-sym-attn_head-static",
         "int8-sym-tensor-static",
+        "int8-sym-attn_head-static",
         "int4-asym-group32-dynamic",
     )
     for sign, cached in product(signs, caches):

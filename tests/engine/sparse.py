@@ -8,6 +8,7 @@ from torch import Tensor
 from qtool.model.family import EXPERT_LINEARS, LLAMA_LIKE_LINEARS, LLAMA_LIKE_NORMS, Experts, Family, Linear, Norm
 from qtool.model.graph import Dimensions, ModelGraph
 from qtool.model.statistics import SiteStatistics, summarize
+from qtool.numerics.second_moments import diagonal_blocks
 
 HIDDEN, INNER = 16, 8
 
@@ -37,7 +38,14 @@ def of_tokens(x: Tensor) -> SiteStatistics:
     if not len(x):
         return SiteStatistics(0, {})
     return SiteStatistics(
-        len(x), {"hessian": x.T @ x / len(x), "mean": x.mean(0), "sample": x[:3].bfloat16(), **summarize(x)}
+        len(x),
+        {
+            "hessian": x.T @ x / len(x),
+            "hessian_blocks": diagonal_blocks(x.T @ x / len(x), 8),
+            "mean": x.mean(0),
+            "sample": x[:3].bfloat16(),
+            **summarize(x),
+        },
     )
 
 

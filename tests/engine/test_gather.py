@@ -24,6 +24,7 @@ from qtool.errors import ArtifactError, NumericalError, UsageError
 from qtool.model.plan import Plan, Proposal
 from qtool.numerics.moments import PANEL, add_second_moment
 from qtool.numerics.operators import Affine, Diag, Hadamard, Kron, Operator, Orthogonal, Shift, Signs
+from qtool.numerics.second_moments import diagonal_blocks
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
 from qtool.steps.calibrate import EVERYTHING, CalibrateRequest, calibrate
@@ -144,6 +145,22 @@ class TestStatistics:
             torch.testing.assert_close(found, naive_hessian(x, rule, parameter, TOKENS), rtol=1e-5, atol=1e-6)
             assert torch.equal(found, found.T)
 
+    @pytest.mark.parametrize("token_weight", ["uniform", "inverse-norm:0.5", "clip:1.05"])
+    def test_blocks_of_hessians_are_those_of_the_whole(
+        self, root: Path, workspace: Workspace, token_weight: str
+    ) -> None:
+        both = request(root, gather=("hessian", "hessian_blocks"), token_weight=token_weight)
+        alone = request(root, gather=("hessian_blocks",), token_weight=token_weight)
+        (found, _), (blocks, _) = calibrate(both, workspace), calibrate(alone, workspace)
+        names = [name for name in blocks.names() if name.endswith(".hessian_blocks")]
+        assert len(names) == 8
+        for name in names:
+            assert torch.equal(blocks.tensor(name), found.tensor(name))
+            whole = found.tensor(name.replace("_blocks", ""))
+            size = {24: 8, 48: 16, 40: 8}[len(whole)]
+            scale = float(whole.abs().max())
+            torch.testing.assert_close(found.tensor(name), diagonal_blocks(whole, size), rtol=0, atol=1e-6 * scale)
+
     def test_a_sample_is_whole_tokens_in_order_the_same_at_every_site(self, root: Path, workspace: Workspace) -> None:
         artifact, _ = calibrate(request(root, gather=("sample",), sample_size=7), workspace)
         windows = artifact.tensor("windows").long()
@@ -180,7 +197,7 @@ class TestStatistics:
         assert artifact.names() == ("windows",)
 
     def test_every_statistic_is_tested(self) -> None:
-        assert {entry.name for entry in register_statistics()} == {*EVERYTHING, "saliency", *PAIRED}
+        assert {entry.name for entry in register_statistics()} == {*EVERYTHING, "hessian_blocks", "saliency", *PAIRED}
 
     @pytest.mark.parametrize("name", PAIRED)
     def test_what_compares_with_full_precision_is_not_for_calibrate(
@@ -378,6 +395,35 @@ class TestCarrying:
             scale = float(expected["sample"].abs().max())
             torch.testing.assert_close(found["sample"], expected["sample"].float(), rtol=0, atol=0.02 * scale, msg=site)
 
+    def test_blocks_of_hessians_are_exact_where_they_are_not_mixed(self, root: Path, workspace: Workspace) -> None:
+        opened = open_subject(str(root / "qwen2"), workspace)
+        flips = torch.sign(torch.arange(24) % 2 - 0.5)
+        first: Proposed = {"residual": [Signs(flips.long())], "layers.0.up_down": [Diag(torch.linspace(-2, 2, 40))]}
+        second: Proposed = {
+            "layers.0.attn_in": [Hadamard(24, block_size=8)],
+            "layers.0.mlp_in": [Hadamard(24)],
+            "layers.1.up_down": [Hadamard(40, block_size=4)],
+        }
+        plan = Plan()
+        for proposal in (first, second):
+            plan = extend(plan, Proposal(proposal), opened.model.graph, method="test")
+        asked = request(root, "qwen2", gather=("hessian_blocks",), token_weight="inverse-norm")
+        with double_precision():
+            gathered, _ = calibrate(replace(asked, token_weight="uniform"), workspace)
+            behind = replace(asked, source=str(written_plan(plan, opened, workspace)), token_weight="uniform")
+            transformed, _ = calibrate(behind, workspace)
+        carried = CarriedStatistics(gathered, opened.model, plan)
+        for site, found in carried.items():
+            if site == "layers.0.mlp_in":
+                assert not found.entries
+                with pytest.raises(ArtifactError, match="lack `hessian_blocks`") as refused:
+                    found.need("hessian_blocks", site=site)
+                assert refused.value.hint == "qtool calibrate MODEL --gather hessian"
+                continue
+            expected = transformed.tensor(f"{site}.hessian_blocks")
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(found.entries["hessian_blocks"], expected, rtol=0, atol=2e-6 * scale)
+
     def test_folding_the_norms_alone(self, root: Path, workspace: Workspace) -> None:
         flips: Proposed = {"residual": [Signs(1 - 2 * (torch.arange(24) % 2))]}
         carried, transformed = self.both(root, workspace, "qwen2", [flips])
@@ -459,7 +505,10 @@ class TestCarrying:
         with pytest.raises(ArtifactError, match="the mean that a shift needs counts all tokens alike") as refused:
             CarriedStatistics(gathered, model, shifted)["layers.0.attn_in"]
         assert refused.value.hint == "qtool calibrate MODEL --token-weight uniform"
-        unread = CarriedStatistics(gathered, model, shifted, hessians=False)
+        blocks = request(root, gather=("hessian_blocks", "mean"), token_weight="inverse-norm")
+        with pytest.raises(ArtifactError, match="the mean that a shift needs counts all tokens alike"):
+            CarriedStatistics(calibrate(blocks, workspace)[0], model, shifted)["layers.0.attn_in"]
+        unread = CarriedStatistics(gathered, model, shifted, moments=())
         for layer in range(2):
             site = f"layers.{layer}.attn_in"
             assert set(unread[site].entries) == set(gathered.tensors(f"{site}.")) - {"hessian"}
@@ -472,6 +521,22 @@ class TestCarrying:
         assert known_of((), "none", gathered.manifest, subject) == ()
         assert known_of(("absmax",), "none", gathered.manifest, subject) == ("absmax",)
         assert known_of(("absmax",), "quantized", gathered.manifest, subject) == ("absmax", "hessian")
+
+    def test_blocks_of_hessians_come_from_the_whole_where_that_is_gathered(
+        self, root: Path, workspace: Workspace
+    ) -> None:
+        subject = open_subject(str(root / "llama"), workspace).subject
+        needs = ("hessian_blocks", "absmax")
+        for gather, propagate, known in [
+            (("hessian", "absmax"), "none", ("hessian", "absmax")),
+            (("hessian", "hessian_blocks", "absmax"), "none", ("hessian", "absmax")),
+            (("hessian_blocks", "absmax"), "none", needs),
+            (("absmax",), "none", needs),
+            (("hessian_blocks", "absmax"), "quantized", ("hessian", "absmax")),
+        ]:
+            gathered, _ = calibrate(request(root, gather=gather), workspace)
+            assert known_of(needs, propagate, gathered.manifest, subject) == known
+        assert known_of(needs, "none", None, subject) == needs
 
     def test_sites_that_nothing_was_gathered_at(self, root: Path, workspace: Workspace) -> None:
         gathered, _ = calibrate(request(root), workspace)

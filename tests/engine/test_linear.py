@@ -158,6 +158,17 @@ def test_without_rounding_what_a_correction_reads_makes_no_difference() -> None:
     torch.testing.assert_close(outputs[0], x @ (weight + up.half().float() @ down.half().float()).T)
 
 
+def test_an_adapter_goes_to_a_device_whole() -> None:
+    eight = torch.ones(2, 3, dtype=torch.int8), torch.ones(4, 2, dtype=torch.int8), torch.ones(2), torch.ones(2)
+    moved = Adapter(*eight, reads="full").on(torch.device("meta"))
+    assert [moved.down.device.type, moved.up.device.type] == ["meta", "meta"]
+    assert moved.down_scale is not None
+    assert moved.up_scale is not None
+    assert [moved.down_scale.device.type, moved.up_scale.device.type] == ["meta", "meta"]
+    assert moved.reads == "full"
+    assert Adapter(torch.ones(2, 3), torch.ones(4, 2)).on(torch.device("meta")).down_scale is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_factors_of_8_bits_are_decoded_by_component(dtype: torch.dtype) -> None:
     down = torch.tensor([[1, -2, 3], [4, 5, -6]], dtype=torch.int8)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qtool.engine.starved import Completed, Routing, complete, expert_notes
 from qtool.model.statistics import SiteStatistics
+from qtool.numerics.second_moments import diagonal_blocks
 from tests.engine.sparse import HIDDEN, INNER, drawn, of_tokens, sparse_graph
 
 COUNTS = (30, 3, 0, 27)
@@ -92,6 +93,14 @@ class TestCompleting:
         sample = found.statistics["experts.1.mlp_in"].entries["sample"]
         assert torch.equal(sample, given["experts.1.mlp_in"].entries["sample"])
         assert torch.equal(found.statistics["experts.2.mlp_in"].entries["sample"], given["mlp_in"].entries["sample"])
+
+    @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+    def test_blocks_are_those_of_the_completed_hessian(self, seen: dict[str, Tensor], share: float) -> None:
+        _, found = completed(seen, share)
+        for one in found.statistics.values():
+            if one.entries:
+                expected = diagonal_blocks(one.entries["hessian"], 8)
+                torch.testing.assert_close(one.entries["hessian_blocks"], expected, rtol=1e-5, atol=1e-6)
 
     def test_nothing_that_was_given_is_modified(self, seen: dict[str, Tensor]) -> None:
         given = {name: of_tokens(tokens) for name, tokens in seen.items()}

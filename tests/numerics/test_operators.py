@@ -28,10 +28,12 @@ from qtool.numerics.operators import (
     Shift,
     Signs,
     carry_hessian,
+    carry_hessian_blocks,
     carry_mean,
     compose_act,
     operator_from_state,
 )
+from qtool.numerics.second_moments import diagonal_blocks
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -308,6 +310,36 @@ def test_hessian_and_mean_are_those_of_the_transformed_samples(case: tuple[Opera
     acted = operator.act(samples)
     close(carry_hessian([operator], hessian, mean=mean), acted.T @ acted / 50, atol=1e-10)
     close(carry_mean([operator], mean), acted.mean(0))
+
+
+def test_channels_are_mixed_inside_of_a_span(case: tuple[Operator, Tensor]) -> None:
+    operator, dense = case
+    size = operator.span
+    assert len(dense) % size == 0
+    mixed = block_diagonal(torch.ones(len(dense) // size, size, size, dtype=torch.float64))
+    assert not bool(dense[mixed == 0].any())
+    half = block_diagonal(torch.ones(2 * len(dense) // size, size // 2, size // 2)) if size % 2 == 0 else dense
+    assert size == 1 or bool(dense[half == 0].any()), "a smaller one would do"
+
+
+SPANS = {"hadamard-blocks": 12, "hadamard-transposed": 12, "block": 8, "block-shared": 8, "affine-heads": 8}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks_of_a_hessian_are_carried_where_they_are_not_mixed(name: str) -> None:
+    operator, dense = KINDS[name]()
+    n = len(dense)
+    samples = normal(50, n, seed=7) @ normal(n, n, seed=8) + normal(n, seed=9)
+    acted, mean = operator.act(samples), samples.mean(0)
+    for size in (n // 2, n // 3) if n % 3 == 0 else (n // 2,):
+        found = carry_hessian_blocks(operator, diagonal_blocks(samples.T @ samples / 50, size), mean=mean)
+        follows = operator.is_diagonal or operator.group == "shift" or size % SPANS.get(name, operator.dim) == 0
+        assert (found is not None) == follows, size
+        if found is not None:
+            close(found, diagonal_blocks(acted.T @ acted / 50, size), atol=1e-10)
+    if operator.group == "shift":
+        with pytest.raises(UsageError, match="only with the mean"):
+            carry_hessian_blocks(operator, torch.zeros(3, n // 3, n // 3, dtype=torch.float64))
 
 
 def test_hessian_is_carried_through_several_operators() -> None:

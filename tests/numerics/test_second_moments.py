@@ -15,6 +15,7 @@ from qtool.numerics.second_moments import (
     dampened,
     diagonal_blocks,
     geometric_mean,
+    inner_blocks,
     limit_condition,
     matrix_power,
     weight_moment_blocks,
@@ -38,6 +39,18 @@ class TestBlocks:
         found.zero_()
         assert float(matrix[0, 1]) == 1.0
 
+    @pytest.mark.parametrize(("start", "stop"), [(0, 24), (8, 24), (4, 20), (12, 16)])
+    @pytest.mark.parametrize("size", [1, 2, 4])
+    def test_smaller_blocks_are_those_of_the_whole(self, start: int, stop: int, size: int) -> None:
+        matrix = definite(24)
+        found = inner_blocks(diagonal_blocks(matrix, 8), slice(start, stop), size)
+        assert torch.equal(found, diagonal_blocks(matrix[start:stop, start:stop], size))
+
+    @pytest.mark.parametrize(("columns", "size"), [(slice(0, 24), 12), (slice(0, 24), 24), (slice(4, 20), 8)])
+    def test_blocks_across_two_are_refused(self, columns: slice, size: int) -> None:
+        with pytest.raises(ShapeError, match=f"blocks of {size} do not lie in blocks of 8"):
+            inner_blocks(diagonal_blocks(torch.eye(24), 8), columns, size)
+
     def test_weights_one_row_after_the_other(self) -> None:
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(rows, 12, generator=generator) for rows in (5, 3000, 1)]
@@ -51,7 +64,12 @@ class TestBlocks:
         np.testing.assert_allclose(found.numpy(), expected / 3006, rtol=1e-12, atol=1e-14)
 
     @pytest.mark.parametrize(
-        "cut", [lambda n: diagonal_blocks(torch.eye(12), n), lambda n: weight_moment_blocks([torch.ones(2, 12)], n)]
+        "cut",
+        [
+            lambda n: diagonal_blocks(torch.eye(12), n),
+            lambda n: inner_blocks(torch.eye(12)[None], slice(0, 12), n),
+            lambda n: weight_moment_blocks([torch.ones(2, 12)], n),
+        ],
     )
     @pytest.mark.parametrize("size", [0, 5, 24])
     def test_a_size_that_does_not_divide(self, cut: Callable[[int], Tensor], size: int) -> None:

@@ -28,16 +28,18 @@ Quantize = Callable[..., str]
 
 @dataclass
 class Watch:
-    """A step's progress: what it went over, and after how many items it is interrupted."""
+    """A step's progress: what it went over, under which labels, and after how many items it is interrupted."""
 
     stop_after: int = -1
     seen: list[Any] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
     def __call__(self, items: Iterable[Any], *, total: int, label: str) -> Iterable[Any]:
         for item in items:
             if len(self.seen) == self.stop_after:
                 raise KeyboardInterrupt
             self.seen.append(item)
+            self.labels.append(label)
             yield item
 
 

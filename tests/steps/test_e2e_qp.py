@@ -149,7 +149,8 @@ def test_interrupted_in_the_last_stage_and_run_again(desk: Desk, left: str) -> N
     undisturbed, watch = desk.watched()
     whole, _ = mitigate(replace(request, output=desk.workspace.home / "whole.safetensors"), undisturbed)
     blocks, windows = 2, 2 * 1 + 4 * 3 * 12
-    assert len(watch.seen) == blocks + windows
+    assert len(watch.seen) == blocks + windows + blocks
+    assert watch.labels[-blocks:] == ["losses of the whole model"] * blocks
     workspace, _ = desk.watched(stop_after=blocks + 60)
     with pytest.raises(KeyboardInterrupt):
         mitigate(request, workspace)
@@ -171,7 +172,8 @@ def test_a_dry_run_counts_its_windows(desk: Desk) -> None:
     assert passes == 4  # to solve, to go on, in full precision, and through what was made
     assert watch.seen == []
     mitigate(request, workspace)
-    assert seconds["learning"] / seconds["passes"] == pytest.approx((len(watch.seen) - 2) / (12 * passes))
+    windows = watch.labels.count("mitigate the whole model")
+    assert seconds["learning"] / seconds["passes"] == pytest.approx(windows / (12 * passes))
 
 
 def test_inspect_tells_of_the_model(desk: Desk) -> None:

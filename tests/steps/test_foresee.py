@@ -205,20 +205,20 @@ class TestRehearsal:
         opened = open_subject(str(desk.model), desk.workspace)
         scheme = read_scheme("", {"weights": "int4-g8"}, desk.workspace.plugins)
         subject = type(opened.subject)(opened.model, desk.workspace.plugins, scheme=scheme)
-        solved: list[float] = []
+        solved: list[int] = []
 
-        def solve(rehearsal: Rehearsal, site: object, grid: object, entries: object, share: float) -> float:
-            solved.append(share)
-            return share**3
+        def solve(rehearsal: Rehearsal, site: object, grid: object, entries: object, width: int) -> float:
+            solved.append(width)
+            return (width / 24) ** 3
 
         monkeypatch.setattr("qtool.steps.rehearsal._SMALLEST", 8)
         monkeypatch.setattr(Rehearsal, "_solve", solve)
         monkeypatch.setattr(Rehearsal, "_entries", lambda *_: ({}, 0.25))
-        for budget, shares in ((0.0, [1 / 3]), (1e9, [1 / 3, 1.0])):
+        for budget, widths in ((0.0, [8]), (1e9, [8, 24])):
             solved.clear()
             monkeypatch.setattr("qtool.steps.rehearsal.SECONDS", budget)
             rehearsal = Rehearsal(subject, (), (), Gathering(0, TokenWeight()), torch.device("cpu"))
             (timed,) = rehearsal.time([sites_of(subject)[0]])
-            assert solved == pytest.approx(shares)
+            assert solved == widths
             assert timed.solve == pytest.approx(1)
             assert timed.gather == pytest.approx(0.25 * (9 if budget == 0 else 1))

@@ -315,6 +315,8 @@ def test_a_quantized_artifact_shows_losses_bits_and_options(workspace: Workspace
     mean = sum(report["loss"] for name, report in reports.items() if name.endswith("v_proj")) / 4
     assert modules["v_proj"]["mean_loss"] == pytest.approx(mean, rel=1e-12)
     assert modules["v_proj"]["worst"] == max((n for n in reports if "v_proj" in n), key=lambda n: reports[n]["loss"])
+    assert found["loss_before"].startswith("what the last method that tells it started from")
+    assert modules["v_proj"]["mean_loss_rtn"] > modules["v_proj"]["mean_loss_before"] > modules["v_proj"]["mean_loss"]
     evaluated, _ = evaluate(
         EvalRequest(str(quantized.path), perplexity=("speeches",), seq_len=32, max_windows=1), workspace
     )

@@ -28,6 +28,7 @@ from qtool.model.plan import Plan
 from qtool.scheme import ModelScheme, TensorScheme
 from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.eval import EvalRequest, evaluate
+from qtool.steps.inspect import inspect
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
@@ -186,6 +187,27 @@ class TestRoundToNearest:
         assert all("loss" not in report for report in reports(plain).values())
         if not transformed:
             assert all(torch.equal(weight, found[name]) for name, weight in decoded(plain, desk.workspace).items())
+
+    @pytest.mark.parametrize(
+        ("method", "options", "rule"),
+        [
+            ("rtn", {}, "inverse-norm:1"),
+            ("rtn", {"token_weight": "clip:2"}, "inverse-norm:1"),  # what was gathered, whatever is asked for
+            ("gptq", {"propagate": "none"}, "inverse-norm:1"),
+            ("gptq", {}, "inverse-norm:0.5"),
+            ("gptq", {"token_weight": "clip:2"}, "clip:2"),
+        ],
+    )
+    def test_how_tokens_are_weighed_in_losses_is_told(
+        self, desk: Desk, method: str, options: Mapping[str, Any], rule: str
+    ) -> None:
+        statistics = desk.calibrate(token_weight="inverse-norm")
+        artifact, _ = mitigate(MitigateRequest(str(statistics.path), method, weights(desk), **options), desk.workspace)
+        assert artifact.manifest.details["losses"] == {"token_weight": rule}
+        assert inspect(str(artifact.path), desk.workspace).facts["losses_token_weight"] == rule
+        plain, _ = mitigate(MitigateRequest(str(desk.model), "rtn", weights(desk)), desk.workspace)
+        assert "losses" not in plain.manifest.details
+        assert "losses_token_weight" not in inspect(str(plain.path), desk.workspace).facts
 
     def test_its_loss_in_passes_is_that_of_what_is_quantized(self, desk: Desk) -> None:
         statistics = str(desk.calibrate().path)

@@ -1,4 +1,4 @@
-"""Static scales of a KV cache in checkpoints: one for the keys and one for the values of each block, in float32."""
+"""Static scales of a KV cache in checkpoints, in float32: one for keys and one for values, of each block or head."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ _LATENT = "kv_b_in"
 """The site where families have a latent that keys and values are made of."""
 IN_ATTENTION = {KEYS: "k_scale", VALUES: "v_scale"}
 """What they are called inside an attention; other layouts have them inside the projections."""
+CACHE_ZEROS = ("k_zero_point", "v_zero_point")
+"""What others write beside the scales of a symmetric cache too: nothing but 0."""
+QUERIES = ("q_scale", "q_zero_point", "q_global_scale", "k_global_scale", "v_global_scale")
+"""What others write where queries are quantized, or a cache in FP4: nothing that is read."""
 
 
 def check_cache_scales(subject: Subject) -> None:
@@ -59,7 +63,7 @@ def cache_scales(subject: Subject, names: Mapping[str, str], shape: tuple[int, .
     Args:
         subject: A quantized subject.
         names: What those of keys and of values are called inside an attention.
-        shape: Of each scale, which has one value.
+        shape: Of each scale that has one value; those of heads stay as they are.
     """
     found: dict[str, Tensor] = {}
     graph, cache, quantized = subject.model.graph, subject.cache, subject.quantized
@@ -69,7 +73,7 @@ def cache_scales(subject: Subject, names: Mapping[str, str], shape: tuple[int, .
         attention = f"{graph.block_name(layer)}.{graph.family.attention}"
         for place in cache.static:
             scale = quantized.tensor(f"layers.{layer}.{place}{INPUT_GLOBAL_SCALE}")
-            found[f"{attention}.{names[place]}"] = scale.float().reshape(shape)
+            found[f"{attention}.{names[place]}"] = scale.float() if scale.ndim else scale.float().reshape(shape)
     return found
 
 

@@ -199,7 +199,8 @@ def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
         return
     each = (kv.keys, kv.values) if isinstance(kv, KeysAndValues) else (kv,)
     static = any(one is not None and one.static for one in each)
-    nearest = "fp8-tensor-static" if static else "fp8-tensor"
+    heads = any(one is not None and one.strategy == "head" for one in each)
+    nearest = f"fp8-{'head' if heads else 'tensor'}{'-static' if static else ''}"
     if isinstance(kv, KeysAndValues) or kv.strategy == "channel":
         raise _refusal("a checkpoint's KV cache has one scheme, and scales of one token", "kv", kv, nearest)
     if kv.clip != 1 and not static:

@@ -63,9 +63,9 @@ class GGUF:
             UsageError: Names what does not fit and the nearest that does.
             ModelError: llama.cpp cannot read text as the model does.
         """
+        _refuse_cache(subject)
         check_schemes(subject, _check_scheme(subject), decoded="gguf-f16")
         kinds = {scheme.weights: _kind(scheme) for scheme, _ in groups_of(subject)}
-        _refuse_cache(subject)
         _refuse_online(subject)
         _refuse_segments(subject)
         refuse_compensation(subject)

@@ -75,6 +75,7 @@ from qtool.scheme import ModelScheme
 from qtool.scheme_parts import KeysAndValues
 
 _GROUP = 16
+_FP8_CACHE = ("fp8", "tensor", True)
 _FP8: tuple[Algorithm, Algorithm] = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 _FLOAT_SCALES = ("fp32", "bf16", "fp16")
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -182,8 +183,9 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
     if weights is None:
         raise SchemeError("the scheme leaves the weights as they are", hint="--scheme NVFP4")
     kv = scheme.kv
-    if kv is not None and (isinstance(kv, KeysAndValues) or kv.format != "fp8" or not kv.static):
-        raise SchemeError("modelopt has an FP8 cache with static scales, and no other", facts=(("kv", kv),))
+    if kv is not None and (isinstance(kv, KeysAndValues) or (kv.format, kv.strategy, kv.static) != _FP8_CACHE):
+        reason = "modelopt has an FP8 cache with static scales, one for keys and one for values, and no other"
+        raise SchemeError(reason, facts=(("kv", kv),))
     block = ("group", _GROUP, "e4m3", True)
     if (weights.strategy, weights.group_size, weights.scale, weights.symmetric) == block:
         if activations is None:

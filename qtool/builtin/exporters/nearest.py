@@ -44,7 +44,7 @@ _CARRIED: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """What checkpoints carry, as users write it; a star is the group size of the weights that are asked for."""
-_VALUES: Mapping[str, int] = {"channel": 2**20, "token": 2**20, "token-head": 2**10, "tensor": 2**40}
+_VALUES: Mapping[str, int] = {"channel": 2**20, "token": 2**20, "token-head": 2**10, "head": 2**30, "tensor": 2**40}
 """Values to a scale for strategies without a size: any number that keeps them in order."""
 
 

@@ -57,6 +57,7 @@ _MODELOPT = {
 }
 _STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "token", "group", "block")
 _ONE_INPUT_SCALE = ("fp8", "int8")
+_STATIC_CACHES: Mapping[str, Strategy] = {"tensor": "tensor", "attn_head": "head"}
 
 
 def packed_method(directory: Path) -> str | None:
@@ -82,7 +83,7 @@ def read_scheme(
         seen: What no config says of each linear that has scales, by the name that the graph knows.
         plain: The linears that have none.
         lookup: Finds a format by name.
-        cached: Whether a scale is stored for all keys of each block, and one for all values.
+        cached: Whether scales of keys and of values are stored for each block.
 
     Raises:
         SchemeError: It has more than codes and scales, or a scheme that is not read back; names it.
@@ -103,14 +104,16 @@ def read_scheme(
 
 
 def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup, *, cached: bool) -> TensorScheme | None:
-    """Return the scheme of a cache: FP8 with static scales, or None."""
+    """Return the scheme of a cache, with static scales or such as are fitted as the model runs, or None."""
     if not said:
         return None
-    wanted = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True, "strategy": "tensor"}
-    found = {"dynamic": False, "symmetric": True, "strategy": "tensor", **said}
-    if not cached or any(found.get(key) != value for key, value in wanted.items()):
-        raise _unread("a quantized KV cache that is not FP8 with a stored scale for keys and one for values", said)
-    return replace(_plain("fp8-tensor", lookup), static=True)
+    strategy = str(said.get("strategy") or ("group" if said.get("group_size") else "tensor"))
+    if said.get("dynamic") is True and strategy in ("tensor", "group"):
+        return _input_scheme(said, lookup)
+    static = _STATIC_CACHES.get(strategy)
+    if not cached or static is None or said.get("dynamic") or not said.get("symmetric", True):
+        raise _unread("a quantized KV cache without a stored scale for keys and one for values", said)
+    return replace(_tensor_scheme({**said, "strategy": "tensor"}, lookup, None), strategy=static, static=True)
 
 
 def _compressed_schemes(
@@ -122,6 +125,9 @@ def _compressed_schemes(
         if config.get(part):
             raise _unread(f"a `{part}`", config[part])
     groups = {name: group for name, group in config.get("config_groups", {}).items() if isinstance(group, Mapping)}
+    odd = next((group for group in groups.values() if not group.get("weights")), None)
+    if odd is not None:
+        raise _unread("a group without weights", odd)
     targets = {target: name for name, group in groups.items() for target in group.get("targets", ())}
     schemes: dict[tuple[str, Seen], ModelScheme] = {}
     found = {}
@@ -139,8 +145,6 @@ def _compressed_schemes(
 
 def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one group."""
-    if not group.get("weights"):
-        raise _unread("a group without weights", group)
     if group.get("output_activations"):
         raise _unread("quantized outputs", group["output_activations"])
     weights, inputs = group["weights"], group.get("input_activations")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoConfig
 from qtool.artifacts.layout import Header, TensorSlot
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import Artifact
-from qtool.builtin.exporters.cache_scales import IN_ATTENTION, cache_places
+from qtool.builtin.exporters.cache_scales import CACHE_ZEROS, IN_ATTENTION, QUERIES, cache_places
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -29,6 +30,7 @@ from qtool.builtin.exporters.packed_layouts import (
     read_packed,
 )
 from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
+from qtool.engine.cache import scale_shape
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, packed_tensors
@@ -70,7 +72,7 @@ class PackedModel(Model):
         """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
         leaves = (*LEAVES, *INPUT_LEAVES, "weight")
         own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
-        own |= {name for name, _ in self.cached.values()}
+        own |= {name for name, _ in self.cached.values()} | {name for name in self.packed if _leaf(name) in CACHE_ZEROS}
         places = {name: place for name, place in self.found_places().items() if name not in own}
         return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
 
@@ -128,13 +130,20 @@ class PackedArtifact(Artifact):
             slots |= dict.fromkeys((f"{linear.name}.{leaf}" for leaf in leaves), TensorSlot("U8", (), 0, 0))
             if any(f"{linear.name}.{leaf}" in self.model.packed for leaf in INPUT_LEAVES):
                 slots[f"{linear.reads}{INPUT_GLOBAL_SCALE}"] = TensorSlot("F32", (), 0, 4)
-        slots |= dict.fromkeys(self.model.cached, TensorSlot("F32", (), 0, 4))
+        shape = self.cached_shape
+        slots |= dict.fromkeys(self.model.cached, TensorSlot("F32", shape, 0, 4 * prod(shape)))
         return Header({}, slots)
+
+    @property
+    def cached_shape(self) -> tuple[int, ...]:
+        """The shape of each static scale of a cache, which keys and values have alike."""
+        keys = self.scheme.keys
+        return () if keys is None else scale_shape(keys, self.model.graph.dims.num_kv_heads)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as an artifact stores it."""
         if name in self.model.cached:
-            return read_place(self.model.cached[name][1]).float().reshape(())
+            return read_place(self.model.cached[name][1]).float().reshape(self.cached_shape)
         if name.endswith(INPUT_GLOBAL_SCALE):
             return self._input_multiplier(name.removesuffix(INPUT_GLOBAL_SCALE))
         linear, _, leaf = name.rpartition(".")
@@ -235,16 +244,24 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
     cached = len(model.cached) == len(IN_ATTENTION) * model.graph.dims.num_layers
     scheme = read_scheme(directory, seen, plain, plugins.format, cached=cached)
-    if model.cached and scheme.kv is None:
+    if model.cached and (scheme.keys is None or not scheme.keys.static):
         raise ArtifactError(
-            "the checkpoint has scales of a KV cache and does not say that it is quantized",
+            "the checkpoint has scales of a KV cache and does not say that it is quantized with those",
             facts=(("first", next(iter(model.cached))),),
             hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
         )
+    _refuse_zero_points(model)
     _refuse_other_tensors(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
+    for name, place in model.cached.values():
+        if prod(place.shape) != prod(artifact.cached_shape):
+            raise ArtifactError(
+                f"`{name}` has another number of scales than the config says",
+                facts=(("kv", scheme.kv), ("expected", prod(artifact.cached_shape)), ("received", prod(place.shape))),
+                hint="quantize the original model again: qtool mitigate MODEL --kv fp8-head-static",
+            )
     return Subject(model, plugins, scheme=scheme, quantized=artifact)
 
 
@@ -298,7 +315,7 @@ def _seen(model: PackedModel, name: str) -> Seen:
 def _refuse_other_codes(model: PackedModel) -> None:
     """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
     coded = {linear.name for linear in model.coded}
-    leaves = {*LEAVES, *INPUT_LEAVES}
+    leaves = {*LEAVES, *INPUT_LEAVES, *QUERIES}
     named = (name.rpartition(".") for name in model.packed)
     odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
     if odd is not None:
@@ -306,6 +323,18 @@ def _refuse_other_codes(model: PackedModel) -> None:
             "the checkpoint has codes of what qtool does not quantize",
             facts=(("first", odd), ("family", model.family.name)),
             hint="quantize the original model without it: qtool mitigate MODEL",
+        )
+
+
+def _refuse_zero_points(model: PackedModel) -> None:
+    """Refuse a cache whose zero points are others than those of a symmetric one."""
+    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in CACHE_ZEROS}
+    odd = next((name for name, place in zeros.items() if read_place(place).float().any()), None)
+    if odd is not None:
+        raise ArtifactError(
+            "the checkpoint has a KV cache with zero points, and its config says that it is symmetric",
+            facts=(("first", odd),),
+            hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
         )
 
 
@@ -320,6 +349,10 @@ def _refuse_other_tensors(model: PackedModel) -> None:
             facts=(("first", odd),),
             hint="quantize the original model again, without it: qtool mitigate MODEL",
         )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _weights_of(scheme: ModelScheme, name: str) -> TensorScheme:

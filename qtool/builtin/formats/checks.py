@@ -98,11 +98,14 @@ def nearest_scheme(
 
 def _static(scheme: TensorScheme, reasons: list[str]) -> tuple[TensorScheme, list[str]]:
     """Put right what static scales do not go with."""
-    if not scheme.static:
-        return scheme, reasons
     nearest = scheme
-    if scheme.strategy != "tensor":
-        reasons.append("static scales are of whole tensors")
+    if scheme.strategy == "head" and not scheme.static:
+        reasons.append("scales of heads over all tokens are found once")
+        nearest = replace(nearest, static=True)
+    if not nearest.static:
+        return nearest, reasons
+    if scheme.strategy not in ("tensor", "head"):
+        reasons.append("static scales are of whole tensors, or of heads")
         nearest = replace(nearest, strategy="tensor", group_size=None)
     if not scheme.symmetric:
         reasons.append("static scales come without zero points")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from qtool.builtin.mitigators.gptq import GPTQConfig
 from qtool.builtin.mitigators.lorc import LoRCConfig, with_adapter
-from qtool.builtin.mitigators.rtn import loss_report, round_nearest
+from qtool.builtin.mitigators.rtn import round_nearest
 from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
 from qtool.numerics.losses import output_energy
@@ -88,7 +88,9 @@ def output_error(problem: LayerProblem) -> Callable[[QuantizedLinear, Adapter], 
 
 
 def solved_beside(problem: LayerProblem, solved: QuantizedLinear, adapter: Adapter) -> QuantizedLinear:
-    """Put a correction beside codes that were chosen for another weight or Hessian, and measure both on their own."""
-    nearest = round_nearest(problem).weight(problem.grid)
-    own = {**solved.report, **loss_report(problem, solved.weight(problem.grid), nearest)}
-    return with_adapter(problem, replace(solved, report=own), adapter)
+    """Put a correction beside codes that were chosen with it, for another weight or Hessian, and measure both together.
+
+    Such methods start from the weight: what came before them is rounding to nearest, not their codes alone.
+    """
+    found = with_adapter(problem, solved, adapter, before=round_nearest(problem).weight(problem.grid))
+    return replace(found, report={**found.report, "loss_rtn": found.report["loss_before"]})

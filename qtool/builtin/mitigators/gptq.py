@@ -23,6 +23,7 @@ from torch import Tensor
 from qtool.builtin.mitigators.rtn import (
     ClipOptions,
     check_problem,
+    clip_moments,
     clip_report,
     fit_groups,
     loss_report,
@@ -36,6 +37,7 @@ from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, ShapeError, UsageError
 from qtool.numerics.gptq import ColumnGrid, GPTQResult, factorize_visits, gptq_round
 from qtool.numerics.groups import combine_parameters, each_parameter
+from qtool.numerics.second_moments import diagonal_blocks
 from qtool.numerics.triangular import InverseFactor
 from qtool.scheme import GroupParameters
 
@@ -254,7 +256,8 @@ def _fitted_columns(
     """Fit groups of columns: one scale a row and group, also where all rows share it. Notes their clip ratios."""
     whole, columns = _is_whole(part), slice(start, start + values[0].numel())
     groups = values.reshape(1, -1) if whole else values
-    fitted = fit_groups(part, groups, config, global_scale=multiplier, hessian=hessian[columns, columns])
+    moments = clip_moments(part, columns, config, lambda own, size: diagonal_blocks(hessian[own, own], size))
+    fitted = fit_groups(part, groups, config, global_scale=multiplier, moments=moments)
     ratios.append(fitted.ratio)
     return _a_row_each(fitted.parameters, len(values)) if whole else fitted.parameters
 

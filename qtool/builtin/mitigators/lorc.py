@@ -103,7 +103,7 @@ def add_correction(
         raise UsageError(f"`{problem.name}` already has a low-rank correction", hint="--method gptq+lorc")
     decoded = start.weight(problem.grid)
     adapter = stored_adapter(problem, config, factorize(problem.weight - decoded))
-    return with_adapter(problem, start, adapter)
+    return with_adapter(problem, start, adapter, before=decoded)
 
 
 def is_left_out(problem: LayerProblem, config: LoRCConfig) -> bool:
@@ -147,10 +147,11 @@ def stored_adapter(problem: LayerProblem, config: LoRCConfig, factors: Factors) 
     return adapter
 
 
-def with_adapter(problem: LayerProblem, start: QuantizedLinear, adapter: Adapter) -> QuantizedLinear:
-    """Put a correction beside codes, and report what they lose with it and without it."""
-    decoded = start.weight(problem.grid)
-    corrected = loss_report(problem, decoded + adapter.product(), None)
-    bare = {f"{key}_before": loss for key, loss in loss_report(problem, decoded, None).items()}
-    report = {**start.report, **corrected, **bare, "rank": float(len(adapter.down))}
-    return replace(start, adapter=adapter, report=report)
+def with_adapter(
+    problem: LayerProblem, solved: QuantizedLinear, adapter: Adapter, *, before: Float[Tensor, "out in"]
+) -> QuantizedLinear:
+    """Put a correction beside codes, and report what both lose, and what stood for the weight ``before`` lost."""
+    corrected = loss_report(problem, solved.weight(problem.grid) + adapter.product(), None)
+    started = {f"{key}_before": loss for key, loss in loss_report(problem, before, None).items()}
+    report = {**solved.report, **corrected, **started, "rank": float(len(adapter.down))}
+    return replace(solved, adapter=adapter, report=report)

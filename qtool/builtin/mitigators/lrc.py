@@ -24,7 +24,7 @@ from torch import Tensor
 from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, keep_best
 from qtool.builtin.mitigators.gptq import GPTQ
 from qtool.builtin.mitigators.lorc import check_correction, is_left_out, stored_adapter
-from qtool.builtin.mitigators.rtn import refuse_previous
+from qtool.builtin.mitigators.rtn import refuse_previous, round_nearest
 from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear, Reads
 from qtool.errors import NumericalError, UsageError
 from qtool.numerics.losses import loss_ratio, output_energy
@@ -63,7 +63,7 @@ class LRC:
 
         Returns:
             Codes and branch. Beside ``loss``, which is of the rounded input throughout, the report has ``target_loss``,
-            what is minimized, over ``E ‖W x_f‖²``, and the same without the branch, ``target_loss_before``.
+            what is minimized, over ``E ‖W x_f‖²``, and that of rounding to nearest, ``target_loss_before``.
 
         Raises:
             NumericalError: The weight or a statistic is not finite, or a factor overflows its storage format.
@@ -80,7 +80,7 @@ class LRC:
         if found.adapter is None:
             return found
         signal = output_energy(problem.weight.double(), streams.full)
-        before = streams.energy(problem.weight, found.weight(problem.grid))
+        before = streams.energy(problem.weight, round_nearest(problem).weight(problem.grid).to(problem.weight.dtype))
         target = {"target_loss": loss(found, found.adapter), "target_loss_before": before}
         report = {**found.report, **{name: loss_ratio(value, signal) for name, value in target.items()}}
         return replace(found, report=report)

@@ -9,6 +9,7 @@ The clip search is that of GPTQ's and QuaRot's released code: of 80 fractions of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -21,10 +22,10 @@ from torch.nn.functional import pad
 from qtool.engine.grid import GlobalScales, GridPart
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, ShapeError, UsageError
+from qtool.model.statistics import BLOCKS
 from qtool.numerics.clipping import ClippedFit, clip_grid, search_clip
 from qtool.numerics.groups import from_groups
 from qtool.numerics.losses import loss_ratio, output_energy
-from qtool.numerics.second_moments import diagonal_blocks
 from qtool.scheme import GroupParameters
 
 
@@ -52,8 +53,8 @@ class ClipOptions:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Statistics that the options ask for."""
-        return ("hessian",) if self.clip == "search" and self.clip_metric != "mse" else ()
+        """Statistics that the options ask for: of the Hessian no more than what lies in one group."""
+        return ("hessian_blocks",) if self.clip == "search" and self.clip_metric != "mse" else ()
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
@@ -99,7 +100,8 @@ def check_problem(problem: LayerProblem) -> None:
     """
     n_in = problem.weight.shape[1]
     problem.grid.check(n_in, layer=problem.name)
-    for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian)):
+    blocks = problem.entries.get(BLOCKS)
+    for what, tensor in (("weight", problem.weight), ("Hessian", problem.hessian), ("Hessian", blocks)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NumericalError(
@@ -107,11 +109,15 @@ def check_problem(problem: LayerProblem) -> None:
                 facts=(("values", f"{bad} of {tensor.numel()}"),),
                 hint="look for layers whose activations overflow in the calibration dtype",
             )
-    if problem.hessian is not None and problem.hessian.shape != (n_in, n_in):
-        raise ShapeError(
-            f"the Hessian of `{problem.name}` does not fit its weight",
-            facts=(("weight", tuple(problem.weight.shape)), ("hessian", tuple(problem.hessian.shape))),
-        )
+    for name, moments in (("hessian", problem.hessian), (BLOCKS, blocks)):
+        if moments is None:
+            continue
+        *count, rows, columns = moments.shape
+        if rows != columns or math.prod(count) * rows != n_in:
+            raise ShapeError(
+                f"the Hessian of `{problem.name}` does not fit its weight",
+                facts=(("weight", tuple(problem.weight.shape)), (name, tuple(moments.shape))),
+            )
 
 
 def refuse_previous(problem: LayerProblem, method: str) -> None:
@@ -135,7 +141,7 @@ def fit_groups(
     options: ClipOptions,
     *,
     global_scale: Float[Tensor, ""] | None,
-    hessian: Float[Tensor, "columns columns"] | None,
+    moments: Float[Tensor, "blocks size size"] | None,
 ) -> ClippedFit:
     """Fit groups of weights as the clip options say.
 
@@ -146,40 +152,59 @@ def fit_groups(
         groups: Values; the last axis shares a scale.
         options: How to clip.
         global_scale: Tensor-level multiplier.
-        hessian: Second moments of the columns that the groups are made of; None where the options do not look at them.
+        moments: What ``clip_moments`` returns of the columns that the groups are made of.
 
     Returns:
         Parameters and clip ratios.
-
-    Raises:
-        UsageError: The metric `output`, for blocks of several rows.
     """
     if options.clip == "none":
         whole = part.fit(groups, global_scale=global_scale)
         return ClippedFit(whole, torch.ones_like(whole.scale))
     fit_round, together = partial(_fit_round, part.each_group, global_scale), part.together
-    weights = moments = None
-    if hessian is not None and options.clip_metric == "hessian":
-        diagonal = hessian.diagonal().to(groups.dtype)
+    weights = None
+    if moments is not None and options.clip_metric == "hessian":
+        diagonal = moments.flatten().to(groups.dtype)
         n_in = len(diagonal)
         if part.block_rows > 1:  # the last group may be filled up
             n_in = groups[0].numel()
             diagonal = pad(diagonal, (0, n_in - len(diagonal)))
         weights = together(diagonal.expand(groups.numel() // n_in, n_in).reshape(groups.shape))
-    elif hessian is not None and options.clip_metric == "output":
-        if part.block_rows > 1:
-            raise UsageError(
-                "the metric `output` is for groups of single rows, and these scales are of blocks",
-                facts=(("scheme", part.scheme),),
-                hint="--set clip_metric=hessian",
-            )
-        moments = diagonal_blocks(hessian.to(groups.dtype), part.scheme.group_size or len(hessian))
+        moments = None
+    elif moments is not None:
+        moments = moments.to(groups.dtype)
     ratios = clip_grid(options.clip_grid, options.clip_floor, options.clip_ceiling)
     found = search_clip(
         together(groups), fit_round, ratios=ratios, norm=options.clip_norm, weights=weights, moments=moments
     )
     parameters = part.stored(groups, part.a_row_each(found.parameters, len(groups)))
     return ClippedFit(parameters, part.repeated(found.ratio, len(groups)))
+
+
+def clip_moments(
+    part: GridPart, columns: slice, options: ClipOptions, blocks: Callable[[slice, int], Float[Tensor, "groups n n"]]
+) -> Float[Tensor, "groups n n"] | None:
+    """Return the part of a Hessian that the clip options look at: each channel by itself, or each group.
+
+    Args:
+        part: What the columns belong to.
+        columns: Whose groups are fitted.
+        options: How to clip.
+        blocks: Returns diagonal blocks of a size, of columns.
+
+    Raises:
+        UsageError: The metric `output`, for blocks of several rows.
+    """
+    if not options.needs:
+        return None
+    if options.clip_metric == "hessian":
+        return blocks(columns, 1)
+    if part.block_rows > 1:
+        raise UsageError(
+            "the metric `output` is for groups of single rows, and these scales are of blocks",
+            facts=(("scheme", part.scheme),),
+            hint="--set clip_metric=hessian",
+        )
+    return blocks(columns, part.scheme.group_size or columns.stop - columns.start)
 
 
 def round_nearest(problem: LayerProblem, options: ClipOptions | None = None) -> QuantizedLinear:
@@ -193,14 +218,13 @@ def round_nearest(problem: LayerProblem, options: ClipOptions | None = None) -> 
         The codes; the report says which part of the groups was clipped.
     """
     options = options or ClipOptions()
-    hessian = problem.need_hessian() if options.needs else None
     codes, found = [], []
     places = problem.grid.places(problem.weight.shape[1])
     for (columns, part), multiplier in zip(places, tensor_multipliers(problem), strict=True):
         values = problem.weight[:, columns]
         groups = part.groups(values)
-        own = None if hessian is None else hessian[columns, columns]
-        found.append(fit_groups(part, groups, options, global_scale=multiplier, hessian=own))
+        moments = clip_moments(part, columns, options, problem.need_blocks)
+        found.append(fit_groups(part, groups, options, global_scale=multiplier, moments=moments))
         codes.append(from_groups(part.format.encode(groups, found[-1].parameters), values.shape))
     joined = codes[0] if len(codes) == 1 else torch.cat(codes, dim=1)
     parameters = tuple(one.parameters for one in found)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.builtin.mitigators.rtn import check_problem, refuse_previous
+from qtool.builtin.mitigators.rtn import check_problem, loss_report, refuse_previous, round_nearest
 from qtool.engine.problem import LayerProblem
 from qtool.errors import NumericalError, UsageError
 from qtool.numerics.losses import loss_ratio, output_energy
@@ -66,6 +66,8 @@ class Target:
     def retarget(self, problem: LayerProblem, config: TargetConfig) -> LayerProblem:
         """Return the problem with another weight; ``target_alpha`` and ``target_shift`` say how far it went.
 
+        ``loss_before`` is what the weight as it was, rounded to nearest, loses of what is aimed at.
+
         Raises:
             NumericalError: A moment is not finite.
             UsageError: A method that rounds came first, or a moment was not gathered.
@@ -82,8 +84,10 @@ class Target:
             alpha = best_part(problem.weight.double(), tried, held_hessian, held_cross)
         weight = (problem.weight.double() + alpha * shift).to(problem.weight.dtype)
         moved = loss_ratio(output_energy(weight - problem.weight, hessian), output_energy(problem.weight, hessian))
-        report = {**problem.report, "target_alpha": alpha, "target_shift": moved}
-        return replace(problem, weight=weight, report=report)
+        aimed = replace(problem, weight=weight)
+        before = loss_report(aimed, round_nearest(problem).weight(problem.grid), None)["loss"]
+        report = {**problem.report, "target_alpha": alpha, "target_shift": moved, "loss_before": before}
+        return replace(aimed, report=report)
 
 
 def best_part(

@@ -13,10 +13,11 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -179,8 +180,20 @@ def test_vllm_executes_what_the_table_says(packed: Packed, read: Read) -> None:
         assert_executed(subject, scheme, verdict, result.values)
 
 
+def _with_less(scale: Tensor) -> Tensor:
+    """Return scales of which that of the last head, if there are several, is too small for most values."""
+    if scale.numel() == 1:
+        return scale
+    return torch.cat((scale[:-1], scale[-1:] / 16))
+
+
 class TowardZero(CacheRounding):
-    """A cache in FP8 with the scales that were found, of which each value is the next one nearer to zero."""
+    """A cache in FP8 with the scales that were found, of which each value is the next one nearer to zero.
+
+    All heads of a block have the largest of theirs; ``_with_less`` has been there before.
+    """
+
+    shared: ClassVar[bool] = True
 
     def by_token(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         found = []
@@ -188,41 +201,63 @@ class TowardZero(CacheRounding):
             assert rounding is not None
             (scale,) = rounding.global_scales
             assert scale is not None
+            scale = _with_less(scale).amax() if self.shared else _with_less(scale)
             steps = (x.float() / scale).clamp(-448, 448)
             unit = 2.0 ** (steps.abs().clamp_min(2.0**-6).log2().floor() - 3)  # 2**-9 below the least normal number
             found.append(((steps / unit).trunc() * unit * scale).to(x.dtype))
         return found[0], found[1]
 
 
+class EachTowardZero(TowardZero):
+    """What it would be with the scale of each head."""
+
+    shared = False
+
+
 class CachedTowardZero(Subject):
+    kind: ClassVar[type[TowardZero]] = TowardZero
+
     def kv_path(self, layer: int, device: torch.device) -> tuple[tuple[Operator, ...], CacheRounding | None]:
         operators, cache = super().kv_path(layer, device)
         assert cache is not None
-        return operators, TowardZero(cache.keys, cache.values)
+        return operators, self.kind(cache.keys, cache.values)
+
+
+class CachedEachTowardZero(CachedTowardZero):
+    kind = EachTowardZero
 
 
 @pytest.mark.parametrize(
-    ("scheme", "kernel"),
+    ("scheme", "kernel", "scales"),
     [
-        (Scheme(SIGNED, "", "fp8-tensor-static", CT), INTEGERS),
-        (Scheme("fp8-channel", "fp8-token", "fp8-tensor-static", "modelopt"), FLOATS),
+        (Scheme(SIGNED, "", "fp8-tensor-static", CT), INTEGERS, "the scales that are stored"),
+        (Scheme("fp8-channel", "fp8-token", "fp8-tensor-static", "modelopt"), FLOATS, "the scales that are stored"),
+        (Scheme(SIGNED, "", "fp8-head-static", CT), INTEGERS, "the largest of the scales of a block's heads for all"),
     ],
 )
 def test_vllm_reads_the_scales_of_a_cache_and_rounds_toward_zero(
-    packed: Packed, read: Read, scheme: Scheme, kernel: str
+    packed: Packed, read: Read, scheme: Scheme, kernel: str, scales: str
 ) -> None:
     subject, directory = packed(scheme)
+    (file,) = directory.glob("*.safetensors")
+    held = {
+        name: _with_less(one) if name.endswith(("k_scale", "v_scale")) else one for name, one in load_file(file).items()
+    }
+    save_file(held, file, {"format": "pt"})
     said, result = told(directory), read([directory])[str(directory)]
     assert (said.verdict, said.known) == ("executes-other", "run on a CPU")
-    assert said.says.endswith("; FP8 KV cache with the scales that are stored, but rounded toward zero")
+    assert said.says.endswith(f"; FP8 KV cache with {scales}, but rounded toward zero")
     assert (result.kernels, result.message) == ([kernel], "")
-    cut = CachedTowardZero(subject.model, subject.plugins, subject.plan, subject.scheme, subject.quantized)
+    parts = (subject.model, subject.plugins, subject.plan, subject.scheme, subject.quantized)
+    cut = CachedTowardZero(*parts)
     exact, half = ours(cut, torch.float32), ours(cut, torch.bfloat16)
     theirs = torch.tensor(result.values, dtype=torch.float64)
     others = {
         "nearest": ours(subject, torch.float32),
         "none": ours(replace(subject, scheme=replace(subject.scheme, kv=None)), torch.float32),
     }
+    if "head" in scheme.kv:
+        others["each"] = ours(CachedEachTowardZero(*parts), torch.float32)
     apart, noise = (float((x - exact).abs().mean()) for x in (theirs, half))
     far = {name: float((theirs - other).abs().mean()) for name, other in others.items()}
     print(f"{scheme}: {apart:.4f}, bfloat16 {noise:.4f}, of others {far}")  # noqa: T201

@@ -159,8 +159,9 @@ def test_lrc_equals_its_oracle(seed: int, size: float, exact: None) -> None:
     torch.testing.assert_close(ours, decoded, rtol=1e-6, atol=1e-7)
     assert same_as_seen(added, branch, full, 1e-5)
     signal = (of.weight @ full).square().sum()
-    for key, correction in (("target_loss", added), ("target_loss_before", torch.zeros_like(added))):
-        left = of.weight @ full - ours @ rounded - correction @ full
+    nearest = RTN().quantize(of, ClipOptions()).weight(of.grid)
+    for key, codes, correction in (("target_loss", ours, added), ("target_loss_before", nearest, added * 0)):
+        left = of.weight @ full - codes.to(full) @ rounded - correction @ full
         assert result.report[key] == pytest.approx(float(left.square().sum() / signal), rel=1e-5)
     assert result.report["target_loss"] < result.report["target_loss_before"]
 
@@ -306,10 +307,7 @@ def test_the_report_measures_what_is_stored(method: Any, config: type[JointConfi
     assert result.report["loss"] == pytest.approx(
         output_error(of.weight - decoded - added, of.need_hessian()) / signal, rel=1e-3
     )
-    assert result.report["loss_before"] == pytest.approx(
-        output_error(of.weight - decoded, of.need_hessian()) / signal, rel=1e-3
-    )
-    assert result.report["loss_rtn"] == pytest.approx(nearest, rel=1e-5)
+    assert result.report["loss_before"] == result.report["loss_rtn"] == pytest.approx(nearest, rel=1e-5)
     assert result.report["rank"] == RANK
     assert result.counters == GPTQ().quantize(of, GPTQConfig()).counters
 

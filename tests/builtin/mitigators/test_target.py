@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtool.artifacts.store import Artifact
 from qtool.builtin.formats.integer import Int3
 from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
+from qtool.builtin.mitigators.rtn import RTN, ClipOptions
 from qtool.builtin.mitigators.target import Target, TargetConfig, best_part
 from qtool.engine.grid import Grid
 from qtool.engine.problem import LayerProblem
@@ -46,6 +48,11 @@ def problem_of(x: Tensor, f: Tensor, *, held: int = HELD, seed: int = 0) -> Laye
         "held_out": torch.stack([x[last].T @ x[last], f[last].T @ x[last]]) / len(x),
     }
     return LayerProblem("layer", weight, Grid.of(Int3().defaults, Int3()), entries["hessian"], entries)
+
+
+def details(artifact: Artifact) -> Mapping[str, Mapping[str, float]]:
+    found: Mapping[str, Mapping[str, float]] = artifact.manifest.details["layers"]
+    return found
 
 
 def retargeted(of: LayerProblem, **options: Any) -> LayerProblem:  # noqa: ANN401 - of the config
@@ -119,6 +126,17 @@ def test_the_part_is_the_best_on_held_out_tokens(seed: int, noise: float, tokens
     moved = result.weight - of.weight
     energy = float((moved @ hessian * moved).sum() / (of.weight @ hessian * of.weight).sum())
     assert result.report["target_shift"] == pytest.approx(energy, rel=1e-9)
+
+
+def test_before_it_the_weight_as_it_was_is_rounded_and_misses_the_target() -> None:
+    x, f = streams(8)
+    of = problem_of(x, f)
+    result = retargeted(of, alpha=1.0)
+    nearest = RTN().quantize(of, ClipOptions()).weight(of.grid).double()
+    missed, signal = ((x @ weight.T).square().sum() for weight in (result.weight - nearest, result.weight))
+    assert result.report["loss_before"] == pytest.approx(float(missed / signal), rel=1e-6)
+    solved = GPTQ().quantize(result, GPTQConfig())
+    assert solved.report["loss"] < solved.report["loss_rtn"] < result.report["loss_before"]
 
 
 def test_the_part_is_inside_somewhere_and_at_both_ends() -> None:
@@ -236,7 +254,13 @@ class TestCompositions:
         assert any(not torch.equal(plain.tensor(name), some.tensor(name)) for name in plain.names())
         reports = some.manifest.details["layers"]
         assert all(0 <= report["target_alpha"] <= 1 for report in reports.values())
-        assert {"loss", "target_shift"} <= set(reports["model.layers.1.mlp.down_proj"])
+        assert {"loss", "loss_before", "target_shift"} <= set(reports["model.layers.1.mlp.down_proj"])
+        assert all(report["loss_before"] == report["loss_rtn"] for report in details(none).values())
+        last, _ = mitigate(self.asked(tiny, "target+gptq+lorc", rank="2"), tiny.workspace)
+        before = {name: report["loss_before"] for name, report in details(last).items()}
+        first = [name for name in before if "layers.0.self_attn.q_proj" in name]
+        assert all(before[name] == reports[name]["loss"] for name in first), "of what the last method started from"
+        assert len(first) == 1
 
     @pytest.mark.parametrize("method", ["target+rtn", "target+autoround", "target+ldlq+cd"])
     def test_others_take_it_too(self, tiny: TinyModel, method: str) -> None:

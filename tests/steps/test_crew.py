@@ -1,0 +1,180 @@
+"""Tasks side by side: what one process gives, in the recipe's order, and nothing left behind by an error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool.artifacts.store import Artifact
+from qtool.errors import NumericalError, QtoolError, ResourceError
+from qtool.steps.crew import Crew, crew_of, worked
+from qtool.steps.run import RunRequest, run
+from qtool.steps.tasks import Outcome, Task
+from qtool.steps.workspace import Workspace
+from qtool.testing import tiny_model
+
+RECIPE = """
+name: small
+model: {model}
+dtype: float32
+calibrate: {{data: {text}, num_samples: 3, seq_len: 16, gather: [absmax], token_weight: uniform}}
+matrix: {{transform: [smoothquant], mitigate: [rtn, gptq], scheme: [W4A4], seed: [0, 1]}}
+eval: {{perplexity: [{text}], seq_len: 16, max_windows: 2}}
+"""
+
+
+class PeculiarError(Exception):
+    """Cannot be made from its text, so it cannot travel."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def warns_and_fails(source: str, at: Workspace) -> tuple[Artifact, bool]:
+    at.warn(f"{source} is odd")
+    raise NumericalError("not finite", facts=(("layer", "up"),), hint="use float32")
+
+
+def fails_peculiarly(source: str, at: Workspace) -> tuple[Artifact, bool]:
+    raise PeculiarError(1, 2)
+
+
+def ends_its_process(source: str, at: Workspace) -> tuple[Artifact, bool]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def sleeps(source: str, at: Workspace) -> tuple[Artifact, bool]:
+    (at.home / "started").touch()
+    time.sleep(120)
+    raise AssertionError
+
+
+def labels(*tasks: Task) -> dict[Task, str]:
+    return {task: task.title for task in tasks}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    with tiny_model() as model:
+        return replace(model.workspace, home=tmp_path)
+
+
+def test_processes_give_what_one_gives(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums depend on it, and processes share the threads of this one
+    try:
+        with tiny_model() as model:
+            recipe = tmp_path / "small.yaml"
+            recipe.write_text(RECIPE.format(model=model.path, text=model.path.parent / "text.txt"), encoding="utf-8")
+            said: list[str] = []
+            alone = run(RunRequest(recipe), replace(model.workspace, home=tmp_path / "alone"))
+            together = run(RunRequest(recipe, jobs=2), replace(model.workspace, home=tmp_path / "two"), said.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert [one.id for one in together.outcomes] == [one.id for one in alone.outcomes]
+    assert [one.title for one in together.outcomes] == [one.title for one in alone.outcomes]
+    assert {one.state for one in together.outcomes} == {"done"}
+    assert together.text == alone.text
+    assert sorted(line.partition("]")[0] for line in said) == [f"[{i:>2}/13" for i in range(1, 14)]
+
+
+class Desk:
+    """A crew whose tasks end when a test says so."""
+
+    def __init__(self, places: int, workspace: Workspace) -> None:
+        self.crew = Crew((workspace,) * places, self.submit)
+        self.running: dict[str, Future[Outcome]] = {}
+        self.sources: dict[str, str] = {}
+        self.most = 0
+
+    def submit(self, task: Task, source: str, at: Workspace) -> Future[Outcome]:
+        del at
+        self.sources[task.title] = source
+        self.running[task.title] = future = Future()
+        self.most = max(self.most, len(self.running))
+        if len(self.running) == len(self.crew.places) or task.title == "d":
+            self.end(next(iter(self.running)))
+        return future
+
+    def end(self, title: str) -> None:
+        found = (
+            Outcome(title, "failed", error=ValueError()) if title == "b" else Outcome(title, "done", path=f"{title}!")
+        )
+        self.running.pop(title).set_result(found)
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_tasks_start_when_their_input_is_there_the_first_of_the_recipe_first(places: int, workspace: Workspace) -> None:
+    def task(title: str, source: Task | None = None) -> Task:
+        return Task(title, source, sleeps)
+
+    a, b, c = task("a"), task("b"), task("c")
+    of_a, of_b = task("of a", a), task("of b", b)
+    of_of_b, d = task("of of b", of_b), task("d")
+    desk = Desk(places, workspace)
+    ended = []
+    for one, outcome, _ in worked(labels(a, of_a, b, of_b, of_of_b, c, d), "model", desk.crew):
+        ended.append((one.title, outcome.state))
+        if len(ended) == 6 and desk.running:
+            desk.end(next(iter(desk.running)))
+    assert desk.most == places
+    assert desk.sources == {"a": "model", "of a": "a!", "b": "model", "c": "model", "d": "model"}
+    assert list(desk.sources) == (["a", "of a", "b", "c", "d"] if places == 1 else ["a", "b", "of a", "c", "d"])
+    assert dict(ended) == dict.fromkeys(["a", "of a", "c", "d"], "done") | {
+        "b": "failed",
+        "of b": "skipped",
+        "of of b": "skipped",
+    }
+
+
+def test_errors_and_warnings_come_back_from_a_process(workspace: Workspace) -> None:
+    one, other = Task("one", None, warns_and_fails), Task("other", None, fails_peculiarly)
+    with crew_of(2, workspace) as crew:
+        found = {outcome.title: outcome for _, outcome, _ in worked(labels(one, other), "model", crew)}
+    assert found["one"].warnings == ("model is odd",)
+    error = found["one"].error
+    assert isinstance(error, NumericalError)
+    assert (error.message, error.facts, error.hint) == ("not finite", (("layer", "up"),), "use float32")
+    assert "in warns_and_fails" in "".join(error.__notes__)
+    assert type(found["other"].error) is QtoolError
+    assert found["other"].error.message == "PeculiarError: 1 and 2"
+
+
+def test_a_process_ended_from_outside_is_named(workspace: Workspace) -> None:
+    with pytest.raises(ResourceError, match="ended from outside"), crew_of(2, workspace) as crew:
+        list(worked(labels(Task("one", None, ends_its_process)), "model", crew))
+    assert not active_children()
+
+
+def test_an_error_ends_processes_that_still_work(workspace: Workspace) -> None:
+    start = time.perf_counter()
+
+    def interrupted() -> None:
+        with crew_of(2, workspace) as crew:
+            crew.submit(Task("one", None, sleeps), "model", crew.places[0])
+            while not (workspace.home / "started").exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not active_children()
+    assert time.perf_counter() - start < 100
+
+
+@pytest.mark.parametrize(("device", "spread"), [("cuda", [0, 1, 2, 0]), ("cuda:1", [1, 1, 1, 1]), ("cpu", [None] * 4)])
+def test_processes_spread_over_all_devices_where_none_is_named(
+    device: str, spread: list[int | None], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with crew_of(4, replace(workspace, device=torch.device(device))) as crew:
+        assert [place.device.index for place in crew.places] == spread
