@@ -202,9 +202,9 @@ def test_linears_that_are_not_quantized_are_named(make: Make, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("weights", "activations", "readable", "vllm"),
     [
-        ("int3-sym-g32", "", True, "refused: experts have 4 or 8 bits"),
+        ("int3-sym-g32", "", True, "W3A16: activations are not quantized; the kernel `humming`"),
         ("int8-sym-channel", "", True, "W8A16"),
-        ("int4-sym-g32", "int8-sym-token", True, "W4A16 on most"),
+        ("int4-sym-g32", "int8-sym-token", True, "refused: it has experts in INT4 with INT8 activations"),
         ("int4-sym-g32", "int4-sym-token", True, "refused: experts with packed weights"),
         ("fp8-tensor", "", True, "refused: experts in FP8 have FP8 activations"),
         ("fp8-channel-sbf16", "fp8-token", True, "W8A8"),

@@ -8,6 +8,7 @@ from qtool.consumers.case import cases_of
 from qtool.consumers.table import Answer, answer
 
 Config: TypeAlias = dict[str, Any]
+NO_BITS = "Only num_bits in (8) are supported"
 NO_SCHEME = "No compressed-tensors compatible scheme was found"
 NONE_TYPE = "'NoneType' object has no attribute 'num_bits'"
 GPUS = ("sm75", "sm80", "sm89", "sm90", "sm100")
@@ -91,6 +92,8 @@ W4A8 = compressed("pack-quantized", "int4-sym-group64-static", "int8-sym-token-d
 W4AFP8 = compressed("pack-quantized", "int4-sym-group128-static", "float8-sym-token-dynamic")
 W8AFP8 = compressed("pack-quantized", "int8-sym-channel-static", "float8-sym-token-dynamic")
 W4A4_ASYM = compressed("pack-quantized", "int4-sym-channel-static", "int4-asym-token-dynamic")
+W3A16 = compressed("pack-quantized", "int3-sym-group64-static")
+W3A16_ROWS = compressed("pack-quantized", "int3-sym-channel-static")
 INT4_G16 = compressed("pack-quantized", "int4-sym-group16-static")
 INT8_ASYM = compressed("pack-quantized", "int8-asym-channel-static")
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}

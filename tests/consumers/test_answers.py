@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 
-from qtool.consumers.case import ONLINE, Case, cases_of
+from qtool.consumers.case import Case, cases_of
 from qtool.consumers.table import answer, devices_of, said
 from qtool.errors import UsageError
 from tests.consumers.known import (
@@ -46,6 +45,7 @@ from tests.consumers.known import (
     MXFP8,
     MXFP8_TOKEN,
     MXFP8_WEIGHTS,
+    NO_BITS,
     NO_FORMAT,
     NO_SCHEME,
     NONE_TYPE,
@@ -135,7 +135,6 @@ def test_what_is_known(config: Config | None, consumer: str, device: str, verdic
     assert (found.verdict, found.says[: len(says)]) == (verdict, says)
 
 
-NO_BITS = "Only num_bits in (8) are supported"
 NO_SCALES = "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 argument(s)"
 NO_KERNEL = "Failed to find a kernel that can implement the {} linear layer"
 NO_STRATEGY = "Invalid strategy for compressed-tensors KV cache"
@@ -253,41 +252,6 @@ def test_what_code_and_runs_say(
         assert (found.verdict, found.says[: len(says)], found.message) == (verdict, says, message), device
 
 
-@pytest.mark.parametrize(("device", "verdict"), [("sm80", "executes-other"), ("sm90", "loads")])
-def test_sglang_runs_modelopts_fp8_beside_other_algorithms(device: str, verdict: str) -> None:
-    found = asked(MODELOPT_FP8, "sglang", device, inputs="static", beside=True)
-    assert (found.verdict, found.says[:4]) == (verdict, "W8A1" if device == "sm80" else "W8A8")
-    rows = asked(PER_ROW, "sglang", device, beside=True)
-    assert (rows.verdict, rows.says[:27]) == ("executes-other", "cannot be read: beside othe")
-
-
-def test_sglang_has_one_scheme_for_linears_that_it_fuses() -> None:
-    for config in (W4A16, GPTQ, MODELOPT):
-        cases = [replace(case, apart=True) for case in cases_of(config)]
-        assert answer(cases, "sglang", "sm100").says.startswith("refused: q, k and v, and gate and up")
-
-
-@pytest.mark.parametrize("device", ["sm80", "sm100"])
-def test_sglang_rounds_inputs_of_integers_in_gguf_files(device: str) -> None:
-    for layout, says in {
-        "F16": "W16A16: weights only",
-        "Q4_1": "W4A8: its kernels round",
-        "Q8_0": "W8A8: its ke",
-    }.items():
-        found = answer([Case("gguf", layout, bits=int(says[1:].split("A")[0]))], "sglang", device)
-        assert (found.verdict, found.says[: len(says)]) == ("loads", says)
-    (cpu,) = {answer([Case("gguf", layout, bits=4)], "sglang", "cpu").says for layout in ("F16", "Q4_0", "NVFP4")}
-    assert cpu == "refused: it has no gguf on a CPU"
-
-
-@pytest.mark.parametrize("kind", ONLINE)
-def test_sglang_rotates_no_inputs(kind: str) -> None:
-    apply = [{"location": "input", "targets": ["model.layers.0.mlp.down_proj"]}]
-    turned = {**W4A16, "transform_config": {"config_groups": {"a": {"type": kind, "apply": apply}}}}
-    found = asked(turned, "sglang", "sm90")
-    assert (found.verdict, found.says[:30]) == ("executes-other", "cannot be read: it does not lo")
-
-
 @pytest.mark.parametrize("layout", ["F16", "Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4"])
 def test_vllm_on_a_cpu_reads_no_gguf_files(layout: str) -> None:
     found = answer([Case("gguf", layout, bits=4)], "vllm", "cpu")
@@ -344,6 +308,7 @@ def test_rotations_in_the_forward_pass_are_refused_on_a_cpu_with_its_message(kin
         (MXFP4_TENSOR, "sm89", "MarlinMxFp4LinearKernel"),
         (MXFP4_TOKEN, "sm89", "HummingMxFp4LinearKernel"),
         (FP8_BLOCK, "sm89", "MarlinFP8ScaledMMLinearKernel"),
+        (FP8_BLOCKS, "sm89", "MarlinFP8ScaledMMLinearKernel"),
         (FP8_BLOCK, "sm90", ""),
         (NVFP4, "sm100", ""),
         (FP8, "cpu", "ChannelWiseTorchFP8ScaledMMLinearKernel"),
