@@ -1,15 +1,18 @@
 """Artifacts on disk: opened lazily, written once, resumed after a crash.
 
 A step writes its finished blocks as parts into ``<output>.partial/`` and assembles the one file at the end by
-streaming, under a temporary name that is synced and renamed once. The same command run again finds the parts.
+streaming, under a temporary name that is synced and renamed once. The same command run again finds the parts, and one
+that runs beside it waits for it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -173,15 +176,22 @@ class ArtifactWriter:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self.parts = path.with_name(f"{path.name}.partial")
+        self.parts = _parts(path)
 
     @classmethod
-    def finished(cls, path: Path, key: str) -> Artifact | None:
+    def finished(cls, path: Path, key: str, *, wait: bool = True) -> Artifact | None:
         """Return the artifact at ``path`` if it is there and answers ``key``.
+
+        Args:
+            path: Where it would be.
+            key: What it has to answer.
+            wait: Whether to let another process that is making it finish first.
 
         Raises:
             UsageError: Something else is at ``path``.
         """
+        if wait and not path.exists() and (lock := _locked(_parts(path))) is not None:
+            os.close(lock)
         if not path.exists():
             return None
         with suppress(ArtifactError):
@@ -199,28 +209,38 @@ class ArtifactWriter:
         """Begin, and remove the parts again if the work is refused: the same command would be refused again.
 
         Parts that an interruption, a full disk or a defect of qtool or a plugin leaves behind are kept for the next
-        run.
+        run. Other processes that ask for the same artifact wait; whoever finishes it in here they find.
 
         Raises:
             ResourceError: The folder for parts cannot be written.
         """
+        lock = self._entered()
         try:
-            self.begin()
             yield
         except QtoolError as error:
             if not isinstance(error, ResourceError) or not any(self.parts.glob("*.safetensors")):
                 shutil.rmtree(self.parts, ignore_errors=True)
             raise
+        finally:
+            os.close(lock)
 
     def begin(self) -> None:
         """Make the folder for parts; drop parts that answer another key."""
+        os.close(self._entered())
+
+    def _entered(self) -> int:
+        """Begin, and return what keeps other processes out of the folder until it is closed."""
         with disk_errors(self.path):
-            self.parts.mkdir(parents=True, exist_ok=True)
+            lock = None
+            while lock is None:
+                self.parts.mkdir(parents=True, exist_ok=True)
+                lock = _locked(self.parts)
             stamp = self.parts / "key"
             if not stamp.exists() or stamp.read_text() != self.manifest.key:
-                shutil.rmtree(self.parts)
-                self.parts.mkdir()
+                for file in self.parts.iterdir():
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
                 write_atomically(stamp, self.manifest.key)
+        return lock
 
     def has(self, part: str) -> bool:
         """Say whether a part of this name is finished; a truncated one, as a power cut leaves it, is not."""
@@ -282,6 +302,34 @@ class ArtifactWriter:
                 temporary.unlink(missing_ok=True)
         shutil.rmtree(self.parts, ignore_errors=True)
         return Artifact(self.path, manifest)
+
+
+def _parts(path: Path) -> Path:
+    """Return the folder for the parts of an artifact."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _locked(folder: Path) -> int | None:
+    """Return a handle that keeps other processes from a folder until it is closed; None if there is no such folder.
+
+    Waits for a process that has one, and says so.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        warnings.warn(f"another process makes `{folder.name.removesuffix('.partial')}`; waiting for it", stacklevel=2)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks: nobody waits there
+    with suppress(FileNotFoundError):
+        if folder.stat().st_ino == os.fstat(handle).st_ino:
+            return handle
+    os.close(handle)
+    return None
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

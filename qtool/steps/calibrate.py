@@ -110,9 +110,9 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
     if (done := ArtifactWriter.finished(path, manifest.key)) is not None:
         return done, True
     about: dict[str, object] = {}
-    with measured(about, workspace.device):
-        writer = ArtifactWriter(path, manifest)
-        with writer.working():
+    writer = ArtifactWriter(path, manifest)
+    with writer.working():
+        with measured(about, workspace.device):
             layers = range(opened.model.graph.dims.num_layers)
             back = [layer for layer in layers if gradients and not writer.has(f"gradients-{layer}")]
             missing = [layer for layer in layers if statistics and not writer.has(f"layer-{layer}")]
@@ -127,7 +127,7 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
                 stream = Stream(network, windows, batch=batch, spill=writer.parts)
                 _gather(stream, missing, statistics, _weighed(gathering, opened.model.graph, writer), writer, workspace)
             writer.add(WINDOWS, {WINDOWS: windows.to(torch.int32)})
-    return writer.finish(replace(manifest, about=about)), False
+        return writer.finish(replace(manifest, about=about)), False
 
 
 def _refuse_pairs(statistics: Mapping[str, object]) -> None:

@@ -143,11 +143,11 @@ def _measure(
     for name, value in values.items():
         if value != value or abs(value) == float("inf"):
             raise NumericalError(f"`{name}` is not finite", hint="--dtype float32")
+    final = replace(manifest, details={**manifest.details, "values": values, "metrics": details}, about=about)
     writer = ArtifactWriter(path, manifest)
     with writer.working():
         writer.add("metrics", tensors)
-    final = replace(manifest, details={**manifest.details, "values": values, "metrics": details}, about=about)
-    return writer.finish(final)
+        return writer.finish(final)
 
 
 def _refuse_unreadable(artifact: Artifact) -> None:

@@ -36,7 +36,7 @@ class _DryWorkspace(Workspace):
     def output(self, manifest: Manifest, chosen: Path | None) -> Path:
         """Tell where the artifact would go instead of returning it."""
         path = super().output(manifest, chosen)
-        raise _Known(path, manifest, ArtifactWriter.finished(path, manifest.key))
+        raise _Known(path, manifest, ArtifactWriter.finished(path, manifest.key, wait=False))
 
 
 def foresee(

@@ -125,16 +125,17 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
         _check_counters(request, done.manifest.counters)
         return done, True
     about: dict[str, object] = {}
-    with measured(about, workspace.device):
-        writer = ArtifactWriter(path, manifest)
-        with writer.working():
+    writer = ArtifactWriter(path, manifest)
+    with writer.working():
+        with measured(about, workspace.device):
             found = work.run(writer)
+        details = {**manifest.details, **found.details}
+        artifact = writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about))
     _check_counters(request, found.counters)
     if found.counters:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(found.counters.items()))
         workspace.warn(f"not as usual: {counted}")
-    details = {**manifest.details, **found.details}
-    return writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about)), False
+    return artifact, False
 
 
 def _checked_share(request: MitigateRequest, experts: str) -> float:

@@ -92,10 +92,10 @@ def transform(request: TransformRequest, workspace: Workspace) -> tuple[Artifact
         for note in plan.notes:
             workspace.warn(note)
         tensors, described = plan.to_state()
-        writer = ArtifactWriter(path, manifest)
-        with writer.working():
-            writer.add("plan", tensors)
-    return writer.finish(replace(manifest, details=described, about=about)), False
+    writer = ArtifactWriter(path, manifest)
+    with writer.working():
+        writer.add("plan", tensors)
+        return writer.finish(replace(manifest, details=described, about=about)), False
 
 
 def statistics_of(opened: Opened, workspace: Workspace) -> Artifact | None:

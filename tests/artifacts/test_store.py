@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from qtool.artifacts import store
 from qtool.artifacts.manifest import Manifest
 from qtool.artifacts.store import Artifact, ArtifactWriter, disk_errors, open_artifact, write_atomically
-from qtool.errors import ArtifactError, ResourceError, UsageError
+from qtool.errors import ArtifactError, NumericalError, ResourceError, UsageError
 
 Blocks = dict[str, dict[str, Tensor]]
 Write = Callable[[Path], Artifact]
@@ -280,6 +282,53 @@ def test_two_processes_at_the_same_part_do_not_mix_their_bytes(manifest: Manifes
     writer.add("layers.0", {"x": torch.ones(3)})
     assert writer.part("layers.0")[0]["x"].tolist() == [1.0, 1.0, 1.0]
     assert writer.finish(manifest).names() == ("x",)
+
+
+# Two processes at one artifact: locks of two handles exclude each other in one process too
+
+
+def test_who_asks_for_what_is_being_made_waits_for_it(manifest: Manifest, blocks: Blocks, tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    first, found = ArtifactWriter(path, manifest), []
+    other = Thread(target=lambda: found.append(ArtifactWriter.finished(path, manifest.key)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with first.working():
+            first.add("layers.0", blocks["layers.0"])
+            assert ArtifactWriter.finished(path, manifest.key, wait=False) is None
+            other.start()
+            other.join(0.3)
+            assert other.is_alive()
+            made = first.finish(manifest)
+        other.join(10)
+    assert [one.manifest.id for one in found] == [made.manifest.id]
+    assert [str(one.message) for one in said] == ["another process makes `q.safetensors`; waiting for it"]
+    assert [file.name for file in tmp_path.iterdir()] == ["q.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:another process")
+def test_who_waited_for_a_failure_begins_anew(manifest: Manifest, blocks: Blocks, tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    made: list[Artifact] = []
+
+    def again() -> None:
+        writer = ArtifactWriter(path, manifest)
+        with writer.working():
+            writer.add("layers.1", blocks["layers.1"])
+            made.append(writer.finish(manifest))
+
+    def refused(other: Thread) -> None:
+        with ArtifactWriter(path, manifest).working():
+            other.start()
+            other.join(0.3)
+            assert not made
+            raise NumericalError("not finite")
+
+    other = Thread(target=again)
+    with pytest.raises(NumericalError):
+        refused(other)
+    other.join(10)
+    assert made[0].names() == tuple(sorted(blocks["layers.1"]))
 
 
 # A full disk
