@@ -14,11 +14,12 @@ IDENTITY = Choice("identity")
 
 @dataclass(frozen=True)
 class CellChoice:
-    """One cell of the matrix."""
+    """One cell of the matrix; an empty rule for the weight of a token leaves it to ``mitigate``."""
 
     transform: Choice
     mitigate: Choice
     scheme: SchemeChoice
+    token_weight: str
     seed: int
 
 
@@ -41,7 +42,16 @@ def cells_of(recipe: Recipe, only: Sequence[str] = ()) -> list[CellChoice]:
 def _cells(recipe: Recipe) -> Iterator[CellChoice]:
     """Yield every cell once, in order: the matrix without what is excluded, then what is included."""
     matrix = recipe.matrix
-    combined = [CellChoice(*axes) for axes in product(matrix.transform, matrix.mitigate, matrix.scheme, matrix.seed)]
+    if matrix.token_weight and recipe.mitigate.token_weight is not None:
+        raise UsageError(
+            f"the recipe `{recipe.name}` gives token weights twice",
+            facts=(("matrix", ", ".join(matrix.token_weight)), ("mitigate", recipe.mitigate.token_weight)),
+            hint="leave out `mitigate: {token_weight: ...}`",
+        )
+    weights = matrix.token_weight or (recipe.mitigate.token_weight or "",)
+    combined = [
+        CellChoice(*axes) for axes in product(matrix.transform, matrix.mitigate, matrix.scheme, weights, matrix.seed)
+    ]
     cells = [cell for cell in combined if not any(_matches(cell, match) for match in recipe.exclude)]
     for match in recipe.include:
         if match.mitigate is None or match.scheme is None:
@@ -49,8 +59,11 @@ def _cells(recipe: Recipe) -> Iterator[CellChoice]:
                 f"an entry of `include` in the recipe `{recipe.name}` is no whole cell",
                 hint="include: [{transform: identity, mitigate: gptq, scheme: W4A4}]",
             )
-        seeds = matrix.seed if match.seed is None else (match.seed,)
-        cells += [CellChoice(match.transform or IDENTITY, match.mitigate, match.scheme, seed) for seed in seeds]
+        rest = product(
+            weights if match.token_weight is None else (match.token_weight,),
+            matrix.seed if match.seed is None else (match.seed,),
+        )
+        cells += [CellChoice(match.transform or IDENTITY, match.mitigate, match.scheme, *one) for one in rest]
     for index, cell in enumerate(cells):
         if cell not in cells[:index]:
             yield cell
@@ -64,6 +77,7 @@ def _matches(cell: CellChoice, match: Match) -> bool:
             for wanted, found in ((match.transform, cell.transform), (match.mitigate, cell.mitigate))
         )
         and (match.scheme is None or match.scheme == cell.scheme or match.scheme.scheme == cell.scheme.name != "")
+        and match.token_weight in (None, cell.token_weight)
         and match.seed in (None, cell.seed)
     )
 

@@ -70,11 +70,12 @@ class SchemeChoice:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The axes of the matrix; ``mitigate`` and ``scheme`` must not be empty."""
+    """The axes of the matrix; ``mitigate`` and ``scheme`` must not be empty, ``token_weight`` is then the recipe's."""
 
     mitigate: tuple[Choice, ...]
     scheme: tuple[SchemeChoice, ...]
     transform: tuple[Choice, ...] = (Choice("identity"),)
+    token_weight: tuple[str, ...] = ()
     seed: tuple[int, ...] = (0,)
 
 
@@ -85,6 +86,7 @@ class Match:
     transform: Choice | None = None
     mitigate: Choice | None = None
     scheme: SchemeChoice | None = None
+    token_weight: str | None = None
     seed: int | None = None
 
 

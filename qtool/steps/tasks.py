@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 from qtool.artifacts.store import Artifact
 from qtool.errors import UsageError
+from qtool.numerics.token_weights import parse_token_weight
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import CalibrateRequest, calibrate
@@ -114,7 +115,8 @@ class _Expansion:
             self._evaluated("full precision", None)
         for cell in cells:
             source = self._transformed(cell, self._calibrated(cell.seed))
-            words = f"{cell.transform} {cell.mitigate} {cell.scheme}{self._seed_word(cell.seed)}"
+            weight = f" {cell.token_weight}" if len(set(self.recipe.matrix.token_weight)) > 1 else ""
+            words = f"{cell.transform} {cell.mitigate} {cell.scheme}{weight}{self._seed_word(cell.seed)}"
             self._evaluated(words, self._mitigated(words, cell, source))
         return list(self._made.values())
 
@@ -155,28 +157,30 @@ class _Expansion:
         title = f"transform {cell.transform} {cell.scheme}{self._seed_word(cell.seed)}"
         return self._task(title, source, request, transform)
 
-    def _settings(self, seed: int) -> MitigateSettings:
+    def _settings(self, cell: CellChoice) -> MitigateSettings:
         options = self.recipe.mitigate
         return mitigate_settings(options.preset).overridden(
             propagate=options.propagate,
             true_sequential=options.true_sequential,
             round_activations=options.round_activations,
-            token_weight=options.token_weight,
+            token_weight=cell.token_weight or None,
             experts=options.experts,
             expert_share=options.expert_share,
-            seed=seed,
+            seed=cell.seed,
         )
 
     def _scheme(self, cell: CellChoice) -> ModelScheme:
         choice = cell.scheme
         parts = {"weights": choice.weights, "activations": choice.activations, "kv": choice.kv}
-        scheme = self._settings(cell.seed).scheme(choice.scheme, parts, self.plugins)
+        scheme = self._settings(cell).scheme(choice.scheme, parts, self.plugins)
         return replace(scheme, name=choice.name or scheme.name)
 
     def _mitigated(self, words: str, cell: CellChoice, source: Task | None) -> Task:
-        settings = self._settings(cell.seed)
+        settings = self._settings(cell)
         given = settings.options(cell.mitigate.method, cell.mitigate.set)
         configure("mitigators", cell.mitigate.method, given, self.plugins)
+        if settings.token_weight:
+            parse_token_weight(settings.token_weight)
         request = MitigateRequest(
             source="",
             method=cell.mitigate.method,

@@ -87,6 +87,20 @@ def test_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert sorted(line.partition("]")[0] for line in said) == [f"[{i:>2}/13" for i in range(1, 14)]
 
 
+def test_cells_that_come_to_the_same_are_made_once(tmp_path: Path) -> None:
+    with tiny_model() as model:
+        text = RECIPE.format(model=model.path, text=model.path.parent / "text.txt")
+        recipe = tmp_path / "small.yaml"
+        axes = "mitigate: [rtn], scheme: [W4A16-g8], token_weight: [uniform, inverse-norm, clip]"
+        recipe.write_text(text.replace("mitigate: [rtn, gptq], scheme: [W4A4], seed: [0, 1]", axes), encoding="utf-8")
+        result = run(RunRequest(recipe, jobs=3), replace(model.workspace, home=tmp_path / "home"))
+    made = {one.title: one for one in result.outcomes}
+    weights = ("uniform", "inverse-norm", "clip")
+    assert len({made[f"mitigate smoothquant rtn W4A16-g8 {weight}"].id for weight in weights}) == 1
+    assert not result.failures
+    assert not list((tmp_path / "home").glob("*.partial"))
+
+
 class Desk:
     """A crew whose tasks end when a test says so."""
 

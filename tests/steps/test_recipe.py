@@ -45,8 +45,8 @@ def recipe_of(text: str, folder: Path) -> Recipe:
     return read_recipe(path)
 
 
-def cell(transform: str, mitigate: str, scheme: str, seed: int = 0) -> CellChoice:
-    return CellChoice(Choice(transform), Choice(mitigate), SchemeChoice(scheme), seed)
+def cell(transform: str, mitigate: str, scheme: str, token_weight: str = "", seed: int = 0) -> CellChoice:
+    return CellChoice(Choice(transform), Choice(mitigate), SchemeChoice(scheme), token_weight, seed)
 
 
 def test_defaults_and_the_name_of_the_file(tmp_path: Path) -> None:
@@ -85,6 +85,24 @@ def test_cells_are_the_matrix_less_what_is_excluded_plus_what_is_included(tmp_pa
         "identity rtn NVFP4 3",
         "identity rtn NVFP4 4",
     ]
+
+
+def test_token_weights_are_an_axis(tmp_path: Path) -> None:
+    text = SMALLEST.replace("scheme: [W4A4]", "scheme: [W4A4], token_weight: [uniform, clip:2]")
+    text += "include: [{mitigate: gptq, scheme: W4A4}, {mitigate: obq, scheme: W4A4, token_weight: gradient}]\n"
+    text += "exclude: [{mitigate: rtn, token_weight: uniform}]\n"
+    recipe = recipe_of(text, tmp_path)
+    assert cells_of(recipe) == [
+        cell("identity", "rtn", "W4A4", "clip:2"),
+        cell("identity", "gptq", "W4A4", "uniform"),
+        cell("identity", "gptq", "W4A4", "clip:2"),
+        cell("identity", "obq", "W4A4", "gradient"),
+    ]
+    assert cells_of(recipe, ("token_weight=uniform",)) == [cell("identity", "gptq", "W4A4", "uniform")]
+    plain = recipe_of(SMALLEST + "mitigate: {token_weight: clip}\n", tmp_path)
+    assert cells_of(plain) == [cell("identity", "rtn", "W4A4", "clip")]
+    with pytest.raises(UsageError, match="gives token weights twice"):
+        cells_of(recipe_of(text + "mitigate: {token_weight: clip}\n", tmp_path))
 
 
 @pytest.mark.parametrize(
