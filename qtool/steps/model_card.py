@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from tabulate import tabulate
 
@@ -14,16 +15,17 @@ from qtool.steps.measurement import Measurement, measurements_of
 from qtool.steps.workspace import Workspace
 
 CARD = "README.md"
+_MEASURED = "## What was measured"
 _RECIPE = ("transform", "mitigator", "weights", "activations", "kv", "calibration", "token_weight", "seed", "settings")
 
 
-def model_card(checkpoint: Manifest, makers: Sequence[Manifest], measured: Iterable[Measurement]) -> str:
+def model_card(checkpoint: Manifest, makers: Sequence[Manifest], measured: str) -> str:
     """Return the text of the card, which the hub understands.
 
     Args:
         checkpoint: The finished checkpoint.
         makers: What it was made from, the first step first.
-        measured: What was measured of the artifact that was packed.
+        measured: The section of what was measured.
     """
     labels, bits = checkpoint.details["labels"], checkpoint.details["bits"]
     name, scheme = labels["model"], labels["scheme"]
@@ -34,8 +36,9 @@ def model_card(checkpoint: Manifest, makers: Sequence[Manifest], measured: Itera
         f"# {name}, quantized to {scheme}\n\n{size}, as stored.",
         _table("What was done", ("", ""), made.items()),
         _table("What executes it", ("with", "runs as"), checkpoint.details["consumers"].items()),
-        _measured(measured),
-        f"## How it was made\n\nBy {checkpoint.step.provider}; in a pipeline, where a command names no input.",
+        measured,
+        f"## How it was made\n\nBy {checkpoint.step.provider}; in a pipeline, where a command names no input. "
+        "Of absolute paths the last name is left.",
         "```\n" + "\n".join(_commands([*makers, checkpoint])) + "\n```",
     ]
     if "footnote" in labels:
@@ -58,15 +61,39 @@ def measurements_about(artifact: Artifact, workspace: Workspace) -> list[Measure
     return [one for measured in found.values() for one in measured]
 
 
-def _measured(measured: Iterable[Measurement]) -> str:
-    rows = []
-    for one in measured:
-        error = "" if one.stderr is None else f" ± {one.stderr:.2g}"
-        rows.append((one.metric, f"{one.value:.4g}{error}", _written(one.protocol)))
+def measured_section(source: Artifact | None, checkpoint: Artifact, workspace: Workspace) -> str:
+    """Return the section of the card on what was measured, of what was packed and of the checkpoint itself.
+
+    Args:
+        source: What was packed; None for a checkpoint of another tool.
+        checkpoint: The finished checkpoint.
+        workspace: Where evaluations are looked for, beside the folders of both.
+    """
+    subjects = (("what was packed", source), ("the checkpoint", checkpoint))
+    rows = [
+        (one.metric, _value(one), subject, _written(one.protocol))
+        for subject, artifact in subjects
+        if artifact is not None
+        for one in measurements_about(artifact, workspace)
+    ]
     if not rows:
-        return "## What was measured\n\nNothing: no evaluation of it was found beside it."
-    note = "By qtool, on the fake-quantized model that this checkpoint was packed from; ± is the standard error."
-    return f"{_table('What was measured', ('metric', 'value', 'protocol'), rows)}\n\n{note}"
+        return f"{_MEASURED}\n\nNothing: no evaluation of it was found beside it."
+    table = tabulate(rows, headers=("metric", "value", "of", "protocol"), tablefmt="github", disable_numparse=True)
+    note = (
+        "By qtool; what was packed is fake-quantized, the checkpoint loaded by transformers. ± is the standard error."
+    )
+    return f"{_MEASURED}\n\n{table}\n\n{note}"
+
+
+def with_measured(card: str, section: str) -> str:
+    """Return a card in which this section stands in place of its own; one that has none stays as it is."""
+    before, heading, rest = card.partition(_MEASURED)
+    _, following, after = rest.partition("\n\n## ")
+    return f"{before}{section}{following}{after}" if heading and following else card
+
+
+def _value(one: Measurement) -> str:
+    return f"{one.value:.4g}" + ("" if one.stderr is None else f" ± {one.stderr:.2g}")
 
 
 def _written(protocol: Mapping[str, str]) -> str:
@@ -81,7 +108,7 @@ def _commands(made: Iterable[Manifest]) -> Iterator[str]:
     """Yield the command of each step; of what a recipe ran its command, of what was no command what it was."""
     recipes = set[str]()
     for manifest in made:
-        argv = [str(word) for word in manifest.about.get("argv", ())]
+        argv = [_named(str(word)) for word in manifest.about.get("argv", ())]
         if argv and argv[0] == "qtool" and argv[1:2] == [manifest.step.name]:
             yield shlex.join(argv)
         elif argv[:2] == ["qtool", "run"]:
@@ -90,3 +117,9 @@ def _commands(made: Iterable[Manifest]) -> Iterator[str]:
             recipes.add(command)
         else:
             yield f"# {manifest.step.name} {manifest.step.method}, from Python"
+
+
+def _named(word: str) -> str:
+    """Return a word of a command with the last name of a path that begins at the root: folders tell of people."""
+    option, sign, path = word.rpartition("=")
+    return f"{option}{sign}{Path(path).name}" if path.startswith("/") else word

@@ -31,11 +31,11 @@ from qtool.engine.exporter import Exported, Exporter, PackedReader
 from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, PluginError, UsageError
+from qtool.errors import ArtifactError, PluginError, ResourceError, UsageError
 from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.labels import labels_of, makers_of
-from qtool.steps.model_card import CARD, measurements_about, model_card
+from qtool.steps.model_card import CARD, measured_section, model_card, with_measured
 from qtool.steps.storage import STORAGE, written_storage
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.verify import verify_files
@@ -87,6 +87,7 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     path = (request.output or workspace.home / f"pack-{request.to}-{manifest.key[:12]}").resolve()
     done = _present(path, manifest.key, force=request.force)
     if done is not None:
+        _measured_anew(done, opened, workspace)
         return done, True
     return _written(exporter, opened, manifest, path, workspace), False
 
@@ -168,6 +169,20 @@ def _present(path: Path, key: str, *, force: bool) -> Artifact | None:
     return done
 
 
+def _measured_anew(checkpoint: Artifact, opened: Opened, workspace: Workspace) -> None:
+    """Put on the card of a checkpoint, if it still has one, what was measured since it was written."""
+    file = checkpoint.path / CARD
+    if not file.is_file():
+        return
+    try:
+        old = file.read_text(encoding="utf-8")
+        new = with_measured(old, measured_section(opened.artifact, checkpoint, workspace))
+        if new != old:
+            write_atomically(file, new)
+    except (OSError, ValueError, ResourceError) as error:
+        workspace.warn(f"`{file}` does not tell what was measured since: {' '.join(str(error).split())}")
+
+
 def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path, workspace: Workspace) -> Artifact:
     """Write beside ``path``, verify, and rename once."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -189,7 +204,7 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
         write_atomically(temporary / CHECKPOINT_MANIFEST, final.to_text())
         source = opened.artifact
         makers = [] if source is None else list(makers_of(source, workspace))[::-1]
-        measured_of = [] if source is None else measurements_about(source, workspace)
+        measured_of = measured_section(source, Artifact(path, final), workspace)
         write_atomically(temporary / CARD, model_card(final, makers, measured_of))
         with disk_errors(path):
             _give_name(temporary, path)

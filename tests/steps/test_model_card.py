@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,42 @@ def test_where_nothing_was_measured_it_says_so_and_identity_stays(desk: Desk, mo
     assert (second.path / "README.md").read_text() != text
     assert second.manifest.id == first.manifest.id
     assert "README.md" not in second.manifest.tensors
+
+
+def test_packed_again_it_tells_what_was_measured_since(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = quantized(desk, monkeypatch)
+    asked = PackRequest(str(artifact.path), "compressed-tensors")
+    checkpoint, _ = pack(asked, desk.workspace)
+    card = checkpoint.path / "README.md"
+    before = card.read_text().replace("# How it was made", "# By hand\n\nKept.\n\n## How it was made")
+    card.write_text(before)
+    request = EvalRequest(str(artifact.path), perplexity=(str(desk.text),), seq_len=16, max_windows=3)
+    measured = [evaluate(replace(request, source=str(one.path)), desk.workspace)[0] for one in (artifact, checkpoint)]
+    assert pack(asked, desk.workspace) == (checkpoint, True)
+    rows = [
+        [cell.strip() for cell in line.split("|")[2:4]] for line in card.read_text().splitlines() if "windows" in line
+    ]
+    (metric,) = measured[0].manifest.details["values"]
+    assert [of for _, of in rows] == ["what was packed", "the checkpoint"]
+    for (value, _), one in zip(rows, measured, strict=True):
+        assert value.startswith(f"{one.manifest.details['values'][metric]:.4g} ± ")
+    head, tail = before.split("Nothing: no evaluation of it was found beside it.")
+    assert card.read_text().startswith(head)
+    assert card.read_text().endswith(tail)
+    card.write_text("# Mine\n")
+    pack(asked, desk.workspace)
+    assert card.read_text() == "# Mine\n"
+    card.unlink()
+    assert pack(asked, desk.workspace) == (checkpoint, True)
+
+
+def test_paths_are_told_by_their_names(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = quantized(desk, monkeypatch)
+    words = ["/bin/qtool", "pack", "/home/somebody/q.safetensors", "--input", "model=/data/secret/m", "--to=hf", "a/b"]
+    monkeypatch.setattr("sys.argv", words)
+    checkpoint, _ = pack(PackRequest(str(artifact.path), "hf"), desk.workspace)
+    card = (checkpoint.path / "README.md").read_text()
+    assert "\nqtool pack q.safetensors --input model=m --to=hf a/b\n" in card
 
 
 def test_a_recipe_is_named_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
