@@ -12,6 +12,7 @@ from qtool.engine.fold import SHIFT, written_operators
 from qtool.errors import ArtifactError
 from qtool.model.graph import LinearSite, ModelGraph
 from qtool.model.plan import Plan
+from qtool.numerics.operators import Operator
 from qtool.numerics.saliency import shared_saliency
 
 SALIENCY = "saliency"
@@ -40,6 +41,14 @@ class Saliencies:
     read: Callable[[str], Tensor]
     plan: Plan = field(default_factory=Plan)
 
+    @property
+    def are_carried(self) -> bool:
+        """Whether no operator on outputs stands in the way."""
+        return all(one.is_orthogonal for linear in self.graph.linears for one in self._on_outputs(linear))
+
+    def _on_outputs(self, linear: LinearSite) -> list[Operator]:
+        return [one for one, _ in written_operators(self.graph, self.plan, linear) if one.group != SHIFT]
+
     def of(self, linear: LinearSite) -> Float[Tensor, "tokens groups"]:
         """Return the saliency of the rows of a linear in contiguous groups, tokens in the order of the windows.
 
@@ -47,7 +56,7 @@ class Saliencies:
             ArtifactError: The plan has an operator on its outputs that is not orthogonal.
         """
         saliency = self.read(saliency_name(linear)).float()
-        operators = [one for one, _ in written_operators(self.graph, self.plan, linear) if one.group != SHIFT]
+        operators = self._on_outputs(linear)
         for operator in operators:
             if not operator.is_orthogonal:
                 raise ArtifactError(

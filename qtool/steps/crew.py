@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import time
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait as wait_for
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -64,7 +67,7 @@ def crew_of(jobs: int, workspace: Workspace) -> Iterator[Crew]:
         yield Crew((workspace,), _at_once)
         return
     others = set(active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_leave_interruption_to_parent)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_follow_parent)
     travelling = replace(workspace, progress=silent, warn=_untold)
     places = tuple(replace(travelling, device=device) for device in islice(cycle(_devices(workspace.device)), jobs))
     work = partial(_elsewhere, threads=max(1, torch.get_num_threads() // jobs))
@@ -166,9 +169,17 @@ def _devices(device: torch.device) -> list[torch.device]:
     return [device]
 
 
-def _leave_interruption_to_parent() -> None:
-    """Let Ctrl-C reach the process that a user started, which ends the others."""
+def _follow_parent() -> None:
+    """Let Ctrl-C reach the process that a user started, which ends the others, and end when that one is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_after_parent, daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
 
 
 def _untold(message: str) -> None:

@@ -31,11 +31,11 @@ from qtool.scheme import ModelScheme
 from qtool.steps.calibrate import EXPERT_TOKENS, WINDOWS, experts_mode
 from qtool.steps.demand import known_of, told_in
 from qtool.steps.options import Configured, configure
-from qtool.steps.saliency import saliencies_of
+from qtool.steps.saliency import default_token_weight, saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
 from qtool.steps.solved import Found, check_order
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
-from qtool.steps.token_weights import default_token_weight, token_weight_of
+from qtool.steps.token_weights import token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace, measured
 
@@ -273,8 +273,8 @@ class _Work:
     @property
     def token_weight(self) -> str:
         """The rule in force: the user's, else the best for solvers, or that of carried statistics."""
-        gathered = None if self.statistics is None else self.statistics.manifest.step.config
-        chosen = self.request.token_weight or default_token_weight(gathered, self.request.propagate)
+        usual = default_token_weight(self.statistics, self.opened, self.request.propagate)
+        chosen = self.request.token_weight or usual
         return str(parse_token_weight(chosen))
 
     def run(self, writer: ArtifactWriter) -> Found:

@@ -13,6 +13,25 @@ from qtool.steps.subjects import Opened
 from qtool.steps.token_weights import GRADIENT
 from qtool.steps.transform import gathered_behind
 
+WITHOUT_GRADIENTS = "inverse-norm:0.5"
+
+
+def default_token_weight(statistics: Artifact | None, opened: Opened, propagate: str) -> str:
+    """Return the rule of solvers where users give none: the best that there are statistics for (``recipes/README.md``).
+
+    Args:
+        statistics: What calibrate gathered.
+        opened: What is solved.
+        propagate: ``none``: Hessians are those of the statistics, and so is their rule.
+    """
+    if statistics is None:
+        return WITHOUT_GRADIENTS
+    gathered = statistics.manifest.step.config
+    if propagate == "none":
+        return str(gathered["token_weight"])
+    carried = SALIENCY in gathered["gather"] and _carried(statistics, opened).are_carried
+    return GRADIENT if carried else WITHOUT_GRADIENTS
+
 
 def saliencies_of(
     statistics: Artifact | None, opened: Opened, needs: Collection[str], weight: TokenWeight, propagate: str
@@ -50,5 +69,10 @@ def saliencies_of(
                 facts=(("gathered", ", ".join(gathered) or "nothing"),),
                 hint=f"qtool calibrate MODEL --gather {','.join(sorted({*gathered, SALIENCY}))}",
             )
+    return _carried(statistics, opened)
+
+
+def _carried(statistics: Artifact, opened: Opened) -> Saliencies:
+    """Return saliencies behind the plan, if they were gathered in front of it."""
     plan = Plan() if gathered_behind(statistics.manifest) is not None else opened.subject.plan
-    return Saliencies(graph, statistics.tensor, plan)
+    return Saliencies(opened.model.graph, statistics.tensor, plan)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from qtool.engine.saliency import SALIENCY
 from qtool.errors import UsageError
@@ -12,19 +11,6 @@ from qtool.numerics.token_weights import TokenWeight, parse_token_weight
 from qtool.steps.subjects import Opened
 
 GRADIENT = "gradient"
-WITHOUT_GRADIENTS = "inverse-norm:0.5"
-
-
-def default_token_weight(gathered: Mapping[str, Any] | None, propagate: str) -> str:
-    """Return the rule of solvers where users give none: the best that there are statistics for (``recipes/README.md``).
-
-    Args:
-        gathered: The configuration of the step that made the statistics; None where there are none.
-        propagate: ``none``: Hessians are those of the statistics, and so is their rule.
-    """
-    if gathered is not None and propagate == "none":
-        return str(gathered["token_weight"])
-    return WITHOUT_GRADIENTS if gathered is None or SALIENCY not in gathered["gather"] else GRADIENT
 
 
 def token_weight_of(text: str, graph: ModelGraph) -> TokenWeight:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -53,7 +55,7 @@ def ends_its_process(source: str, at: Workspace) -> tuple[Artifact, bool]:
 
 
 def sleeps(source: str, at: Workspace) -> tuple[Artifact, bool]:
-    (at.home / "started").touch()
+    (at.home / "started").write_text(str(os.getpid()), encoding="utf-8")
     time.sleep(120)
     raise AssertionError
 
@@ -183,6 +185,42 @@ def test_an_error_ends_processes_that_still_work(workspace: Workspace) -> None:
         interrupted()
     assert not active_children()
     assert time.perf_counter() - start < 100
+
+
+KILLED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from qtool.steps.crew import crew_of, worked
+from qtool.steps.environment import open_workspace
+from qtool.steps.tasks import Task
+from tests.steps.test_crew import labels, sleeps
+with crew_of(2, replace(open_workspace(device="cpu"), home=Path(sys.argv[1]))) as crew:
+    list(worked(labels(Task("one", None, sleeps)), "model", crew))
+"""
+
+
+def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2])
+    started = tmp_path / "started"
+    deadline = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = Path("/proc") / started.read_text() / "stat"
+    assert is_running(child)
+    parent.kill()
+    parent.wait()
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(process: Path) -> bool:
+    """Read what Linux says of a process; one that ended may wait to be asked how."""
+    try:
+        return process.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(("device", "spread"), [("cuda", [0, 1, 2, 0]), ("cuda:1", [1, 1, 1, 1]), ("cpu", [None] * 4)])

@@ -139,6 +139,18 @@ def test_tokens_weigh_by_gradients_where_statistics_hold_them(desk: Desk) -> Non
     assert without.manifest.tensors != chosen.manifest.tensors
 
 
+@pytest.mark.parametrize(("method", "rule"), [("quarot", "gradient"), ("sinq", "inverse-norm:0.5")])
+def test_tokens_weigh_by_gradients_where_plans_carry_them(desk: Desk, method: str, rule: str) -> None:
+    statistics = desk.calibrate(gather=("hessian", "absmax", "saliency"))
+    plan, _ = transform(TransformRequest(str(statistics.path), method), desk.workspace)
+    found, _ = mitigate(asked(desk, plan, "gptq"), desk.workspace)
+    assert found.manifest.step.config["token_weight"] == rule
+    anew = desk.calibrate(source=str(plan.path), gather=("hessian", "saliency"))
+    workspace = replace(desk.workspace, inputs={"statistics": anew.path})
+    behind, _ = mitigate(asked(desk, plan, "gptq"), workspace)
+    assert behind.manifest.step.config["token_weight"] == "gradient"
+
+
 def test_interrupted_and_run_again(desk: Desk) -> None:
     statistics = desk.calibrate(gather=("hessian", "saliency"))
     whole, _ = mitigate(asked(desk, statistics, output=desk.workspace.home / "whole.safetensors"), desk.workspace)
