@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
@@ -26,6 +28,8 @@ from qtool.steps.tasks import Outcome, Task, ended
 from qtool.steps.workspace import Progress, Workspace, silent
 
 T = TypeVar("T")
+_PATIENCE = 20.0
+"""Seconds that a process has to end what it is at, and to clean up, when a run is interrupted."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,13 @@ def crew_of(jobs: int, workspace: Workspace) -> Iterator[Crew]:
     try:
         yield Crew(places, lambda task, source, place: pool.submit(work, task, source, place))
     except BaseException:
-        for process in set(active_children()) - others:
+        processes = set(active_children()) - others
+        for process in processes:
             process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.join(_PATIENCE)
+            process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -142,10 +151,12 @@ def _at_once(task: Task, source: str, workspace: Workspace) -> Future[Outcome]:
 
 
 def _elsewhere(task: Task, source: str, workspace: Workspace, *, threads: int) -> Outcome:
-    """Do a task in a process of its own; what it warns of travels back with its outcome."""
+    """Do a task in a process of its own; what it or a library warns of travels back with its outcome."""
     torch.set_num_threads(threads)
     said: list[str] = []
-    outcome = _attempt(task, source, replace(workspace, warn=said.append))
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *about, **further: said.append(" ".join(str(message).split()))
+        outcome = _attempt(task, source, replace(workspace, warn=said.append))
     error = None if outcome.error is None else _travelling(outcome.error)
     if workspace.device.type == "cuda":
         torch.cuda.empty_cache()  # others work on this device
@@ -170,8 +181,9 @@ def _devices(device: torch.device) -> list[torch.device]:
 
 
 def _follow_parent() -> None:
-    """Let Ctrl-C reach the process that a user started, which ends the others, and end when that one is gone."""
+    """Let Ctrl-C reach the process that a user started, which then stops this one; end when that one is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *about: sys.exit(1))  # so that what is half written is cleaned up
     Thread(target=_end_after_parent, daemon=True).start()
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing import active_children
@@ -42,6 +43,9 @@ class PeculiarError(Exception):
 
 def warns_and_fails(source: str, at: Workspace) -> tuple[Artifact, bool]:
     at.warn(f"{source} is odd")
+    warnings.warn("so is\nthe library", stacklevel=1)
+    sys.stdout.write("said on standard output\n")
+    sys.stdout.flush()
     raise NumericalError("not finite", facts=(("layer", "up"),), hint="use float32")
 
 
@@ -56,7 +60,10 @@ def ends_its_process(source: str, at: Workspace) -> tuple[Artifact, bool]:
 
 def sleeps(source: str, at: Workspace) -> tuple[Artifact, bool]:
     (at.home / "started").write_text(str(os.getpid()), encoding="utf-8")
-    time.sleep(120)
+    try:
+        time.sleep(120)
+    finally:
+        (at.home / "started").unlink()
     raise AssertionError
 
 
@@ -152,11 +159,12 @@ def test_tasks_start_when_their_input_is_there_the_first_of_the_recipe_first(pla
     }
 
 
-def test_errors_and_warnings_come_back_from_a_process(workspace: Workspace) -> None:
+def test_errors_and_warnings_come_back_from_a_process(workspace: Workspace, capfd: pytest.CaptureFixture[str]) -> None:
     one, other = Task("one", None, warns_and_fails), Task("other", None, fails_peculiarly)
     with crew_of(2, workspace) as crew:
         found = {outcome.title: outcome for _, outcome, _ in worked(labels(one, other), "model", crew)}
-    assert found["one"].warnings == ("model is odd",)
+    assert found["one"].warnings == ("model is odd", "so is the library")
+    assert "said on standard output" not in capfd.readouterr().out
     error = found["one"].error
     assert isinstance(error, NumericalError)
     assert (error.message, error.facts, error.hint) == ("not finite", (("layer", "up"),), "use float32")
@@ -184,6 +192,7 @@ def test_an_error_ends_processes_that_still_work(workspace: Workspace) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not active_children()
+    assert not (workspace.home / "started").exists()
     assert time.perf_counter() - start < 100
 
 
