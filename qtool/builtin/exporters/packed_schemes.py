@@ -236,7 +236,7 @@ def _input_scheme(said: Mapping[str, Any], lookup: Lookup) -> TensorScheme:
         return replace(scheme, exponent_rule="rceil")  # as the library rounds them
     half = scheme.format.startswith("int") and scheme.symmetric
     if not said.get("dynamic"):
-        if scheme.format not in _ONE_INPUT_SCALE or scheme.strategy != "tensor" or not scheme.symmetric:
+        if scheme.format not in _ONE_INPUT_SCALE or scheme.strategy != "tensor":
             raise _unread("inputs with calibrated scales", said)
         return replace(scheme, static=True)
     return replace(scheme, range_rule="half") if half else scheme
