@@ -68,8 +68,8 @@ class TensorScheme:
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
         scale_rows: See ``scale_bits``.
-        static: The scale of a tensor, or of a head of keys or values, is found once; activations are symmetric then
-            (``qtool.engine.static_scales``).
+        static: The scale of a tensor, or of a head of keys or values, is found once, and of asymmetric activations the
+            zero point as well (``qtool.engine.static_scales``).
         offset: Asymmetric integers are ``scale * code + offset``, with an offset in the format of scales in place of a
             zero point; codes are chosen against the rounded offset, and 0 need not have one.
     """

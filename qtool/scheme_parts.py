@@ -92,25 +92,28 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
     """
     if scheme is None:
         return
-    reason, nearest = f"`{scheme.strategy}` means nothing for {name}", scheme
+    reasons, nearest = list[str](), scheme
     if scheme.scale_bits is not None and name != "weights":
-        reason, nearest = f"{_TWO_LEVELS}, and those of {name} are made anew for each token", one_level(scheme)
-    elif scheme.outlier_threshold is not None and name == "weights":
-        reason = "weights have no outlier columns: those are of activations"
-        nearest = replace(scheme, outlier_threshold=None)
-    elif scheme.static and name != "activations":
-        reason = f"{name} have no static scales: those are of activations and of kv"
-        nearest = replace(scheme, static=False)
-    elif scheme.strategy == "block" and name != "weights":
-        reason = f"blocks are of weights: of {name} a token has groups"
-        nearest = replace(scheme, strategy="group")
+        reasons.append(f"{_TWO_LEVELS}, and those of {name} are made anew for each token")
+        nearest = one_level(nearest)
+    if scheme.outlier_threshold is not None and name == "weights":
+        reasons.append("weights have no outlier columns: those are of activations")
+        nearest = replace(nearest, outlier_threshold=None)
+    if scheme.static and name != "activations":
+        reasons.append(f"{name} have no static scales: those are of activations and of kv")
+        nearest = replace(nearest, static=False)
+    if scheme.strategy == "block" and name != "weights":
+        reasons.append(f"blocks are of weights: of {name} a token has groups")
+        nearest = replace(nearest, strategy="group")
     elif scheme.strategy not in ("tensor", "group", "block", vector):
-        nearest = replace(scheme, strategy=vector, group_size=None)
+        reasons.append(f"`{scheme.strategy}` means nothing for {name}")
+        nearest = replace(nearest, strategy=vector, group_size=None)
     elif scheme.strategy == vector and scheme.group_size is not None:
-        reason, nearest = f"{name} have groups along their inputs", replace(scheme, strategy="group")
-    if nearest != scheme:
+        reasons.append(f"{name} have groups along their inputs")
+        nearest = replace(nearest, strategy="group")
+    if reasons:
         hint = f"nearest that works: --{name} {nearest}"
-        raise SchemeError(reason, facts=(("scheme", scheme),), hint=hint)
+        raise SchemeError(reasons[0], facts=(("scheme", scheme),), hint=hint)
 
 
 def check_cache(keys: TensorScheme | None, values: TensorScheme | None) -> None:
@@ -133,6 +136,9 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
     reasons, nearest, size = [], replace(scheme, outlier_threshold=None), scheme.group_size
     if nearest != scheme:
         reasons.append("kv have no outlier columns: those are of activations")
+    if scheme.static and not scheme.symmetric:
+        reasons.append("static scales of kv come without zero points: those of activations may have one")
+        nearest = replace(nearest, symmetric=True)
     if scheme.scale_bits is not None:
         reasons.append(f"{_TWO_LEVELS}, and those of kv are made anew for each token")
         nearest = one_level(nearest)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.consumers.case import CT, DENSE, GGUF_FILE, Case, cases_of, dynamic_apart
+from qtool.consumers.presets import named_presets, with_presets
 from qtool.errors import ArtifactError
 from qtool.scheme import ModelScheme, TensorScheme
 
@@ -139,7 +140,8 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
             hint="pack again, or report it with the config",
         )
     names, scale = _heads(folder)
-    quantization = _with_names(quantization, names)
+    presets = named_presets(quantization)
+    quantization = _with_names(quantization and with_presets(quantization), names)
     ends = _STORED.get(str((quantization or {}).get("quant_method", "")), ())
     stored = [name for name in names if name.endswith(ends)]
     of_experts = [bool(_EXPERTS.search(name)) for name in stored or names]
@@ -153,6 +155,8 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
     if whole := _whole_fp8(quantization, names):
         calibrated = {name.removesuffix(_INPUT_SCALE) for name in names if name.endswith(_INPUT_SCALE)}
         about["inputs"] = "static" if whole & calibrated else "dynamic"
+    if presets:  # consumers other than the library itself look for schemes there
+        about["unread"] = f"config_groups: {', '.join(presets)}"
     if (quantization or {}).get("dynamic"):
         about["apart"] = dynamic_apart(quantization or {}, {name.rpartition(".")[0] for name in names})
     cases = cases_of(quantization, **about)

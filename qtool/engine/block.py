@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from qtool.engine.block_problem import BlockResult, Compensation
+from qtool.engine.cache import ABSMAX
 from qtool.engine.experts import Mode
 from qtool.engine.grid import Grid
 from qtool.engine.network import Network
@@ -19,20 +20,19 @@ from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.saliency import SALIENCY
 from qtool.engine.solve import Method, Solution, Solver
 from qtool.engine.starved import DEFAULT_SHARE, Completed, Routing, complete, expert_notes
-from qtool.engine.static_scales import calibrated_scales
+from qtool.engine.static_scales import calibrated_scales, extremes_of, needs_of_range
 from qtool.engine.stored import (
     compensation_tensors,
     input_scales,
     linear_tensors,
     odd_scales,
     read_compensation,
-    read_input_scales,
     read_linear,
 )
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
-from qtool.model.statistics import BLOCKS, HESSIAN, SiteStatistics
+from qtool.model.statistics import BLOCKS, HESSIAN, SAMPLE, SiteStatistics
 
 Refine = Callable[[Method, Mapping[str, LayerProblem]], BlockResult]
 """Runs a block-wise method on the problems of a block's linears by full name."""
@@ -66,12 +66,12 @@ def static_inputs(subject: Subject) -> InputGrids | None:
     by_site = {
         (linear.reads, subject.scheme.of(linear.name).activations): linear for linear in subject.model.graph.linears
     }
-    grids = [grid for grid in map(subject.input_grid, by_site.values()) if grid is not None]
-    parts = [part for grid in grids for part in grid.parts if part.has_global_scale]
-    searched = any(part.scheme.static for part in parts)
-    needs = ("absmax", "sample") if searched else ("absmax",)
-    calibrated = parts or (subject.cache is not None and subject.cache.static)
-    return InputGrids(subject.input_grid, needs) if calibrated else None
+    found = (grid for grid in map(subject.input_grid, by_site.values()) if grid is not None)
+    grids = [grid for grid in found if any(part.has_global_scale for part in grid.parts)]
+    needs = [ABSMAX] if subject.cache is not None and subject.cache.static else []
+    needs += [need for grid in grids for need in needs_of_range(grid)]
+    needs += [SAMPLE] if any(part.scheme.static for grid in grids for part in grid.parts) else []
+    return InputGrids(subject.input_grid, tuple(dict.fromkeys(needs))) if needs else None
 
 
 @dataclass
@@ -196,14 +196,14 @@ class BlockSolver:
         grids = {(linear.reads, linear.spec.reads): grid for linear, grid in inputs if grid is not None}
         device = self.solver.device
         for (site, name), grid in grids.items():
-            absmax = known[name].need("absmax", site=site).float()
+            extremes = extremes_of(grid, known[name], site=site)
             if not any(part.scheme.static for part in grid.parts):
-                scales |= input_scales(site, grid.global_scales(absmax))
+                scales |= input_scales(site, grid.global_scales(extremes[0]))
                 continue
-            sample = known[name].need("sample", site=site).to(device)
+            sample = known[name].need(SAMPLE, site=site).to(device)
             read = (linear.spec.module for linear in linears if linear.reads == site)
             weights = [state[f"{module}.weight"].to(device) for module in read]
-            scales |= input_scales(site, calibrated_scales(grid, absmax.to(device), sample, weights))
+            scales |= input_scales(site, *calibrated_scales(grid, extremes.to(device), sample, weights))
         return scales
 
     def replace(self, network: Network, linears: Sequence[LinearSite], solved: Mapping[str, QuantizedLinear]) -> None:
@@ -233,8 +233,7 @@ class BlockSolver:
             read |= {linear.spec.reads: linear.reads, linear.observed: linear.reads}
         for site, module in network.sites[layer].items():
             if module.rounding is not None and site in read:
-                scales = read_input_scales(read[site], module.rounding.grid, tensors.get, network.device)
-                module.rounding = replace(module.rounding, global_scales=scales)
+                module.rounding = module.rounding.calibrated(read[site], tensors.get, network.device)
         path = network.kv_path(layer)
         if path.rounding is not None:
             path.rounding = path.rounding.calibrated(layer, tensors.get, network.device)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
-from qtool.engine.stored import input_scales, read_input_scales
+from qtool.engine.stored import input_scales
 from qtool.errors import SchemeError
 from qtool.model.statistics import SiteStatistics
 from qtool.scheme import Format, TensorScheme
@@ -105,10 +105,7 @@ class CacheRounding:
             find: Finds a stored tensor by name.
             device: Where scales are to be.
         """
-        found = {
-            name: replace(one, global_scales=read_input_scales(f"layers.{layer}.{name}", one.grid, find, device))
-            for name, one in self.static.items()
-        }
+        found = {name: one.calibrated(f"layers.{layer}.{name}", find, device) for name, one in self.static.items()}
         return replace(self, **found)  # type: ignore[arg-type]
 
     def by_token(

@@ -22,7 +22,9 @@ from qtool.numerics.second_level import store_second_level
 from qtool.scheme import Format, GroupParameters, TensorScheme
 
 GlobalScales = tuple[Tensor | None, ...]
-"""Tensor-level multipliers, one a part; None where the part's format has none."""
+"""Tensor-level multipliers or static scales, one a part; None where the part has none."""
+ZeroPoints = tuple[Tensor | None, ...]
+"""Zero points of static scales, likewise."""
 
 
 @runtime_checkable
@@ -91,15 +93,29 @@ class GridPart:
         """Return the largest magnitude of all values, or ``[heads, 1, 1]`` of each head's ``[heads, tokens, n]``."""
         return x.abs().amax((-2, -1), keepdim=True) if self.scheme.strategy == "head" else x.abs().amax()
 
+    def ends(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*heads ends"]:
+        """Return what a static scale of values is found from: the largest magnitude, or both ends if asymmetric."""
+        return self.largest(x).unsqueeze(-1) if self.scheme.symmetric else torch.stack((x.amin(), x.amax()))
+
+    def static(self, ends: Float[Tensor, "*heads ends"]) -> GroupParameters:
+        """Return a static scale, and its zero point if asymmetric, from what ``ends`` returns."""
+        return self.format.fit(ends, self.scheme, clip=self.scheme.clip)
+
     def global_scale(self, amax: Float[Tensor, "*heads"]) -> Float[Tensor, "*heads"] | None:
         """Return the multiplier for values of largest magnitude ``amax``, or None without one.
 
         Of static scales it is the scale itself.
         """
         if self.scheme.static:
-            fitted = self.format.fit(amax.unsqueeze(-1), self.scheme, clip=self.scheme.clip)
-            return fitted.scale
+            return self.static(amax.unsqueeze(-1)).scale
         return self.format.global_scale(amax, self.scheme)
+
+    def shared(self, x: Float[Tensor, "*batch n"]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the multiplier, or the static scale and zero point, of these very values: nothing was calibrated."""
+        if not self.scheme.static:
+            return self.global_scale(self.largest(x).float()), None
+        found = self.static(self.ends(x).float())
+        return found.scale, found.zero_point
 
     @property
     def has_global_scale(self) -> bool:
@@ -107,20 +123,27 @@ class GridPart:
         return self.global_scale(torch.ones(())) is not None
 
     def fit(
-        self, groups: Float[Tensor, "*rows group"], *, global_scale: Tensor | None, clip: float = 1.0
+        self,
+        groups: Float[Tensor, "*rows group"],
+        *,
+        global_scale: Tensor | None,
+        zero_point: Tensor | None = None,
+        clip: float = 1.0,
     ) -> GroupParameters:
         """Fit groups to a fraction of the range that the scheme keeps; those of a block together.
 
-        Scales that are codes are so already. A static scale is ``global_scale``, whatever the groups are.
+        Scales that are codes are so already. A static scale is ``global_scale``, and its zero point ``zero_point``,
+        whatever the groups are.
         """
+        if self.scheme.static and global_scale is not None:
+            shape = groups.shape[:-1]
+            return GroupParameters(global_scale.expand(shape), None if zero_point is None else zero_point.expand(shape))
         return self.stored(groups, self.fit_each(groups, global_scale=global_scale, clip=clip))
 
     def fit_each(
         self, groups: Float[Tensor, "*rows group"], *, global_scale: Tensor | None, clip: float = 1.0
     ) -> GroupParameters:
         """Fit groups as ``fit`` does, with scales that are not codes yet: those depend on other rows."""
-        if self.scheme.static and global_scale is not None:
-            return GroupParameters(global_scale.expand(groups.shape[:-1]))
         if self.block_rows > 1:
             found = self.each_group.fit_each(self.together(groups), global_scale=global_scale, clip=clip)
             return self.a_row_each(found, len(groups))

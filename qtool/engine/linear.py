@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from qtool.engine.grid import GlobalScales, Grid, GridPart
+from qtool.engine.grid import GlobalScales, Grid, GridPart, ZeroPoints
 from qtool.engine.online import Acts
 from qtool.engine.problem import Adapter
+from qtool.engine.stored import read_input_scales
 from qtool.numerics.groups import from_groups
 from qtool.numerics.straight_through import straight_through
 
@@ -33,11 +34,24 @@ class Rounding:
         grid: The parts of the last axis.
         global_scales: The calibrated tensor-level multiplier of each part; none where nothing was calibrated.
         spared: Names inside the block of linears that read the values as they are.
+        zero_points: Of static scales, likewise.
     """
 
     grid: Grid
     global_scales: GlobalScales = ()
     spared: frozenset[str] = frozenset()
+    zero_points: ZeroPoints = ()
+
+    def calibrated(self, site_id: str, find: Callable[[str], Tensor | None], device: torch.device) -> Rounding:
+        """Return how values are quantized with what was calibrated of their site.
+
+        Args:
+            site_id: The site.
+            find: Finds a stored tensor by name.
+            device: Where scales are to be.
+        """
+        scales, zeros = read_input_scales(site_id, self.grid, find, device)
+        return replace(self, global_scales=scales, zero_points=zeros)
 
     def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return the values that the codes of ``x`` stand for, in its dtype; gradients pass straight through."""
@@ -55,25 +69,25 @@ class Rounding:
         return apart or fitted or any(self._fits_multiplier)
 
     @cached_property
-    def _calibrated(self) -> GlobalScales:
-        """The calibrated multiplier of each part."""
-        return self.global_scales or (None,) * len(self.grid.parts)
+    def _calibrated(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """The calibrated multiplier and zero point of each part."""
+        nothing = (None,) * len(self.grid.parts)
+        return tuple(zip(self.global_scales or nothing, self.zero_points or nothing, strict=True))
 
     @cached_property
     def _fits_multiplier(self) -> tuple[bool, ...]:
         """Whether the format of each part wants a tensor-level multiplier and none was calibrated."""
         scales = zip(self.grid.parts, self._calibrated, strict=True)
-        return tuple(scale is None and part.has_global_scale for part, scale in scales)
+        return tuple(scale is None and part.has_global_scale for part, (scale, _) in scales)
 
     def _rounded(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         rounded = []
         places = self.grid.places(x.shape[-1])
-        for (columns, part), scale, fits in zip(places, self._calibrated, self._fits_multiplier, strict=True):
+        for (columns, part), found, fits in zip(places, self._calibrated, self._fits_multiplier, strict=True):
             values = x[..., columns]
             outliers = _outlier_columns(values, part.scheme.outlier_threshold)
             inner = values if outliers is None else values.masked_fill(outliers, 0.0)
-            multiplier = part.global_scale(part.largest(inner).float()) if fits else scale
-            inner = _rounded_part(inner, part, multiplier)
+            inner = _rounded_part(inner, part, *(part.shared(inner) if fits else found))
             rounded.append(inner if outliers is None else torch.where(outliers, values, inner))
         return rounded[0] if len(rounded) == 1 else torch.cat(rounded, dim=-1)
 
@@ -83,9 +97,12 @@ def _outlier_columns(x: Float[Tensor, "*batch n"], threshold: float | None) -> B
     return None if threshold is None else (x.abs() >= threshold).flatten(0, -2).any(0)
 
 
-def _rounded_part(x: Float[Tensor, "*batch n"], part: GridPart, scale: Tensor | None) -> Float[Tensor, "*batch n"]:
+def _rounded_part(
+    x: Float[Tensor, "*batch n"], part: GridPart, scale: Tensor | None, zero_point: Tensor | None
+) -> Float[Tensor, "*batch n"]:
     groups = part.groups(x)
-    return from_groups(part.format.round(groups, part.fit(groups.float(), global_scale=scale)), x.shape)
+    parameters = part.fit(groups.float(), global_scale=scale, zero_point=zero_point)
+    return from_groups(part.format.round(groups, parameters), x.shape)
 
 
 class SiteInput(nn.Module):

@@ -7,7 +7,7 @@ One copy of a block serves both: linears that are replaced by quantized ones kee
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from qtool.engine.linear import Rounding
 from qtool.engine.network import Network
 from qtool.engine.problem import LayerProblem
 from qtool.engine.solve import Method
-from qtool.engine.stored import read_input_scales
 from qtool.engine.stream import Stream
 from qtool.engine.subject import BlockContent, Subject
 from qtool.model.graph import LinearSite
@@ -153,10 +152,8 @@ class Propagation:
         def rounding_of(name: str) -> Rounding | None:
             site = name if name in shared else name.rpartition(".")[2]
             rounding = self.executed.rounding(layer, name, device)
-            if rounding is None:
-                return None
-            scales = read_input_scales(f"layers.{layer}.{site}", rounding.grid, solved.scales.get, device)
-            return replace(rounding, global_scales=scales)
+            found = solved.scales.get
+            return None if rounding is None else rounding.calibrated(f"layers.{layer}.{site}", found, device)
 
         return rounding_of
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qtool.artifacts.layout import TensorSlot
 from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
-from qtool.engine.stored import COMPENSATION, INPUT_GLOBAL_SCALE, NORMS, OUTLIERS, linear_tensors
+from qtool.engine.stored import COMPENSATION, INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, NORMS, OUTLIERS, linear_tensors
 from qtool.model.graph import OUTPUT, ModelGraph
 from qtool.model.plan import Plan
 from qtool.numerics.packing import packed_size
@@ -45,7 +45,7 @@ def part_of(name: str) -> str:
     for mark, part in marks.items():
         if mark in name:
             return part
-    if name.endswith(INPUT_GLOBAL_SCALE):
+    if name.endswith((INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT)):
         return "inputs"
     if name.endswith((".zero_point", ".offset")) or ".zero_point." in name:
         return "zeros"

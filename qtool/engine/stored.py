@@ -2,8 +2,8 @@
 
 Names are ``<linear>.codes``, ``.scale``, ``.negative_scale`` (where negative values have one of their own),
 ``.zero_point`` or ``.offset``, ``.global_scale``, ``.adapter.down``, ``.adapter.up``, ``.outliers.row_ptr``,
-``.outliers.col``, ``.outliers.values``, and ``<site>.input_global_scale``; of channels that are set apart
-``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and
+``.outliers.col``, ``.outliers.values``, and ``<site>.input_global_scale`` with ``.input_zero_point``; of channels that
+are set apart ``<linear>.segments.<i>.codes`` and so on. An adapter's factors of 8 bits have ``.adapter.down_scale`` and
 ``.adapter.up_scale``; that of one which reads what is not rounded are ``.adapter.full.down`` and so on. Scales that are
 codes themselves are ``.scale.codes``, ``.scale.low`` and ``.scale.step``, and zero points likewise: what the rows of a
 block share comes once. What is added to a block's output is ``<block>.compensation.bias`` and, where it has them,
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine.block_problem import Compensation
-from qtool.engine.grid import GlobalScales, Grid, GridPart
+from qtool.engine.grid import GlobalScales, Grid, GridPart, ZeroPoints
 from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import Adapter, QuantizedLinear, Reads
 from qtool.errors import SchemeError
@@ -33,6 +33,7 @@ from qtool.numerics.second_level import decode_second_level
 from qtool.scheme import GroupParameters, SecondLevel
 
 INPUT_GLOBAL_SCALE = ".input_global_scale"
+INPUT_ZERO_POINT = ".input_zero_point"
 COMPENSATION = ".compensation."
 NORMS = "norms."
 _COMPENSATION = ("bias", "scale", "down", "up")
@@ -125,15 +126,17 @@ def read_compensation(block: str, tensors: Mapping[str, Tensor]) -> Compensation
     return None if bias is None else Compensation(bias, **found)
 
 
-def input_scales(site_id: str, scales: GlobalScales) -> dict[str, Tensor]:
-    """Return the calibrated tensor-level multipliers of a site's activations as they are stored."""
-    names = _prefixes(site_id, len(scales))
-    return {f"{prefix}{INPUT_GLOBAL_SCALE}": one for prefix, one in zip(names, scales, strict=True) if one is not None}
+def input_scales(site_id: str, scales: GlobalScales, zero_points: ZeroPoints = ()) -> dict[str, Tensor]:
+    """Return what was calibrated of a site's activations as it is stored: zero points are codes in bytes."""
+    zeros = [None if one is None else one.to(torch.uint8) for one in zero_points]
+    found = [(INPUT_GLOBAL_SCALE, one) for one in scales], [(INPUT_ZERO_POINT, one) for one in zeros]
+    each = (zip(_prefixes(site_id, len(scales)), own, strict=True) for own in found if own)
+    return {f"{prefix}{leaf}": one for own in each for prefix, (leaf, one) in own if one is not None}
 
 
 def read_input_scales(
     site_id: str, grid: Grid, find: Callable[[str], Tensor | None], device: torch.device
-) -> GlobalScales:
+) -> tuple[GlobalScales, ZeroPoints]:
     """Read what ``input_scales`` made.
 
     Args:
@@ -143,10 +146,14 @@ def read_input_scales(
         device: Where the multipliers are to be.
 
     Returns:
-        The multiplier of each part; None for one that has no calibrated one.
+        The multiplier of each part, and its zero point; None for one that has no calibrated one.
     """
-    found = (find(f"{prefix}{INPUT_GLOBAL_SCALE}") for prefix in _names(site_id, grid))
-    return tuple(None if one is None else one.to(device) for one in found)
+    scales = [find(f"{prefix}{INPUT_GLOBAL_SCALE}") for prefix in _names(site_id, grid)]
+    zeros = [find(f"{prefix}{INPUT_ZERO_POINT}") for prefix in _names(site_id, grid)]
+    return (
+        tuple(None if one is None else one.to(device) for one in scales),
+        tuple(None if one is None else one.to(device).float() for one in zeros),
+    )
 
 
 def scale_names(name: str, grid: Grid) -> Iterator[str]:

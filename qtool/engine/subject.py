@@ -25,7 +25,6 @@ from qtool.engine.stored import (
     COMPENSATION,
     NORMS,
     read_compensation,
-    read_input_scales,
     read_linear,
     read_packed_linear,
 )
@@ -197,8 +196,9 @@ class Subject:
         found = next(((linear.reads, grid) for linear, grid in grids if grid is not None), None)
         if found is None:
             return None
-        scales = read_input_scales(*found, self._quantized_tensor, device)
-        return Rounding(found[1], scales, frozenset(linear.spec.module for linear, grid in grids if grid is None))
+        site_id, used = found
+        spared = frozenset(linear.spec.module for linear, grid in grids if grid is None)
+        return Rounding(used, spared=spared).calibrated(site_id, self._quantized_tensor, device)
 
     @cached_property
     def _readers(self) -> dict[tuple[int, str], list[LinearSite]]:

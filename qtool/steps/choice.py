@@ -22,16 +22,17 @@ from qtool.engine.carry import CarriedStatistics
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
 from qtool.engine.problem import LayerProblem, Mitigator
-from qtool.engine.static_scales import calibrated_scales, sum_of_squares
+from qtool.engine.static_scales import calibrated_scales, extremes_of, sum_of_squares
 from qtool.errors import UsageError
 from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.clipping import quadratic_energy
 from qtool.numerics.losses import loss_ratio
-from qtool.scheme import VECTORS, TensorScheme, parse_tensor_scheme
+from qtool.scheme import VECTORS, TensorScheme
 from qtool.scheme_parts import RuledPart, check_part
 from qtool.steps.description import Cell, Facts, Table, Tables
+from qtool.steps.schemes import read_part
 from qtool.steps.subjects import Opened
 from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace
@@ -78,7 +79,7 @@ def describe_choice(
 
 
 def _read(part: RuledPart, text: str, workspace: Workspace) -> TensorScheme:
-    scheme = parse_tensor_scheme(text, workspace.plugins.format, vector=VECTORS[part])
+    scheme = read_part(part, text, workspace.plugins)
     check_part(part, scheme, VECTORS[part])
     return scheme
 
@@ -118,10 +119,11 @@ def _input_error(
 ) -> float:
     """Return the error in the outputs of all that read an input, in units of the outputs."""
     sample: Float[Tensor, "tokens n"] = known.need("sample", site=site).to(workspace.device).float()
-    absmax = known.need("absmax", site=site).to(workspace.device).float()
     grid, weights = _grid_of(scheme, workspace), list(held.values())
+    extremes = extremes_of(grid, known, site=site).to(workspace.device)
     grid.check(sample.shape[1], layer=site)
-    rounded = Rounding(grid, calibrated_scales(grid, absmax, sample, weights))(sample)
+    scales, zeros = calibrated_scales(grid, extremes, sample, weights)
+    rounded = Rounding(grid, scales, zero_points=zeros)(sample)
     moments = sum_of_squares(weights).unsqueeze(0)
     error, signal = (float(quadratic_energy(values, moments).double().sum()) for values in (rounded - sample, sample))
     return loss_ratio(error, signal)

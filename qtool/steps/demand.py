@@ -33,6 +33,7 @@ from qtool.steps.transform import gathered_behind
 _COUNT = 8
 _TOKEN = 4
 _SCALE = 4
+_ZERO_POINT = 1
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:
 
 
 def _input_scale_bytes(subject: Subject) -> int:
-    """Return the bytes of the tensor-level multipliers of activations, one a site and part, and of static caches."""
+    """Return the bytes of what is calibrated of activations, for each site and part, and of static caches."""
     inputs = static_inputs(subject)
     if inputs is None:
         return 0
@@ -234,4 +235,6 @@ def _input_scale_bytes(subject: Subject) -> int:
     cached = 0 if cache is None else dims.num_layers * sum(map(prod, cache.static_shapes(dims.num_kv_heads).values()))
     found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.linears)
     grids = {site: grid for site, grid in found if grid is not None}
-    return _SCALE * (cached + sum(part.has_global_scale for grid in grids.values() for part in grid.parts))
+    parts = [part for grid in grids.values() for part in grid.parts]
+    zeros = sum(part.scheme.static and not part.scheme.symmetric for part in parts)
+    return _SCALE * (cached + sum(part.has_global_scale for part in parts)) + _ZERO_POINT * zeros

@@ -21,6 +21,7 @@ from qtool.steps.workspace import Workspace
 
 NONE = "none"
 _GROUP = re.compile(r"g\d+")
+_NOT_STATIC: Mapping[str, str] = {"weights": "static", "kv": "asym"}
 
 
 def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) -> ModelScheme:
@@ -64,8 +65,25 @@ def with_default(text: str, default: str) -> str:
     return f"{default},{text}" if default and "=" in text.partition(",")[0] else text
 
 
+def read_part(name: str, text: str, plugins: Plugins) -> TensorScheme:
+    """Read the scheme of weights, of activations or of a cache; whether it means something there is not checked.
+
+    The word that never goes with ``static`` in a part is not shown to the format, so that no hint of it has both.
+
+    Raises:
+        SchemeError: A word is unknown, or the format cannot carry the combination.
+    """
+    words = text.split("-")
+    without = _NOT_STATIC.get(name) if "static" in words else None
+    kept = "-".join(word for word in words if word != without)
+    scheme = parse_tensor_scheme(kept, plugins.format, vector=VECTORS[name])
+    if without not in words:
+        return scheme
+    return replace(scheme, static=True, symmetric=scheme.symmetric and without != "asym")
+
+
 def _read_one(name: str, text: str, plugins: Plugins) -> TensorScheme | None:
-    return None if text == NONE else parse_tensor_scheme(text, plugins.format, vector=VECTORS[name])
+    return None if text == NONE else read_part(name, text, plugins)
 
 
 def _read_rule(name: RuledPart, text: str, whole: str, plugins: Plugins) -> Rule:

@@ -197,6 +197,18 @@ CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False,
         (lambda config: config.update(kv_cache_scheme=CACHE), {}, "KV cache"),
         (lambda config: config["config_groups"]["group_0"].update(targets=["re:.*self_attn.*"]), {}, "no group names"),
         (weights_say(num_bits=8), {}, "do not fit|cannot read"),
+        (
+            lambda config: config.update(config_groups={"W5A5": ["Linear"]}),
+            {},
+            "`W5A5` of `config_groups` is no",
+        ),
+        (
+            lambda config: config.update(config_groups={"W4A16": "Linear"}),
+            {},
+            "no preset with the names of its",
+        ),
+        (lambda config: config.update(config_groups={"UNQUANTIZED": ["Linear"]}), {}, "a group without weights"),
+        (lambda config: config.update(config_groups=["W4A16"]), {}, "cannot understand `config_groups`"),
     ],
 )
 def test_more_than_codes_and_scales_is_refused(
@@ -209,6 +221,18 @@ def test_more_than_codes_and_scales_is_refused(
     folder = copied(ASYM, tmp_path / "odd", edit, **tensors)
     with pytest.raises(QtoolError, match=reason):
         pack(PackRequest(str(folder), "hf"), workspace)
+
+
+@pytest.mark.parametrize(("name", "preset"), [("nvfp4", "nvfp4"), ("mxfp4", "MXFP4")])
+def test_a_preset_with_its_linears_is_what_the_library_says(
+    name: str, preset: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    name = f"llm_compressor/{name}"
+    folder = copied(name, tmp_path / "named", lambda config: config.update(config_groups={preset: ["Linear"]}))
+    first, other = (opened(one, workspace) for one in (HOME / name, folder))
+    assert other.scheme == first.scheme
+    weights = weights_of(other)
+    assert all(torch.equal(weight, weights[linear]) for linear, weight in weights_of(first).items())
 
 
 def test_an_order_that_only_calibration_had_changes_nothing(workspace: Workspace, tmp_path: Path) -> None:

@@ -341,7 +341,9 @@ def test_without_passes_or_a_text_there_is_nothing_to_find_them_in(tiny: TinyMod
     ("kv", "nearest"),
     [
         ("fp8-static", "fp8-sym-tensor-sfp32-static"),
-        ("int8-asym-tensor-static", "int8-sym-tensor-sbf16-static"),
+        ("int8-asym-tensor-static", "--kv int8-sym-tensor-sbf16-static"),
+        ("int8-asym-static", "int8-sym-tensor-sbf16-static"),
+        ("keys=int8-asym-tensor-static,values=none", "--kv keys=int8-sym-tensor-sbf16-static,values=none"),
         ("fp8-token-head-static", "fp8-sym-tensor-sfp32-static"),
         ("keys=fp8-channel-g16-static,values=none", "fp8-sym-tensor-sfp32-static"),
         ("fp8-head", "fp8-sym-head-sfp32-static"),

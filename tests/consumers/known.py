@@ -54,6 +54,7 @@ FP8_TENSOR = compressed("float-quantized", "float8-sym-tensor-static", "float8-s
 FP8_BLOCK = compressed("float-quantized", "float8-sym-block-static", "float8-sym-group128-dynamic")
 MXFP4 = compressed("mxfp4-pack-quantized", "float4-sym-group32-static", "float4-sym-group32-dynamic")
 STATIC_W8A8 = compressed("int-quantized", "int8-sym-channel-static", "int8-sym-tensor-static")
+STATIC_ASYMMETRIC = compressed("int-quantized", "int8-sym-channel-static", "int8-asym-tensor-static")
 CACHED = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-tensor-static")
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 LIBRARY_W4A4 = compressed("int-quantized", "int4-sym-channel-static", "int4-sym-token-dynamic")

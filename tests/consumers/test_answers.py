@@ -51,6 +51,7 @@ from tests.consumers.known import (
     NONE_TYPE,
     NVFP4,
     PER_ROW,
+    STATIC_ASYMMETRIC,
     STATIC_HEADS,
     STATIC_W8A8,
     TENSOR_W8A8,
@@ -83,7 +84,7 @@ from tests.consumers.known import (
         (MXFP4, "sglang", "sm100", "refuses", "refused: it reads MXFP4 of experts only"),
         (MXFP4, "vllm", "sm75", "refuses", "refused: it has MXFP4 from SM80 on"),
         (MXFP4, "vllm", "sm80", "executes-other", "W4A16, unless"),
-        (STATIC_W8A8, "sglang", "sm90", "executes-other", "W8A8: dynamic INT8 activations per token, though"),
+        (STATIC_W8A8, "sglang", "sm90", "refuses", "refused: linears that it fuses have room for one calibrated"),
         (FP8_BLOCK, "sglang", "sm90", "loads", "W8A8: dynamic FP8 activations per group of 128"),
         (FP8_BLOCK, "sglang", "sm100", "executes-other", "W8A8: dynamic FP8 activations per group of 128; with"),
         (FP8_BLOCK, "sglang", "sm80", "refuses", "refused: before SM89"),
@@ -135,6 +136,7 @@ def test_what_is_known(config: Config | None, consumer: str, device: str, verdic
     assert (found.verdict, found.says[: len(says)]) == (verdict, says)
 
 
+BEFORE, NO_INT8 = GPUS[:-1], "Int8 not supported on SM"
 NO_SCALES = "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 argument(s)"
 NO_KERNEL = "Failed to find a kernel that can implement the {} linear layer"
 NO_STRATEGY = "Invalid strategy for compressed-tensors KV cache"
@@ -164,6 +166,13 @@ NO_INTEGERS = "Currently supported kv cache quantization is num_bits=8, type=flo
         (GROUPED_W8A8, "vllm", ("cpu",), "refuses", "refused: it wants INT8 activations per token", NO_SCHEME),
         (TENSOR_W8A8, "vllm", ("cpu",), "executes-other", "W8A8: static INT8 activations per tensor; on", ""),
         (STATIC_W8A8, "vllm", ("cpu",), "executes-other", "W8A8: static INT8 activations per tensor; on", ""),
+        (STATIC_ASYMMETRIC, "vllm", ("cpu", *BEFORE), "loads", "W8A8: static INT8 activations per tensor, asym", ""),
+        (STATIC_ASYMMETRIC, "vllm", ("sm100",), "refuses", "refused: CUTLASS has no INT8 on SM100", ""),
+        (STATIC_ASYMMETRIC, "transformers", ("any",), "loads", "W8A8: static INT8 activations per tensor, asym", ""),
+        (STATIC_W8A8, "vllm", BEFORE, "loads", "W8A8: static INT8 activations per tensor", ""),
+        (STATIC_W8A8, "vllm", ("sm100",), "refuses", "refused: CUTLASS has no INT8 on SM100", NO_INT8),
+        (W8A8, "vllm", BEFORE, "loads", "W8A8: dynamic INT8 activations per token", ""),
+        (W8A8, "vllm", ("sm100",), "refuses", "refused: CUTLASS has no INT8 on SM100", NO_INT8),
         (HEAD_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
         (TOKEN_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
         (STATIC_HEADS, "vllm", ("sm75", "sm80", "sm89"), "refuses", "refused: only its FlashAttention 3", NO_BACKEND),

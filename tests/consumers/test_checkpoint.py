@@ -95,6 +95,21 @@ def checkpoint(folder: Path, config: Any, *names: str, **tensors: Tensor) -> Pat
     return folder
 
 
+def preset(**groups: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+def test_a_preset_with_its_linears_is_written_out_and_no_more_is_known(tmp_path: Path) -> None:
+    config = preset(W4A16=["re:.*up_proj$"], w8a8=["re:.*k_proj$"])
+    folder = checkpoint(tmp_path, config, f"{NAME}.weight_packed", "model.layers.0.self_attn.k_proj.weight_scale")
+    four, eight = read_checkpoint(folder, bits_of)
+    assert (four.bits, four.type, four.strategy, four.group_size, four.inputs) == (4, "int", "group", 128, "none")
+    assert (eight.bits, eight.strategy, eight.inputs, eight.input_strategy) == (8, "channel", "dynamic", "token")
+    found = answer([four], "vllm", "sm90")
+    assert found.verdict == "unknown"
+    assert "`config_groups: W4A16, w8a8`" in found.says
+
+
 @pytest.mark.parametrize("maker", BY_OTHERS)
 def test_configs_of_other_tools_are_read(tmp_path: Path, maker: str) -> None:
     config = BY_OTHERS[maker]
@@ -225,6 +240,9 @@ def test_a_gguf_file_has_a_case_for_each_type_of_blocks(tmp_path: Path) -> None:
         ({"quant_method": "compressed-tensors", "config_groups": {}}, (NAME,), "cannot understand"),
         (BY_OTHERS["auto-round"], (f"{NAME}.weight",), "the config says `gptq`, and no tensor is stored so"),
         (BY_OTHERS["auto-round"], (), "holds no weights"),
+        (preset(W5A5=["Linear"]), (f"{NAME}.weight_packed",), "no preset with the names of its linears"),
+        (preset(W4A16="Linear"), (f"{NAME}.weight_packed",), "no preset with the names of its linears"),
+        ({**preset(), "config_groups": ["W4A16"]}, (f"{NAME}.weight_packed",), "cannot understand `config_groups`"),
     ],
 )
 def test_what_cannot_be_understood_is_said(tmp_path: Path, config: Any, names: tuple[str, ...], says: str) -> None:  # noqa: ANN401

@@ -29,6 +29,7 @@ from tests.consumers.known import (
     NVFP4,
     NVFP4_WEIGHTS,
     PER_ROW,
+    STATIC_ASYMMETRIC,
     STATIC_W8A8,
     W3A16,
     W4A4,
@@ -45,6 +46,7 @@ SGLANG = ("sm80", "sm89", "sm90", "sm100")
 FP8_ON = SGLANG[1:]
 NO_W4A16 = "Other method (CompressedTensorsW4A16Sparse24) is not supported now"
 NO_FP8 = "The quantization method modelopt_fp8 is not supported for the current GPU."
+ONE_PLACE = "is out of bounds for dimension 0 with size 1"
 ASYMMETRIC = compressed("int-quantized", "int8-sym-channel-static", "int8-asym-token-dynamic")
 
 
@@ -57,7 +59,8 @@ ASYMMETRIC = compressed("int-quantized", "int8-sym-channel-static", "int8-asym-t
         (W4AFP8, SGLANG, "refuses", "refused: it has packed integers with FP8 activations of", NO_SCHEME + "."),
         (W8A8, SGLANG, "loads", "W8A8: dynamic INT8 activations per token", ""),
         (ASYMMETRIC, SGLANG, "executes-other", "W8A8: dynamic INT8 activations per token without zero points", ""),
-        (STATIC_W8A8, SGLANG, "executes-other", "W8A8: dynamic INT8 activations per token, though", ""),
+        (STATIC_W8A8, SGLANG, "refuses", "refused: linears that it fuses have room for one", ONE_PLACE),
+        (STATIC_ASYMMETRIC, SGLANG, "refuses", "refused: linears that it fuses have room for one", ONE_PLACE),
         (W8A16_FP8, SGLANG, "loads", "W8A16: activations are not quantized", ""),
         (FP8, FP8_ON, "loads", "W8A8: dynamic FP8 activations per token", ""),
         (FP8_MIXED, FP8_ON, "executes-other", "W8A8: dynamic FP8 activations per token, though", ""),

@@ -207,7 +207,7 @@ class TestActivations:
         assert scales[1] == x[:, 32:].abs().max() / (6 * 448)
         stored = input_scales("layers.0.attn_in", scales)
         assert list(stored) == ["layers.0.attn_in.segments.0.input_global_scale"]
-        assert read_input_scales("layers.0.attn_in", grid, stored.get, CPU) == scales
+        assert read_input_scales("layers.0.attn_in", grid, stored.get, CPU) == (scales, (None, None))
         assert torch.equal(Rounding(grid, scales)(x), Rounding(grid)(x))
 
     @pytest.mark.parametrize("text", ["int8-sym-token", "int4-asym-token-sfp32", "fp4-g16-se4m3", "fp8-tensor"])

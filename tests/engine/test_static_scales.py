@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
-from qtool.engine.static_scales import biases_tried, calibrated_scales, sum_of_squares
+from qtool.engine.static_scales import biases_tried, calibrated_scales, needs_of_range, sum_of_squares
 from qtool.model.plan import Segment
 from qtool.numerics.minifloats import E1M2, E2M1, E3M0, Minifloat
 from qtool.scheme import TensorScheme
@@ -37,9 +37,10 @@ def inputs(tokens: int = 14, n: int = 6, seed: int = 0) -> tuple[Tensor, list[Te
 
 
 def searched(text: str, x: Tensor, weights: list[Tensor]) -> float:
-    (scale,) = calibrated_scales(grid_of(text), x.abs().amax(0), x, weights)
+    (scale,), zeros = calibrated_scales(grid_of(text), x.abs().amax(0), x, weights)
     assert scale is not None
     assert scale.shape == ()
+    assert zeros == (None,)
     return float(scale)
 
 
@@ -69,7 +70,7 @@ def test_the_weights_decide() -> None:
 def test_the_largest_of_all_tokens_is_where_the_search_starts() -> None:
     x, weights = inputs()
     amax = 3 * x.abs().max()
-    (scale,) = calibrated_scales(grid_of("int8-tensor-sfp32-static"), amax.expand(6), x, weights)
+    (scale,), _ = calibrated_scales(grid_of("int8-tensor-sfp32-static"), amax.expand(6), x, weights)
     assert scale is not None
     bias = float((amax / 127 / scale).log2())
     assert min(abs(bias - tried) for tried in biases_tried()) < 1e-5
@@ -96,9 +97,9 @@ def test_channels_set_apart_have_a_scale_of_their_own() -> None:
     grid = Grid.segmented(
         TensorScheme("fp4", strategy="tensor", static=True), [Segment(3, "int8")], FORMATS.__getitem__
     )
-    found = calibrated_scales(grid, x.abs().amax(0), x, weights)
+    found, _ = calibrated_scales(grid, x.abs().amax(0), x, weights)
     assert [part.scheme.static for part in grid.parts] == [True, True]
-    apart = calibrated_scales(
+    apart, _ = calibrated_scales(
         grid_of("int8-tensor-sfp32-static"), x[:, 5:].abs().amax(0), x[:, 5:], [one[:, 5:] for one in weights]
     )
     assert found[0] is not None
@@ -119,3 +120,60 @@ def test_a_static_scale_does_not_follow_the_values() -> None:
     dynamic = Rounding(grid)  # until it is calibrated
     assert dynamic.shared
     assert float(dynamic(x).abs().max()) == pytest.approx(40.0)
+
+
+ASYMMETRIC = "int8-asym-tensor-sfp32-static"
+
+
+def test_an_asymmetric_range_has_the_zero_point_and_the_scale_with_the_least_error() -> None:
+    """Each candidate by hand: both ends times a ratio, widened to hold 0, and codes from 0 to 255."""
+    x, weights = inputs()
+    x = x + 3
+    low, high = 2 * x.amin(0), 2 * x.amax(0)  # the sample need not hold the ends of the range
+    (scale,), (zero,) = calibrated_scales(grid_of(ASYMMETRIC), torch.stack((low, high)), x, weights)
+    rows, found = torch.cat(weights).double(), {}
+    for ratio in (1.0, *(2.0**-bias for bias in biases_tried())):
+        ends = [float(min(low.min(), 0)) * ratio, float(max(high.max(), 0)) * ratio]
+        step = (ends[1] - ends[0]) / 255
+        middle = min(max(round(-ends[0] / step), 0), 255)
+        codes = ((x.double() / step).round() + middle).clamp(0, 255)
+        found[float((((codes - middle) * step - x) @ rows.T).square().sum())] = (step, middle, ratio)
+    step, middle, ratio = found[min(found)]
+    assert ratio < 0.9  # the whole range is not the best, or nothing would be tested
+    assert scale is not None
+    assert zero is not None
+    assert float(scale) == pytest.approx(step, rel=1e-6)
+    assert float(zero) == middle
+    assert 0 < middle < 128
+
+
+@pytest.mark.parametrize(("shift", "zero"), [(9.0, 0.0), (-9.0, 255.0)])
+def test_a_range_on_one_side_of_zero_holds_it(shift: float, zero: float) -> None:
+    x, weights = torch.rand(14, 6, generator=torch.Generator().manual_seed(0)) + shift, [torch.eye(6)]
+    extremes = torch.stack((x.amin(0), x.amax(0)))
+    (scale,), (found,) = calibrated_scales(grid_of(ASYMMETRIC), extremes, x, weights)
+    assert scale is not None
+    assert found is not None
+    assert float(found) == zero
+    rounded = Rounding(grid_of(ASYMMETRIC), (scale,), zero_points=(found,))
+    assert float((rounded(x) - x).abs().max()) < 0.03
+    assert float(rounded(torch.zeros(1, 6)).abs().max()) == 0
+
+
+def test_a_static_zero_point_does_not_follow_the_values() -> None:
+    rounding = Rounding(grid_of(ASYMMETRIC), (torch.tensor(0.5),), zero_points=(torch.tensor(3.0),))
+    assert not rounding.shared
+    x = torch.tensor([[[-9.0, 0.3, 40.0, 300.0], [0.1, -0.6, -1.5, 126.2]]])
+    assert rounding(x).tolist() == [[[-1.5, 0.5, 40.0, 126.0], [0.0, -0.5, -1.5, 126.0]]]
+    dynamic = Rounding(grid_of(ASYMMETRIC))  # until it is calibrated
+    assert dynamic.shared
+    wide = dynamic(x)
+    assert float(wide.max()) == pytest.approx(300.0, rel=0.005)
+    assert float(wide.min()) == pytest.approx(-9.0, abs=309 / 255)
+    assert wide.unique().numel() > 3
+
+
+def test_only_asymmetric_static_scales_read_both_ends() -> None:
+    assert needs_of_range(grid_of(ASYMMETRIC)) == ("min", "max")
+    for text in ("int8-tensor-static", "nvfp4", "int8-asym-token", "fp8-tensor-static"):
+        assert needs_of_range(grid_of(text)) == ("absmax",)

@@ -48,6 +48,7 @@ from qtool.builtin.exporters.read_back import (
 from qtool.builtin.exporters.refusals import (
     check_global_scales,
     input_multiplier,
+    input_zero_point,
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.stored_names import stored_tensor_name
@@ -64,6 +65,7 @@ from qtool.scheme import ModelScheme
 
 # The library does not pack the zero points of a model without weights; their shapes show when they are decoded.
 _ZERO_POINT = ".weight_zero_point"
+_STATIC = frozenset({"input_scale", "input_zero_point"})
 # A float32 division, and the product that stands for it, are each half a unit in the last place off.
 _RECIPROCAL_ERROR = 2.0**-23
 _UNREADABLE = (KeyError, IndexError, ValueError, RuntimeError)
@@ -116,7 +118,7 @@ class CompressedTensors(PackedSource):
             if own.weights is None:
                 return beside
             tensors = stored_tensors(subject.packed(linear), own.weights, choose_layout(own))
-            return tensors | _input_scale(subject, linear) | beside
+            return tensors | _calibrated(subject, linear) | beside
 
         cached = cache_scales(subject, IN_ATTENTION, (1,))
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config, calibrated=cached)
@@ -153,9 +155,10 @@ class CompressedTensors(PackedSource):
             if not found:
                 raise ArtifactError(f"no group of the config is for `{linear.name}`")
             _compare(linear.name, tensors, targets[found[0]], subject.packed(linear), subject.weight_grid(linear))
-            scales = _input_scale(subject, linear)
-            if "input_scale" in scales and not torch.equal(tensors["input_scale"], scales["input_scale"]):
-                raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], scales["input_scale"])
+            inputs = _calibrated(subject, linear)
+            for leaf in sorted(_STATIC & inputs.keys()):
+                if tensors[leaf].dtype != inputs[leaf].dtype or not torch.equal(tensors[leaf], inputs[leaf]):
+                    raise weight_difference(f"{linear.name} ({leaf.replace('_', ' ')})", tensors[leaf], inputs[leaf])
 
 
 def _consumers(
@@ -189,13 +192,16 @@ def _check_scheme(subject: Subject) -> Check:
     return check
 
 
-def _input_scale(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
+def _calibrated(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
+    """Return what is stored of the input of a linear: zero points are signed, as codes are."""
     multiplier, inputs = input_multiplier(subject, linear), subject.scheme.of(linear.name).activations
     if multiplier is None or inputs is None:
         return {}
-    if inputs.static:
-        return {"input_scale": multiplier.float().reshape(1)}
-    return {"input_global_scale": global_divisor(multiplier)}
+    if not inputs.static:
+        return {"input_global_scale": global_divisor(multiplier)}
+    zero, middle = input_zero_point(subject, linear), 1 << subject.plugins.format(inputs.format).bits - 1
+    zeros = {} if zero is None else {"input_zero_point": (zero.short() - middle).to(torch.int8).reshape(1)}
+    return {"input_scale": multiplier.float().reshape(1), **zeros}
 
 
 def _dtype(subject: Subject) -> torch.dtype:

@@ -41,6 +41,7 @@ _CARRIED: Mapping[str, tuple[str, ...]] = {
     "activations": (
         *("int4-sym-token-sfp32-half", "int8-sym-token-sfp32-half", "nvfp4", "mxfp4", "mxfp6_e2m3", "mxfp8-rceil"),
         *("fp8-token", "fp8-tensor", "fp8-g*"),
+        *("int8-tensor-static", "int8-asym-tensor-static", "fp8-tensor-static"),
     ),
 }
 """What checkpoints carry, as users write it; a star is the group size of the weights that are asked for."""

@@ -23,7 +23,7 @@ from qtool.scheme import GroupParameters, TensorScheme
 
 LEAVES = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape")
 INPUT_LEAVES = ("input_scale", "input_global_scale", "input_zero_point")
-_WORD = 32
+_WORD, _BYTE = 32, 8
 _E2M1 = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
@@ -82,6 +82,12 @@ def read_multiplier(method: str, tensors: Mapping[str, Tensor]) -> Float[Tensor,
     if found is not None:
         return found.float().reshape(())
     return _reciprocal(tensors.get("input_global_scale"))
+
+
+def read_input_zero_point(tensors: Mapping[str, Tensor]) -> UInt8[Tensor, ""] | None:
+    """Return the code that stands for zero in a linear's inputs of 8 bits, None without one."""
+    found = tensors.get("input_zero_point")
+    return None if found is None else _unsigned(found.reshape(1, 1), _BYTE).reshape(())
 
 
 def check_reciprocal(name: str, parameters: GroupParameters, divisor: Tensor | None = None) -> None:

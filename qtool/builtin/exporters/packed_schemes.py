@@ -20,6 +20,7 @@ from torch import nn
 
 from qtool.builtin.exporters.ct_layout import BLOCKS
 from qtool.builtin.exporters.modelopt_config import FP8_CACHE, HF_QUANT_CONFIG, algorithm_of
+from qtool.consumers.presets import with_presets
 from qtool.errors import SchemeError
 from qtool.model.files import CONFIG
 from qtool.scheme import Format, ModelScheme, ScaleFormat, Strategy, TensorScheme
@@ -124,7 +125,7 @@ def _compressed_schemes(
     for part in ("transform_config", "sparsity_config"):
         if config.get(part):
             raise _unread(f"a `{part}`", config[part])
-    groups = {name: group for name, group in config.get("config_groups", {}).items() if isinstance(group, Mapping)}
+    groups = with_presets(config).get("config_groups", {})
     odd = next((group for group in groups.values() if not group.get("weights")), None)
     if odd is not None:
         raise _unread("a group without weights", odd)
@@ -235,7 +236,7 @@ def _input_scheme(said: Mapping[str, Any], lookup: Lookup) -> TensorScheme:
         return replace(scheme, exponent_rule="rceil")  # as the library rounds them
     half = scheme.format.startswith("int") and scheme.symmetric
     if not said.get("dynamic"):
-        if scheme.format not in _ONE_INPUT_SCALE or scheme.strategy != "tensor" or not scheme.symmetric:
+        if scheme.format not in _ONE_INPUT_SCALE or scheme.strategy != "tensor":
             raise _unread("inputs with calibrated scales", said)
         return replace(scheme, static=True)
     return replace(scheme, range_rule="half") if half else scheme

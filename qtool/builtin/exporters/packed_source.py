@@ -26,6 +26,7 @@ from qtool.builtin.exporters.packed_layouts import (
     LEAVES,
     check_reciprocal,
     is_reciprocal,
+    read_input_zero_point,
     read_multiplier,
     read_packed,
 )
@@ -33,7 +34,7 @@ from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_sch
 from qtool.engine.cache import scale_shape
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, packed_tensors
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, packed_tensors
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.family import Family
@@ -47,7 +48,7 @@ from qtool.scheme import ModelScheme, TensorScheme
 
 _CODES = ("F8_E4M3", "U8", "I8", "I32")
 _OWN = frozenset({*LEAVES, *INPUT_LEAVES, *IN_ATTENTION.values(), "weight", "bias"})
-_SCALE = ".weight_scale"
+_SCALE, _INPUT_ZERO = ".weight_scale", "input_zero_point"
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -130,6 +131,9 @@ class PackedArtifact(Artifact):
             slots |= dict.fromkeys((f"{linear.name}.{leaf}" for leaf in leaves), TensorSlot("U8", (), 0, 0))
             if any(f"{linear.name}.{leaf}" in self.model.packed for leaf in INPUT_LEAVES):
                 slots[f"{linear.reads}{INPUT_GLOBAL_SCALE}"] = TensorSlot("F32", (), 0, 4)
+            inputs = self.scheme.of(linear.name).activations
+            if inputs is not None and inputs.static and not inputs.symmetric:
+                slots[f"{linear.reads}{INPUT_ZERO_POINT}"] = TensorSlot("U8", (), 0, 1)
         shape = self.cached_shape
         slots |= dict.fromkeys(self.model.cached, TensorSlot("F32", shape, 0, 4 * prod(shape)))
         return Header({}, slots)
@@ -144,8 +148,9 @@ class PackedArtifact(Artifact):
         """Return one tensor as an artifact stores it."""
         if name in self.model.cached:
             return read_place(self.model.cached[name][1]).float().reshape(self.cached_shape)
-        if name.endswith(INPUT_GLOBAL_SCALE):
-            return self._input_multiplier(name.removesuffix(INPUT_GLOBAL_SCALE))
+        for leaf in (INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT):
+            if name.endswith(leaf):
+                return self._calibrated(name.removesuffix(leaf), zero_point=leaf == INPUT_ZERO_POINT)
         linear, _, leaf = name.rpartition(".")
         return self.tensors(f"{linear}.")[leaf]
 
@@ -187,17 +192,17 @@ class PackedArtifact(Artifact):
         weights = _weights_of(self.scheme, name)
         return Grid.of(weights, self.plugins.format(weights.format))
 
-    def _input_multiplier(self, site: str) -> Tensor:
-        """Return the multiplier of a site's activations, on which the linears that read it must agree."""
+    def _calibrated(self, site: str, *, zero_point: bool) -> Tensor:
+        """Return the multiplier or zero point of a site's activations, on which the linears that read it must agree."""
+        stored = {linear.name: self.stored_of(linear.name) for linear in self.model.coded if linear.reads == site}
         found = {
-            linear.name: read_multiplier(self.method, self.stored_of(linear.name))
-            for linear in self.model.coded
-            if linear.reads == site
+            name: read_input_zero_point(own) if zero_point else read_multiplier(self.method, own)
+            for name, own in stored.items()
         }
         first, *others = found.values()
         if first is None or any(other is None or not torch.equal(first, other) for other in others):
             raise UsageError(
-                "linears that read one input have different input scales",
+                f"linears that read one input have different input {'zero points' if zero_point else 'scales'}",
                 facts=(("input", site), ("linears", ", ".join(found))),
                 hint="pack it from the artifact that it came from",
             )
@@ -250,7 +255,7 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
             facts=(("first", next(iter(model.cached))),),
             hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
         )
-    _refuse_zero_points(model)
+    _refuse_zero_points(model, scheme)
     _refuse_other_tensors(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
@@ -326,15 +331,24 @@ def _refuse_other_codes(model: PackedModel) -> None:
         )
 
 
-def _refuse_zero_points(model: PackedModel) -> None:
-    """Refuse a cache whose zero points are others than those of a symmetric one."""
-    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in CACHE_ZEROS}
+def _refuse_zero_points(model: PackedModel, scheme: ModelScheme) -> None:
+    """Refuse a cache or inputs whose zero points are others than those of symmetric ones, and inputs that lack one."""
+    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in (*CACHE_ZEROS, _INPUT_ZERO)}
+    for linear in model.coded:
+        inputs, name = scheme.of(linear.name).activations, f"{linear.name}.{_INPUT_ZERO}"
+        if inputs is not None and inputs.static and not inputs.symmetric and zeros.pop(name, None) is None:
+            raise ArtifactError(
+                "the config says that inputs have calibrated zero points, and the checkpoint lacks one",
+                facts=(("first", name),),
+                hint="check that the download is complete",
+            )
     odd = next((name for name, place in zeros.items() if read_place(place).float().any()), None)
     if odd is not None:
+        what, option = ("inputs", "--activations") if _leaf(odd) == _INPUT_ZERO else ("a KV cache", "--kv")
         raise ArtifactError(
-            "the checkpoint has a KV cache with zero points, and its config says that it is symmetric",
+            f"the checkpoint has {what} with zero points, and its config says that there are none",
             facts=(("first", odd),),
-            hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
+            hint=f"quantize the original model again: qtool mitigate MODEL {option} fp8-tensor-static",
         )
 
 

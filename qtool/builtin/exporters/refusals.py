@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qtool.builtin.exporters.checkpoint import refuse_compensation
 from qtool.builtin.exporters.mixed import groups_of
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
+from qtool.engine.static_scales import needs_of_range
+from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, OUTLIERS
 from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
@@ -72,12 +73,16 @@ def check_global_scales(subject: Subject) -> None:
                     hint="use a mitigator that keeps the global scale it is given",
                 )
         inputs = subject.input_grid(linear)
-        wanted = inputs is not None and any(part.has_global_scale for part in inputs.parts)
-        if wanted and input_multiplier(subject, linear) is None:
+        if inputs is None or not any(part.has_global_scale for part in inputs.parts):
+            continue
+        ends = needs_of_range(inputs)
+        zeros = len(ends) > 1
+        if input_multiplier(subject, linear) is None or (zeros and input_zero_point(subject, linear) is None):
+            needed = "a scale and a zero point" if zeros else "a scale"
             raise UsageError(
-                "the activations were not calibrated, and these need a scale for each input",
+                f"the activations were not calibrated, and these need {needed} for each input",
                 facts=(("input", linear.reads),),
-                hint="qtool calibrate MODEL --gather hessian,absmax, then mitigate again",
+                hint=f"qtool calibrate MODEL --gather hessian,{','.join(ends)},sample, then mitigate again",
             )
 
 
@@ -86,6 +91,13 @@ def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
     if subject.scheme.of(linear.name).activations is None:
         return None
     return _multiplier(subject, f"{linear.reads}{INPUT_GLOBAL_SCALE}")
+
+
+def input_zero_point(subject: Subject, linear: LinearSite) -> Tensor | None:
+    """Return the code that stands for zero in what a linear reads, None where it is none that was calibrated."""
+    if subject.scheme.of(linear.name).activations is None:
+        return None
+    return _multiplier(subject, f"{linear.reads}{INPUT_ZERO_POINT}")
 
 
 def refuse_real(subject: Subject, layout: str) -> None:
@@ -186,7 +198,7 @@ def _refuse_other_parameters(subject: Subject, layout: str) -> None:
 
 
 def _multiplier(subject: Subject, name: str) -> Tensor | None:
-    """Read a tensor-level multiplier by its name in the artifact, None without one."""
+    """Read a tensor-level multiplier, or a zero point, by its name in the artifact, None without one."""
     if subject.quantized is None or name not in subject.quantized.header.slots:
         return None
     return subject.quantized.tensor(name)

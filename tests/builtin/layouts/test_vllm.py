@@ -159,6 +159,7 @@ EXECUTED = {
     BYTES: {
         Scheme("int8-sym-channel", HALF, "", CT): "loads",
         Scheme("int8-sym-channel", "int8-asym-token-sfp32", "", CT): "loads",
+        Scheme("int8-sym-channel", "int8-asym-tensor-c0.02-static", "", CT): "loads",
     },
     FLOATS: {
         Scheme("fp8-channel", "fp8-token", "", CT): "loads",
