@@ -129,8 +129,9 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     with writer.working():
         with measured(about, workspace.device):
             found = work.run(writer)
-        details = {**manifest.details, **found.details}
-        artifact = writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about))
+        if not (request.strict and found.counters):
+            details = {**manifest.details, **found.details}
+            artifact = writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about))
     _check_counters(request, found.counters)
     if found.counters:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(found.counters.items()))
