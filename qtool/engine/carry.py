@@ -47,14 +47,15 @@ class CarriedStatistics(Mapping[str, SiteStatistics]):
         operators = self.plan.at(site_id).operators if name == VO else _between(self.model, self.plan, *place)
         entries = {entry: tensor.float() for entry, tensor in self.artifact.tensors(f"{gathered_at}.").items()}
         entries = {entry: tensor for entry, tensor in entries.items() if entry not in self.unwanted}
-        rule = self.artifact.manifest.step.config["token_weight"]
+        config = self.artifact.manifest.step.config
+        rule = config["token_weight"]
         if MOMENTS & entries.keys() and _shifts_weighted(operators, rule, place[1]):
             raise ArtifactError(
                 "the mean that a shift needs counts all tokens alike, and these Hessians do not",
                 facts=(("gathered with", parse_token_weight(rule).at(place[1])), ("site", site_id)),
                 hint=f"qtool calibrate MODEL --token-weight {UNIFORM}",
             )
-        return SiteStatistics(self.tokens, entries).carried(operators)
+        return SiteStatistics(self.tokens, entries, gathered=frozenset(config["gather"])).carried(operators)
 
     def __iter__(self) -> Iterator[str]:
         """Yield the ids of the input sites."""

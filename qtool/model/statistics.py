@@ -35,11 +35,13 @@ class SiteStatistics:
             its diagonal, ``absmax``, ``min``, ``max``, ``mean``, ``mean_abs`` [n], ``sample`` [tokens, n], and what
             plugins gather.
         estimated: Entries that were recomputed from the sample after an operator.
+        gathered: What calibrate gathered of the whole model, where that is more than the entries.
     """
 
     tokens: int
     entries: Mapping[str, Tensor]
     estimated: frozenset[str] = field(default_factory=frozenset)
+    gathered: frozenset[str] = field(default_factory=frozenset)
 
     def need(self, name: str, *, site: str) -> Tensor:
         """Return an entry; blocks of a Hessian also where the whole was gathered.
@@ -50,13 +52,14 @@ class SiteStatistics:
         if name == BLOCKS and HESSIAN in self.entries:
             return diagonal_blocks(self.entries[HESSIAN], block_size(len(self.entries[HESSIAN])))
         if name not in self.entries:
-            # Behind a rotation extremes come from the sample and blocks from the whole, so these alone lead here again.
-            asked = HESSIAN if name == BLOCKS else name
-            wanted = {*self.entries, asked, *((SAMPLE,) if name in FROM_SAMPLE else ())}
+            there = {*self.gathered, *self.entries}
+            # Extremes behind a rotation come from the sample, so these alone lead here again.
+            wanted = {*there, name, *((SAMPLE,) if name in FROM_SAMPLE else ())}
+            lost = "; operators of the plan mix channels of different blocks" if name == BLOCKS in there else ""
             raise ArtifactError(
-                f"the statistics lack `{name}` at `{site}`",
-                facts=(("gathered", ", ".join(sorted(self.entries)) or "nothing"),),
-                hint=f"qtool calibrate MODEL --gather {','.join(sorted(wanted))}",
+                f"the statistics lack `{name}` at `{site}`{lost}",
+                facts=(("gathered", ", ".join(sorted(there)) or "nothing"),),
+                hint=f"qtool calibrate {'PLAN' if lost else 'MODEL'} --gather {','.join(sorted(wanted))}",
             )
         return self.entries[name]
 
@@ -89,7 +92,7 @@ class SiteStatistics:
             known = {name: value for name, value in summarize(entries[SAMPLE]).items() if name in self.entries}
             entries |= known
             estimated |= set(known)
-        return SiteStatistics(self.tokens, entries, frozenset(estimated))
+        return SiteStatistics(self.tokens, entries, frozenset(estimated), self.gathered)
 
     def _by_channel(self, operator: Operator) -> dict[str, Tensor]:
         """Return each channel's extremes behind an operator that leaves channels apart: exact.

@@ -132,7 +132,7 @@ def _result(future: Future[Outcome], task: Task) -> Outcome:
         raise ResourceError(
             "a process of the run was ended from outside",
             facts=(("while", task.title),),
-            hint="fewer --jobs if memory ran out; what is finished is kept",
+            hint="--jobs 1  # if memory ran out; run again, it goes on from what is finished",
         ) from error
 
 

@@ -19,6 +19,7 @@ from qtool.engine.carry import CarriedStatistics
 from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
 from qtool.engine.propagate import Propagation, compares_inputs
+from qtool.engine.saliency import SALIENCY
 from qtool.engine.solve import Method, Solver
 from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
@@ -35,7 +36,7 @@ from qtool.steps.saliency import default_token_weight, saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
 from qtool.steps.solved import Found, check_order
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
-from qtool.steps.token_weights import token_weight_of
+from qtool.steps.token_weights import GRADIENT, token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace, measured
 
@@ -322,10 +323,11 @@ class _Work:
         ):
             gathered = config.get(name.replace("-", "_"), "")
             if given and used != gathered:
+                more = f" --gather {','.join(sorted({*config['gather'], SALIENCY}))}" if GRADIENT in given else ""
                 raise UsageError(
                     f"carried statistics keep the {inside} that they were gathered with",
                     facts=(("gathered with", gathered),),
-                    hint=f"qtool calibrate MODEL --{name} {given}",
+                    hint=f"qtool calibrate MODEL --{name} {given}{more}",
                 )
 
     def _carried_tokens(self, layer: int) -> Tensor | None:

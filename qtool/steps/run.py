@@ -36,7 +36,8 @@ class RunRequest:
         dry_run: Whether to do nothing but list the steps, and which of them are done already. The model is fetched
             all the same where it is not there: what is done follows from its weights.
         fail_fast: Whether the first failure ends the run.
-        jobs: Steps that run at once, each in a process of its own; 1 runs them here.
+        jobs: Steps that run at once, each in a process of its own; 1 runs them here. Processes import the script that
+            asks anew, which therefore does so below ``if __name__ == "__main__":`` only.
         to: Format of the table; empty takes the recipe's.
     """
 

@@ -234,7 +234,7 @@ NARROW = "narrow() cannot be applied to a 0-dim tensor"
         (W4A16, "sglang", ("cpu",), "refuses", "refused: it has no compressed-tensors on a CPU", NO_CUDA),
         (NVFP4, "sglang", ("cpu",), "refuses", "refused: it has no compressed-tensors on a CPU", NO_CUDA),
         (FP8, "sglang", ("cpu",), "refuses", "refused: it has no compressed-tensors on a CPU", NO_CUDA),
-        (W8A8, "sglang", ("cpu",), "refuses", "refused: but with --quantization w8a8_int8, with", NO_CUDA),
+        (W8A8, "sglang", ("cpu",), "refuses", "refused: it wants --quantization w8a8_int8, with", NO_CUDA),
         (STATIC_W8A8, "sglang", ("cpu",), "refuses", "refused: it has no compressed-tensors on", NO_CUDA),
         (MXFP6, "sglang", ("cpu",), "refuses", "refused: floats of compressed-tensors have", NO_BITS),
         (GPTQ, "sglang", ("cpu",), "executes-other", "W4A8: dynamic INT8 activations per token, though", ""),

@@ -418,7 +418,8 @@ class TestCarrying:
                 assert not found.entries
                 with pytest.raises(ArtifactError, match="lack `hessian_blocks`") as refused:
                     found.need("hessian_blocks", site=site)
-                assert refused.value.hint == "qtool calibrate MODEL --gather hessian"
+                assert "mix channels of different blocks" in refused.value.message
+                assert refused.value.hint == "qtool calibrate PLAN --gather hessian_blocks"
                 continue
             expected = transformed.tensor(f"{site}.hessian_blocks")
             scale = float(expected.abs().max())

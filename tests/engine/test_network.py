@@ -230,6 +230,23 @@ class TestLoading:
         one.load(0, BlockContent(state))
         assert torch.equal(one.run(0, hidden, arguments[0]), expected)
 
+    def test_an_adapter_is_put_on_the_device_once(
+        self, opened: Open, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = network(opened("qwen2"))
+        hidden, arguments = one.embed(windows)
+        moved: list[torch.device] = []
+
+        def on(adapter: Adapter, device: torch.device) -> Adapter:
+            moved.append(device)
+            return adapter
+
+        monkeypatch.setattr(Adapter, "on", on)
+        adapter = Adapter(torch.randn(2, 24), torch.randn(40, 2))
+        one.load(0, BlockContent(one.subject.folded(0), {"mlp.up_proj": adapter}))
+        one.run(0, hidden, arguments[0])
+        assert moved == [one.device]
+
     def test_an_adapter_adds_its_product_to_the_weight(self, opened: Open, windows: Tensor) -> None:
         subject = opened("qwen2")
         generator = torch.Generator().manual_seed(0)

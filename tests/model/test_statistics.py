@@ -173,3 +173,8 @@ def test_an_entry_that_is_missing_is_named_with_what_there_is() -> None:
         SiteStatistics(1, {}).need("mean", site="site")
     assert refused.value.facts == (("gathered", "nothing"),)
     assert refused.value.hint == "qtool calibrate MODEL --gather mean"
+    gathered = SiteStatistics(1, {"mean": torch.zeros(2)}, gathered=frozenset({"mean", "saliency"}))
+    with pytest.raises(ArtifactError) as refused:
+        gathered.carried((Signs(torch.tensor([1, -1])),)).need("hessian", site="site")
+    assert refused.value.facts == (("gathered", "mean, saliency"),)
+    assert refused.value.hint == "qtool calibrate MODEL --gather hessian,mean,saliency"

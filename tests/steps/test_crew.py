@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +44,8 @@ class PeculiarError(Exception):
 
 
 def warns_and_fails(source: str, at: Workspace) -> tuple[Artifact, bool]:
-    at.warn(f"{source} is odd")
+    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C reaches all processes of a terminal
+    at.warn(f"{source} is odd with {torch.get_num_threads()} threads")
     warnings.warn("so is\nthe library", stacklevel=1)
     sys.stdout.write("said on standard output\n")
     sys.stdout.flush()
@@ -55,6 +58,11 @@ def fails_peculiarly(source: str, at: Workspace) -> tuple[Artifact, bool]:
 
 def ends_its_process(source: str, at: Workspace) -> tuple[Artifact, bool]:
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def counts(source: str, at: Workspace) -> tuple[Artifact, bool]:
+    list(at.progress(range(2), total=2, label="its own"))
     raise AssertionError
 
 
@@ -163,7 +171,8 @@ def test_errors_and_warnings_come_back_from_a_process(workspace: Workspace, capf
     one, other = Task("one", None, warns_and_fails), Task("other", None, fails_peculiarly)
     with crew_of(2, workspace) as crew:
         found = {outcome.title: outcome for _, outcome, _ in worked(labels(one, other), "model", crew)}
-    assert found["one"].warnings == ("model is odd", "so is the library")
+    threads = max(1, torch.get_num_threads() // 2)
+    assert found["one"].warnings == (f"model is odd with {threads} threads", "so is the library")
     assert "said on standard output" not in capfd.readouterr().out
     error = found["one"].error
     assert isinstance(error, NumericalError)
@@ -171,6 +180,18 @@ def test_errors_and_warnings_come_back_from_a_process(workspace: Workspace, capf
     assert "in warns_and_fails" in "".join(error.__notes__)
     assert type(found["other"].error) is QtoolError
     assert found["other"].error.message == "PeculiarError: 1 and 2"
+
+
+def test_progress_is_that_of_the_task(workspace: Workspace) -> None:
+    shown: list[str] = []
+
+    def progress(items: Iterable[Any], *, total: int, label: str) -> Iterable[Any]:
+        shown.append(f"{label} of {total}")
+        return items
+
+    with crew_of(1, replace(workspace, progress=progress)) as crew:
+        list(worked({Task("one", None, counts): "[1/1] one"}, "model", crew))
+    assert shown == ["[1/1] one of 2"]
 
 
 def test_a_process_ended_from_outside_is_named(workspace: Workspace) -> None:
