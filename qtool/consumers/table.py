@@ -233,11 +233,13 @@ def _needed(case: Case) -> dict[str, bool]:
 
 
 def _summary(answers: Sequence[Answer]) -> str:
-    """Return one text for all devices: what the newest do first, each with where it begins."""
+    """Return one text for all devices: what the newest that run it do first, each with where it begins."""
     groups = [(text, list(same)) for text, same in groupby(reversed(answers), key=lambda one: one.says)]
     words = next((one.words for one in answers if one.words), "")
+    refused = groups.pop(0) if len(groups) > 1 and groups[0][1][0].verdict == "refuses" else None
     told = [_since(text, same[-1].device) for text, same in groups[:-1]] + [groups[-1][0]]
-    return "; before it ".join(told) + (f" ({words})" if words else "")
+    later = f"; {_since(refused[0], refused[1][-1].device)}" if refused is not None else ""
+    return "; before it ".join(told) + later + (f" ({words})" if words else "")
 
 
 def _since(text: str, device: str) -> str:

@@ -195,7 +195,7 @@ def test_solvers_beat_rounding_and_choose_codes_against_what_is_stored(
         ("nvfp4-offset", "asymmetric integers", "nvfp4-sym-g16-se4m3"),
         ("int4-asym-g16-offset-se8m0", "without zero points", "int4-sym-g16-se8m0"),
         ("int4-asym-g16-offset-scales3g16", "not with an offset", "int4-asym-g16-sbf16-scales3g16"),
-        ("int8-asym-tensor-offset-static", "without zero points", "int8-sym-tensor-sbf16-static"),
+        ("int8-asym-tensor-offset-static", "are whole numbers", "int8-asym-tensor-sbf16-static"),
         ("int4-asym-offset-full", "a rule for symmetric integers", "int4-asym-channel-offset-sbf16"),
     ],
 )

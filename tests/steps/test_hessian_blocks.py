@@ -113,7 +113,7 @@ def test_behind_transforms(desk: Desk) -> None:
     plan, _ = transform(TransformRequest(str(small.path), "quarot"), desk.workspace)
     with pytest.raises(ArtifactError, match="the statistics lack `hessian_blocks` at") as refused:
         mitigate(asked(desk, plan), desk.workspace)
-    assert refused.value.hint == "qtool calibrate MODEL --gather hessian"
+    assert refused.value.hint == "qtool calibrate PLAN --gather absmax,hessian_blocks"
     workspace = replace(
         desk.workspace, inputs={"statistics": desk.calibrate(source=str(plan.path), gather=BLOCKS).path}
     )

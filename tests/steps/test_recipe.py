@@ -263,5 +263,5 @@ def test_the_example_in_the_recipes_readme_can_be_run(tmp_path: Path) -> None:
     example = (RECIPES / "README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     recipe = recipe_of(example, tmp_path)
     assert recipe.name == "example"
-    assert len(cells_of(recipe)) == 3 * 3 * 3 - 3 + 1
+    assert len(cells_of(recipe)) == 2 * (3 * 3 * 3 - 3 + 1)
     assert tasks_of(recipe, Plugins.discover())
