@@ -236,7 +236,8 @@ def _summary(answers: Sequence[Answer]) -> str:
     """Return one text for all devices: what the newest that run it do first, each with where it begins."""
     groups = [(text, list(same)) for text, same in groupby(reversed(answers), key=lambda one: one.says)]
     words = next((one.words for one in answers if one.words), "")
-    refused = groups.pop(0) if len(groups) > 1 and groups[0][1][0].verdict == "refuses" else None
+    refuse = [same[0].verdict == "refuses" for _, same in groups]
+    refused = groups.pop(0) if refuse[0] and not all(refuse) else None
     told = [_since(text, same[-1].device) for text, same in groups[:-1]] + [groups[-1][0]]
     later = f"; {_since(refused[0], refused[1][-1].device)}" if refused is not None else ""
     return "; before it ".join(told) + later + (f" ({words})" if words else "")

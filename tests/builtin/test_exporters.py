@@ -534,7 +534,7 @@ MXFP4_FROM_SM90 = (
         (
             "int4-sym-g128",
             "fp8-token",
-            "from SM100 on refused: it has packed integers with FP8 activations on SM90 only; before it W4A8 from SM90",
+            "W4A8 from SM90",
         ),
         (
             "int4-sym-g32",
@@ -544,8 +544,7 @@ MXFP4_FROM_SM90 = (
         (
             "int8-sym-channel",
             "int8-asym-token",
-            "from SM100 on refused: CUTLASS has no INT8 on SM100; W8A8 with --linear-backend triton; before it W8A8: "
-            "dynamic INT8 activations per token, asymmetric (by",
+            "W8A8: dynamic INT8 activations per token, asymmetric; from SM100 on refused: CUTLASS has no INT8 on SM100",
         ),
         ("int8-sym-channel", "int8-sym-tensor", "refused: it wants INT8 activations per token"),
         ("fp8-channel", "", "W8A16: activations are not quantized (by"),
