@@ -150,6 +150,18 @@ class TestStep:
         assert found["estimated_seconds"] > 0
         assert "measurements" in found["estimates"]
 
+    @pytest.mark.parametrize(
+        ("method", "token_weight"),
+        [("gptq", ""), ("target+gptq", "gradient,up_down=uniform"), ("guidedquant", ""), ("guidedquant", "uniform")],
+    )
+    def test_statistics_that_hold_saliency_are_enough(self, desk: Desk, method: str, token_weight: str) -> None:
+        request = asked(desk, desk.calibrate(gather=("hessian", "saliency")), method, token_weight=token_weight)
+        found = said(desk, request)
+        assert ("saliency" in found["statistics"]) == (method == "guidedquant")
+        seconds = {row["part"]: row["seconds"] for row in found["estimate"]}
+        assert seconds["solving"] > 0
+        assert seconds["gathering"] > 0
+
     def test_a_method_that_cannot_come_first_is_refused(self, desk: Desk) -> None:
         with pytest.raises(UsageError, match="cannot come first"):
             said(desk, asked(desk, desk.calibrate(), "cd"))
