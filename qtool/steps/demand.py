@@ -43,8 +43,8 @@ class Demand:
     Attributes:
         statistics: Largest number of bytes of statistics that are held at once: one layer's.
         layer: That layer.
-        disk: Bytes that the tensors of its artifact take: exactly, but low-rank corrections, and statistics that cannot
-            tell how large they get, are not in it.
+        disk: Bytes that the tensors of its artifact take: exactly, but weights that turn out to be outliers, what is
+            added to blocks, and statistics that cannot tell how large they get, are not in it.
     """
 
     statistics: int
@@ -117,11 +117,12 @@ def demand_of(
     if manifest.kind != "quantized":
         return None
     subject = Subject(model, plugins, plan or Plan(), ModelScheme.from_json(manifest.schemes))
-    needs, layers = needs_of(methods_of(manifest, plugins), static_inputs(subject)), list[int]()
+    methods, layers = methods_of(manifest, plugins), list[int]()
+    needs = needs_of(methods, static_inputs(subject))
     if gathered is not None and (known := known_of(needs, config["propagate"], gathered, subject)):
         told = {**gathered.step.config, **config}
         layers = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins).of_layers()
-    return _largest(layers, disk=sum(code_bytes(subject).values()) + _input_scale_bytes(subject))
+    return _largest(layers, disk=sum(stored_bytes(subject, methods).values()) + _input_scale_bytes(subject))
 
 
 def methods_of(manifest: Manifest, plugins: Plugins) -> list[Method]:
@@ -177,20 +178,21 @@ def _largest(layers: Sequence[int], *, disk: int) -> Demand:
     return Demand(layers[layer] if layers else 0, layer, disk)
 
 
-def code_bytes(subject: Subject) -> dict[str, int]:
-    """Return the bytes of the codes, scales and zero points of each linear, by name."""
+def stored_bytes(subject: Subject, methods: Sequence[Method] = ()) -> dict[str, int]:
+    """Return the bytes of the codes, scales and zero points of each linear, by name, and of what methods put beside."""
     known: dict[tuple[int, int, Grid], int] = {}
     found: dict[str, int] = {}
     for linear in subject.linears:
         rows, n = subject.model.places[f"{linear.name}.weight"].shape
         key = (rows, n, subject.weight_grid(linear))
         if key not in known:
-            known[key] = _stored_bytes(*key)
-        found[linear.name] = known[key]
+            known[key] = _code_bytes(*key)
+        beside = (one.bytes_beside(rows, n, expert=linear.expert is not None) for one in methods)
+        found[linear.name] = known[key] + sum(beside)
     return found
 
 
-def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
+def _code_bytes(rows: int, n: int, grid: Grid) -> int:
     """Return the bytes that a weight takes as it is stored, from those of a few rows: the rest is alike.
 
     Pairs, because two rows may share a byte of scales; and rows of one more block, where rows share scales.

@@ -67,6 +67,28 @@ class TestBytes:
         assert any(INPUT_GLOBAL_SCALE in name for name in made.header.slots) == (activations == "fp4-g8-se4m3")
         assert found["disk_bytes_at_least"] == sum(slot.nbytes for slot in made.header.slots.values())
 
+    @pytest.mark.parametrize(
+        ("method", "settings"),
+        [
+            ("rtn+lorc", {}),
+            ("gptq+qera", {"dtype": "fp16"}),
+            ("rtn+l2qer", {"dtype": "int8"}),
+            ("svdquant", {"iterations": "1"}),
+            ("caldera", {"dtype": "int8", "iterations": "1"}),
+            ("intrinsic", {"finish": "none"}),
+        ],
+    )
+    def test_low_rank_corrections_count(self, desk: Desk, method: str, settings: dict[str, str]) -> None:
+        request = asked(desk, desk.calibrate(), method, propagate="none", settings={"rank": "3", **settings})
+        found = said(desk, request)
+        made, _ = mitigate(request, desk.workspace)
+        assert any(".adapter." in name for name in made.header.slots)
+        assert found["disk_bytes_at_least"] == sum(slot.nbytes for slot in made.header.slots.values())
+        stored = {row["module"]: row["stored_bytes"] for row in found["linears"]}
+        for module, told in stored.items():
+            own = [slot.nbytes for name, slot in made.header.slots.items() if f".{module}." in name]
+            assert told == sum(own)
+
     def test_channels_that_are_set_apart_count(self, desk: Desk, apart: Artifact) -> None:
         request = asked(desk, apart, propagate="none")
         found = said(desk, request)
