@@ -14,7 +14,7 @@ from qtool.artifacts.manifest import Manifest
 from qtool.engine.block import needs_of, static_inputs
 from qtool.engine.carry import can_carry_hessians
 from qtool.engine.experts import Mode
-from qtool.engine.gather import Gathering, SizedStatistic, sites_to_observe
+from qtool.engine.gather import Gathering, GradientStatistic, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Method
@@ -31,9 +31,11 @@ from qtool.scheme import ModelScheme
 from qtool.steps.transform import gathered_behind
 
 _COUNT = 8
+_FLOAT = 4
 _TOKEN = 4
 _SCALE = 4
 _ZERO_POINT = 1
+_MANY = 1024
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,22 @@ class StatisticSizes:
         statistics: Those that can tell.
         gathering: What their accumulators are told.
         routed: Whether experts have statistics of their own tokens.
+        groups: For how many groups of its rows each linear has a Hessian of its own.
     """
 
     graph: ModelGraph
     statistics: tuple[SizedStatistic, ...]
     gathering: Gathering
     routed: bool
+    groups: int = 0
+
+    @classmethod
+    def to_solve(
+        cls, graph: ModelGraph, config: Mapping[str, Any], names: Iterable[str], tokens: int, plugins: Plugins
+    ) -> StatisticSizes:
+        """Return the sizes of what solvers get, as ``of`` does: Hessians in place of what was gathered of gradients."""
+        names = tuple(names)
+        return replace(cls.of(graph, config, names, tokens, plugins), groups=_row_groups(names, plugins))
 
     @classmethod
     def of(
@@ -87,7 +99,8 @@ class StatisticSizes:
         gathering, dims = self.gathering, self.graph.dims
         if self.routed and site.startswith(EXPERTS):  # an expert's share of the sampled tokens
             gathering = replace(gathering, sample_size=round(gathering.sample_size * dims.chosen / dims.experts))
-        return sum(one.nbytes(self.graph.width(site), gathering) for one in self.statistics)
+        n, readers = self.graph.width(site), sum(one.spec.reads == site for one in self.graph.linears_of(0))
+        return sum(one.nbytes(n, gathering) for one in self.statistics) + _FLOAT * n * n * self.groups * readers
 
     def of_layers(self) -> list[int]:
         """Return the bytes of the statistics of each layer."""
@@ -121,8 +134,20 @@ def demand_of(
     needs = needs_of(methods, static_inputs(subject))
     if gathered is not None and (known := known_of(needs, config["propagate"], gathered, subject)):
         told = {**gathered.step.config, **config}
-        layers = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins).of_layers()
+        layers = StatisticSizes.to_solve(graph, told, known, gathered.details["tokens"], plugins).of_layers()
     return _largest(layers, disk=sum(stored_bytes(subject, methods).values()) + _input_scale_bytes(subject))
+
+
+def _row_groups(names: Iterable[str], plugins: Plugins) -> int:
+    """Return how many groups of rows the statistics of gradients among some tell apart."""
+    loaded = [plugins.load("statistics", name) for name in names if name in plugins.offers["statistics"]]
+    groups = 0
+    for statistic in loaded:
+        if isinstance(statistic, GradientStatistic):
+            one = statistic.start_gradient(_MANY, Gathering(1, TokenWeight()), torch.device("cpu"))
+            one.update(torch.ones(1, _MANY))
+            groups += one.result().shape[-1]
+    return groups
 
 
 def methods_of(manifest: Manifest, plugins: Plugins) -> list[Method]:

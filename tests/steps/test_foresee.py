@@ -179,7 +179,13 @@ class TestStep:
     def test_statistics_that_hold_saliency_are_enough(self, desk: Desk, method: str, token_weight: str) -> None:
         request = asked(desk, desk.calibrate(gather=("hessian", "saliency")), method, token_weight=token_weight)
         found = said(desk, request)
-        assert ("saliency" in found["statistics"]) == (method == "guidedquant")
+        guided = method == "guidedquant"
+        assert ("saliency" in found["statistics"]) == guided
+        rows = {row["module"]: row["statistics_bytes_of_site"] for row in found["linears"]}
+        matrices = 1 + 3 * ("target" in method)  # H, C, and both once more on held-out windows
+        # Of each linear that reads the site, a Hessian of each of four groups of rows beside the one of all.
+        assert rows["o_proj"] == 4 * 24**2 * (1 + 4 if guided else matrices)
+        assert rows["q_proj"] == 4 * 24**2 * (1 + 3 * 4 if guided else matrices)
         seconds = {row["part"]: row["seconds"] for row in found["estimate"]}
         assert seconds["solving"] > 0
         assert seconds["gathering"] > 0
