@@ -228,6 +228,30 @@ class TestDescriptions:
         assert [one.record() for one in configure(kind, name, typed, PLUGINS)] == [one.record() for one in methods]
 
     def test_words_of_a_class_come_before_those_of_what_it_extends(self) -> None:
+        @dataclass(frozen=True)
+        class Wide(Options):
+            """Wide.
+
+            Attributes:
+                count: How many: of
+                    all.
+                name: A ``name``.
+            """
+
+        @dataclass(frozen=True)
+        class Narrow(Wide):
+            """Narrow.
+
+            Attributes:
+                name: Another.
+            """
+
+        method = Method()
+        method.Config = Narrow
+        with patch.dict(PLUGINS._instances, {("mitigators", "rtn"): method}):
+            narrow = describe_options(PLUGINS, "mitigators", "rtn").tables["options"].to_json()
+        meanings = {row["option"]: row["meaning"] for row in narrow if row["meaning"]}
+        assert meanings == {"count": "How many: of all.", "name": "Another."}
         rows = {
             row["option"]: row for row in describe_options(PLUGINS, "mitigators", "obq").tables["options"].to_json()
         }
