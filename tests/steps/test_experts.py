@@ -464,6 +464,16 @@ class TestForeseeing:
         hessians = 24 * 24 * 2 + 32 * 32 + 20 * 20 + 6 * 16 * 16
         assert said["statistics_bytes_of_largest_layer"] == 4 * hessians
 
+    @pytest.mark.parametrize("settings", [{}, {"experts": "true"}])
+    def test_low_rank_corrections_count_where_experts_have_them(self, tidy: Desk, settings: dict[str, str]) -> None:
+        settings = {"rank": "2", **settings}
+        scheme = weights(tidy, "int4-g4")
+        how = {"scheme": scheme, "method": "rtn+lorc", "settings": settings, "propagate": "none"}
+        asked = asked_of(tidy, tidy.calibrate(), **how)
+        said = foresee(mitigate, asked, tidy.workspace).to_json()
+        found, _ = mitigate(asked, tidy.workspace)
+        assert said["disk_bytes_at_least"] == sum(slot.nbytes for slot in found.header.slots.values())
+
     def test_what_would_be_refused_is_refused(self, tidy: Desk) -> None:
         with pytest.raises(UsageError, match="no statistics of experts"):
             foresee(calibrate, CalibrateRequest(**{**vars(tidy.request()), "experts": "few"}), tidy.workspace)
