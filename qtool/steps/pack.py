@@ -119,7 +119,9 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
         raise ArtifactError(
             f"`{request.source}` holds nothing to pack",
             facts=(("expected", "quantized"), ("received", kind)),
-            hint=again if decoded or kind == "checkpoint" else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
+            hint=again
+            if decoded or kind == "checkpoint"
+            else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
         )
     return opened
 
