@@ -283,7 +283,7 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     Raises:
         NumericalError: A weight would differ in bfloat16; names the linear.
     """
-    artifact, inexact = subject.quantized, set[float]()
+    artifact, inexact, turned = subject.quantized, set[float](), list[Tensor | None]()
     if not isinstance(artifact, PackedArtifact):
         return 0
     for linear in subject.linears:
@@ -293,10 +293,10 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
         stored = artifact.stored_of(linear.name)
         if artifact.method == "compressed-tensors":
             check_reciprocal(linear.name, parameters, stored["weight_global_scale"])
-            turned = (stored["weight_global_scale"], stored.get("input_global_scale"))
+            turned = [stored["weight_global_scale"], stored.get("input_global_scale")]
         elif to == "compressed-tensors":
             check_reciprocal(linear.name, parameters)
-            turned = (parameters.global_scale, read_multiplier(artifact.method, stored))
+            turned = [parameters.global_scale, read_multiplier(artifact.method, stored)]
         else:
             continue
         inexact |= {float(one) for one in turned if one is not None and not is_reciprocal(one.float().reshape(()))}
