@@ -258,7 +258,7 @@ def _half(subject: Subject) -> Made:
         if linear.name in subject.kept:
             weight, bias = offline(subject, linear, state[f"{linear.spec.module}.weight"], bias)
         else:
-            weight, bias = dense(subject, linear, bias)
+            weight, bias = dense(subject, linear, bias, torch.float32)
         return {"weight": weight.float()} if bias is None else {"weight": weight.float(), "bias": bias}
 
     return made
