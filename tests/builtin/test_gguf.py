@@ -23,7 +23,7 @@ from qtool.builtin.exporters.gguf import FILE, GGUF, GGUFHalf
 from qtool.builtin.exporters.gguf_blocks import stored_blocks
 from qtool.builtin.exporters.gguf_types import choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary, split_name
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, ModelError, QtoolError, SchemeError, UsageError
 from qtool.model.plan import Plan, Segment, SitePlan
@@ -36,7 +36,7 @@ from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
 from tests.builtin.layouts.conftest import changed
-from tests.builtin.packed import written
+from tests.builtin.packed import packed, written
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -113,9 +113,11 @@ def read(directory: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(directory / FILE).tensors}
 
 
-def linear_of(codes: list[list[int]], scale: list[list[float]], **others: list[list[float]] | float) -> QuantizedLinear:
+def linear_of(
+    codes: list[list[int]], scale: list[list[float]], *, bits: int = 4, **others: list[list[float]] | float
+) -> PackedLinear:
     parameters = GroupParameters(torch.tensor(scale), **{name: torch.tensor(one) for name, one in others.items()})
-    return QuantizedLinear(torch.tensor(codes, dtype=torch.uint8), (parameters,))
+    return packed(torch.tensor(codes, dtype=torch.uint8), parameters, bits)
 
 
 ORDER = [(7 * i + 3) % 16 for i in range(32)]
@@ -130,7 +132,7 @@ def test_the_bytes_of_one_block_of_each_type() -> None:
         q4_1 = stored_blocks(linear_of([ORDER], [[0.25]], **others), "Q4_1")
         assert bytes(q4_1[0].tolist()) == np.float16(0.25).tobytes() + np.float16(-1.25).tobytes() + nibbles
     wide = [(37 * i + 5) % 256 for i in range(32)]
-    q8_0 = stored_blocks(linear_of([wide], [[0.75]]), "Q8_0")
+    q8_0 = stored_blocks(linear_of([wide], [[0.75]], bits=8), "Q8_0")
     assert (
         bytes(q8_0[0].tolist())
         == np.float16(0.75).tobytes() + np.array(wide, np.int16).__sub__(128).astype(np.int8).tobytes()
@@ -139,8 +141,8 @@ def test_the_bytes_of_one_block_of_each_type() -> None:
     assert bytes(mxfp4[0].tolist()) == bytes([122]) + nibbles
     codes = [(5 * i + i // 16) % 16 for i in range(64)]
     nvfp4 = stored_blocks(linear_of([codes], [[0.5, 1.0, 1.5, 448.0]], global_scale=3.0), "NVFP4")
-    packed = [codes[16 * s + i] | codes[16 * s + 8 + i] << 4 for s in range(4) for i in range(8)]
-    assert bytes(nvfp4[0].tolist()) == bytes([0x30, 0x38, 0x3C, 0x7E, *packed])
+    nibbles = [codes[16 * s + i] | codes[16 * s + 8 + i] << 4 for s in range(4) for i in range(8)]
+    assert bytes(nvfp4[0].tolist()) == bytes([0x30, 0x38, 0x3C, 0x7E, *nibbles])
 
 
 @pytest.mark.parametrize("weights", [Q4_0, Q4_1, "int4-asym-g32-sfp16", HALF, "mxfp4", "nvfp4"])
@@ -164,9 +166,9 @@ def test_every_code_and_scale_is_decoded_by_the_official_package_as_by_qtool(plu
     elif not scheme.symmetric:
         scale = torch.ones_like(scale) * torch.tensor([-3.5, 2.0**-20, 1, 5, 100, 0.5]).reshape(-1, 1)
         parameters = GroupParameters(scale, zeros)
-    found = QuantizedLinear(codes, (parameters,))
+    found = packed(codes, parameters, form.bits)
     blocks = stored_blocks(found, kind).numpy()
-    ours = form.decode(codes.reshape(len(codes), -1, size), found.parameters[0]).reshape(codes.shape)
+    ours = form.decode(codes.reshape(len(codes), -1, size), found.parameters).reshape(codes.shape)
     theirs = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     assert torch.equal(torch.from_numpy(theirs.copy()), ours)
 

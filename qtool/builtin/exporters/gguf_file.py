@@ -19,15 +19,27 @@ from qtool.builtin.exporters.gguf_types import Kind
 from qtool.errors import ArtifactError
 
 _ROWS = 128
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A tensor in blocks: its type, and the bytes of each row."""
+class Stored:
+    """A tensor of a file: its name, its type, and its rows as they lie there."""
 
-    kind: Kind
-    rows: UInt8[Tensor, "out bytes"]
+    name: str
+    kind: str
+    rows: Any
+
+    @property
+    def blocks(self) -> UInt8[Tensor, "out bytes"]:
+        """The bytes of a tensor in blocks."""
+        return torch.from_numpy(np.asarray(self.rows))
+
+    def values(self) -> Float[Tensor, "*shape"]:
+        """Return its values in float32, decoded by the official package."""
+        kind = gguf.GGMLQuantizationType[self.kind]
+        pieces = [self.rows[start : start + _ROWS] for start in range(0, len(self.rows), _ROWS)]  # that a cache holds
+        return torch.from_numpy(np.concatenate([gguf.dequantize(piece, kind) for piece in pieces]))
 
 
 class TensorFile:
@@ -57,8 +69,13 @@ class TensorFile:
             file.close()
         self._spool.unlink(missing_ok=True)
 
-    def add(self, name: str, tensor: Tensor | Blocks) -> int:
-        """Take a tensor in, in blocks or as floats.
+    def add(self, name: str, tensor: Tensor, kind: Kind | None = None) -> int:
+        """Take a tensor in: floats, or the bytes of each row's blocks.
+
+        Args:
+            name: Its name.
+            tensor: The floats, or the bytes.
+            kind: The type of blocks.
 
         Returns:
             Its bytes.
@@ -66,11 +83,11 @@ class TensorFile:
         Raises:
             ResourceError: The disk is full.
         """
-        kind, rows = (tensor.kind, tensor.rows) if isinstance(tensor, Blocks) else (_FLOATS[tensor.dtype], tensor)
-        raw = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
+        raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
         with disk_errors(self.path):
             self._output.write(raw.data)
-        self.keys.add_tensor_info(name, raw.shape, raw.dtype, raw.nbytes, gguf.GGMLQuantizationType[kind])
+        stored = gguf.GGMLQuantizationType[kind or FLOATS[tensor.dtype]]
+        self.keys.add_tensor_info(name, raw.shape, raw.dtype, raw.nbytes, stored)
         self._places.append((self.total, raw.nbytes))
         self.total += raw.nbytes
         return int(raw.nbytes)
@@ -91,18 +108,14 @@ class TensorFile:
             self.keys.close()
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, str, Float[Tensor, "*shape"]]]:
-    """Yield name, type and decoded float32 values of every tensor of a file.
+def read_tensors(path: Path) -> Iterator[Stored]:
+    """Yield the tensors of a file as the official package finds them.
 
     Raises:
         ArtifactError: It cannot be read.
     """
     try:
-        for tensor in gguf.GGUFReader(path).tensors:
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            data, values = np.asarray(tensor.data), np.empty(shape, np.float32)
-            for start in range(0, len(data), _ROWS):  # of which a cache holds what decoding leaves behind
-                values[start : start + _ROWS] = gguf.dequantize(data[start : start + _ROWS], tensor.tensor_type)
-            yield tensor.name, tensor.tensor_type.name, torch.from_numpy(values)
+        for tensor in gguf.GGUFReader(path, "c").tensors:
+            yield Stored(tensor.name, tensor.tensor_type.name, tensor.data)
     except (ValueError, KeyError, IndexError, struct.error) as error:
         raise ArtifactError(f"`{path.name}` cannot be read back", facts=(("reason", error),)) from error
