@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -52,11 +52,15 @@ class PackedLinear:
         """Return the codes of some rows, unpacked."""
         return unpack_codes(self.stream[rows], self.bits, self.n_in)
 
-    def rows(self, rows: slice) -> QuantizedLinear:
-        """Return some rows, unpacked."""
+    def take(self, rows: slice) -> PackedLinear:
+        """Return some rows."""
         n_out = len(self.stream)
         parameters = each_parameter(self.parameters, lambda one: take_rows(one, rows, n_out))
-        return QuantizedLinear(self.codes(rows), (parameters,))
+        return replace(self, stream=self.stream[rows], parameters=parameters)
+
+    def rows(self, rows: slice) -> QuantizedLinear:
+        """Return some rows, unpacked."""
+        return QuantizedLinear(self.codes(rows), (self.take(rows).parameters,))
 
     @one_thread()
     def weight(self, grid: Grid, dtype: torch.dtype) -> Float[Tensor, "out in"]:

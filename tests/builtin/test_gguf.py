@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -333,20 +334,99 @@ def test_corrections_are_refused_beside_codes_and_merged_in_float16(make: Make, 
     assert np.array_equal(stored.data, sum_.float().half().numpy())
 
 
-@pytest.mark.parametrize("place", ["codes", "scale", "order", "norm"])
-def test_a_file_that_reads_back_otherwise_is_an_error(make: Make, tmp_path: Path, place: str) -> None:
+BLOCK = {Q4_0: 18, Q4_1: 20, HALF: 34, "mxfp4": 17, "nvfp4": 36}
+ATTENTION = "blk.1.attn_q.weight"
+
+
+def altered(directory: Path, name: str, change: Callable[[bytearray], object]) -> None:
+    """Change the bytes of a tensor in a file."""
+    tensor, content = read(directory)[name], bytearray((directory / FILE).read_bytes())
+    own = content[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
+    change(own)
+    content[tensor.data_offset : tensor.data_offset + tensor.n_bytes] = own
+    (directory / FILE).write_bytes(content)
+
+
+@pytest.mark.parametrize("weights", [*BLOCK, "int4-sym-channel"])
+def test_a_bit_of_a_code_a_scale_or_an_offset_is_noticed_anywhere(make: Make, tmp_path: Path, weights: str) -> None:
+    subject, block = make(weights), BLOCK.get(weights, 18)
+    written(GGUF(), subject, tmp_path / "out")
+    blocks = read(tmp_path / "out")[ATTENTION].n_bytes // block
+    places = {(0, 0), (0, 1), (0, block - 1), (blocks - 1, 0), *((5 * i % blocks, i) for i in range(block))}
+    for number, (whole, place) in enumerate(sorted(places)):
+
+        def flip(own: bytearray, at: int = whole * block + place, bit: int = 1 << number % 8) -> None:
+            own[at] ^= bit
+
+        altered(tmp_path / "out", ATTENTION, flip)
+        with pytest.raises(
+            ArtifactError, match=rf"`{re.escape(ATTENTION)}` that was written is not what was quantized"
+        ):
+            GGUF().verify(subject, tmp_path / "out")
+        altered(tmp_path / "out", ATTENTION, flip)
+    GGUF().verify(subject, tmp_path / "out")
+
+
+@pytest.mark.parametrize("weights", [Q4_0, "nvfp4"])
+def test_rows_blocks_and_tensors_in_another_order_are_noticed(make: Make, tmp_path: Path, weights: str) -> None:
+    def swapped(size: int) -> Callable[[bytearray], None]:
+        def swap(own: bytearray) -> None:
+            own[: 2 * size] = own[size : 2 * size] + own[:size]
+
+        return swap
+
+    subject = make(weights)
+    written(GGUF(), subject, tmp_path / "out")
+    row = read(tmp_path / "out")[ATTENTION].data.shape[-1]
+    other = "blk.0.attn_q.weight"
+    for name, size in ((ATTENTION, row), (other, row), (ATTENTION, 3 * row), ("blk.1.ffn_down.weight", BLOCK[weights])):
+        altered(tmp_path / "out", name, swapped(size))
+        with pytest.raises(ArtifactError, match=f"`{re.escape(name)}` that was written"):
+            GGUF().verify(subject, tmp_path / "out")
+        altered(tmp_path / "out", name, swapped(size))
+    found = read(tmp_path / "out")
+    (first, second) = (bytes(found[name].data.tobytes()) for name in (other, ATTENTION))
+    altered(tmp_path / "out", other, lambda own: own.__setitem__(slice(None), second))
+    altered(tmp_path / "out", ATTENTION, lambda own: own.__setitem__(slice(None), first))
+    with pytest.raises(ArtifactError, match=f"`{re.escape(other)}` that was written"):
+        GGUF().verify(subject, tmp_path / "out")
+
+
+def test_a_norm_that_reads_back_otherwise_is_an_error(make: Make, tmp_path: Path) -> None:
     subject = make(Q4_0)
     written(GGUF(), subject, tmp_path / "out")
-    tensor = read(tmp_path / "out")["blk.1.attn_norm.weight" if place == "norm" else "blk.1.attn_q.weight"]
-    content = bytearray((tmp_path / "out" / FILE).read_bytes())
-    start = tensor.data_offset
-    if place == "order":
-        row = tensor.data.shape[-1]
-        content[start : start + 2 * row] = content[start + row : start + 2 * row] + content[start : start + row]
-    else:
-        content[start + {"codes": 7, "scale": 0, "norm": 2}[place]] ^= 0x10
-    (tmp_path / "out" / FILE).write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"`blk\.1\.attn_.*` that was written is not what was quantized"):
+    altered(tmp_path / "out", "blk.1.attn_norm.weight", lambda own: own.__setitem__(2, own[2] ^ 0x10))
+    with pytest.raises(ArtifactError, match=r"`blk\.1\.attn_norm\.weight` that was written is not what was quantized"):
+        GGUF().verify(subject, tmp_path / "out")
+
+
+@pytest.mark.parametrize("weights", BLOCK)
+def test_the_official_package_decodes_a_block_of_every_scale(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: str
+) -> None:
+    subject, decode, wide = make(weights), gguf.dequantize, {"mxfp4": 1, "nvfp4": 1}.get(weights, 2)
+    written(GGUF(), subject, tmp_path / "out")
+    blocks = read(tmp_path / "out")[ATTENTION].data.reshape(-1, BLOCK[weights])
+    scales = {bytes(one) for one in blocks[:, : {"nvfp4": 4}.get(weights, wide)].reshape(-1, wide)}
+    seen: set[bytes] = set()
+
+    def watched(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        if kind.name != "F32" and data.dtype == np.uint8 and data.shape[-1] % BLOCK[weights] == 0:
+            some = data.reshape(-1, BLOCK[weights])[:, : {"nvfp4": 4}.get(weights, wide)].reshape(-1, wide)
+            seen.update(bytes(one) for one in some)
+        return decode(data, kind)
+
+    def wrong(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        values = decode(data, kind).copy()
+        if data.dtype == np.uint8 and kind.name != "BF16":
+            values.reshape(-1)[-1] += 1
+        return values
+
+    monkeypatch.setattr(gguf, "dequantize", watched)
+    GGUF().verify(subject, tmp_path / "out")
+    assert scales <= seen
+    monkeypatch.setattr(gguf, "dequantize", wrong)
+    with pytest.raises(ArtifactError, match="that was written is not what was quantized"):
         GGUF().verify(subject, tmp_path / "out")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,7 +37,8 @@ from qtool.builtin.exporters.nearest import Check, check_schemes
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
-from qtool.engine.packed import PackedLinear
+from qtool.engine.grid import Grid
+from qtool.engine.packed import PackedLinear, one_thread
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
@@ -48,7 +49,17 @@ from qtool.scheme import GroupParameters, ModelScheme
 FILE = "model.gguf"
 _FOLDED = "qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or qtool pack SOURCE --to gguf-f16"
 
-Item: TypeAlias = Tensor | PackedLinear
+
+@dataclass(frozen=True)
+class Codes:
+    """A linear whose codes are stored in blocks: their type, what they are, and the grid that decodes them."""
+
+    kind: Kind
+    packed: PackedLinear
+    grid: Grid
+
+
+Item: TypeAlias = Tensor | Codes
 Made: TypeAlias = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Item]]
 """Makes what is stored of a linear, named below it, in our order of rows; a ``bias`` replaces the folded one."""
 
@@ -58,6 +69,7 @@ class GGUF:
 
     version = 1
 
+    @one_thread()
     def check(self, subject: Subject) -> None:
         """Refuse schemes that no type holds, values that it would round, and whatever llama.cpp does not run.
 
@@ -155,8 +167,7 @@ def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple
             own = {"bias": state[f"{module}.bias"]} if f"{module}.bias" in state else {}
             order = row_order(model, linear.name)
             for leaf, item in {**own, **made(linear, state)}.items():
-                packed = isinstance(item, PackedLinear)
-                full = item if packed else _float(subject, f"{linear.name}.{leaf}", item, dtype)
+                full = item if isinstance(item, Codes) else _float(subject, f"{linear.name}.{leaf}", item, dtype)
                 yield f"{names[linear.name]}.{leaf}", _reordered(full, order), linear if leaf != "bias" else None
             state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] != module}
         for name, tensor in state.items():
@@ -183,13 +194,14 @@ def _float(subject: Subject, name: str, tensor: Tensor, dtype: torch.dtype) -> T
     return stored
 
 
+@one_thread()
 def _reordered(item: Item, order: Tensor | None) -> Item:
     """Return the rows of a linear in the order of the file; what all rows share as it is."""
     if order is None:
         return item
-    if isinstance(item, PackedLinear):
-        parameters = each_parameter(item.parameters, lambda one: one if one.ndim < 2 else one[order])
-        return replace(item, stream=item.stream[order], parameters=parameters)
+    if isinstance(item, Codes):
+        parameters = each_parameter(item.packed.parameters, lambda one: one if one.ndim < 2 else one[order])
+        return replace(item, packed=replace(item.packed, stream=item.packed.stream[order], parameters=parameters))
     return item if item.numel() == 1 else item[order]
 
 
@@ -201,13 +213,13 @@ def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype,
         file.keys.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_vocabulary(file.keys, model)
         for name, item, of_linear in _tensors(subject, made, dtype):
-            if of_linear is None:
-                file.add(name, item)
-            elif isinstance(item, PackedLinear):
-                kind = _kind(subject.scheme.of(of_linear.name))
-                parts.update(bytes_by_part(kind, file.add(name, stored_blocks(item, kind), kind)))
-            else:
-                parts[_part_of(name)] += file.add(name, item)
+            if isinstance(item, Codes):
+                blocks = (stored_blocks(item.packed.take(rows), item.kind) for rows in item.packed.pieces())
+                parts.update(bytes_by_part(item.kind, file.add(name, blocks, item.kind)))
+                continue
+            size = file.add(name, [item])
+            if of_linear is not None:
+                parts[_part_of(name)] += size
         file.finish()
     return Sizes.of(parts, file.total)
 
@@ -225,19 +237,27 @@ def _compare(subject: Subject, directory: Path, made: Made, dtype: torch.dtype) 
         ArtifactError: Names the first tensor that differs, is missing or too many.
     """
     read = read_tensors(directory / FILE)  # in the order of writing, one at a time
-    for name, item, of_linear in _tensors(subject, made, torch.float32):
+    for name, item, _ in _tensors(subject, made, torch.float32):
         found = next(read, Stored("", "none", ()))
-        if isinstance(item, PackedLinear) and of_linear is not None:
-            kind, grid = _kind(subject.scheme.of(of_linear.name)), subject.weight_grid(of_linear)
-            ours = replace(item, parameters=replace(item.parameters, global_scale=None))
-            if found.name == name and found.kind == kind and same_blocks(found.blocks, ours, kind, grid):
-                continue
-            raise _difference(name, kind, ours.weight(grid, torch.float32), found)
-        kind, floats = ("F32", item) if item.ndim < 2 else (FLOATS[dtype], item.to(dtype).float())
-        if found.name != name or found.kind != kind or not torch.equal(found.values(), floats):
-            raise _difference(name, kind, floats, found)
+        kind = item.kind if isinstance(item, Codes) else "F32" if item.ndim < 2 else FLOATS[dtype]
+        if (found.name, found.kind) != (name, kind) or not _same(found, item, dtype):
+            raise _difference(name, kind, _values(item, dtype), found)
     if (more := next(read, None)) is not None:
         raise ArtifactError("the file has tensors that nobody wrote", facts=(("first", more.name),))
+
+
+def _same(found: Stored, item: Item, dtype: torch.dtype) -> bool:
+    """Say whether a tensor of the file, of the same type, is ours."""
+    if isinstance(item, Codes):
+        return same_blocks(found.blocks, item.packed, item.kind, item.grid)
+    return torch.equal(found.values(), _values(item, dtype))
+
+
+def _values(item: Item, dtype: torch.dtype) -> Tensor:
+    """Return in float32 what a tensor is stored as."""
+    if isinstance(item, Codes):
+        return item.packed.weight(item.grid, torch.float32)
+    return item if item.ndim < 2 else item.to(dtype).float()
 
 
 def _difference(name: str, kind: str, ours: Tensor, found: Stored) -> ArtifactError:
@@ -254,11 +274,14 @@ def _difference(name: str, kind: str, ours: Tensor, found: Stored) -> ArtifactEr
 
 
 def _codes(subject: Subject) -> Made:
+    @one_thread()
     def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
         if linear.name in subject.kept:
             return {"weight": state[f"{linear.spec.module}.weight"]}
-        found = subject.packed(linear)
-        return {"weight": found, **_scales(subject, linear, found.parameters)}
+        found, kind = subject.packed(linear), _kind(subject.scheme.of(linear.name))
+        alone = replace(found, parameters=replace(found.parameters, global_scale=None))
+        own = Codes(kind, alone, subject.weight_grid(linear))
+        return {"weight": own, **_scales(subject, linear, found.parameters)}
 
     return made
 

@@ -82,11 +82,11 @@ def read_blocks(
 
 
 def one_of_each_scale(blocks: UInt8[Tensor, "out bytes"], kind: Kind) -> Int[Tensor, " some"]:
-    """Return the numbers of blocks among which is one with each scale that a tensor has."""
+    """Return the number of a block for each scale that a tensor has."""
     first = _each_block(blocks, kind)[:, : _SCALES[kind]].contiguous().flatten()
     scales = first.view(torch.int16) if kind not in ("MXFP4", "NVFP4") else first
     places = torch.full((1 << 16,), -1).scatter_(0, scales.long() & 0xFFFF, torch.arange(len(scales)))
-    return (places[places >= 0] // (BLOCKS[kind] // SCALED[kind])).unique()  # type: ignore[no-untyped-call]
+    return places[places >= 0] // (BLOCKS[kind] // SCALED[kind])
 
 
 @one_thread()
@@ -101,15 +101,22 @@ def same_blocks(blocks: UInt8[Tensor, "out stored"], ours: PackedLinear, kind: K
         kind: The type.
         grid: That of the weight.
     """
-    stream, scale, offset = read_blocks(blocks, kind)
-    if not same_bytes(stream, ours.stream) or not torch.equal(scale, _of_each_group(ours.parameters.scale, ours, kind)):
+    if blocks.shape != (len(ours.stream), _each_block(blocks, kind).shape[1] * (ours.n_in // BLOCKS[kind])):
         return False
-    if offset is not None and not torch.equal(offset.double(), _of_each_group(offset_of(ours.parameters), ours, kind)):
+    if not all(_same_numbers(blocks[rows], ours.take(rows), kind) for rows in ours.pieces()):
         return False
     numbers = one_of_each_scale(blocks, kind)
     some = _each_block(blocks, kind)[numbers].reshape(1, -1).numpy()
     decoded = torch.from_numpy(gguf.dequantize(some, gguf.GGMLQuantizationType[kind]))
     return torch.equal(decoded.reshape(len(numbers), -1), _block_values(ours, numbers, kind, grid))
+
+
+def _same_numbers(blocks: UInt8[Tensor, "out stored"], ours: PackedLinear, kind: Kind) -> bool:
+    stream, scale, offset = read_blocks(blocks, kind)
+    same = same_bytes(stream, ours.stream) and torch.equal(scale, _of_each_group(ours.parameters.scale, ours, kind))
+    if offset is None:
+        return same
+    return same and torch.equal(offset.double(), _of_each_group(offset_of(ours.parameters), ours, kind))
 
 
 def _block_values(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,12 @@ class TensorFile:
             file.close()
         self._spool.unlink(missing_ok=True)
 
-    def add(self, name: str, tensor: Tensor, kind: Kind | None = None) -> int:
-        """Take a tensor in: floats, or the bytes of each row's blocks.
+    def add(self, name: str, pieces: Iterable[Tensor], kind: Kind | None = None) -> int:
+        """Take a tensor in.
 
         Args:
             name: Its name.
-            tensor: The floats, or the bytes.
+            pieces: Its rows, one piece after the other: floats, or the bytes of blocks.
             kind: The type of blocks.
 
         Returns:
@@ -83,14 +83,18 @@ class TensorFile:
         Raises:
             ResourceError: The disk is full.
         """
-        raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        with disk_errors(self.path):
-            self._output.write(raw.data)
-        stored = gguf.GGMLQuantizationType[kind or FLOATS[tensor.dtype]]
-        self.keys.add_tensor_info(name, raw.shape, raw.dtype, raw.nbytes, stored)
-        self._places.append((self.total, raw.nbytes))
-        self.total += raw.nbytes
-        return int(raw.nbytes)
+        rows, size = 0, 0
+        for piece in pieces:
+            raw = piece.detach().cpu().contiguous().view(torch.uint8).numpy()
+            with disk_errors(self.path):
+                self._output.write(raw.data)
+            rows, size = rows + len(raw), size + raw.nbytes
+        shape = (rows, *raw.shape[1:])
+        stored = gguf.GGMLQuantizationType[kind or FLOATS[piece.dtype]]
+        self.keys.add_tensor_info(name, shape, raw.dtype, size, stored)
+        self._places.append((self.total, size))
+        self.total += size
+        return size
 
     def finish(self) -> None:
         """Write the file from what was gathered.
