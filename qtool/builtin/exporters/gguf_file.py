@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from qtool.builtin.exporters.gguf_types import Kind
 from qtool.errors import ArtifactError
 
 _ROWS = 128
+_CHUNK = 1 << 20
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -43,7 +45,7 @@ class Stored:
 
 
 class TensorFile:
-    """Gathers tensors on disk beside the file, whose head speaks of all of them, and copies them behind it.
+    """Gathers tensors on disk beside the file, as they are to lie behind its head, which speaks of all of them.
 
     A context manager, so that no file stays open when something is refused on the way.
 
@@ -57,7 +59,6 @@ class TensorFile:
         self.keys: Any = gguf.GGUFWriter(path, architecture)
         self.total = 0
         self._spool = path.with_name(f".{path.name}.tensors")
-        self._places: list[tuple[int, int]] = []
         self._output = self._spool.open("wb")
 
     def __enter__(self) -> TensorFile:
@@ -89,10 +90,11 @@ class TensorFile:
             with disk_errors(self.path):
                 self._output.write(raw.data)
             rows, size = rows + len(raw), size + raw.nbytes
+        with disk_errors(self.path):
+            self.keys.write_padding(self._output, size)
         shape = (rows, *raw.shape[1:])
         stored = gguf.GGMLQuantizationType[kind or FLOATS[piece.dtype]]
         self.keys.add_tensor_info(name, shape, raw.dtype, size, stored)
-        self._places.append((self.total, size))
         self.total += size
         return size
 
@@ -107,8 +109,10 @@ class TensorFile:
             self.keys.write_header_to_file()
             self.keys.write_kv_data_to_file()
             self.keys.write_ti_data_to_file()
-            for start, size in self._places:
-                self.keys.write_tensor_data(np.memmap(self._spool, np.uint8, "r", start, (size,)))
+            (output,) = self.keys.fout
+            self.keys.write_padding(output, output.tell())
+            with self._spool.open("rb") as tensors:
+                shutil.copyfileobj(tensors, output, _CHUNK)
             self.keys.close()
 
 
