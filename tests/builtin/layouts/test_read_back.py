@@ -125,9 +125,10 @@ def test_a_weight_decoded_piece_by_piece_is_that_of_the_linear(
             assert torch.equal(decoded, subject.linear(linear).weight(grid).to(dtype))
 
 
-@pytest.mark.parametrize("weights", ["int4-sym-g32", "nvfp4"])
-def test_a_bit_of_a_decoded_weight_is_noticed_anywhere(make: Make, tmp_path: Path, weights: str) -> None:
-    subject = make(weights)
+@pytest.mark.parametrize(("weights", "method"), [("int4-sym-g32", "rtn"), ("nvfp4", "rtn"), ("nvfp4", "rtn+lorc")])
+def test_a_bit_of_a_decoded_weight_is_noticed_anywhere(make: Make, tmp_path: Path, weights: str, method: str) -> None:
+    subject = make(weights, method=method)
+    assert subject.only_codes(subject.linears[0]) == (method == "rtn")
     written(HuggingFace(), subject, tmp_path / "out")
     for place, flip in ((0, 1), (5, 0x80), (-1, 0x80), (1001, 0x10)):  # a sign of 0 too
         altered(tmp_path / "out", f"{NAME}.weight", with_byte(place, flip))
