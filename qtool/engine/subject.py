@@ -24,6 +24,7 @@ from qtool.engine.problem import Adapter, QuantizedLinear
 from qtool.engine.stored import (
     COMPENSATION,
     NORMS,
+    OUTLIERS,
     read_compensation,
     read_linear,
     read_packed_linear,
@@ -139,6 +140,12 @@ class Subject:
         """Read one quantized linear of one scheme, and leave its codes packed."""
         width = self.model.graph.width(linear.spec.reads)
         return read_packed_linear(linear.name, width, self._stored_of(linear), self.weight_grid(linear))
+
+    def only_codes(self, linear: LinearSite) -> bool:
+        """Say whether all that is stored of a quantized linear is in what ``packed`` reads."""
+        stored = () if self.quantized is None else self.quantized.names(f"{linear.name}.")
+        beside = any(mark in name for name in stored for mark in (".adapter.", f"{OUTLIERS}."))
+        return not beside and self.weight_grid(linear).only is not None
 
     def _stored_of(self, linear: LinearSite) -> dict[str, Tensor]:
         """Read the stored tensors of a quantized linear by their full names."""

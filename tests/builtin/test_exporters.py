@@ -800,7 +800,7 @@ def test_a_shift_online_becomes_a_bias(make: Make) -> None:
     assert subject.plan.at("layers.0.attn_in").online == tuple(operators)
     linear = subject.model.graph.linears[0]
     bias = subject.folded(0)["self_attn.q_proj.bias"]
-    weight, moved = dense(subject, linear, bias)
+    weight, moved = dense(subject, linear, bias, torch.float64)
     x = torch.randn(5, 64, dtype=torch.float64, generator=generator)
     online = x
     for operator in operators:

@@ -260,9 +260,15 @@ def _skeleton(config: Any, parsed: CompressedTensorsConfig, model: Model) -> nn.
     del plain.quantization_config
     module = with_linear_experts(empty_model(plain, model), model)
     apply_quantization_config(module, parsed.quantization_config, show_progress=False)
-    for child in module.modules():
+    made: dict[object, nn.Linear] = {}  # those of one shape and scheme are alike, and the library takes long for each
+    for name, child in list(module.named_modules()):
         if isinstance(child, nn.Linear):
-            compress_module(child)  # leaves those without a scheme as they are
+            scheme = repr(getattr(child, "quantization_scheme", None))
+            alike = made.setdefault((child.in_features, child.out_features, child.bias is None, scheme), child)
+            if alike is child:
+                compress_module(child)  # leaves those without a scheme as they are
+            else:
+                module.set_submodule(name, deepcopy(alike))
     return module
 
 

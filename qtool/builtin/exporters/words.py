@@ -103,6 +103,7 @@ class IntegerWords(ABC):
             UsageError: Names the linear.
         """
 
+    @one_thread()
     def check(self, subject: Subject) -> None:
         """Refuse schemes, shapes, scales and zero points that the layout cannot hold, and what no consumer reads.
 
