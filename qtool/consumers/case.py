@@ -47,7 +47,8 @@ class Case:
         input_strategy: As ``strategy``; ``token`` too.
         input_group_size: As ``group_size``.
         cache: Whether keys and values are quantized, and how their scales come about.
-        cache_format: As ``fp8-tensor``.
+        cache_format: As ``fp8`` or ``int4-asym``.
+        cache_strategy: As ``strategy``; ``attn_head``, and ``token``, which of the library's caches is a head, too.
         cache_group_size: As ``group_size``.
         experts: Whether linears of experts are among them.
         alone: Whether they are linears of experts and no others.
@@ -80,6 +81,7 @@ class Case:
     input_group_size: int = -1
     cache: Calibrated = "none"
     cache_format: str = ""
+    cache_strategy: str = ""
     cache_group_size: int = -1
     experts: bool = False
     alone: bool = False
@@ -102,9 +104,9 @@ class Case:
         """Return such as ``INT4 with a dynamic scale per group of 32, asymmetric``."""
         element = self.cache_format.partition("-")[0].upper()
         per = f" per group of {self.cache_group_size}" if self.cache_group_size > 0 else ""
-        per = " per head" if self.cache_format.endswith("-attn_head") else per
+        per = " per head" if self.cache_strategy in ("attn_head", "token") else per
         scale = "the scale that is stored" if self.cache == "static" else "a dynamic scale"
-        return f"{element} with {scale}{per}{', asymmetric' if '-asym' in self.cache_format else ''}"
+        return f"{element} with {scale}{per}{', asymmetric' if self.cache_format.endswith('-asym') else ''}"
 
     def _rounding(self) -> str:
         """Return such as ``dynamic INT4 activations per token, asymmetric``."""
@@ -324,7 +326,7 @@ def _cache(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     element = {"int": "int", "float": "fp"}.get(found["type"], found["type"])
     mark = "" if found["symmetric"] else "-asym"
     fields = {"cache": _calibrated(arguments), "cache_group_size": found["group_size"]}
-    return fields | {"cache_format": f"{element}{found['bits']}{mark}-{found['strategy']}"}
+    return fields | {"cache_format": f"{element}{found['bits']}{mark}", "cache_strategy": found["strategy"]}
 
 
 def _calibrated(arguments: Mapping[str, Any]) -> Calibrated:

@@ -8,7 +8,8 @@ values too.
 
 One scale for all keys of a layer, or one for those of each head, and of values likewise, are found once where the
 scheme says ``static``: the largest magnitude over the calibration tokens is at the end of the range, of keys behind the
-rotary positions and a plan's operators there. They are what engines with an FP8 cache read from checkpoints.
+rotary positions and a plan's operators there. They are what engines with an FP8 cache read from checkpoints. Without
+``static`` such scales are of all that attention sees, as if those of a text were known beforehand.
 
 References:
     Liu et al. 2024, KIVI, arXiv:2402.02750, section 3 and algorithm 1.

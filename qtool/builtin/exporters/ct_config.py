@@ -78,8 +78,8 @@ def _arguments(scheme: TensorScheme, *, dynamic: bool | str) -> dict[str, Any]:
     strategy: str = scheme.strategy
     if strategy in ("channel", "token"):
         strategy = "token" if dynamic else "channel"
-    elif strategy == "head":
-        strategy = "attn_head"
+    elif strategy == "head":  # a token of the library's is one of `[batch, heads, tokens, dim]`: a head
+        strategy = "token" if dynamic else "attn_head"
     elif strategy == "group" and scheme.scale == "e4m3":
         strategy = "tensor_group"
     arguments: dict[str, Any] = {

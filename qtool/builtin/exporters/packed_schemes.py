@@ -109,8 +109,9 @@ def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup, *, cached: boo
     if not said:
         return None
     strategy = str(said.get("strategy") or ("group" if said.get("group_size") else "tensor"))
-    if said.get("dynamic") is True and strategy in ("tensor", "group"):
-        return _input_scheme(said, lookup)
+    if said.get("dynamic") is True and strategy in ("tensor", "token", "group"):
+        found = _input_scheme(said, lookup)
+        return replace(found, strategy="head") if strategy == "token" else found  # as ``ct_config`` says it
     static = _STATIC_CACHES.get(strategy)
     if not cached or static is None or said.get("dynamic") or not said.get("symmetric", True):
         raise _unread("a quantized KV cache without a stored scale for keys and one for values", said)

@@ -99,9 +99,6 @@ def nearest_scheme(
 def _static(scheme: TensorScheme, reasons: list[str]) -> tuple[TensorScheme, list[str]]:
     """Put right what static scales do not go with."""
     nearest = scheme
-    if scheme.strategy == "head" and not scheme.static:
-        reasons.append("scales of heads over all tokens are found once")
-        nearest = replace(nearest, static=True)
     if not nearest.static:
         return nearest, reasons
     if scheme.strategy not in ("tensor", "head"):
