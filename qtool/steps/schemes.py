@@ -21,7 +21,7 @@ from qtool.steps.workspace import Workspace
 
 NONE = "none"
 _GROUP = re.compile(r"g\d+")
-_NOT_STATIC: Mapping[str, str] = {"weights": "static", "kv": "asym"}
+_NOT_STATIC = ("weights",)
 
 
 def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) -> ModelScheme:
@@ -68,18 +68,16 @@ def with_default(text: str, default: str) -> str:
 def read_part(name: str, text: str, plugins: Plugins) -> TensorScheme:
     """Read the scheme of weights, of activations or of a cache; whether it means something there is not checked.
 
-    The word that never goes with ``static`` in a part is not shown to the format, so that no hint of it has both.
+    Where nothing is ``static`` the word is not shown to the format, so that no hint of it has it.
 
     Raises:
         SchemeError: A word is unknown, or the format cannot carry the combination.
     """
     words = text.split("-")
-    without = _NOT_STATIC.get(name) if "static" in words else None
-    kept = "-".join(word for word in words if word != without)
+    hidden = name in _NOT_STATIC and "static" in words
+    kept = "-".join(word for word in words if word != "static") if hidden else text
     scheme = parse_tensor_scheme(kept, plugins.format, vector=VECTORS[name])
-    if without not in words:
-        return scheme
-    return replace(scheme, static=True, symmetric=scheme.symmetric and without != "asym")
+    return replace(scheme, static=True) if hidden else scheme
 
 
 def _read_one(name: str, text: str, plugins: Plugins) -> TensorScheme | None:
@@ -157,7 +155,7 @@ def parse_model_scheme(text: str, lookup: Callable[[str], Format], presets: Mapp
 
 
 def _read_cache(text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | None:
-    """Read the scheme of a cache, or ``keys=SCHEME,values=SCHEME``, of which one that is not given is in 16 bits.
+    """Read the scheme of a cache, or ``queries=SCHEME,keys=SCHEME,values=SCHEME``; what is not given is in 16 bits.
 
     Raises:
         SchemeError: Something else is given, or one of them twice.
@@ -166,14 +164,14 @@ def _read_cache(text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | N
         return _read_one("kv", text, plugins)
     parts = [part.partition("=") for part in text.split(",")]
     names = [name for name, _, _ in parts]
-    if not set(names) <= {"keys", "values"} or len(set(names)) < len(names):
+    if not set(names) <= {"queries", "keys", "values"} or len(set(names)) < len(names):
         raise SchemeError(
             f"cannot read the scheme of a cache `{text}`",
-            facts=(("grammar", "SCHEME, or keys=SCHEME,values=SCHEME"),),
+            facts=(("grammar", "SCHEME, or keys=SCHEME,values=SCHEME, perhaps with queries=SCHEME"),),
             hint="--kv keys=int4-asym-channel-g32,values=int4-asym-token-head",
         )
     found = {name: _read_one("kv", one, plugins) for name, _, one in parts}
-    return cache_of(found.get("keys"), found.get("values"))
+    return cache_of(*(found.get(name) for name in ("keys", "values", "queries")))
 
 
 def warn_of_another_scheme(plan: Artifact, scheme: ModelScheme, workspace: Workspace) -> None:
@@ -204,7 +202,9 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
         if inputs is not None:
             inputs.check(width, layer=linear.name)
     _check_inputs(scheme, graph)
-    for part, width in ((scheme.keys, graph.dims.head_dim), (scheme.values, graph.dims.value_dim)):
+    dims = graph.dims
+    parts = ((scheme.keys, dims.head_dim), (scheme.values, dims.value_dim), (scheme.queries, dims.head_dim))
+    for part, width in parts:
         if part is None:
             continue
         part.groups_of(width, layer="the KV cache")

@@ -176,7 +176,7 @@ NO_INTEGERS = "Currently supported kv cache quantization is num_bits=8, type=flo
         (HEAD_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
         (TOKEN_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
         (TOKEN_CACHE, "sglang", ("sm80", "sm90"), "executes-other", f"{A16}; the KV cache is NOT quantized", ""),
-        (TOKEN_CACHE, "transformers", ("any",), "loads", f"{DECODED}; KV cache in FP8 with a dynamic scale per head", ""),
+        (TOKEN_CACHE, "transformers", ("any",), "loads", f"{DECODED}; KV cache in FP8 with a dynamic scale per", ""),
         (STATIC_HEADS, "vllm", ("sm75", "sm80", "sm89"), "refuses", "refused: only its FlashAttention 3", NO_BACKEND),
         (STATIC_HEADS, "vllm", ("sm90", "sm100"), "executes-other", f"{FP8_CACHE}scales that are stored, a head", ""),
         (STATIC_HEADS, "vllm", ("cpu",), "executes-other", f"{FP8_CACHE}largest of the scales of a block's heads", ""),

@@ -38,7 +38,7 @@ def scheme_of(text: str, plugins: Plugins) -> ModelScheme:
 
 def rounding_of(text: str, plugins: Plugins) -> CacheRounding:
     scheme = scheme_of(text, plugins)
-    found = CacheRounding.of(scheme.keys, scheme.values, plugins.format)
+    found = CacheRounding.of(scheme, plugins.format)
     assert found is not None
     return found
 
