@@ -497,9 +497,9 @@ def test_transformers_leaves_the_cache_beside_asymmetric_weights(tiny: TinyModel
         (ModelOpt(), "int8-tensor-static", "no other", "--kv fp8-sym-tensor-sfp32-static"),
         (ModelOpt(), PER_HEAD, "no other", "--kv fp8-sym-tensor-sfp32-static"),
         (CompressedTensors(), f"keys={STATIC},values={PER_HEAD}", "one scheme", f"--kv {PER_HEAD}"),
-        (CompressedTensors(), "fp4-head-static", "FP8 or integers", f"--kv {PER_HEAD}"),
+        (CompressedTensors(), "fp6_e3m2-head-static", "FP4 or integers", f"--kv {PER_HEAD}"),
         (CompressedTensors(), f"keys={STATIC},values=int8-tensor-static", "one scheme", f"--kv {STATIC}"),
-        (CompressedTensors(), "fp4-tensor-static", "FP8 or integers", f"--kv {STATIC}"),
+        (CompressedTensors(), "nf4-tensor-static", "FP4 or integers", f"--kv {STATIC}"),
         (
             CompressedTensors(),
             ATTENTION.format("int8-asym-head-sfp32-static"),

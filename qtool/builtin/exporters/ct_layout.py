@@ -14,7 +14,7 @@ import torch
 
 from qtool.errors import SchemeError
 from qtool.model.graph import Dimensions
-from qtool.scheme import ModelScheme, TensorScheme
+from qtool.scheme import ExponentRule, ModelScheme, TensorScheme
 from qtool.scheme_parts import KeysAndValues
 
 Layout: TypeAlias = Literal[
@@ -192,7 +192,7 @@ def _is_fitted_fp8(layout: Layout, activations: TensorScheme) -> bool:
 
 
 def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
-    """Refuse a quantized cache that is not FP8 or integers, and queries that are not rounded as it is.
+    """Refuse a quantized cache of other elements than the library's, and queries that are not rounded as it is.
 
     Its scales are static, or in float32 and such as the library fits as it runs.
     """
@@ -216,14 +216,19 @@ def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
 
 def _fault_of_cache(kv: TensorScheme) -> tuple[str, TensorScheme | None]:
     """Return why a cache cannot be said, empty if it can, and what can."""
-    element, bits = ELEMENTS.get(kv.format, ("", 0))
+    element, _ = ELEMENTS.get(kv.format, ("", 0))
     if kv.clip != 1 and not kv.static:
         return _WHOLE, replace(kv, clip=1.0)
-    if element != "int" and (element, bits) != ("float", 8):
-        return "a checkpoint's KV cache is FP8 or integers, or 16 bits", None
+    if not element:
+        return "a checkpoint's KV cache is FP8, FP6 (E2M3), FP4 or integers, or 16 bits", None
     if kv.static:
         narrow = "consumers use all codes of a KV cache" if kv.range_rule == "narrow" else ""
         return narrow, replace(kv, range_rule="full")
+    block = _block(kv)
+    if block is not None and kv.scale == "e8m0":
+        rule: ExponentRule = "rceil" if block[0] == "mxfp8" else "even"
+        other = f"consumers round the powers of two of a cache as `{rule}` does" if kv.exponent_rule != rule else ""
+        return other, replace(kv, exponent_rule=rule)
     if kv.scale != "fp32":
         plain = replace(kv, scale="fp32", real=False, offset=False)
         return "consumers fit the scales of a KV cache as they run, and do not round them", plain

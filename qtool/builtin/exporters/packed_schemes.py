@@ -60,6 +60,7 @@ _MODELOPT = {
 }
 _STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "token", "group", "block")
 _ONE_INPUT_SCALE = ("fp8", "int8")
+_SHORT_FLOATS = {4: "fp4", 6: "fp6_e2m3"}
 _STATIC_CACHES: Mapping[str, Strategy] = {"tensor": "tensor", "attn_head": "head"}
 
 
@@ -116,6 +117,10 @@ def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup) -> TensorSchem
     if not said:
         return None
     strategy = str(said.get("strategy") or ("group" if said.get("group_size") else "tensor"))
+    short = _SHORT_FLOATS.get(said.get("num_bits", 8)) if said.get("type") == "float" else None
+    if short is not None and not said.get("scale_dtype"):  # with floats for scales all floats are read alike
+        alike = _cache_scheme({**said, "num_bits": 8}, lookup)
+        return None if alike is None else replace(alike, format=short)
     if said.get("dynamic") is True and strategy in ("tensor", "token", "group"):
         found = _input_scheme(said, lookup)
         return replace(found, strategy="head") if strategy == "token" else found  # as ``ct_config`` says it

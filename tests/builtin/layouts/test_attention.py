@@ -29,7 +29,7 @@ from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
 from qtool.testing import tiny_model
-from tests.builtin.layouts.conftest import SIZES, Make, altered
+from tests.builtin.layouts.conftest import SIZES, Make, altered, changed
 from tests.builtin.packed import written
 
 WEIGHTS, ATTENTION = "int8-sym-channel", "queries={0},keys={0},values={0}"
@@ -86,6 +86,46 @@ def test_a_dynamic_scale_per_head_is_a_token_of_the_library(make: Make, tmp_path
     assert "refused: a KV cache is FP8" in exported.consumers["vllm"]
     assert "the KV cache is NOT quantized" in exported.consumers["sglang"]
     assert open_packed(tmp_path / "out", subject.plugins, cache=tmp_path).scheme.kv == subject.scheme.kv
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        *("fp4-tensor-sfp32", "fp4-head-sfp32", "fp4-token-head-sfp32", "fp4-g16-sfp32", "fp6_e2m3-token-head-sfp32"),
+        *("mxfp4", "mxfp6_e2m3", "mxfp8-rceil", "queries=mxfp4,keys=mxfp4,values=mxfp4"),
+    ],
+)
+def test_floats_of_4_and_6_bits_in_a_cache(make: Make, tmp_path: Path, kv: str) -> None:
+    subject = make(WEIGHTS, kv=kv)
+    exported = written(CompressedTensors(), subject, tmp_path / "out")
+    ours, theirs, plain = measured(subject), executed(loaded(tmp_path / "out")), measured(without_cache(subject))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-6)
+    assert (plain - ours).abs().mean() > 1e-4
+    element = next(word for word in ("FP4", "FP6", "FP8") if word.lower() in kv)
+    assert f"KV cache in {element} with a dynamic scale" in exported.consumers["transformers"]
+    assert "refused: a KV cache is FP8" in exported.consumers["vllm"]
+    found = open_packed(tmp_path / "out", subject.plugins, cache=tmp_path).scheme
+    same = (
+        subject.scheme.keys
+        if "token-head" not in kv
+        else replace(subject.scheme.keys, strategy="group", group_size=HEAD)
+    )
+    assert (found.keys, found.values, found.queries) == (same, same, same if "queries" in kv else None)
+
+
+@pytest.mark.parametrize("kv", ["fp4-tensor-sfp32-static", "fp4-head-sfp32-static", "fp6_e2m3-tensor-sfp32-static"])
+def test_floats_of_4_and_6_bits_with_calibrated_scales(make: Make, tmp_path: Path, kv: str) -> None:
+    plain, heads = make(WEIGHTS), SIZES["num_key_value_heads"]
+    scheme = replace(plain.scheme, kv=parse_tensor_scheme(kv, plain.plugins.format, vector="token-head"))
+    steps = {f"layers.{i}.{of}": 2.0 ** -(3 + i) for i in range(2) for of in ("keys", "values")}
+    shape = (heads, 1, 1) if "head" in kv else ()
+    scales = {f"{name}.input_global_scale": torch.full(shape, step) for name, step in steps.items()}
+    subject = changed(plain, tmp_path / "own", scheme, **scales)
+    written(CompressedTensors(), subject, tmp_path / "out")
+    ours, theirs = measured(subject), executed(loaded(tmp_path / "out"))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-6)
+    assert (measured(plain) - ours).abs().mean() > 1e-4
+    assert open_packed(tmp_path / "out", subject.plugins, cache=tmp_path).scheme.kv == scheme.kv
 
 
 HEAD, INNER = 32, SIZES["intermediate_size"]
