@@ -33,7 +33,7 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
             of the preset's; ``none`` means 16 bits, and None or empty that it is not given. Behind that of weights and
             of activations come exceptions, ``int4-sym-g64,down_proj=int8,layers.0-1=none``, of which the last that
             matches a linear holds; exceptions alone leave what the preset says of all other linears. Of a cache keys
-            and values may be given apart, ``keys=SCHEME,values=SCHEME``.
+            and values may be given apart, ``keys=SCHEME,values=SCHEME``, and ``queries=SCHEME`` with them.
         plugins: Where formats and presets are found.
 
     Raises:
