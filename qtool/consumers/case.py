@@ -109,7 +109,8 @@ class Case:
         element = self.cache_format.partition("-")[0].upper()
         per = f" per group of {self.cache_group_size}" if self.cache_group_size > 0 else ""
         per = " per head" if self.cache_strategy in ("attn_head", "token") else per
-        scale = "the scale that is stored" if self.cache == "static" else "a dynamic scale"
+        stored = {"static": "the scale that is stored", "local": "a dynamic scale within a stored one"}
+        scale = stored.get(self.cache, "a dynamic scale")
         asymmetric = ", asymmetric" if self.cache_format.endswith("-asym") else ""
         return f"{'queries and ' if self.queries else ''}KV cache in {element} with {scale}{per}{asymmetric}"
 

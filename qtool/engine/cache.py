@@ -10,7 +10,8 @@ One scale for all keys of a layer, or one for those of each head, and of values 
 scheme says ``static``: the largest magnitude over the calibration tokens is at the end of the range, of keys behind the
 rotary positions and a plan's operators there; integers may have a zero point, and then both ends are. They are what
 engines with an FP8 cache read from checkpoints. Without ``static`` such scales are of all that attention sees, as if
-those of a text were known beforehand. Queries may be rounded as well, where keys are: attention in FP8 does that.
+those of a text were known beforehand. Scales with a multiplier above them (NVFP4) have that of the largest magnitude
+over the calibration tokens. Queries may be rounded as well, where keys are: attention in FP8 does that.
 
 References:
     Liu et al. 2024, KIVI, arXiv:2402.02750, section 3 and algorithm 1.
@@ -82,9 +83,9 @@ class CacheRounding:
 
     @property
     def static(self) -> dict[str, Rounding]:
-        """What has a scale that is found once, by its place."""
+        """What has a scale that is found once, or a multiplier of its scales, by its place."""
         parts = {KEYS: self.keys, VALUES: self.values, QUERIES: self.queries}
-        return {name: one for name, one in parts.items() if one is not None and one.grid.parts[0].scheme.static}
+        return {name: one for name, one in parts.items() if one is not None and one.grid.parts[0].has_global_scale}
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:

@@ -8,8 +8,6 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import get_args
 
-import torch
-
 from qtool.artifacts.store import Artifact
 from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
@@ -187,8 +185,7 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
 
     Raises:
         SchemeError: A group does not divide an input (names the layer), a strategy means nothing where it stands, an
-            exception is for no linear, linears with one input round it in different ways, or a KV cache would need all
-            of its tokens before the first could be stored.
+            exception is for no linear, or linears with one input round it in different ways.
         UsageError: No weights are to be quantized.
     """
     scheme.check()
@@ -205,16 +202,8 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     dims = graph.dims
     parts = ((scheme.keys, dims.head_dim), (scheme.values, dims.value_dim), (scheme.queries, dims.head_dim))
     for part, width in parts:
-        if part is None:
-            continue
-        part.groups_of(width, layer="the KV cache")
-        # One dynamic scale for all that attention sees stands in for the static one of engines; two levels do not.
-        if subject.plugins.format(part.format).global_scale(torch.ones(()), part) is not None:
-            raise SchemeError(
-                "a KV cache grows token by token, so its tokens cannot share a scale",
-                facts=(("scheme", part),),
-                hint="--kv int8-asym-token-head",
-            )
+        if part is not None:
+            part.groups_of(width, layer="the KV cache")
 
 
 def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:

@@ -78,6 +78,17 @@ def test_both_ends_of_what_is_cached_are_at_the_ends_of_the_codes(tiny: TinyMode
         assert torch.equal(zero.flatten().float(), (-low / ((high - low) / codes)).round().flatten())
 
 
+def test_scales_of_8_bits_have_the_multiplier_of_the_largest_value(tiny: TinyModel) -> None:
+    """The largest scale and the largest code make the largest value of the calibrated text."""
+    subject = rounded(tiny, kv="fp4-g8-se4m3")
+    for place, states in zip(("keys", "values"), Seen(tiny, subject).first(tiny), strict=False):
+        found = held(subject, place, "input_global_scale")
+        assert found.shape == ()
+        assert float(found) == pytest.approx(float(states.abs().amax()) / (448 * 6), rel=1e-5)
+    with double_precision():
+        torch.testing.assert_close(decoded_logits(subject), exact_logits(subject), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("kv", QUERIES)
 def test_queries_have_scales_of_their_own_heads(tiny: TinyModel, kv: str) -> None:
     subject = rounded(tiny, kv=ATTENTION.format(kv))
@@ -173,7 +184,7 @@ def test_quantized_queries_are_not_dropped(tiny: TinyModel, tmp_path: Path) -> N
     file, place = tmp_path / "out" / "model.safetensors", tmp_path / "out" / "config.json"
     stored, config = load_file(file), json.loads(place.read_text())
     for leaf, reason in (
-        ("k_global_scale", "codes of what qtool does not quantize"),
+        ("k_global_scale", "does not say that it"),
         ("q_scale", "does not say that it"),
     ):
         save_file(stored | {f"model.layers.0.self_attn.{leaf}": torch.ones(1)}, file, {"format": "pt"})

@@ -364,7 +364,7 @@ def test_of_several_kinds_of_linears_the_worst_counts() -> None:
 
 
 def test_what_no_rule_speaks_of_makes_the_rest_unknown() -> None:
-    cached = compressed("pack-quantized", "int4-sym-group64-static", cache="float4-sym-tensor_group16-local")
+    cached = compressed("pack-quantized", "int4-sym-group64-static", cache="float6-sym-tensor_group16-local")
     assert asked(cached, "transformers", "any").says == "unknown: no rule speaks of cache"
     assert asked(W8A16_FP8, "vllm", "cpu", experts=True).verdict == "refuses"
     assert asked(MXFP8, "transformers", "any", experts=True, online="hadamard").verdict == "refuses"

@@ -51,6 +51,7 @@ def configs() -> Iterator[Config | None]:
         "int8-sym-tensor-static",
         "int8-sym-attn_head-static",
         "int8-asym-tensor-static",
+        "float4-sym-tensor_group16-local",
         "int4-asym-group32-dynamic",
         "float8-sym-token-dynamic",
     )

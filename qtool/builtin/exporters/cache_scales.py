@@ -14,6 +14,8 @@ from compressed_tensors.quantization.lifecycle.initialize import is_cached_atten
 from jaxtyping import Int8, UInt8
 from torch import Tensor, nn
 
+from qtool.builtin.exporters.ct_tensors import global_divisor
+from qtool.builtin.exporters.packed_layouts import reciprocal
 from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, weight_difference
 from qtool.engine.cache import KEYS, QUERIES, VALUES, heads_at, scale_shape
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT
@@ -21,6 +23,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError
 from qtool.model.graph import Dimensions, ModelGraph
 from qtool.model.naming import Place
+from qtool.model.reading import read_place
 from qtool.model.source import Model
 from qtool.scheme import ModelScheme
 
@@ -28,11 +31,9 @@ _LATENT = "kv_b_in"
 """The site where families have a latent that keys and values are made of."""
 IN_ATTENTION = {KEYS: "k_scale", VALUES: "v_scale", QUERIES: "q_scale"}
 """What they are called inside an attention; other layouts have them inside the projections."""
-_SCALE, _ZERO = "_scale", "_zero_point"
+_SCALE, _ZERO, _DIVISOR = "_scale", "_zero_point", "_global_scale"
 CACHE_ZEROS = tuple(leaf.replace(_SCALE, _ZERO) for leaf in IN_ATTENTION.values())
 """Their zero points. Others write them beside the scales of a symmetric cache too: nothing but 0."""
-UNREAD_SCALES = ("q_global_scale", "k_global_scale", "v_global_scale")
-"""What others write where a cache is in FP4: nothing that is read."""
 
 
 def check_cache_scales(subject: Subject) -> None:
@@ -81,11 +82,14 @@ def check_hooked_attentions(subject: Subject) -> None:
 def cache_places(graph: ModelGraph, places: Mapping[str, Place]) -> dict[str, tuple[str, Place]]:
     """Return the names and places of stored scales, in the attention or its projections, by their names in artifacts.
 
+    What the library divides scales by stands there in place of them (``read_scale``).
+
     Args:
         graph: The model.
         places: Of all tensors of a checkpoint, by the names that the graph knows.
     """
-    return dict(_places(graph, places, _SCALE, INPUT_GLOBAL_SCALE))
+    endings = (_SCALE, _DIVISOR)
+    return {name: place for one in endings for name, place in _places(graph, places, one, INPUT_GLOBAL_SCALE)}
 
 
 def zero_places(graph: ModelGraph, places: Mapping[str, Place]) -> dict[str, tuple[str, Place]]:
@@ -102,6 +106,12 @@ def _places(
             for name in (f"{attention}.{leaf}", f"{attention}.{leaf[0]}_proj.{leaf}"):
                 if name in places:
                     yield f"layers.{layer}.{part}{ours}", (name, places[name])
+
+
+def read_scale(name: str, place: Place) -> Tensor:
+    """Return a stored scale, or the multiplier of scales for what is stored to divide them by, in float32."""
+    stored = read_place(place)
+    return reciprocal(stored) if name.endswith(_DIVISOR) else stored.float()
 
 
 def signed_zero_point(zero_point: Tensor, bits: int) -> Int8[Tensor, ...]:
@@ -146,8 +156,13 @@ def check_stored_cache(
     Raises:
         ArtifactError: Names the first.
     """
-    static = scheme.keys is not None and scheme.keys.static
-    unsaid = [name for name in scales if not static or (scheme.queries is None and place_of(name) == QUERIES)]
+    static, divides = (False, False) if scheme.keys is None else (scheme.keys.static, scheme.keys.scale == "e4m3")
+    unsaid = [
+        ours
+        for ours, (name, _) in scales.items()
+        if not (divides if name.endswith(_DIVISOR) else static)
+        or (scheme.queries is None and place_of(ours) == QUERIES)
+    ]
     if unsaid:
         raise ArtifactError(
             "the checkpoint has scales of a KV cache and does not say that it is quantized with those",
@@ -188,7 +203,9 @@ def cache_scales(subject: Subject, names: Mapping[str, str], shape: tuple[int, .
         for place, rounding in cache.static.items():
             site, name = f"layers.{layer}.{place}", f"{attention}.{names[place]}"
             own = {name: quantized.tensor(f"{site}{INPUT_GLOBAL_SCALE}").float()}
-            if not rounding.grid.parts[0].scheme.symmetric:
+            if not rounding.grid.parts[0].scheme.static:
+                own = {name.replace(_SCALE, _DIVISOR): global_divisor(own[name])}
+            elif not rounding.grid.parts[0].scheme.symmetric:
                 bits, zero = rounding.grid.parts[0].format.bits, quantized.tensor(f"{site}{INPUT_ZERO_POINT}")
                 own[name.replace(_SCALE, _ZERO)] = signed_zero_point(zero, bits)
             found |= {key: one if one.ndim else one.reshape(shape) for key, one in own.items()}

@@ -47,7 +47,7 @@ def quantization_config(
     groups = [_group(*one) for one in ((scheme, layout, targets), *others)]
     symmetric = all(group["weights"]["symmetric"] for group in groups)
     layouts = {group["format"] for group in groups}
-    cache = None if scheme.keys is None else _arguments(scheme.keys, dynamic=not scheme.keys.static)
+    cache = None if scheme.keys is None else _activations(scheme.keys)
     parts = dict.fromkeys(("weights", "output_activations", "format"))
     groups += [{"targets": list(attentions), "input_activations": cache, **parts}] if attentions else []
     return ({} if symmetric else {"dequantize": True}) | {
@@ -75,7 +75,7 @@ def _group(scheme: ModelScheme, layout: Layout, targets: Sequence[str]) -> dict[
 
 
 def _activations(scheme: TensorScheme) -> dict[str, Any]:
-    """Return arguments of activations; dynamic ones with a calibrated multiplier are so within it."""
+    """Return arguments of activations or of a cache; dynamic ones with a calibrated multiplier are so within it."""
     return _arguments(scheme, dynamic="local" if scheme.scale == "e4m3" else not scheme.static)
 
 

@@ -225,6 +225,9 @@ def _fault_of_cache(kv: TensorScheme) -> tuple[str, TensorScheme | None]:
         narrow = "consumers use all codes of a KV cache" if kv.range_rule == "narrow" else ""
         return narrow, replace(kv, range_rule="full")
     block = _block(kv)
+    if block is not None and kv.scale == "e4m3":
+        other = "consumers put the largest value of each group of a cache at 6" if kv.range_rule != "tight" else ""
+        return other, replace(kv, range_rule="tight")
     if block is not None and kv.scale == "e8m0":
         rule: ExponentRule = "rceil" if block[0] == "mxfp8" else "even"
         other = f"consumers round the powers of two of a cache as `{rule}` does" if kv.exponent_rule != rule else ""

@@ -106,7 +106,7 @@ def read_scheme(
     ]
     one = _cache_scheme(cache, lookup)
     lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
-    if one is not None and one.static and lacking:
+    if one is not None and (one.static or one.scale == "e4m3") and lacking:
         raise _unread("a quantized KV cache without a stored scale for keys and one for values", cache)
     kv = KeysAndValues(one, one, one) if rounds_queries else one
     return replace(main, kv=kv, rules=tuple(rules))
@@ -124,6 +124,8 @@ def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup) -> TensorSchem
     if said.get("dynamic") is True and strategy in ("tensor", "token", "group"):
         found = _input_scheme(said, lookup)
         return replace(found, strategy="head") if strategy == "token" else found  # as ``ct_config`` says it
+    if (said.get("dynamic"), strategy) == ("local", "tensor_group"):
+        return _tensor_scheme(said, lookup, None)
     static = _STATIC_CACHES.get(strategy)
     if static is None or said.get("dynamic"):
         raise _unread("a quantized KV cache with scales that qtool does not have there", said)

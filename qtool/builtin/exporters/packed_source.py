@@ -24,11 +24,11 @@ from qtool.artifacts.store import Artifact
 from qtool.builtin.exporters.cache_scales import (
     CACHE_ZEROS,
     IN_ATTENTION,
-    UNREAD_SCALES,
     cache_places,
     check_stored_cache,
     has_zero_points,
     place_of,
+    read_scale,
     stored_shape,
     unsigned_zero_point,
     zero_places,
@@ -167,7 +167,7 @@ class PackedArtifact(Artifact):
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as an artifact stores it."""
         if name in self.model.cached:
-            return read_place(self.model.cached[name][1]).float().reshape(self.cached_shape(name))
+            return read_scale(*self.model.cached[name]).reshape(self.cached_shape(name))
         if name in self.cached_zeros and self.scheme.keys is not None:
             bits = self.plugins.format(self.scheme.keys.format).bits
             return unsigned_zero_point(read_place(self.cached_zeros[name][1]), bits).reshape(self.cached_shape(name))
@@ -332,7 +332,7 @@ def _seen(model: PackedModel, name: str) -> Seen:
 def _refuse_other_codes(model: PackedModel) -> None:
     """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
     coded = {linear.name for linear in model.coded}
-    leaves = {*LEAVES, *INPUT_LEAVES, *UNREAD_SCALES}
+    leaves = {*LEAVES, *INPUT_LEAVES}
     named = (name.rpartition(".") for name in model.packed)
     odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
     if odd is not None:

@@ -25,6 +25,7 @@ from qtool.model.plan import Plan, Proposal
 from qtool.numerics.hadamard import random_signs
 from qtool.numerics.operators import Hadamard, Operator
 from qtool.scheme import parse_tensor_scheme
+from qtool.scheme_parts import KeysAndValues
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
@@ -126,6 +127,40 @@ def test_floats_of_4_and_6_bits_with_calibrated_scales(make: Make, tmp_path: Pat
     torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-6)
     assert (measured(plain) - ours).abs().mean() > 1e-4
     assert open_packed(tmp_path / "out", subject.plugins, cache=tmp_path).scheme.kv == scheme.kv
+
+
+@pytest.mark.parametrize("queries", [False, True])
+def test_nvfp4_in_a_cache_has_a_stored_divisor(make: Make, tmp_path: Path, queries: bool) -> None:
+    plain = make(WEIGHTS)
+    one = parse_tensor_scheme("nvfp4", plain.plugins.format, vector="token-head")
+    scheme = replace(plain.scheme, kv=KeysAndValues(one, one, one) if queries else one)
+    places = ("keys", "values", *(("queries",) if queries else ()))
+    names = [f"layers.{layer}.{place}.input_global_scale" for layer in range(2) for place in places]
+    scales = {name: torch.tensor(0.0011 + 0.0001 * index) for index, name in enumerate(names)}
+    subject = changed(plain, tmp_path / "own", scheme, **scales)
+    exported = written(CompressedTensors(), subject, tmp_path / "out")
+    said = said_of(tmp_path / "out")["kv_cache_scheme"]
+    assert (said["strategy"], said["group_size"], said["dynamic"]) == ("tensor_group", 16, "local")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    divisors = [stored[f"model.layers.{layer}.self_attn.{of[0]}_global_scale"] for layer in range(2) for of in places]
+    assert [float(one) for one in divisors] == pytest.approx([1 / float(scale) for scale in scales.values()])
+    ours, theirs = measured(subject), executed(loaded(tmp_path / "out"))
+    cached = measured(plain)
+    assert (theirs - ours).abs().mean() < 0.02 * (cached - ours).abs().mean()
+    assert (
+        f"{'queries and ' if queries else ''}KV cache in FP4 with a dynamic scale within"
+        in exported.consumers["transformers"]
+    )
+    assert "refused: a KV cache is FP8" in exported.consumers["vllm"]
+    packed = open_packed(tmp_path / "out", subject.plugins, cache=tmp_path)
+    assert packed.scheme.kv == scheme.kv
+    assert packed.quantized is not None
+    assert [float(packed.quantized.tensor(name)) for name in names] == pytest.approx(
+        [float(one) for one in scales.values()]
+    )
+    altered(tmp_path / "out", "model.layers.1.self_attn.v_global_scale", lambda one: one * 2)
+    with pytest.raises(ArtifactError, match="v_global_scale"):
+        CompressedTensors().verify(subject, tmp_path / "out")
 
 
 HEAD, INNER = 32, SIZES["intermediate_size"]
