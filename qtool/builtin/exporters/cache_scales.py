@@ -63,19 +63,17 @@ def attention_classes(model: Model) -> dict[str, bool]:
 
 
 def check_hooked_attentions(subject: Subject) -> None:
-    """Refuse a quantized cache, or queries, of attentions that the library leaves as they are.
+    """Refuse attentions whose cache and queries the library leaves as they are.
 
     Raises:
         SchemeError: Names the attention.
     """
-    if subject.cache is None:
-        return
     bare = next((name for name, hooked in attention_classes(subject.model).items() if not hooked), None)
     if bare is not None:
         raise SchemeError(
-            "compressed-tensors quantizes no cache of an attention without `k_proj`, `v_proj` or `qkv_proj`",
-            facts=(("attention", bare), ("kv", subject.scheme.kv)),
-            hint="qtool mitigate without --kv",
+            "compressed-tensors quantizes no cache of an attention without `k_proj` or `qkv_proj`, and rotates no keys",
+            facts=(("attention", bare), ("kv", subject.scheme.kv or "16 bits")),
+            hint="qtool mitigate without --kv, and qtool transform with --method quarot --set r3=off",
         )
 
 

@@ -90,11 +90,11 @@ class CompressedTensors(PackedSource):
         check_schemes(subject, _check_scheme(subject))
         with_groups_in_cache(subject.scheme, subject.model.graph.dims)
         check_cache_scales(subject)
-        check_hooked_attentions(subject)
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
         refuse_all_but_codes(subject, "compressed-tensors", online=True)
-        online_transforms(subject)
+        if any(one.of_attentions for one in online_transforms(subject)) or subject.cache is not None:
+            check_hooked_attentions(subject)
         if subject.scheme.scale_per_head:
             raise UsageError(
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",

@@ -63,9 +63,14 @@ class OnlineTransform:
         return "hadamard" if plain else "random-hadamard"
 
     @property
+    def of_attentions(self) -> bool:
+        """Whether it rotates queries and keys."""
+        return self.locations == _ATTENTION
+
+    @property
     def stored(self) -> bool:
         """Whether its matrix is stored."""
-        return self.locations == _INPUT or self.kind == "random-hadamard"
+        return not self.of_attentions or self.kind == "random-hadamard"
 
     @property
     def module(self) -> str:
@@ -81,7 +86,7 @@ class OnlineTransform:
 
     def scheme(self) -> dict[str, Any]:
         """Return what the config says of the group."""
-        whole = self.locations == _INPUT and self.order == self.operator.n
+        whole = not self.of_attentions and self.order == self.operator.n
         return {
             "type": self.kind,
             "apply": [
@@ -139,13 +144,13 @@ def matrices_of(transforms: tuple[OnlineTransform, ...], linear: str, dtype: tor
         linear: Name of the linear.
         dtype: What they are stored in; any floating point holds 1 and -1.
     """
-    own = (one for one in transforms if one.locations == _INPUT and one.targets[0] == linear)
+    own = (one for one in transforms if not one.of_attentions and one.targets[0] == linear)
     return {f"{one.module}.weight".removeprefix(f"{linear}."): one.matrix().to(dtype) for one in own}
 
 
 def matrices_of_attentions(transforms: tuple[OnlineTransform, ...], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the matrices that are stored below attentions, by their full names; see ``matrices_of``."""
-    own = (one for one in transforms if one.locations != _INPUT and one.stored)
+    own = (one for one in transforms if one.of_attentions and one.stored)
     return {f"{one.module}.weight": one.matrix().to(dtype) for one in own}
 
 

@@ -254,11 +254,16 @@ def test_rotated_queries_in_16_bits_beside_a_cache_are_refused(make: Make) -> No
     assert refused.value.hint.startswith(f"--kv {ATTENTION.format('fp8-sym-tensor-sfp32')}, or ")
 
 
-def test_an_attention_without_hooks_has_no_cache_that_is_quantized() -> None:
+@pytest.mark.parametrize("kv", ["fp8-tensor", ""])
+def test_an_attention_without_hooks_is_refused(kv: str) -> None:
+    """Of GPT-NeoX the library would rotate queries alone."""
     with tiny_model("gpt_neox") as model:
-        parts = {"weights": "int4-sym-g8-sbf16", "kv": "fp8-tensor"}
-        asked = read_scheme("", parts, model.workspace.plugins)
+        asked = read_scheme("", {"weights": "int4-sym-g8-sbf16", "kv": kv}, model.workspace.plugins)
         artifact, _ = mitigate(MitigateRequest(str(model.path), "rtn", asked), model.workspace)
+        subject = open_subject(str(artifact.path), model.workspace).subject
+        if not kv:
+            CompressedTensors().check(subject)
+            subject = planned(subject, {"layers.0.qk_post": [Hadamard(subject.model.graph.dims.head_dim)]})
         with pytest.raises(SchemeError, match="quantizes no cache of an attention without") as refused:
-            CompressedTensors().check(open_subject(str(artifact.path), model.workspace).subject)
+            CompressedTensors().check(subject)
         assert ("attention", "GPTNeoXAttention") in refused.value.facts
