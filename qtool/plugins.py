@@ -29,6 +29,8 @@ KINDS = (
     "kernels",
 )
 
+_VERBS = {"transforms": "qtool transform --method", "mitigators": "qtool mitigate --method"}
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -99,13 +101,14 @@ class Plugins:
             near = difflib.get_close_matches(name, self.offers[kind], n=1)
             known = {other: hint for one in self.offers[kind].values() for other, hint in one.entry.others.items()}
             nearest = f"did you mean `{near[0]}`?" if near else f"qtool plugins {kind}"
+            elsewhere = [f"{verb} {name}" for other, verb in _VERBS.items() if name in self.offers[other]]
             raise UsageError(
                 f"no {_singular(kind)} is called `{name}`",
                 facts=(
                     ("known", ", ".join(sorted(self.offers[kind]))),
                     *((f"broken plugin {plugin}", reason) for plugin, reason in self.broken.items()),
                 ),
-                hint=known.get(name, nearest),
+                hint=known.get(name, (*elsewhere, nearest)[0]),
             )
         return found
 

@@ -166,6 +166,17 @@ class Asked:
         Asked("statistics", "hesian", "no statistic is called `hesian`", "did you mean `hessian`?"),
         Asked("mitigators", "babai", "no mitigator is called `babai`", "--method beam --set beams=1, which is GPTQ"),
         Asked("mitigators", "llm-int8", "no mitigator is called `llm-int8`", "--method rtn --scheme LLM-INT8"),
+        Asked("mitigators", "atom", "no mitigator is called `atom`", "qtool transform --method atom"),
+        Asked(
+            "mitigators",
+            "omniquant",
+            "no mitigator is called `omniquant`",
+            "--method lwc, which is its learned clipping",
+        ),
+        Asked(
+            "mitigators", "quip", "no mitigator is called `quip`", "--method ldlq, behind qtool transform --method quip"
+        ),
+        Asked("transforms", "gptq", "no transform is called `gptq`", "qtool mitigate --method gptq"),
         Asked("mitigators", "xyz", "no mitigator is called `xyz`", "qtool plugins mitigators"),
         Asked("mitigators", "", "no mitigator is called ``", "qtool plugins mitigators"),
     ],

@@ -55,7 +55,12 @@ def register_mitigators() -> Sequence[Entry]:
         _entry(
             "guidedquant", "mitigators.guidedquant:GuidedQuant", "GPTQ on Hessians weighed by gradients (2505.07004)"
         ),
-        _entry("gptaq", "mitigators.gptaq:GPTAQ", "GPTQ towards the full-precision stream's outputs (2504.02692)"),
+        _entry(
+            "gptaq",
+            "mitigators.gptaq:GPTAQ",
+            "GPTQ towards the full-precision stream's outputs (2504.02692)",
+            gptqv2="--method gptaq",
+        ),
         _entry("foem", "mitigators.foem:FOEM", "GPTQ with a first-order term, which undoes drift (2507.11017)"),
         _entry("qronos", "mitigators.qronos:Qronos", "GPTQ on a weight solved for the quantized stream (2505.11695)"),
         _entry(
@@ -64,14 +69,34 @@ def register_mitigators() -> Sequence[Entry]:
             "GPTQ's system searched with several candidates a row (2602.05902)",
             babai="--method beam --set beams=1, which is GPTQ",
         ),
-        _entry("ldlq", "mitigators.ldlq:LDLQ", "GPTQ as QuIP has it, with greedy passes behind (2307.13304)"),
+        _entry(
+            "ldlq",
+            "mitigators.ldlq:LDLQ",
+            "GPTQ as QuIP has it, with greedy passes behind (2307.13304)",
+            quip="--method ldlq, behind qtool transform --method quip",
+        ),
         _entry("obq", "mitigators.obq:OBQ", "the greedy order that GPTQ gave up; small layers (2208.11580)"),
         _entry("spqr", "mitigators.spqr:SpQR", "GPTQ with outliers in 16 bits and scales of two levels (2306.03078)"),
         _entry("target", "mitigators.target:Target", "weights aim at the outputs in full precision; rounds nothing"),
-        _entry("lwc", "mitigators.lwc:LWC", "ranges learned from blocks, rounding to nearest (2308.13137)"),
+        _entry(
+            "lwc",
+            "mitigators.lwc:LWC",
+            "ranges learned from blocks, rounding to nearest (2308.13137)",
+            omniquant="--method lwc, which is its learned clipping",
+        ),
         _entry("qwt", "mitigators.qwt:QwT", "a linear layer beside each block makes up for it (2411.13918)"),
-        _entry("e2e-qp", "mitigators.e2e_qp:E2EQP", "scales and norms learned from the whole model (2407.11062)"),
-        _entry("autoround", "mitigators.autoround:AutoRound", "rounding and ranges learned from blocks (2309.05516)"),
+        _entry(
+            "e2e-qp",
+            "mitigators.e2e_qp:E2EQP",
+            "scales and norms learned from the whole model (2407.11062)",
+            efficientqat="--method gptq+e2e-qp, whose end is its second half",
+        ),
+        _entry(
+            "autoround",
+            "mitigators.autoround:AutoRound",
+            "rounding and ranges learned from blocks (2309.05516)",
+            signround="--method autoround",
+        ),
         _entry(
             "qtool-best-int4",
             "mitigators.qtool_best:BEST_INT4",
@@ -91,13 +116,14 @@ def register_mitigators() -> Sequence[Entry]:
             "rank-k SVD of the weight error, as LQER (2303.08302, 2402.02446)",
             lqer="--method lorc, which is LQER's correction",
             lrec="--method lorc, or qera for the least output error",
+            **{"zeroquant-v2": "--method lorc"},
         ),
         _entry("l2qer", "mitigators.l2qer:L2QER", "rank-k correction under mean magnitudes (2402.02446)"),
         _entry("qera", "mitigators.qera:QERA", "rank-k correction with the least output error (2410.06040)"),
         _entry("qera-approx", "mitigators.qera_approx:QERAApprox", "QERA under the Hessian's diagonal (2410.06040)"),
         _entry("svdquant", "mitigators.svdquant:SVDQuant", "low-rank branch for the large part of W (2411.05007)"),
         _entry("caldera", "mitigators.caldera:Caldera", "GPTQ and a low-rank correction in turn (2405.18886)"),
-        _entry("lrc", "mitigators.lrc:LRC", "the same, with a branch on the input before rounding (2412.07902)"),
+        _entry("lrc", "mitigators.lrc:LRC", "GPTQ and a branch on the input before rounding in turn (2412.07902)"),
         _entry("intrinsic", "mitigators.intrinsic:Intrinsic", "GPTQ under what a correction leaves over (2606.01412)"),
     ]
 

@@ -52,7 +52,12 @@ Output = Annotated[
     ),
 ]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of a method (repeatable).")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Option of a method (repeatable), of those that `qtool plugins KIND METHOD` lists.",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="auto (as stored), float32, bfloat16, float16 or float64.")]
 Batch = Annotated[int, typer.Option(min=0, help="Windows that run at once; 0 chooses.")]

@@ -168,8 +168,9 @@ class Mitigator(Protocol):
     Class attributes: ``version`` (raised whenever output bits change), ``needs`` (statistics of the layer's input
     that it reads: ``hessian`` and the like; ``hessian_blocks`` for what ``need_blocks`` returns, which costs nothing
     where the whole is there) and ``Config`` (a frozen dataclass of its options; those that need more statistics say so
-    in a property ``needs``). A method that does better where propagated activations are rounded as
-    the scheme says, and statistics are of those, also has ``rounded_inputs = True``.
+    in a property ``needs``, and where more than codes is stored, ``bytes_beside(rows, columns, expert=…)`` tells a dry
+    run how many bytes for a weight). A method that does better where propagated activations are rounded as the scheme
+    says, and statistics are of those, also has ``rounded_inputs = True``.
     """
 
     version: int

@@ -38,6 +38,11 @@ class Method:
         """Statistics that the mitigator reads, and those that its options ask for."""
         return (*self.mitigator.needs, *getattr(self.config, "needs", ()))
 
+    def bytes_beside(self, rows: int, columns: int, *, expert: bool) -> int:
+        """Return the bytes of what it stores beside the codes of a weight, as far as its options tell."""
+        told = getattr(self.config, "bytes_beside", None)
+        return 0 if told is None else int(told(rows, columns, expert=expert))
+
     @property
     def of_block(self) -> bool:
         """Whether it sees a whole block at once."""

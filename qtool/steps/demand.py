@@ -14,7 +14,7 @@ from qtool.artifacts.manifest import Manifest
 from qtool.engine.block import needs_of, static_inputs
 from qtool.engine.carry import can_carry_hessians
 from qtool.engine.experts import Mode
-from qtool.engine.gather import Gathering, SizedStatistic, sites_to_observe
+from qtool.engine.gather import Gathering, GradientStatistic, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Method
@@ -31,9 +31,11 @@ from qtool.scheme import ModelScheme
 from qtool.steps.transform import gathered_behind
 
 _COUNT = 8
+_FLOAT = 4
 _TOKEN = 4
 _SCALE = 4
 _ZERO_POINT = 1
+_MANY = 1024
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Demand:
     Attributes:
         statistics: Largest number of bytes of statistics that are held at once: one layer's.
         layer: That layer.
-        disk: Bytes that the tensors of its artifact take: exactly, but low-rank corrections, and statistics that cannot
-            tell how large they get, are not in it.
+        disk: Bytes that the tensors of its artifact take: exactly, but weights that turn out to be outliers, what is
+            added to blocks, and statistics that cannot tell how large they get, are not in it.
     """
 
     statistics: int
@@ -61,12 +63,22 @@ class StatisticSizes:
         statistics: Those that can tell.
         gathering: What their accumulators are told.
         routed: Whether experts have statistics of their own tokens.
+        groups: For how many groups of its rows each linear has a Hessian of its own.
     """
 
     graph: ModelGraph
     statistics: tuple[SizedStatistic, ...]
     gathering: Gathering
     routed: bool
+    groups: int = 0
+
+    @classmethod
+    def to_solve(
+        cls, graph: ModelGraph, config: Mapping[str, Any], names: Iterable[str], tokens: int, plugins: Plugins
+    ) -> StatisticSizes:
+        """Return the sizes of what solvers get, as ``of`` does: Hessians in place of what was gathered of gradients."""
+        names = tuple(names)
+        return replace(cls.of(graph, config, names, tokens, plugins), groups=_row_groups(names, plugins))
 
     @classmethod
     def of(
@@ -87,7 +99,8 @@ class StatisticSizes:
         gathering, dims = self.gathering, self.graph.dims
         if self.routed and site.startswith(EXPERTS):  # an expert's share of the sampled tokens
             gathering = replace(gathering, sample_size=round(gathering.sample_size * dims.chosen / dims.experts))
-        return sum(one.nbytes(self.graph.width(site), gathering) for one in self.statistics)
+        n, readers = self.graph.width(site), sum(one.spec.reads == site for one in self.graph.linears_of(0))
+        return sum(one.nbytes(n, gathering) for one in self.statistics) + _FLOAT * n * n * self.groups * readers
 
     def of_layers(self) -> list[int]:
         """Return the bytes of the statistics of each layer."""
@@ -117,11 +130,24 @@ def demand_of(
     if manifest.kind != "quantized":
         return None
     subject = Subject(model, plugins, plan or Plan(), ModelScheme.from_json(manifest.schemes))
-    needs, layers = needs_of(methods_of(manifest, plugins), static_inputs(subject)), list[int]()
+    methods, layers = methods_of(manifest, plugins), list[int]()
+    needs = needs_of(methods, static_inputs(subject))
     if gathered is not None and (known := known_of(needs, config["propagate"], gathered, subject)):
         told = {**gathered.step.config, **config}
-        layers = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins).of_layers()
-    return _largest(layers, disk=sum(code_bytes(subject).values()) + _input_scale_bytes(subject))
+        layers = StatisticSizes.to_solve(graph, told, known, gathered.details["tokens"], plugins).of_layers()
+    return _largest(layers, disk=sum(stored_bytes(subject, methods).values()) + _input_scale_bytes(subject))
+
+
+def _row_groups(names: Iterable[str], plugins: Plugins) -> int:
+    """Return how many groups of rows the statistics of gradients among some tell apart."""
+    loaded = [plugins.load("statistics", name) for name in names if name in plugins.offers["statistics"]]
+    groups = 0
+    for statistic in loaded:
+        if isinstance(statistic, GradientStatistic):
+            one = statistic.start_gradient(_MANY, Gathering(1, TokenWeight()), torch.device("cpu"))
+            one.update(torch.ones(1, _MANY))
+            groups += one.result().shape[-1]
+    return groups
 
 
 def methods_of(manifest: Manifest, plugins: Plugins) -> list[Method]:
@@ -177,20 +203,21 @@ def _largest(layers: Sequence[int], *, disk: int) -> Demand:
     return Demand(layers[layer] if layers else 0, layer, disk)
 
 
-def code_bytes(subject: Subject) -> dict[str, int]:
-    """Return the bytes of the codes, scales and zero points of each linear, by name."""
+def stored_bytes(subject: Subject, methods: Sequence[Method] = ()) -> dict[str, int]:
+    """Return the bytes of the codes, scales and zero points of each linear, by name, and of what methods put beside."""
     known: dict[tuple[int, int, Grid], int] = {}
     found: dict[str, int] = {}
     for linear in subject.linears:
         rows, n = subject.model.places[f"{linear.name}.weight"].shape
         key = (rows, n, subject.weight_grid(linear))
         if key not in known:
-            known[key] = _stored_bytes(*key)
-        found[linear.name] = known[key]
+            known[key] = _code_bytes(*key)
+        beside = (one.bytes_beside(rows, n, expert=linear.expert is not None) for one in methods)
+        found[linear.name] = known[key] + sum(beside)
     return found
 
 
-def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
+def _code_bytes(rows: int, n: int, grid: Grid) -> int:
     """Return the bytes that a weight takes as it is stored, from those of a few rows: the rest is alike.
 
     Pairs, because two rows may share a byte of scales; and rows of one more block, where rows share scales.

@@ -68,6 +68,15 @@ def describe_plugins(plugins: Plugins, kind: str = "") -> Description:
     presets = [(PRESETS, preset.name, "", preset.summary) for preset in plugins.presets.values()]
     rows = [row for row in (*offered, *presets) if kind in ("", row[0])]
     tables = {"offers": Table(("kind", "name", "provider", "summary"), rows)}
+    others = [
+        (kind_, name, here)
+        for kind_ in KINDS
+        for offer in plugins.offers[kind_].values()
+        for name, here in sorted(offer.entry.others.items())
+        if kind in ("", kind_)
+    ]
+    if others:
+        tables["called_otherwise_here"] = Table(("kind", "name", "type"), others)
     if plugins.broken or not kind:
         tables["broken"] = Table(("plugin", "reason"), list(plugins.broken.items()))
     return Description({}, tables)

@@ -195,11 +195,11 @@ class _Work:
         self.compares_inputs = compares_inputs({name: load(name) for name in self.needs})
         self.whole = bound[-1] if bound[-1].of_model else None
         self.compares = self.compares_inputs or self.whole is not None or any(method.of_block for method in bound)
-        self.saliencies = saliencies_of(statistics, opened, self.needs, weight, request.propagate)
         self.looks = bool(self.needs) or self.compares
         self.propagates = request.propagate if self.looks else "none"
         of_text = None if statistics is None else statistics.manifest
         self.known = known_of(self.needs, self.propagates, of_text, subject)
+        self.saliencies = saliencies_of(statistics, opened, self.known, weight, self.propagates)
         self.gathered: dict[str, AnyStatistic] = {name: load(name) for name in self.known}
         self.experts = mode if self.looks else ""
         self.block = BlockSolver(solver, inputs, self.experts or "all", _checked_share(request, mode))

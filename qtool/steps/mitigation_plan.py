@@ -23,7 +23,7 @@ from qtool.engine.subject import Subject
 from qtool.model.statistics import HESSIAN
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
-from qtool.steps.demand import StatisticSizes, code_bytes, known_of, methods_of
+from qtool.steps.demand import StatisticSizes, known_of, methods_of, stored_bytes
 from qtool.steps.description import Cell, Facts, Table, Tables
 from qtool.steps.inspect_quantized import kinds_of
 from qtool.steps.rehearsal import Rehearsal, forward_flops, sites_of, statistics_of
@@ -103,7 +103,7 @@ class _Foreseen:
         if not self.known or self.gathered is None:
             return None
         told, tokens = {**self.gathered.step.config, **self.config}, self.gathered.details["tokens"]
-        return StatisticSizes.of(self.subject.model.graph, told, self.known, tokens, self.subject.plugins)
+        return StatisticSizes.to_solve(self.subject.model.graph, told, self.known, tokens, self.subject.plugins)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the rows and columns of a linear's weight."""
@@ -148,7 +148,7 @@ def describe_mitigation(manifest: Manifest, workspace: Workspace) -> tuple[Facts
 
 def _linears(step: _Foreseen) -> Table:
     """Return a row for each kind of linear that differs in name, shape or grid."""
-    graph, nbytes = step.subject.model.graph, code_bytes(step.subject)
+    graph, nbytes = step.subject.model.graph, stored_bytes(step.subject, step.methods)
     kinds = kinds_of(linear.name for linear in graph.linears)
     rows: dict[tuple[str, str, str, str], list[int]] = {}
     for linear in graph.linears:

@@ -53,7 +53,7 @@ def configure(kind: str, composition: str, settings: Mapping[str, str], plugins:
         hints = get_type_hints(config_type)
         values: dict[str, Any] = {}
         for option in fields(config_type):
-            dashed = _dashed(option.name)
+            dashed = option_word(option.name)
             # The last that is given holds: an option of one method over one for all.
             for given in (own, settings):
                 for label in (dashed, option.name, f"{name}.{dashed}", f"{name}.{option.name}"):
@@ -62,7 +62,7 @@ def configure(kind: str, composition: str, settings: Mapping[str, str], plugins:
                         left.pop(label, None)
         configured.append(Configured(name, method, config_type(**values), provider))
     if left:
-        raise _unknown(next(iter(left)), configured)
+        raise _unknown(next(iter(left)), kind, configured)
     return tuple(configured)
 
 
@@ -91,7 +91,8 @@ def read_settings(pairs: Sequence[str]) -> dict[str, str]:
     return settings
 
 
-def _dashed(name: str) -> str:
+def option_word(name: str) -> str:
+    """Return an option's name as users write it."""
     return name.replace("_", "-")
 
 
@@ -115,11 +116,12 @@ def _convert(text: str, hint: Any, label: str) -> Any:  # noqa: ANN401 - the typ
     raise PluginError(f"`{label}` has a type that cannot be set from the command line", facts=(("type", hint),))
 
 
-def _unknown(key: str, configured: Sequence[Configured]) -> UsageError:
-    known = [_dashed(option.name) for one in configured for option in fields(one.config)]
-    near = difflib.get_close_matches(_dashed(key.rpartition(".")[2]), known, n=1)
+def _unknown(key: str, kind: str, configured: Sequence[Configured]) -> UsageError:
+    known = [option_word(option.name) for one in configured for option in fields(one.config)]
+    near = difflib.get_close_matches(option_word(key.rpartition(".")[2]), known, n=1)
+    methods = "+".join(one.name for one in configured)
     return UsageError(
-        f"`{'+'.join(one.name for one in configured)}` has no option `{key}`",
+        f"`{methods}` has no option `{key}`",
         facts=(("options", ", ".join(known) or "none"),),
-        hint=f"--set {near[0]}=VALUE" if near else "",
+        hint=f"--set {near[0]}=VALUE" if near else f"qtool plugins {kind} {methods}",
     )

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.engine.gather import Gathering, PairedStatistic, Statistic
+from qtool.engine.gather import AnyStatistic, Gathering, PairedStatistic, Statistic
 from qtool.engine.grid import Grid
+from qtool.engine.guided import statistics_at
+from qtool.engine.saliency import SALIENCY, Saliencies
 from qtool.engine.solve import Method, Solution, Solver
 from qtool.engine.subject import Subject
 from qtool.errors import QtoolError, UsageError
@@ -126,7 +128,7 @@ class Rehearsal:
             if taken and spent + taken[-1][1] * (width / taken[-1][0]) ** 3 > budget:
                 break
             sized = grid if width == site.width else Grid((grid.parts[0],))
-            entries, gather = self._entries(width)
+            entries, gather = self._entries(site, width)
             gather *= (site.width / width) ** 2
             try:
                 taken.append((width, self._solve(site, sized, entries, width)))
@@ -146,18 +148,35 @@ class Rehearsal:
         solver = Solver(self.subject.model.graph, self.methods, lambda _: grid, 0, self.device)
         return self._seconds(lambda: solver.solve(layerwise, site.linears, weights, statistics, Solution()))
 
-    def _entries(self, width: int) -> tuple[dict[str, Tensor], float]:
+    @cached_property
+    def _saliencies(self) -> Saliencies:
+        """What made-up gradients cost, the same at every linear."""
+
+        def read(_: str) -> Tensor:
+            accumulator = self.subject.plugins.load("statistics", SALIENCY).start_gradient(
+                _SMALLEST, self.gathering, self.device
+            )
+            accumulator.update(torch.randn(_TOKENS, _SMALLEST, generator=torch.Generator().manual_seed(2)))
+            saliency: Tensor = accumulator.result()
+            return saliency
+
+        return Saliencies(self.subject.model.graph, read)
+
+    def _entries(self, site: Rehearsed, width: int) -> tuple[dict[str, Tensor], float]:
         """Return statistics of made-up inputs, and the seconds that gathering them took for each token."""
         x = correlated_inputs(_TOKENS, width).to(self.device)
         entries, seconds = dict[str, Tensor](), 0.0
         exact = x + 0.1 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-        for name, statistic in statistics_of(self.needs, self.subject.plugins).items():
+        layer, reads = site.linears[0].layer, site.linears[0].spec.reads
+        known = replace(self.gathering, saliencies=self._saliencies)
+        gathering, statistics = known.at(layer, reads), statistics_of(self.needs, self.subject.plugins)
+        for name, statistic in statistics_at(layer, reads, site.linears, statistics, known).items():
             if isinstance(statistic, PairedStatistic):
-                pairs = statistic.start_pair(width, self.gathering, self.device)
+                pairs = statistic.start_pair(width, gathering, self.device)
                 seconds += self._seconds(partial(pairs.update_pair, x, exact))
                 entries[name] = pairs.result()
             elif isinstance(statistic, Statistic):
-                accumulator = statistic.start(width, self.gathering, self.device)
+                accumulator = statistic.start(width, gathering, self.device)
                 seconds += self._seconds(partial(accumulator.update, x))
                 entries[name] = accumulator.result()
         return entries, seconds / _TOKENS
@@ -173,7 +192,7 @@ class Rehearsal:
         return time.perf_counter() - start
 
 
-def statistics_of(needs: Iterable[str], plugins: Plugins) -> dict[str, object]:
+def statistics_of(needs: Iterable[str], plugins: Plugins) -> dict[str, AnyStatistic]:
     """Return the statistics that plugins offer among the needs."""
     return {name: plugins.load("statistics", name) for name in needs if name in plugins.offers["statistics"]}
 

@@ -115,6 +115,8 @@ FAILURES = {
     "nothing to measure": (2, ("eval", "tiny"), "nothing to measure", "--perplexity wikitext2"),
     "gate's form": (2, ("eval", "tiny", "--perplexity", "speeches", "--require", "ppl"), "`ppl`", "--require"),
     "unknown kind": (2, ("plugins", "mitigator"), "`mitigator`", "did you mean `mitigators`?"),
+    "no options": (2, ("plugins", "formats", "int4"), "formats have no options", "qtool plugins formats"),
+    "options of none": (2, ("plugins", "mitigators", "gtpq"), "`gtpq`", "did you mean `gptq`?"),
     "window too long": (2, ("calibrate", "tiny", *SMALL, "--seq-len", "4096"), "context", "--seq-len 2048"),
     "plan without picture": (2, ("inspect", "@statistics", "--plan", "@plan"), "`--plan` belongs", "--plot"),
     "site without picture": (2, ("inspect", "@statistics", "--site", "x"), "`--site` belongs", "--plot"),

@@ -174,3 +174,6 @@ def test_doctor_and_plugins_write_one_object(qtool: Run) -> None:
     plugins = json.loads(qtool("plugins", "mitigators", "--json").out)
     assert {row["kind"] for row in plugins["offers"]} == {"mitigators"}
     assert "gptq" in {row["name"] for row in plugins["offers"]}
+    options = json.loads(qtool("plugins", "mitigators", "gptq+lorc", "--json").out)
+    assert options["method"] == "gptq+lorc"
+    assert {"gptq.block-size", "lorc.rank"} <= {row["option"] for row in options["options"]}

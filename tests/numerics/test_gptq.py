@@ -449,6 +449,21 @@ def test_fit_is_told_where_the_group_starts() -> None:
         assert starts == ([0] if source == "static" else [0, 24, 48, 72])
 
 
+def test_fit_is_told_where_the_groups_of_a_second_grid_start() -> None:
+    weight, hessian = problem(15, 4, 96)
+    fmt, scheme = Int3(), TensorScheme("int3")
+    for source, order in (("static", "activation"), ("fresh", "natural"), ("fresh", "groups")):
+        starts: list[int] = []
+
+        def fit(values: Tensor, start: int, starts: list[int] = starts) -> GroupParameters:
+            starts.append(start)
+            return fmt.fit(values, scheme)
+
+        grid = [ColumnGrid(size, fit, fmt.round, fmt.encode, columns) for size, columns in ((16, 32), (32, None))]
+        gptq_round(weight, hessian, grid=grid, block_size=40, parameters=source, order=order)  # type: ignore[arg-type]
+        assert sorted(starts) == ([0, 32] if source == "static" else [0, 16, 32, 64])
+
+
 def test_the_factor_is_the_upper_one_of_the_inverse() -> None:
     hessian = problem(16, 1, 48)[1]
     upper = inverse_cholesky(hessian)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_plugins_are_described_by_kind_and_an_unknown_kind_is_refused() -> None:
     with pytest.raises(UsageError, match="no kind of plugin called `format`") as error:
         describe_plugins(plugins, "format")
     assert error.value.hint == "did you mean `formats`?"
+
+
+def test_names_of_papers_are_listed_with_what_to_type_for_them() -> None:
+    plugins = Plugins.discover()
+    others = describe_plugins(plugins).tables["called_otherwise_here"].to_json()
+    assert {"babai", "cdquant", "llm-int8", "lqer", "lrec", "omniquant", "quantease"} <= {row["name"] for row in others}
+    for row in others:
+        assert row["name"] not in plugins.offers[row["kind"]]
+        typed = re.search(r"--method ([\w+-]+)", str(row["type"]))
+        assert typed is not None
+        assert all(name in plugins.offers["mitigators"] for name in typed[1].split("+"))
+    assert "called_otherwise_here" not in describe_plugins(plugins, "formats").tables
+    assert describe_plugins(plugins, "mitigators").tables["called_otherwise_here"].to_json() == others
 
 
 def test_a_description_becomes_one_object() -> None:

@@ -169,7 +169,8 @@ class TestGathering:
         every, routed = here.calibrate(experts="all"), here.calibrate(experts="routed")
         plain = [n for n in every.names() if "experts." not in n]
         assert plain == [n for n in routed.names() if "experts." not in n]
-        assert all(torch.equal(every.tensor(n), routed.tensor(n)) for n in plain)
+        for entry in plain:  # where a product lies in memory may change its last bit
+            torch.testing.assert_close(every.tensor(entry), routed.tensor(entry), rtol=1e-5, atol=1e-7, msg=entry)
         assert counts(every) == counts(routed)
 
     def test_batches_make_no_difference_to_who_gets_what(self, sparse: Desk) -> None:
@@ -462,6 +463,16 @@ class TestForeseeing:
         assert said["disk_bytes_at_least"] == sum(slot.nbytes for slot in found.header.slots.values())
         hessians = 24 * 24 * 2 + 32 * 32 + 20 * 20 + 6 * 16 * 16
         assert said["statistics_bytes_of_largest_layer"] == 4 * hessians
+
+    @pytest.mark.parametrize("settings", [{}, {"experts": "true"}])
+    def test_low_rank_corrections_count_where_experts_have_them(self, tidy: Desk, settings: dict[str, str]) -> None:
+        settings = {"rank": "2", **settings}
+        scheme = weights(tidy, "int4-g4")
+        how = {"scheme": scheme, "method": "rtn+lorc", "settings": settings, "propagate": "none"}
+        asked = asked_of(tidy, tidy.calibrate(), **how)
+        said = foresee(mitigate, asked, tidy.workspace).to_json()
+        found, _ = mitigate(asked, tidy.workspace)
+        assert said["disk_bytes_at_least"] == sum(slot.nbytes for slot in found.header.slots.values())
 
     def test_what_would_be_refused_is_refused(self, tidy: Desk) -> None:
         with pytest.raises(UsageError, match="no statistics of experts"):

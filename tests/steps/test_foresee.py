@@ -67,6 +67,28 @@ class TestBytes:
         assert any(INPUT_GLOBAL_SCALE in name for name in made.header.slots) == (activations == "fp4-g8-se4m3")
         assert found["disk_bytes_at_least"] == sum(slot.nbytes for slot in made.header.slots.values())
 
+    @pytest.mark.parametrize(
+        ("method", "settings"),
+        [
+            ("rtn+lorc", {}),
+            ("gptq+qera", {"dtype": "fp16"}),
+            ("rtn+l2qer", {"dtype": "int8"}),
+            ("svdquant", {"iterations": "1"}),
+            ("caldera", {"dtype": "int8", "iterations": "1"}),
+            ("intrinsic", {"finish": "none"}),
+        ],
+    )
+    def test_low_rank_corrections_count(self, desk: Desk, method: str, settings: dict[str, str]) -> None:
+        request = asked(desk, desk.calibrate(), method, propagate="none", settings={"rank": "3", **settings})
+        found = said(desk, request)
+        made, _ = mitigate(request, desk.workspace)
+        assert any(".adapter." in name for name in made.header.slots)
+        assert found["disk_bytes_at_least"] == sum(slot.nbytes for slot in made.header.slots.values())
+        stored = {row["module"]: row["stored_bytes"] for row in found["linears"]}
+        for module, told in stored.items():
+            own = [slot.nbytes for name, slot in made.header.slots.items() if f".{module}." in name]
+            assert told == sum(own)
+
     def test_channels_that_are_set_apart_count(self, desk: Desk, apart: Artifact) -> None:
         request = asked(desk, apart, propagate="none")
         found = said(desk, request)
@@ -149,6 +171,24 @@ class TestStep:
         assert found["state"] == "to do"
         assert found["estimated_seconds"] > 0
         assert "measurements" in found["estimates"]
+
+    @pytest.mark.parametrize(
+        ("method", "token_weight"),
+        [("gptq", ""), ("target+gptq", "gradient,up_down=uniform"), ("guidedquant", ""), ("guidedquant", "uniform")],
+    )
+    def test_statistics_that_hold_saliency_are_enough(self, desk: Desk, method: str, token_weight: str) -> None:
+        request = asked(desk, desk.calibrate(gather=("hessian", "saliency")), method, token_weight=token_weight)
+        found = said(desk, request)
+        guided = method == "guidedquant"
+        assert ("saliency" in found["statistics"]) == guided
+        rows = {row["module"]: row["statistics_bytes_of_site"] for row in found["linears"]}
+        matrices = 1 + 3 * ("target" in method)  # H, C, and both once more on held-out windows
+        # Of each linear that reads the site, a Hessian of each of four groups of rows beside the one of all.
+        assert rows["o_proj"] == 4 * 24**2 * (1 + 4 if guided else matrices)
+        assert rows["q_proj"] == 4 * 24**2 * (1 + 3 * 4 if guided else matrices)
+        seconds = {row["part"]: row["seconds"] for row in found["estimate"]}
+        assert seconds["solving"] > 0
+        assert seconds["gathering"] > 0
 
     def test_a_method_that_cannot_come_first_is_refused(self, desk: Desk) -> None:
         with pytest.raises(UsageError, match="cannot come first"):

@@ -19,6 +19,7 @@ from qtool.engine.guided import GUIDED
 from qtool.engine.problem import LayerProblem
 from qtool.errors import ArtifactError, UsageError
 from qtool.numerics.token_weights import TokenWeight
+from qtool.steps.foresee import foresee
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.transform import TransformRequest, transform
@@ -137,6 +138,17 @@ def test_tokens_weigh_by_gradients_where_statistics_hold_them(desk: Desk) -> Non
     without, _ = mitigate(asked(desk, plain, "gptq"), desk.workspace)
     assert without.manifest.step.config["token_weight"] == "inverse-norm:0.5"
     assert without.manifest.tensors != chosen.manifest.tensors
+
+
+def test_methods_without_needs_weigh_tokens_by_gradients_too(desk: Desk) -> None:
+    statistics = desk.calibrate(num_samples=12, gather=("absmax", "saliency"))
+    request = asked(desk, statistics, "rtn+e2e-qp", settings={"epochs": "1"})
+    assert foresee(mitigate, request, desk.workspace).to_json()["estimated_seconds"] > 0
+    found, _ = mitigate(request, desk.workspace)
+    assert found.manifest.step.config["token_weight"] == "gradient"
+    other, _ = mitigate(replace(request, token_weight="uniform"), desk.workspace)
+    losses, others = (one.manifest.details["layers"] for one in (found, other))
+    assert all(losses[name]["loss"] != others[name]["loss"] for name in losses)
 
 
 @pytest.mark.parametrize(("method", "rule"), [("quarot", "gradient"), ("sinq", "inverse-norm:0.5")])

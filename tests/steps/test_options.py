@@ -11,6 +11,7 @@ import pytest
 from qtool.engine.composition import Composition
 from qtool.errors import PluginError, UsageError
 from qtool.plugins import Plugins
+from qtool.steps.method_options import METHODS, describe_options
 from qtool.steps.options import Configured, configure, read_settings
 
 PLUGINS = Plugins.discover()
@@ -130,7 +131,7 @@ class TestNames:
         assert refused.value.hint == "--set label-smoothing=VALUE"
         with pytest.raises(UsageError) as refused:
             configured({"zzz": "1"})
-        assert refused.value.hint == ""
+        assert refused.value.hint == "qtool plugins mitigators rtn"
 
     def test_an_option_of_a_method_that_is_not_there(self) -> None:
         with pytest.raises(UsageError, match=r"`rtn` has no option `gptq\.count`"):
@@ -212,3 +213,66 @@ class TestCompositionsByName:
         composition = PLUGINS.load("mitigators", name)
         found = configure("mitigators", composition.methods, composition.settings, PLUGINS)
         assert [one.record() for one in configure("mitigators", name, {}, PLUGINS)] == [one.record() for one in found]
+
+
+class TestDescriptions:
+    @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in METHODS for name in PLUGINS.offers[kind]])
+    def test_every_option_has_a_meaning_and_its_default_can_be_typed(self, kind: str, name: str) -> None:
+        described = describe_options(PLUGINS, kind, name)
+        rows = described.tables["options"].to_json()
+        methods = configure(kind, name, {}, PLUGINS)
+        assert described.facts["method"] == "+".join(one.name for one in methods)
+        assert len(rows) == sum(len(fields(one.config)) for one in methods)
+        assert all(row["meaning"] and row["values"] for row in rows)
+        typed = {str(row["option"]): str(row["default"]) for row in rows}
+        assert [one.record() for one in configure(kind, name, typed, PLUGINS)] == [one.record() for one in methods]
+
+    def test_words_of_a_class_come_before_those_of_what_it_extends(self) -> None:
+        @dataclass(frozen=True)
+        class Wide(Options):
+            """Wide.
+
+            Attributes:
+                count: How many: of
+                    all.
+                name: A ``name``.
+            """
+
+        @dataclass(frozen=True)
+        class Narrow(Wide):
+            """Narrow.
+
+            Attributes:
+                name: Another.
+            """
+
+        method = Method()
+        method.Config = Narrow
+        with patch.dict(PLUGINS._instances, {("mitigators", "rtn"): method}):
+            narrow = describe_options(PLUGINS, "mitigators", "rtn").tables["options"].to_json()
+        meanings = {row["option"]: row["meaning"] for row in narrow if row["meaning"]}
+        assert meanings == {"count": "How many: of all.", "name": "Another."}
+        rows = {
+            row["option"]: row for row in describe_options(PLUGINS, "mitigators", "obq").tables["options"].to_json()
+        }
+        assert str(rows["order"]["meaning"]).startswith("Which weight of a row is next")
+        assert rows["order"]["values"] == "greedy, natural, activation"
+        assert str(rows["clip-norm"]["meaning"]).startswith("Exponent of the errors")
+        target = describe_options(PLUGINS, "mitigators", "target").tables["options"].to_json()
+        assert {row["option"]: (row["default"], row["values"]) for row in target} == {
+            "alpha": ("none", "a number, none"),
+            "ridge": ("0.01", "a number"),
+        }
+
+    def test_a_composition_tells_methods_apart_and_has_its_own_defaults(self) -> None:
+        rows = describe_options(PLUGINS, "mitigators", "qtool-best-fp4").tables["options"].to_json()
+        defaults = {row["option"]: row["default"] for row in rows}
+        assert defaults["gptq.clip-ceiling"] == "1.75"
+        assert defaults["autoround.learn-ranges"] == "true"
+
+    def test_what_is_far_from_all_options_is_sent_to_the_list(self) -> None:
+        with pytest.raises(UsageError, match="has no option `xyz`") as refused:
+            configure("mitigators", "gptq+lorc", {"xyz": "1"}, PLUGINS)
+        assert refused.value.hint == "qtool plugins mitigators gptq+lorc"
+        with pytest.raises(UsageError, match="formats have no options"):
+            describe_options(PLUGINS, "formats", "int4")

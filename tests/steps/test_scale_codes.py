@@ -239,13 +239,13 @@ def test_a_model_is_made_counted_foreseen_and_run(desk: Desk, weights: str) -> N
 
 
 def test_what_is_foreseen_before_any_work_is_what_is_stored(desk: Desk) -> None:
-    from qtool.steps.demand import code_bytes
+    from qtool.steps.demand import stored_bytes
 
     for text in ("int3-asym-g8-scales3g16", "int2-g8-scales5g3", "int3-asym-channel-scales1g256"):
         scheme = read_scheme("", {"weights": text}, desk.workspace.plugins)
         artifact, _ = mitigate(MitigateRequest(str(desk.model), "rtn", scheme), desk.workspace)
         stored = load_file(artifact.path)
-        for name, size in code_bytes(open_subject(str(artifact.path), desk.workspace).subject).items():
+        for name, size in stored_bytes(open_subject(str(artifact.path), desk.workspace).subject).items():
             assert size == sum(tensor.nbytes for own, tensor in stored.items() if own.startswith(f"{name}.")), text
 
 

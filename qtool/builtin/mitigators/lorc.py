@@ -58,11 +58,19 @@ class LoRCConfig:
         if self.rank < 1:
             raise UsageError(f"`rank` is 1 or more, not {self.rank}", hint="--set rank=32")
 
+    def bytes_beside(self, rows: int, columns: int, *, expert: bool) -> int:
+        """Return the bytes of the factors that the correction of a weight is stored as."""
+        if expert and not self.experts:
+            return 0
+        if self.dtype == "int8":
+            return self.rank * (rows + columns + 2 * torch.float16.itemsize)
+        return self.rank * (rows + columns) * _DTYPES[self.dtype].itemsize
+
 
 class LoRC:
     """Add the rank-k part of the error to the output, from factors in 16 or 8 bits."""
 
-    version = 2
+    version = 3
     needs: tuple[str, ...] = ()
     Config = LoRCConfig
 

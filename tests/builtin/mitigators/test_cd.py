@@ -10,7 +10,7 @@ import torch
 from qtool.builtin.formats.fp4 import E2M1, MXFP4, NVFP4
 from qtool.builtin.formats.fp8 import E4M3
 from qtool.builtin.formats.integer import Int2, Int3, Int4, Int8
-from qtool.builtin.mitigators.cd import CD, CDConfig, frozen_columns
+from qtool.builtin.mitigators.cd import CD, CDConfig, damped, frozen_columns
 from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
 from qtool.builtin.mitigators.lorc import LoRC, LoRCConfig
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions
@@ -173,6 +173,11 @@ def test_the_unit_of_the_inputs_and_dead_ones_do_not_matter() -> None:
     assert one.counters["dead_columns"] == 2
     nothing = CD().quantize(replace(of, hessian=torch.zeros(32, 32)).after(start), CDConfig())
     assert torch.equal(nothing.codes, start.codes)
+    # Dead inputs neither get damping nor take part in the mean that it is a fraction of.
+    live = hessian.diagonal() > 0
+    added = damped(hessian, 0.5) - hessian
+    expected = torch.where(live, 0.5 * hessian.diagonal()[live].double().mean(), 0.0).float()
+    torch.testing.assert_close(added, expected.diag(), rtol=1e-5, atol=0)
 
 
 def test_composes_with_low_rank_corrections_on_either_side() -> None:

@@ -100,6 +100,8 @@ def test_greedy_passes_are_coordinate_descent_in_the_same_order(text: str, order
     )
     other = CD().quantize(of.after(plain), CDConfig(sweeps=9, act_order=order == "natural", dampening_frac=0.02))
     assert not torch.equal(other.codes, greedy.codes)
+    once = LDLQ().quantize(of, LDLQConfig(order=order, dampening_frac=0.02, greedy_passes=1))
+    assert once.report["sweeps"] == 1 < greedy.report["sweeps"] <= 9
 
 
 def test_the_block_size_does_not_matter() -> None:
