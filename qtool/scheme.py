@@ -2,8 +2,7 @@
 
 A *format* (``int4``, ``fp4``, ``nvfp4``, …) is a plugin that turns values into codes and back. A *tensor scheme* is a
 format plus the choices that go with it: symmetric or not, how many values share a scale, how the scale is stored.
-A *model scheme* has one tensor scheme each for weights, activations and the KV cache, and rules for linears that have
-another.
+A *model scheme* has one each for weights, activations and the KV cache, and rules for linears that have another.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
@@ -32,9 +31,7 @@ ExponentRule = Literal["even", "floor", "rceil", "search"]
 
 VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token-head"}
 """What a vector of the last axis is in each part of a model: an output row, what one token has, or a head of it."""
-
-
-_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False, "offset": False}  # not stored then
+_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False, "offset": False, "queries": None}
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,13 @@ class TensorScheme:
         group_size: Values to a scale, for the strategy ``group``, and for ``channel`` of keys; the side of a ``block``.
         scale: Storage format of the scale; codes are chosen against the rounded scale. The short ones (``e4m3``,
             ``ue5m3``, ``e2m1``, and ``int4`` from 1 to 15) are multiples of a float32 that the whole tensor shares.
-        range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of
-            max/7 and -min/8; ``full`` is amax/7, which leaves the code -8 unused; ``half`` is amax/7.5, which clips
-            the largest value by half a step where it is positive. ``signed_full`` is v/-8 for the value v of the
-            largest magnitude, so the scale has a sign, and what the other end has beyond 7/8 of it is clipped.
-            ``narrow`` is ``full`` without the code -8, whatever clipping and error feedback ask for. FP4
-            with E4M3 scales: ``four_over_six`` puts the largest value of each group at 6 or at 4, whichever has the
-            lesser squared error. Other formats have ``tight`` only.
+        range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of max/7
+            and -min/8; ``full`` is amax/7, which leaves the code -8 unused; ``half`` is amax/7.5, which clips the
+            largest value by half a step where it is positive. ``signed_full`` is v/-8 for the value v of the largest
+            magnitude, so the scale has a sign, and what the other end has beyond 7/8 of it is clipped. ``narrow`` is
+            ``full`` without the code -8, whatever clipping and error feedback ask for. FP4 with E4M3 scales:
+            ``four_over_six`` puts the largest value of each group at 6 or at 4, whichever has the lesser squared error.
+            Other formats have ``tight`` only.
         exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
             (OCP MX), ``rceil`` (never saturates), ``search`` (``even`` or a power of two beside it, whichever has the
             lesser squared error).
@@ -68,8 +65,8 @@ class TensorScheme:
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
         scale_rows: See ``scale_bits``.
-        static: The scale of a tensor, or of a head of keys or values, is found once, and of asymmetric activations the
-            zero point as well (``qtool.engine.static_scales``).
+        static: The scale of a tensor, or of a head of keys, values or queries, is found once, and the zero point of
+            asymmetric integers as well (``qtool.engine.static_scales``).
         offset: Asymmetric integers are ``scale * code + offset``, with an offset in the format of scales in place of a
             zero point; codes are chosen against the rounded offset, and 0 need not have one.
     """
@@ -139,7 +136,7 @@ class ModelScheme:
     Attributes:
         weights: Linear weights, where no rule says otherwise.
         activations: Inputs of the linears, likewise.
-        kv: Keys and values, which may have a scheme each.
+        kv: Keys and values, which may have a scheme each, and with them queries.
         name: What tables call it.
         scale_per_head: The input of the attention's output projection has a scale for each head, whatever the
             strategy of the other activations: what the code of arXiv:2507.17417 does.
@@ -172,6 +169,11 @@ class ModelScheme:
         """The scheme of values."""
         return self.kv.values if isinstance(self.kv, KeysAndValues) else self.kv
 
+    @property
+    def queries(self) -> TensorScheme | None:
+        """The scheme of queries, behind the rotary positions."""
+        return self.kv.queries if isinstance(self.kv, KeysAndValues) else None
+
     def of(self, linear: str) -> ModelScheme:
         """Return the scheme, without rules, of a linear by its full module name.
 
@@ -187,7 +189,7 @@ class ModelScheme:
 
     def every(self, part: str) -> tuple[TensorScheme, ...]:
         """Return the schemes of a part that some linear may have: the first for those without a rule, if any."""
-        first = (self.keys, self.values) if part == "kv" else (getattr(self, part),)
+        first = (self.keys, self.values, self.queries) if part == "kv" else (getattr(self, part),)
         found = (*first, *(rule.scheme for rule in self.rules if rule.part == part))
         return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
 
@@ -195,13 +197,12 @@ class ModelScheme:
         """Refuse a part of a scheme that means nothing where it stands.
 
         Raises:
-            SchemeError: Weights with a scale a token, activations with one an output row, a cache with either; outliers
-                of anything but activations.
+            SchemeError: Such as weights with a scale a token, or outliers of anything but activations.
         """
         for name in get_args(RuledPart):
             for scheme in self.every(name):
                 check_part(name, scheme, VECTORS[name])
-        check_cache(self.keys, self.values)
+        check_cache(self.keys, self.values, self.queries)
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheme as plain JSON values; of rules, and of what few schemes have, nothing where it is not."""
@@ -219,7 +220,7 @@ class ModelScheme:
 
 def _read(data: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - a scheme, two of a cache, or None
     if data and "keys" in data:
-        return KeysAndValues(_read(data["keys"]), _read(data["values"]))
+        return KeysAndValues(*(_read(data.get(name)) for name in ("keys", "values", "queries")))
     return TensorScheme(**data) if data else None
 
 
@@ -242,11 +243,11 @@ class SecondLevel:
 class GroupParameters:
     """What decodes a group's codes besides the codes: all values already as stored, held in float32.
 
-    ``scale`` and ``zero_point`` have one entry a group (the groups' shape without its last axis); ``zero_point`` is
-    in units of codes; ``global_scale`` is a scalar that multiplies every scale (second level of E4M3 scales).
-    Scales and zero points that are codes themselves come with ``scale_codes`` and ``zero_point_codes``, which are then
-    what is stored. ``negative`` is the scale of the negative values where those have one of their own, and ``offset``
-    what is added to ``scale * code``, for integers without a zero point whose code 0 is not 0.
+    ``scale`` and ``zero_point`` have one entry a group (the groups' shape without its last axis); ``zero_point`` is in
+    units of codes; ``global_scale`` is a scalar that multiplies every scale (second level of E4M3 scales). Scales and
+    zero points that are codes themselves come with ``scale_codes`` and ``zero_point_codes``, which are then what is
+    stored. ``negative`` is the scale of the negative values where those have one of their own, and ``offset`` what is
+    added to ``scale * code``, for integers without a zero point whose code 0 is not 0.
     """
 
     scale: Float[Tensor, "*rows"]
@@ -368,10 +369,9 @@ def _apply(scheme: TensorScheme, part: str, text: str, *, of_cache: bool) -> Ten
         return replace(scheme, strategy=_SIZED[size[1]], group_size=int(size[2]))
     if part.startswith("s") and part[1:] in get_args(ScaleFormat):
         return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
-    if part in get_args(RangeRule):
-        return replace(scheme, range_rule=part)  # type: ignore[arg-type]
-    if part in get_args(ExponentRule):
-        return replace(scheme, exponent_rule=part)  # type: ignore[arg-type]
+    for rule, words in (("range_rule", RangeRule), ("exponent_rule", ExponentRule)):
+        if part in get_args(words):
+            return replace(scheme, **{rule: part})  # type: ignore[arg-type]
     if kept := _CLIP.fullmatch(part):
         return replace(scheme, clip=float(kept[1]))
     if outliers := _OUTLIERS.fullmatch(part):

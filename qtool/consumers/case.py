@@ -47,8 +47,10 @@ class Case:
         input_strategy: As ``strategy``; ``token`` too.
         input_group_size: As ``group_size``.
         cache: Whether keys and values are quantized, and how their scales come about.
-        cache_format: As ``fp8-tensor``.
+        cache_format: As ``fp8`` or ``int4-asym``.
+        cache_strategy: As ``strategy``; ``attn_head``, and ``token``, which of the library's caches is a head, too.
         cache_group_size: As ``group_size``.
+        queries: Whether queries are quantized as keys are.
         experts: Whether linears of experts are among them.
         alone: Whether they are linears of experts and no others.
         apart: Whether linears that engines fuse into one have several schemes.
@@ -56,7 +58,8 @@ class Case:
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
             modelopt, says for each linear what it has, or, of gptq, has ``dynamic`` rules.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
-        biased: Whether a linear behind such a rotation has a bias.
+        turned: What rotates queries and keys behind their positions (R3), likewise.
+        biased: Whether a linear behind a rotation of inputs has a bias.
         act_order: Whether columns are in an order of their own.
         dtype: What the model computes in, as ``bfloat16``.
         unread: Keys of the config that no rule speaks of.
@@ -80,13 +83,16 @@ class Case:
     input_group_size: int = -1
     cache: Calibrated = "none"
     cache_format: str = ""
+    cache_strategy: str = ""
     cache_group_size: int = -1
+    queries: bool = False
     experts: bool = False
     alone: bool = False
     apart: bool = False
     decoded: bool = False
     beside: bool = False
     online: str = ""
+    turned: str = ""
     biased: bool = False
     act_order: bool = False
     dtype: str = ""
@@ -99,12 +105,14 @@ class Case:
         return asdict(self) | {"rounding": self._rounding(), "caching": self._caching()}
 
     def _caching(self) -> str:
-        """Return such as ``INT4 with a dynamic scale per group of 32, asymmetric``."""
+        """Return such as ``KV cache in INT4 with a dynamic scale per group of 32, asymmetric``."""
         element = self.cache_format.partition("-")[0].upper()
         per = f" per group of {self.cache_group_size}" if self.cache_group_size > 0 else ""
-        per = " per head" if self.cache_format.endswith("-attn_head") else per
-        scale = "the scale that is stored" if self.cache == "static" else "a dynamic scale"
-        return f"{element} with {scale}{per}{', asymmetric' if '-asym' in self.cache_format else ''}"
+        per = " per head" if self.cache_strategy in ("attn_head", "token") else per
+        stored = {"static": "the scale that is stored", "local": "a dynamic scale within a stored one"}
+        scale = stored.get(self.cache, "a dynamic scale")
+        asymmetric = ", asymmetric" if self.cache_format.endswith("-asym") else ""
+        return f"{'queries and ' if self.queries else ''}KV cache in {element} with {scale}{per}{asymmetric}"
 
     def _rounding(self) -> str:
         """Return such as ``dynamic INT4 activations per token, asymmetric``."""
@@ -164,8 +172,19 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError("no group of `config_groups` has weights")
     decoded = bool(config.get("dequantize"))
     about: dict[str, Any] = {"apart": _apart(config), "decoded": decoded, "beside": decoded and len(groups) > 1}
-    about |= _online(config.get("transform_config")) | _cache(config.get("kv_cache_scheme"))
+    cache = config.get("kv_cache_scheme")
+    about |= _online(config.get("transform_config")) | _cache(cache)
+    for group in (one for one in config["config_groups"].values() if not one.get("weights")):
+        alike = cache and _cache(group.get("input_activations")) == _cache(cache)
+        about |= {"queries": True} if alike and is_of_attentions(group) else {"unread": "config_groups"}
     return [{**about, **group} for group in groups]
+
+
+def is_of_attentions(group: Mapping[str, Any]) -> bool:
+    """Say whether a group without weights is of all attentions, named by their class, as vLLM wants it."""
+    targets = list(group.get("targets", ()))
+    named = len(targets) == 1 and not targets[0].startswith("re:") and targets[0].endswith("Attention")
+    return named and not group.get("weights") and not group.get("output_activations")
 
 
 def _apart(config: Mapping[str, Any]) -> bool:
@@ -187,13 +206,16 @@ def _any_apart(known: Mapping[str, object], of_all: object) -> bool:
 
 
 def _online(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a ``transform_config`` does to the inputs of linears."""
+    """Return what a ``transform_config`` does to the inputs of linears, and to queries and keys."""
     groups = (config or {}).get("config_groups", {}).values()
-    kinds = {str(group.get("type")) for group in groups}
-    places = {str(apply.get("location")) for group in groups for apply in group.get("apply", ())}
-    if not places <= {"input"} or not kinds <= {*ONLINE}:
-        return {"unread": "transform_config"}
-    return {"online": ONLINE[-1] if ONLINE[-1] in kinds else ONLINE[0]} if kinds else {}
+    found: dict[str, str] = {}
+    for group in groups:
+        kind, places = str(group.get("type")), {str(apply.get("location")) for apply in group.get("apply", ())}
+        field = {frozenset({"input"}): "online", frozenset({"q_attn", "k_cache"}): "turned"}.get(frozenset(places))
+        if field is None or kind not in ONLINE:
+            return {"unread": "transform_config"}
+        found[field] = ONLINE[-1] if ONLINE[-1] in (kind, found.get(field)) else ONLINE[0]
+    return found
 
 
 def _gptq(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -324,7 +346,7 @@ def _cache(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     element = {"int": "int", "float": "fp"}.get(found["type"], found["type"])
     mark = "" if found["symmetric"] else "-asym"
     fields = {"cache": _calibrated(arguments), "cache_group_size": found["group_size"]}
-    return fields | {"cache_format": f"{element}{found['bits']}{mark}-{found['strategy']}"}
+    return fields | {"cache_format": f"{element}{found['bits']}{mark}", "cache_strategy": found["strategy"]}
 
 
 def _calibrated(arguments: Mapping[str, Any]) -> Calibrated:

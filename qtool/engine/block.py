@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from qtool.engine.block_problem import BlockResult, Compensation
-from qtool.engine.cache import ABSMAX
 from qtool.engine.experts import Mode
 from qtool.engine.grid import Grid
 from qtool.engine.network import Network
@@ -68,7 +67,7 @@ def static_inputs(subject: Subject) -> InputGrids | None:
     }
     found = (grid for grid in map(subject.input_grid, by_site.values()) if grid is not None)
     grids = [grid for grid in found if any(part.has_global_scale for part in grid.parts)]
-    needs = [ABSMAX] if subject.cache is not None and subject.cache.static else []
+    needs = [] if subject.cache is None else [need for own in subject.cache.needs.values() for need in own]
     needs += [need for grid in grids for need in needs_of_range(grid)]
     needs += [SAMPLE] if any(part.scheme.static for grid in grids for part in grid.parts) else []
     return InputGrids(subject.input_grid, tuple(dict.fromkeys(needs))) if needs else None
@@ -196,6 +195,8 @@ class BlockSolver:
         grids = {(linear.reads, linear.spec.reads): grid for linear, grid in inputs if grid is not None}
         device = self.solver.device
         for (site, name), grid in grids.items():
+            if not any(part.has_global_scale for part in grid.parts):
+                continue
             extremes = extremes_of(grid, known[name], site=site)
             if not any(part.scheme.static for part in grid.parts):
                 scales |= input_scales(site, grid.global_scales(extremes[0]))

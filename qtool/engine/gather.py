@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.engine.cache import KEYS, VALUES
+from qtool.engine.cache import KEYS, QUERIES, VALUES
 from qtool.engine.experts import Mode
 from qtool.engine.linear import SiteInput
 from qtool.engine.saliency import Saliencies
@@ -46,7 +46,7 @@ class Gathering:
 
     def at(self, layer: int, site: str) -> Gathering:
         """Return what the accumulators of one site are told."""
-        weight = TokenWeight() if site in (KEYS, VALUES) else self.token_weight.at(site)
+        weight = TokenWeight() if site in (KEYS, VALUES, QUERIES) else self.token_weight.at(site)
         if weight.rule != "gradient" or self.saliencies is None:
             return replace(self, token_weight=weight)
         return replace(self, token_weight=weight, saliency=self.saliencies.at(layer, site))

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
 from qtool.engine.block_problem import Compensation
-from qtool.engine.cache import KEYS, VALUES, CacheRounding
+from qtool.engine.cache import KEYS, QUERIES, VALUES, CacheRounding
 from qtool.engine.experts import ExecutedExperts, Mode, executed_experts, window_counter
 from qtool.engine.fold import output_operators
 from qtool.engine.linear import ExecutedLinear, Observer, Rounding, SiteInput
@@ -100,7 +100,7 @@ class Network:
         block.get_submodule(graph.family.attention).add_module(CHILD, path)
         _release(block)
         block.register_forward_hook(partial(self._compensated, layer), with_kwargs=True)
-        return sites | {KEYS: path.keys, VALUES: path.values}
+        return sites | {KEYS: path.keys, VALUES: path.values, QUERIES: path.queries}
 
     def _compensated(
         self,

@@ -61,7 +61,7 @@ class Propagation:
         network.load(layer, BlockContent(state))
         linears = self.block.solver.linears_of(layer)
         solved, cache = SolvedBlock(), self.executed.cache
-        cached, heads = () if cache is None else tuple(cache.static), self.executed.model.graph.dims.num_kv_heads
+        cached = {} if cache is None else cache.needs
         stages = self._stages(linears) or ([[]] if cached else [])
         for stage in stages:
             gathered = self.stream.gather(
@@ -69,7 +69,7 @@ class Propagation:
             )
             self.block.solve(stage, state, gathered.statistics, solved, gathered.tokens)
             if cache is not None:  # of several stages the last sees the keys and values of quantized projections
-                solved.scales |= cache.scales(layer, gathered.statistics, heads=heads)
+                solved.scales |= cache.scales(layer, gathered.statistics, dims=self.executed.model.graph.dims)
             if stage is not stages[-1] and solved.solution.linears:
                 self.block.replace(network, stage, solved.solution.linears)
         if self.exact is None:

@@ -224,8 +224,8 @@ class Subject:
 
     @cached_property
     def cache(self) -> CacheRounding | None:
-        """How keys and values are rounded, before anything of it is calibrated."""
-        return CacheRounding.of(self.scheme.keys, self.scheme.values, self.plugins.format)
+        """How keys and values are rounded, and queries, before anything of it is calibrated."""
+        return CacheRounding.of(self.scheme, self.plugins.format)
 
     def kv_path(self, layer: int, device: torch.device) -> tuple[tuple[Operator, ...], CacheRounding | None]:
         """Return what acts on a block's keys and queries, and how its keys and values are rounded.

@@ -259,9 +259,12 @@ def _input_scale_bytes(subject: Subject) -> int:
     if inputs is None:
         return 0
     dims, cache = subject.model.graph.dims, subject.cache
-    cached = 0 if cache is None else dims.num_layers * sum(map(prod, cache.static_shapes(dims.num_kv_heads).values()))
+    shapes = {} if cache is None else cache.static_shapes(dims)
+    asymmetric = {place for place, needs in ({} if cache is None else cache.needs).items() if len(needs) > 1}
     found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.linears)
     grids = {site: grid for site, grid in found if grid is not None}
     parts = [part for grid in grids.values() for part in grid.parts]
     zeros = sum(part.scheme.static and not part.scheme.symmetric for part in parts)
-    return _SCALE * (cached + sum(part.has_global_scale for part in parts)) + _ZERO_POINT * zeros
+    zeros += dims.num_layers * sum(prod(shape) for place, shape in shapes.items() if place in asymmetric)
+    scales = dims.num_layers * sum(map(prod, shapes.values())) + sum(part.has_global_scale for part in parts)
+    return _SCALE * scales + _ZERO_POINT * zeros

@@ -213,7 +213,7 @@ class _Work:
             self._check_comparison()
         if request.propagate == "none" and subject.cache is not None and subject.cache.static:
             raise UsageError(
-                "static scales of a KV cache are found in passes over the text: no statistics hold keys and values",
+                "scales of a KV cache that are found once are found in passes over the text: no statistics hold keys",
                 facts=(("kv", request.scheme.kv),),
                 hint="--propagate quantized",
             )

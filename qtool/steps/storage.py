@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
+
 from qtool.engine.storage import HALF, PARTS, foreseen_bytes, in_order, operator_bytes, stored_bytes
 from qtool.model.source import Model
 from qtool.plugins import Plugins
@@ -16,6 +18,9 @@ from qtool.steps.description import Cell, Table
 from qtool.steps.subjects import Opened
 
 STORAGE = "storage"
+
+_MULTIPLIER = 4
+"""Bytes of what multiplies all scales of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,8 @@ def cache_bits(scheme: ModelScheme, model: Model, plugins: Plugins) -> dict[str,
         rows, length = (width, size) if part.strategy == "channel" else (1, width)
         sizes = foreseen_bytes(replace(part, strategy="group", group_size=size), fmt, rows, eight * length)
         tokens = size if part.strategy == "channel" else 1
-        found[name] = heads * sum(sizes.values()) / tokens
+        shared = 0 if fmt.global_scale(torch.ones(()), part) is None else _MULTIPLIER
+        found[name] = heads * (sum(sizes.values()) - shared) / tokens
     return found
 
 

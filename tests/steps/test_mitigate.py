@@ -651,10 +651,10 @@ class TestRefusals:
         error = self.refused(desk, SchemeError, "means nothing for", MitigateRequest(str(desk.model), "rtn", asked))
         assert error.hint == f"nearest that works: {hint}"
 
-    def test_a_cache_whose_tokens_would_share_a_multiplier(self, desk: Desk) -> None:
+    def test_a_cache_whose_scales_have_a_multiplier_that_nothing_was_seen_of(self, desk: Desk) -> None:
         request = MitigateRequest(str(desk.model), "rtn", scheme(desk.workspace, weights="int4", kv="fp4-g8-se4m3"))
-        error = self.refused(desk, SchemeError, "its tokens cannot share a scale", request)
-        assert error.hint == "--kv int8-asym-token-head"
+        error = self.refused(desk, UsageError, "needs statistics", request)
+        assert error.hint.startswith("qtool calibrate MODEL")
 
     def test_weights_that_stay_as_they_are(self, desk: Desk) -> None:
         request = MitigateRequest(str(desk.model), "rtn", scheme(desk.workspace, activations="int8-token"))

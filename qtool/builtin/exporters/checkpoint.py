@@ -105,7 +105,7 @@ def write_checkpoint(
         linear_tensors: Makes what is stored in place of a linear's weight, as it is to be stored.
         dtype: What floating-point tensors that are not quantized are stored in.
         quantization: ``quantization_config`` of the config, or None.
-        calibrated: Scales that are no linear's, by full name, stored as they are.
+        calibrated: Scales, and matrices of rotations, that are no linear's, by full name, stored as they are.
 
     Returns:
         The bytes written.
@@ -119,7 +119,8 @@ def write_checkpoint(
     shards, parts = Shards(directory), Counter[str]()
     ends = stored_ends(subject, dtype)
     shards.add(as_stored(model, cast(ends)) | as_stored(model, calibrated))
-    parts["inputs"] += sum(tensor.nbytes for tensor in calibrated.values())
+    for name, tensor in calibrated.items():
+        parts["operators" if name.endswith(".weight") else "inputs"] += tensor.nbytes
     for layer in range(graph.dims.num_layers):
         state = subject.beside(layer, torch.float32)
         made: dict[str, Tensor] = {}

@@ -17,8 +17,10 @@ from transformers import AutoConfig, CompressedTensorsConfig
 
 from qtool.builtin.exporters.cache_scales import (
     IN_ATTENTION,
+    attention_classes,
     cache_scales,
     check_cache_scales,
+    check_hooked_attentions,
     compare_cache_scales,
 )
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
@@ -26,10 +28,11 @@ from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout, with_groups_in_cache
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
 from qtool.builtin.exporters.ct_transforms import (
-    InputTransform,
+    OnlineTransform,
     expect_matrices,
-    input_transforms,
     matrices_of,
+    matrices_of_attentions,
+    online_transforms,
     transform_config,
     verify_transforms,
 )
@@ -90,7 +93,8 @@ class CompressedTensors(PackedSource):
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
         refuse_all_but_codes(subject, "compressed-tensors", online=True)
-        input_transforms(subject)
+        if any(one.of_attentions for one in online_transforms(subject)) or subject.cache is not None:
+            check_hooked_attentions(subject)
         if subject.scheme.scale_per_head:
             raise UsageError(
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
@@ -101,11 +105,13 @@ class CompressedTensors(PackedSource):
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
         (scheme, linears), *others = groups_of(subject)
-        layout, dtype, transforms = choose_layout(scheme), _dtype(subject), input_transforms(subject)
+        layout, dtype, transforms = choose_layout(scheme), _dtype(subject), online_transforms(subject)
         rest = [(one, choose_layout(one), _targets(subject.model, own)) for one, own in others]
         targets = _targets(subject.model, linears) if others else ("Linear",)
         scheme = with_groups_in_cache(scheme, subject.model.graph.dims)
-        config = quantization_config(scheme, layout, not_quantized(subject.model, subject.kept), rest, targets)
+        attentions = tuple(attention_classes(subject.model)) if scheme.queries is not None else ()
+        ignore = not_quantized(subject.model, subject.kept)
+        config = quantization_config(scheme, layout, ignore, rest, targets, attentions)
         if transforms:
             config |= {"transform_config": transform_config(transforms)}
 
@@ -120,7 +126,7 @@ class CompressedTensors(PackedSource):
             tensors = stored_tensors(subject.packed(linear), own.weights, choose_layout(own))
             return tensors | _calibrated(subject, linear) | beside
 
-        cached = cache_scales(subject, IN_ATTENTION, (1,))
+        cached = cache_scales(subject, IN_ATTENTION, (1,)) | matrices_of_attentions(transforms, dtype)
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config, calibrated=cached)
         details: dict[str, object] = {"layout": config["format"], "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
@@ -140,11 +146,11 @@ class CompressedTensors(PackedSource):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         parsed = CompressedTensorsConfig.from_dict(config.quantization_config)  # type: ignore[no-untyped-call]
         reader = CheckpointReader(directory, model)
-        skeleton, transforms = _skeleton(config, parsed, model), input_transforms(subject)
+        skeleton, transforms = _skeleton(config, parsed, model), online_transforms(subject)
         expect_matrices(skeleton, transforms)
         reader.compare(skeleton, any_shape=_ZERO_POINT)
         compare_cache_scales(cache_scales(subject, IN_ATTENTION, (1,)), reader)
-        stored = {one.name: reader.module(f"{one.linears[0]}.{one.name}_input")["weight"] for one in transforms}
+        stored = {one.name: reader.module(one.module)["weight"] for one in transforms if one.stored}
         verify_transforms(transforms, config.quantization_config.get("transform_config"), stored)
         targets = {
             target: group for group in parsed.quantization_config.config_groups.values() for target in group.targets
@@ -162,7 +168,7 @@ class CompressedTensors(PackedSource):
 
 
 def _consumers(
-    subject: Subject, config: Mapping[str, Any], dtype: torch.dtype, transforms: Sequence[InputTransform]
+    subject: Subject, config: Mapping[str, Any], dtype: torch.dtype, transforms: Sequence[OnlineTransform]
 ) -> dict[str, str]:
     """Return what loads the checkpoint, and what each loader executes of which linears.
 
@@ -172,7 +178,7 @@ def _consumers(
         dtype: What its other tensors are stored in.
         transforms: Rotations in the forward pass.
     """
-    biased = any(subject.model.has(f"{name}.bias") for transform in transforms for name in transform.linears)
+    biased = any(subject.model.has(f"{name}.bias") for transform in transforms for name in transform.targets)
     each, groups = [], groups_of(subject)
     for (scheme, linears), case in zip(groups, cases_of(config, biased=biased), strict=True):
         experts = {linear.expert is not None for linear in linears}

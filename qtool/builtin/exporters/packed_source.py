@@ -7,6 +7,7 @@ scales are as they are stored.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,18 @@ from transformers import AutoConfig
 from qtool.artifacts.layout import Header, TensorSlot
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import Artifact
-from qtool.builtin.exporters.cache_scales import CACHE_ZEROS, IN_ATTENTION, QUERIES, cache_places
+from qtool.builtin.exporters.cache_scales import (
+    CACHE_ZEROS,
+    IN_ATTENTION,
+    cache_places,
+    check_stored_cache,
+    has_zero_points,
+    place_of,
+    read_scale,
+    stored_shape,
+    unsigned_zero_point,
+    zero_places,
+)
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -31,7 +43,6 @@ from qtool.builtin.exporters.packed_layouts import (
     read_packed,
 )
 from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
-from qtool.engine.cache import scale_shape
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, packed_tensors
@@ -87,6 +98,11 @@ class PackedModel(Model):
         """The names and places of static scales of keys and values, by their names in artifacts."""
         return cache_places(self.graph, self.packed)
 
+    @cached_property
+    def cached_zeros(self) -> Mapping[str, tuple[str, Place]]:
+        """Those of their zero points, some of which may be 0 and belong to nothing."""
+        return zero_places(self.graph, self.packed)
+
     def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
         """Read the tensors below ``prefix``, keyed by the rest of their names; no weights that are codes."""
         return super().tensors(prefix, without={*without, *self._weights})
@@ -134,20 +150,27 @@ class PackedArtifact(Artifact):
             inputs = self.scheme.of(linear.name).activations
             if inputs is not None and inputs.static and not inputs.symmetric:
                 slots[f"{linear.reads}{INPUT_ZERO_POINT}"] = TensorSlot("U8", (), 0, 1)
-        shape = self.cached_shape
-        slots |= dict.fromkeys(self.model.cached, TensorSlot("F32", shape, 0, 4 * prod(shape)))
+        for names, dtype, size in ((self.model.cached, "F32", 4), (self.cached_zeros, "U8", 1)):
+            shapes = {name: self.cached_shape(name) for name in names}
+            slots |= {name: TensorSlot(dtype, shape, 0, size * prod(shape)) for name, shape in shapes.items()}
         return Header({}, slots)
 
     @property
-    def cached_shape(self) -> tuple[int, ...]:
-        """The shape of each static scale of a cache, which keys and values have alike."""
-        keys = self.scheme.keys
-        return () if keys is None else scale_shape(keys, self.model.graph.dims.num_kv_heads)
+    def cached_zeros(self) -> Mapping[str, tuple[str, Place]]:
+        """The zero points of a cache that has some."""
+        return self.model.cached_zeros if has_zero_points(self.scheme) else {}
+
+    def cached_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a static scale of a cache, or of its zero point, by its name in artifacts."""
+        return stored_shape(name, self.scheme, self.model.graph.dims)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as an artifact stores it."""
         if name in self.model.cached:
-            return read_place(self.model.cached[name][1]).float().reshape(self.cached_shape)
+            return read_scale(*self.model.cached[name]).reshape(self.cached_shape(name))
+        if name in self.cached_zeros and self.scheme.keys is not None:
+            bits = self.plugins.format(self.scheme.keys.format).bits
+            return unsigned_zero_point(read_place(self.cached_zeros[name][1]), bits).reshape(self.cached_shape(name))
         for leaf in (INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT):
             if name.endswith(leaf):
                 return self._calibrated(name.removesuffix(leaf), zero_point=leaf == INPUT_ZERO_POINT)
@@ -247,26 +270,15 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
     _refuse_other_codes(model)
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
-    cached = len(model.cached) == len(IN_ATTENTION) * model.graph.dims.num_layers
+    of_places = Counter(map(place_of, model.cached))
+    cached = [place for place, count in of_places.items() if count == model.graph.dims.num_layers]
     scheme = read_scheme(directory, seen, plain, plugins.format, cached=cached)
-    if model.cached and (scheme.keys is None or not scheme.keys.static):
-        raise ArtifactError(
-            "the checkpoint has scales of a KV cache and does not say that it is quantized with those",
-            facts=(("first", next(iter(model.cached))),),
-            hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
-        )
+    check_stored_cache(scheme, model.graph.dims, model.cached, model.cached_zeros)
     _refuse_zero_points(model, scheme)
     _refuse_other_tensors(model)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
-    for name, place in model.cached.values():
-        if prod(place.shape) != prod(artifact.cached_shape):
-            raise ArtifactError(
-                f"`{name}` has another number of scales than the config says",
-                facts=(("kv", scheme.kv), ("expected", prod(artifact.cached_shape)), ("received", prod(place.shape))),
-                hint="quantize the original model again: qtool mitigate MODEL --kv fp8-head-static",
-            )
     return Subject(model, plugins, scheme=scheme, quantized=artifact)
 
 
@@ -320,7 +332,7 @@ def _seen(model: PackedModel, name: str) -> Seen:
 def _refuse_other_codes(model: PackedModel) -> None:
     """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
     coded = {linear.name for linear in model.coded}
-    leaves = {*LEAVES, *INPUT_LEAVES, *QUERIES}
+    leaves = {*LEAVES, *INPUT_LEAVES}
     named = (name.rpartition(".") for name in model.packed)
     odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
     if odd is not None:
@@ -334,6 +346,8 @@ def _refuse_other_codes(model: PackedModel) -> None:
 def _refuse_zero_points(model: PackedModel, scheme: ModelScheme) -> None:
     """Refuse a cache or inputs whose zero points are others than those of symmetric ones, and inputs that lack one."""
     zeros = {name: place for name, place in model.packed.items() if _leaf(name) in (*CACHE_ZEROS, _INPUT_ZERO)}
+    if has_zero_points(scheme):
+        zeros = {name: place for name, place in zeros.items() if _leaf(name) not in CACHE_ZEROS}
     for linear in model.coded:
         inputs, name = scheme.of(linear.name).activations, f"{linear.name}.{_INPUT_ZERO}"
         if inputs is not None and inputs.static and not inputs.symmetric and zeros.pop(name, None) is None:

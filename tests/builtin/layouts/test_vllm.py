@@ -44,6 +44,7 @@ TEXT = Path(__file__).parents[3] / "LICENSE"
 SIGNED = "int4-sym-g64-signed_full"
 MIXED = f"{SIGNED},down_proj=int4-sym-g32"
 HALF = "int8-sym-token-sfp32-half"
+ATTENTION = "queries=fp8-tensor-static,keys=fp8-tensor-static,values=fp8-tensor-static"
 CT, INTEGERS = "compressed-tensors", "CPUWNA16LinearKernel"
 BYTES, FLOATS = "CPUInt8ScaledMMLinearKernel", "ChannelWiseTorchFP8ScaledMMLinearKernel"
 # The first tokens of the text that `tiny` is evaluated on
@@ -234,6 +235,7 @@ class CachedEachTowardZero(CachedTowardZero):
         (Scheme(SIGNED, "", "fp8-tensor-static", CT), INTEGERS, "the scales that are stored"),
         (Scheme("fp8-channel", "fp8-token", "fp8-tensor-static", "modelopt"), FLOATS, "the scales that are stored"),
         (Scheme(SIGNED, "", "fp8-head-static", CT), INTEGERS, "the largest of the scales of a block's heads for all"),
+        (Scheme(SIGNED, "", ATTENTION, CT), INTEGERS, "the scales that are stored"),
     ],
 )
 def test_vllm_reads_the_scales_of_a_cache_and_rounds_toward_zero(
@@ -247,7 +249,8 @@ def test_vllm_reads_the_scales_of_a_cache_and_rounds_toward_zero(
     save_file(held, file, {"format": "pt"})
     said, result = told(directory), read([directory])[str(directory)]
     assert (said.verdict, said.known) == ("executes-other", "run on a CPU")
-    assert said.says.endswith(f"; FP8 KV cache with {scales}, but rounded toward zero")
+    left = "; queries are NOT quantized" if scheme.kv == ATTENTION else ""
+    assert said.says.endswith(f"; FP8 KV cache with {scales}, but rounded toward zero{left}")
     assert (result.kernels, result.message) == ([kernel], "")
     parts = (subject.model, subject.plugins, subject.plan, subject.scheme, subject.quantized)
     cut = CachedTowardZero(*parts)
