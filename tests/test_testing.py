@@ -323,6 +323,14 @@ class TestCheckFormat:
             check_format(Away())
 
 
+def test_a_tiny_model_of_no_family_is_refused_by_name() -> None:
+    with (
+        pytest.raises(UsageError, match=r"no family knows the model type `lama`\n  known  .*llama"),
+        tiny_model("lama"),
+    ):
+        pass
+
+
 def test_tiny_models_are_gone_afterwards() -> None:
     def made() -> Iterator[Any]:
         with tiny_model("llama") as tiny:

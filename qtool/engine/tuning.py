@@ -210,7 +210,7 @@ class Replayed:
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device, *, recorded: bool = True) -> None:
-        self.function = function
+        self.function, self.device = function, device
         self.calls = 0
         self.graph = torch.cuda.CUDAGraph() if recorded and device.type == "cuda" else None
 
@@ -219,13 +219,15 @@ class Replayed:
         self.calls += 1
         if self.graph is None:
             self.function()
-        elif self.calls <= _EAGER_STEPS:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.function()
-            torch.cuda.current_stream().wait_stream(stream)
-        else:
+            return
+        with torch.cuda.device(self.device):  # where streams and graphs are made, wherever the tensors are
+            if self.calls <= _EAGER_STEPS:
+                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self.function()
+                torch.cuda.current_stream().wait_stream(stream)
+                return
             if self.calls == _EAGER_STEPS + 1:
                 gc.collect()  # a graph of before that is freed meanwhile would break the recording
                 with torch.cuda.graph(self.graph):

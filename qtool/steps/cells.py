@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -35,8 +36,20 @@ def cells_of(recipe: Recipe, only: Sequence[str] = ()) -> list[CellChoice]:
     """
     cells = [cell for cell in _cells(recipe) if _wanted(cell, only)]
     if not cells and (only or not recipe.full_precision):
-        raise UsageError(f"no cell of the recipe `{recipe.name}` is left", facts=(("only", ", ".join(only) or "none"),))
+        raise _nothing_left(recipe, only)
     return cells
+
+
+def _nothing_left(recipe: Recipe, only: Sequence[str]) -> UsageError:
+    """Return the error that lists the choices of the axes that conditions speak of, and mends the first wrong one."""
+    facts, hint = [("only", ", ".join(only) or "none")], ""
+    for axis in dict.fromkeys(condition.partition("=")[0] for condition in only):
+        known = dict.fromkeys(_bare(getattr(cell, axis)) for cell in _cells(recipe))
+        asked = [condition.partition("=")[2] for condition in only if condition.startswith(f"{axis}=")]
+        facts.append((axis, ", ".join(known)))
+        if known and not hint and known.keys().isdisjoint(choice.partition("(")[0] for choice in asked):
+            hint = f"--only {axis}={(difflib.get_close_matches(asked[0], known, 1, 0.3) or list(known))[0]}"
+    return UsageError(f"no cell of the recipe `{recipe.name}` is left", facts=tuple(facts), hint=hint)
 
 
 def _cells(recipe: Recipe) -> Iterator[CellChoice]:

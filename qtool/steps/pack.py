@@ -147,7 +147,7 @@ def _labels(opened: Opened, workspace: Workspace) -> dict[str, str]:
 def _present(path: Path, key: str, *, force: bool) -> Artifact | None:
     """Return the checkpoint at ``path`` if it answers ``key``; refuse whatever else is there.
 
-    An empty folder is no obstacle, and with ``force`` no checkpoint of qtool's is.
+    An empty folder is no obstacle, and with ``force`` no checkpoint of qtool's is that holds nothing else.
 
     Raises:
         UsageError: Something else is there.
@@ -157,6 +157,7 @@ def _present(path: Path, key: str, *, force: bool) -> Artifact | None:
         return None
     ours = (path / CHECKPOINT_MANIFEST).is_file()
     if force and ours:
+        _refuse_strangers(path)
         return None
     try:
         done = ArtifactWriter.finished(path, key)
@@ -167,6 +168,22 @@ def _present(path: Path, key: str, *, force: bool) -> Artifact | None:
     if done is not None:
         verify_files(done)
     return done
+
+
+def _refuse_strangers(checkpoint: Path) -> None:
+    """Refuse to replace a checkpoint with files beside its own, since they would be gone.
+
+    Raises:
+        UsageError: Names them.
+    """
+    own = {*open_artifact(checkpoint).manifest.tensors, CHECKPOINT_MANIFEST, CARD}
+    there = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if not file.is_dir()}
+    if strangers := sorted(there - own):
+        raise UsageError(
+            f"`{checkpoint}` holds files that qtool did not write, and replacing it would delete them",
+            facts=(("files", ", ".join(strangers)),),
+            hint="move them, or -o another folder",
+        )
 
 
 def _measured_anew(checkpoint: Artifact, opened: Opened, workspace: Workspace) -> None:

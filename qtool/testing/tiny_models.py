@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from qtool.artifacts.store import Artifact
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.subject import Subject
+from qtool.errors import UsageError
 from qtool.model.family import Family
 from qtool.plugins import Plugins
 from qtool.steps.calibrate import EVERYTHING, CalibrateRequest, calibrate
@@ -134,9 +135,17 @@ def tiny_model_of(
 
 
 def _family(model_type: str, plugins: Plugins) -> Family:
-    """Return the first family that speaks of a model type; those that share one differ in what ``tiny`` changes."""
+    """Return the first family that speaks of a model type; those that share one differ in what ``tiny`` changes.
+
+    Raises:
+        UsageError: None does.
+    """
     families: list[Family] = [plugins.load("families", name) for name in plugins.offers["families"]]
-    return next(family for family in families if model_type in family.model_types)
+    found = next((family for family in families if model_type in family.model_types), None)
+    if found is None:
+        known = sorted({name for family in families for name in family.model_types})
+        raise UsageError(f"no family knows the model type `{model_type}`", facts=(("known", ", ".join(known)),))
+    return found
 
 
 @contextmanager

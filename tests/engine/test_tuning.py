@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -185,3 +186,56 @@ def test_on_the_cpu_nothing_is_replayed() -> None:
     for _ in range(5):
         step()
     assert calls == [0, 1, 2, 3, 4]
+
+
+def test_it_is_recorded_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, recordings, replays = [torch.device("cuda", 0)], [], []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(current[-1])
+
+    class Stream:
+        def __init__(self) -> None:
+            self.device = current[-1]
+
+        def wait_stream(self, other: Stream) -> None:
+            assert other.device == self.device
+
+    @contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    @contextmanager
+    def recording(graph: Graph) -> Iterator[None]:
+        recordings.append(current[-1])
+        yield
+
+    for name, fake in {
+        "CUDAGraph": Graph,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: entered(stream.device),
+        "graph": recording,
+        "device": entered,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    calls: list[torch.device] = []
+    second = torch.device("cuda", 1)
+    step = Replayed(lambda: calls.append(current[-1]), second)
+    for _ in range(4):
+        step()
+    assert (calls, recordings, replays) == ([second] * 3, [second], [second] * 2)
+    assert current == [torch.device("cuda", 0)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_on_a_second_gpu() -> None:
+    total = torch.zeros((), device="cuda:1")
+    step = Replayed(lambda: total.add_(1), total.device)
+    for _ in range(5):
+        step()
+    assert float(total) == 5

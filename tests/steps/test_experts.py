@@ -169,7 +169,8 @@ class TestGathering:
         every, routed = here.calibrate(experts="all"), here.calibrate(experts="routed")
         plain = [n for n in every.names() if "experts." not in n]
         assert plain == [n for n in routed.names() if "experts." not in n]
-        assert all(torch.equal(every.tensor(n), routed.tensor(n)) for n in plain)
+        for entry in plain:  # where a product lies in memory may change its last bit
+            torch.testing.assert_close(every.tensor(entry), routed.tensor(entry), rtol=1e-5, atol=1e-7, msg=entry)
         assert counts(every) == counts(routed)
 
     def test_batches_make_no_difference_to_who_gets_what(self, sparse: Desk) -> None:

@@ -166,6 +166,21 @@ def test_another_checkpoint_is_replaced_only_by_force(quantize: Quantize, worksp
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == ["out"]
 
 
+def test_force_deletes_no_files_of_others(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    asked = PackRequest(quantize("int4-sym-g16"), "hf", output)
+    made, _ = pack(asked, workspace)
+    (output / "notes").mkdir()
+    (output / "notes" / "mine.txt").write_text("what I saw")
+    with pytest.raises(UsageError, match="did not write") as refused:
+        pack(replace(asked, force=True), workspace)
+    assert refused.value.facts == (("files", "notes/mine.txt"),)
+    assert (output / "notes" / "mine.txt").read_text() == "what I saw"
+    assert open_artifact(output).manifest == made.manifest
+    (output / "notes" / "mine.txt").unlink()
+    assert not pack(replace(asked, force=True), workspace)[1]
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(
     quantize: Quantize, workspace: Workspace, tmp_path: Path, force: bool

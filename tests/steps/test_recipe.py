@@ -125,6 +125,23 @@ def test_only_must_leave_something(tmp_path: Path, only: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("only", "facts", "hint"),
+    [
+        (("mitigate=gtpq", "seed=3"), ("only", "mitigate", "seed"), "--only mitigate=gptq"),
+        (("mitigate=gptq", "scheme=NVFP", "seed=3"), ("only", "mitigate", "scheme", "seed"), "--only scheme=NVFP4"),
+        (("mitigate=awq",), ("only", "mitigate"), "--only mitigate=rtn"),
+        (("scheme=NVFP4", "seed=9"), ("only", "scheme", "seed"), "--only seed=3"),
+        (("scheme=mine", "seed=4"), ("only", "scheme", "seed"), ""),
+    ],
+)
+def test_what_left_nothing_is_told(tmp_path: Path, only: tuple[str, ...], facts: tuple[str, ...], hint: str) -> None:
+    with pytest.raises(UsageError, match="no cell of the recipe") as refused:
+        cells_of(recipe_of(WHOLE, tmp_path), only)
+    assert tuple(name for name, _ in refused.value.facts) == facts
+    assert refused.value.hint == hint
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("model: tiny", "modell: tiny", "unknown key `modell` in .*my.yaml(?s:.*)did you mean `model`"),

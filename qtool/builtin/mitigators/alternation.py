@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from qtool.builtin.mitigators.gptq import GPTQConfig
-from qtool.builtin.mitigators.lorc import LoRCConfig, with_adapter
-from qtool.builtin.mitigators.rtn import round_nearest
+from qtool.builtin.mitigators.lorc import LoRCConfig, check_correction, is_left_out, with_adapter
+from qtool.builtin.mitigators.rtn import refuse_previous, round_nearest
 from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
 from qtool.numerics.losses import output_energy
 
-Iterate = tuple[QuantizedLinear, Adapter]
+Iterate: TypeAlias = tuple[QuantizedLinear, Adapter]
+Objective: TypeAlias = Callable[[QuantizedLinear, Adapter], float]
+Solve: TypeAlias = Callable[[Sequence[LayerProblem]], Sequence[QuantizedLinear]]
 
 
 @dataclass(frozen=True)
@@ -51,34 +53,80 @@ class AlternatingConfig(JointConfig):
             raise UsageError(f"`iterations` is from 1 to 1000, not {self.iterations}", hint="--set iterations=10")
 
 
+def solve_in_turn(
+    problems: Sequence[LayerProblem],
+    config: AlternatingConfig,
+    method: str,
+    *,
+    codes_alone: Solve,
+    rounds: Callable[[Sequence[LayerProblem]], Iterable[Sequence[Iterate]]],
+    objective: Callable[[LayerProblem], Objective],
+) -> list[QuantizedLinear]:
+    """Solve the layers of one site, codes and corrections in turn; experts that get no correction have codes alone.
+
+    Args:
+        problems: They differ in name, weight and seed only.
+        config: Says who gets a correction.
+        method: What the user calls it.
+        codes_alone: Solves what gets none.
+        rounds: Yields codes and the correction beside them, as it is stored, of all the layers that it is given.
+        objective: Returns what is to be small of a layer.
+
+    Raises:
+        NumericalError: The weight or the Hessian is not finite, or a factor overflows its storage format.
+        UsageError: The rank is larger than a weight, another method came first, or no Hessian was gathered.
+    """
+    for problem in problems:
+        refuse_previous(problem, method)
+        problem.need_hessian()
+        if not is_left_out(problem, config):
+            check_correction(problem, config)
+    plain = [problem for problem in problems if is_left_out(problem, config)]
+    corrected = [problem for problem in problems if not is_left_out(problem, config)]
+    found: dict[str, QuantizedLinear] = {}
+    if plain:
+        found |= zip((problem.name for problem in plain), codes_alone(plain), strict=True)
+    if corrected:
+        best = keep_best(corrected, rounds(corrected), [objective(problem) for problem in corrected])
+        found |= zip((problem.name for problem in corrected), best, strict=True)
+    return [found[problem.name] for problem in problems]
+
+
 def keep_best(
-    problem: LayerProblem, iterates: Iterable[Iterate], objective: Callable[[QuantizedLinear, Adapter], float]
-) -> QuantizedLinear:
-    """Return the codes and the correction with the least objective; of equal ones the first.
+    problems: Sequence[LayerProblem], rounds: Iterable[Sequence[Iterate]], objectives: Sequence[Objective]
+) -> list[QuantizedLinear]:
+    """Return the codes and the correction with the least objective of each layer; of equal ones the first.
 
     With scales that are fitted anew each time, no such sequence is monotone.
 
     Args:
-        problem: One layer, as it was given to the method.
-        iterates: Codes and the correction beside them, as it is stored.
-        objective: What is to be small.
+        problems: Layers, as they were given to the method.
+        rounds: Codes and the correction beside them, as it is stored, of each layer.
+        objectives: What is to be small, of each layer.
 
     Returns:
-        The best; its report has in addition ``iterations``, how many there were, and ``best_iteration``, from 1.
+        The best of each; its report has in addition ``iterations``, how many there were, and ``best_iteration``, from
+        1.
     """
-    least, best, count = math.inf, None, 0
-    for iterate in iterates:
-        count += 1
-        loss = objective(*iterate)
-        if best is None or loss < least:
-            least, best, place = loss, iterate, count
-    if best is None:
+    best: dict[int, tuple[float, Iterate, int]] = {}
+    count = 0
+    for count, iterates in enumerate(rounds, start=1):
+        for place, (iterate, objective) in enumerate(zip(iterates, objectives, strict=True)):
+            loss = objective(*iterate)
+            if place not in best or loss < best[place][0]:
+                best[place] = loss, iterate, count
+    if not count:
         raise LookupError("no iterates")
-    found = solved_beside(problem, *best)
-    return replace(found, report={**found.report, "iterations": float(count), "best_iteration": float(place)})
+    results = []
+    for place, problem in enumerate(problems):
+        _, iterate, first = best[place]
+        found = solved_beside(problem, *iterate)
+        told = {"iterations": float(count), "best_iteration": float(first)}
+        results.append(replace(found, report={**found.report, **told}))
+    return results
 
 
-def output_error(problem: LayerProblem) -> Callable[[QuantizedLinear, Adapter], float]:
+def output_error(problem: LayerProblem) -> Objective:
     """Return what measures ``tr(E H Eᵀ)`` of codes and the correction beside them."""
 
     def measure(solved: QuantizedLinear, adapter: Adapter) -> float:

@@ -11,16 +11,16 @@ its lattice codebook, its incoherence processing, which is a transform (``quip-s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, keep_best, output_error
+from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, output_error, solve_in_turn
 from qtool.builtin.mitigators.gptq import GPTQ
-from qtool.builtin.mitigators.lorc import check_correction, is_left_out, stored_adapter
-from qtool.builtin.mitigators.rtn import refuse_previous
+from qtool.builtin.mitigators.lorc import stored_adapter
 from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
 from qtool.numerics.losses import output_energy
@@ -63,22 +63,33 @@ class Caldera:
             NumericalError: The weight or the Hessian is not finite, or a factor overflows its storage format.
             UsageError: The rank is larger than the weight, another method came first, or no Hessian was gathered.
         """
-        refuse_previous(problem, "caldera")
-        problem.need_hessian()
-        if is_left_out(problem, config):
-            return GPTQ().quantize(problem, config)
-        check_correction(problem, config)
-        return keep_best(problem, _iterates(problem, config), output_error(problem))
+        return self.quantize_siblings([problem], config)[0]
+
+    def quantize_siblings(self, problems: Sequence[LayerProblem], config: CalderaConfig) -> list[QuantizedLinear]:
+        """Solve the layers of one site together: they share the factor of the Hessian."""
+        return solve_in_turn(
+            problems,
+            config,
+            "caldera",
+            codes_alone=partial(GPTQ().quantize_siblings, config=config),
+            rounds=partial(_rounds, config=config),
+            objective=output_error,
+        )
 
 
-def _iterates(problem: LayerProblem, config: CalderaConfig) -> Iterator[Iterate]:
+def _rounds(problems: Sequence[LayerProblem], config: CalderaConfig) -> Iterator[Sequence[Iterate]]:
     """Yield codes and corrections; each correction is chosen behind its codes."""
-    rest = problem.weight
+    rest = [problem.weight for problem in problems]
     for _ in range(config.iterations):
-        solved = GPTQ().quantize(replace(problem, weight=rest), config)
-        adapter = _factors(problem, config, problem.weight - solved.weight(problem.grid))
-        yield solved, adapter
-        rest = problem.weight - adapter.product()
+        solved = GPTQ().quantize_siblings(
+            [replace(problem, weight=weight) for problem, weight in zip(problems, rest, strict=True)], config
+        )
+        adapters = [
+            _factors(problem, config, problem.weight - codes.weight(problem.grid))
+            for problem, codes in zip(problems, solved, strict=True)
+        ]
+        yield list(zip(solved, adapters, strict=True))
+        rest = [problem.weight - adapter.product() for problem, adapter in zip(problems, adapters, strict=True)]
 
 
 def _factors(problem: LayerProblem, config: CalderaConfig, error: Float[Tensor, "out in"]) -> Adapter:

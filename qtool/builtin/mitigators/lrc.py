@@ -14,17 +14,18 @@ its own stream before rounding, which they stand for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, keep_best
+from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, Objective, solve_in_turn
 from qtool.builtin.mitigators.gptq import GPTQ
-from qtool.builtin.mitigators.lorc import check_correction, is_left_out, stored_adapter
-from qtool.builtin.mitigators.rtn import refuse_previous, round_nearest
+from qtool.builtin.mitigators.lorc import stored_adapter
+from qtool.builtin.mitigators.rtn import round_nearest
 from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear, Reads
 from qtool.errors import NumericalError, UsageError
 from qtool.numerics.losses import loss_ratio, output_energy
@@ -69,40 +70,58 @@ class LRC:
             NumericalError: The weight or a statistic is not finite, or a factor overflows its storage format.
             UsageError: The rank is larger than the weight, another method came first, or a statistic was not gathered.
         """
-        refuse_previous(problem, "lrc")
-        problem.need_hessian()
-        if is_left_out(problem, config):
-            return GPTQ().quantize(problem, config)
-        check_correction(problem, config)
-        streams = _streams(problem, config.dampening_frac)
-        loss = _objective(problem, streams)
-        found = keep_best(problem, _iterates(problem, config, streams), loss)
-        if found.adapter is None:
-            return found
-        signal = output_energy(problem.weight.double(), streams.full)
-        before = streams.energy(problem.weight, round_nearest(problem).weight(problem.grid).to(problem.weight.dtype))
-        target = {"target_loss": loss(found, found.adapter), "target_loss_before": before}
-        report = {**found.report, **{name: loss_ratio(value, signal) for name, value in target.items()}}
-        return replace(found, report=report)
+        return self.quantize_siblings([problem], config)[0]
+
+    def quantize_siblings(self, problems: Sequence[LayerProblem], config: LRCConfig) -> list[QuantizedLinear]:
+        """Solve the layers of one site together: they share both streams and the factor of the Hessian."""
+        found = solve_in_turn(
+            problems,
+            config,
+            "lrc",
+            codes_alone=partial(GPTQ().quantize_siblings, config=config),
+            rounds=partial(_rounds, config=config),
+            objective=partial(_objective, config=config),
+        )
+        return [
+            one if one.adapter is None else _told(problem, one, one.adapter, config)
+            for problem, one in zip(problems, found, strict=True)
+        ]
 
 
-def _iterates(problem: LayerProblem, config: LRCConfig, streams: TwoStreams) -> Iterator[Iterate]:
+def _rounds(problems: Sequence[LayerProblem], config: LRCConfig) -> Iterator[Sequence[Iterate]]:
     """Yield codes and branches; each branch is chosen behind its codes."""
-    rest = problem.weight
+    streams = _streams(problems[0], config.dampening_frac)
+    rest = [problem.weight for problem in problems]
     for _ in range(config.iterations):
-        solved = GPTQ().quantize(replace(problem, weight=streams.target(rest)), config)
-        wanted = streams.wanted(problem.weight, solved.weight(problem.grid).to(problem.weight.dtype))
-        factors = weighted_truncation(wanted, streams.full, config.rank, seed=problem.seed)
-        adapter = stored_adapter(problem, config, factors)
-        yield solved, adapter
-        rest = problem.weight - adapter.product()
+        solved = GPTQ().quantize_siblings(
+            [replace(problem, weight=streams.target(part)) for problem, part in zip(problems, rest, strict=True)],
+            config,
+        )
+        adapters = []
+        for problem, codes in zip(problems, solved, strict=True):
+            wanted = streams.wanted(problem.weight, codes.weight(problem.grid).to(problem.weight.dtype))
+            factors = weighted_truncation(wanted, streams.full, config.rank, seed=problem.seed)
+            adapters.append(stored_adapter(problem, config, factors))
+        yield list(zip(solved, adapters, strict=True))
+        rest = [problem.weight - adapter.product() for problem, adapter in zip(problems, adapters, strict=True)]
 
 
-def _objective(problem: LayerProblem, streams: TwoStreams) -> Callable[[QuantizedLinear, Adapter], float]:
+def _objective(problem: LayerProblem, config: LRCConfig) -> Objective:
+    streams = _streams(problem, config.dampening_frac)
+
     def measure(solved: QuantizedLinear, adapter: Adapter) -> float:
         return streams.energy(problem.weight - adapter.product(), solved.weight(problem.grid))
 
     return measure
+
+
+def _told(problem: LayerProblem, found: QuantizedLinear, adapter: Adapter, config: LRCConfig) -> QuantizedLinear:
+    """Add what was to be small to the report."""
+    streams = _streams(problem, config.dampening_frac)
+    signal = output_energy(problem.weight.double(), streams.full)
+    before = streams.energy(problem.weight, round_nearest(problem).weight(problem.grid).to(problem.weight.dtype))
+    target = {"target_loss": _objective(problem, config)(found, adapter), "target_loss_before": before}
+    return replace(found, report={**found.report, **{key: loss_ratio(value, signal) for key, value in target.items()}})
 
 
 def _streams(problem: LayerProblem, dampening_frac: float) -> TwoStreams:

@@ -8,17 +8,17 @@ first iterate that is no better goes on here, up to ``iterations``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Literal
 
-from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, keep_best, output_error
+from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, output_error, solve_in_turn
 from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
-from qtool.builtin.mitigators.lorc import check_correction, is_left_out, stored_adapter
+from qtool.builtin.mitigators.lorc import stored_adapter
 from qtool.builtin.mitigators.rtn import (
     ClipOptions,
     loss_report,
-    refuse_previous,
     refuse_unknown,
     round_nearest,
 )
@@ -56,7 +56,7 @@ class SVDQuantConfig(AlternatingConfig):
 class SVDQuant:
     """Take the leading part of the weight in a low-rank branch, and quantize the remainder."""
 
-    version = 1
+    version = 2
     needs: tuple[str, ...] = ("hessian",)
     Config = SVDQuantConfig
 
@@ -67,28 +67,45 @@ class SVDQuant:
             NumericalError: The weight or the Hessian is not finite, or a factor overflows its storage format.
             UsageError: The rank is larger than the weight, another method came first, or no Hessian was gathered.
         """
-        refuse_previous(problem, "svdquant")
-        problem.need_hessian()
-        if is_left_out(problem, config):
-            return _solved(problem, config)
-        check_correction(problem, config)
-        return keep_best(problem, _iterates(problem, config), output_error(problem))
+        return self.quantize_siblings([problem], config)[0]
+
+    def quantize_siblings(self, problems: Sequence[LayerProblem], config: SVDQuantConfig) -> list[QuantizedLinear]:
+        """Solve the layers of one site together: they share the factor of the Hessian."""
+        return solve_in_turn(
+            problems,
+            config,
+            "svdquant",
+            codes_alone=partial(_solved, config=config),
+            rounds=partial(_rounds, config=config),
+            objective=output_error,
+        )
 
 
-def _iterates(problem: LayerProblem, config: SVDQuantConfig) -> Iterator[Iterate]:
+def _rounds(problems: Sequence[LayerProblem], config: SVDQuantConfig) -> Iterator[Sequence[Iterate]]:
     """Yield codes and branches; each branch is chosen before its codes."""
-    large = problem.weight
+    large = [problem.weight for problem in problems]
     for _ in range(config.iterations):
-        adapter = stored_adapter(problem, config, truncated_svd(large, config.rank, seed=problem.seed))
-        solved = _solved(replace(problem, weight=problem.weight - adapter.product()), config)
-        yield solved, adapter
-        large = problem.weight - solved.weight(problem.grid)
+        adapters = [
+            stored_adapter(problem, config, truncated_svd(part, config.rank, seed=problem.seed))
+            for problem, part in zip(problems, large, strict=True)
+        ]
+        rest = [
+            replace(problem, weight=problem.weight - adapter.product())
+            for problem, adapter in zip(problems, adapters, strict=True)
+        ]
+        solved = _solved(rest, config)
+        yield list(zip(solved, adapters, strict=True))
+        large = [problem.weight - codes.weight(problem.grid) for problem, codes in zip(problems, solved, strict=True)]
 
 
-def _solved(problem: LayerProblem, config: SVDQuantConfig) -> QuantizedLinear:
-    """Choose the codes of a weight."""
+def _solved(problems: Sequence[LayerProblem], config: SVDQuantConfig) -> list[QuantizedLinear]:
+    """Choose the codes of weights."""
     if config.solver == "gptq":
-        return GPTQ().quantize(problem, config)
+        return GPTQ().quantize_siblings(problems, config)
+    return [_nearest(problem, config) for problem in problems]
+
+
+def _nearest(problem: LayerProblem, config: SVDQuantConfig) -> QuantizedLinear:
     nearest = round_nearest(problem, config)
     plain = round_nearest(problem).weight(problem.grid)
     return replace(nearest, report={**loss_report(problem, nearest.weight(problem.grid), plain), **nearest.report})

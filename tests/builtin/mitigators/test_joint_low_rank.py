@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -274,6 +274,37 @@ def test_siblings_share_eigenvectors_and_factor(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("method", "config"), ALL[:3])
+def test_siblings_are_solved_as_one_and_as_each_alone(
+    method: Any,  # noqa: ANN401
+    config: Any,  # noqa: ANN401
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solved: list[int] = []
+    whole = GPTQ.quantize_siblings
+
+    def counted(self: GPTQ, problems: Sequence[LayerProblem], config: Any) -> Any:  # noqa: ANN401
+        solved.append(len(problems))
+        return whole(self, problems, config)
+
+    monkeypatch.setattr(GPTQ, "quantize_siblings", counted)
+    of = problem()
+    weights = torch.randn(3, 24, 48, generator=torch.Generator().manual_seed(3)).unbind()
+    siblings = [replace(of, name=f"linear {i}", weight=one, seed=i, memory={}) for i, one in enumerate(weights)]
+    expert = replace(siblings[0], name="expert", expert=True)
+    options = config(rank=RANK, iterations=3)
+    together = method.quantize_siblings([siblings[0], expert, *siblings[1:]], options)
+    assert solved == [1, 3, 3, 3]
+    for one, ours in zip([siblings[0], expert, *siblings[1:]], together, strict=True):
+        theirs = method.quantize(replace(one, memory={}), options)
+        assert torch.equal(ours.codes, theirs.codes)
+        assert (ours.adapter is None) == (theirs.adapter is None) == one.expert
+        if ours.adapter is not None and theirs.adapter is not None:
+            torch.testing.assert_close(ours.adapter.product(), theirs.adapter.product(), rtol=1e-4, atol=1e-6)
+        assert ours.report == pytest.approx(theirs.report, rel=1e-5)
+    assert torch.equal(together[1].codes, GPTQ().quantize(expert, options).codes)
+
+
+@pytest.mark.parametrize(("method", "config"), ALL[:3])
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_the_best_iterate_is_kept(method: Any, config: Any, dtype: Any) -> None:  # noqa: ANN401
     improved, key = 0, "target_loss" if isinstance(method, LRC) else "loss"
@@ -291,10 +322,12 @@ def test_of_equally_good_iterates_the_first_is_kept() -> None:
     of = problem()
     solved = GPTQ().quantize(of, GPTQConfig())
     adapters = [Adapter(torch.zeros(1, 48), torch.zeros(24, 1) + i) for i in range(4)]
-    losses = iter([3.0, 1.0, 1.0, 2.0])
-    best = keep_best(of, [(solved, one) for one in adapters], lambda *_: next(losses))
-    assert best.adapter is adapters[1]
+    losses, others = iter([3.0, 1.0, 1.0, 2.0]), iter([3.0, 4.0, 2.0, 2.0])
+    rounds = [[(solved, one), (solved, one)] for one in adapters]
+    best, other = keep_best([of, of], rounds, [lambda *_: next(losses), lambda *_: next(others)])
+    assert (best.adapter is adapters[1], other.adapter is adapters[2]) == (True, True)
     assert (best.report["iterations"], best.report["best_iteration"]) == (4.0, 2.0)
+    assert (other.report["iterations"], other.report["best_iteration"]) == (4.0, 3.0)
 
 
 @EVERY
