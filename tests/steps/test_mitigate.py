@@ -271,6 +271,15 @@ class TestRoundToNearest:
         assert {one.reads for one in content.adapters.values()} == {"full"}
 
 
+def test_weights_are_folded_in_float32_whatever_passes_are_computed_in(desk: Desk) -> None:
+    plan, _ = transform(TransformRequest(str(desk.calibrate().path), "quarot"), desk.workspace)
+    asked = MitigateRequest(str(plan.path), "rtn", weights(desk, "int8"))
+    short, wide = (mitigate(replace(asked, dtype=dtype), desk.workspace)[0] for dtype in ("bfloat16", "float32"))
+    assert short.manifest.key != wide.manifest.key
+    for name in wide.names():
+        assert torch.equal(short.tensor(name), wide.tensor(name)), name
+
+
 class TestPropagation:
     def test_the_first_block_sees_the_same_and_the_second_what_is_quantized(self, desk: Desk) -> None:
         statistics = str(desk.calibrate(token_weight="uniform").path)
