@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from qtool.errors import SchemeError
-from qtool.scheme_parts import KeysAndValues, Rule, RuledPart, check_cache, check_part
+from qtool.scheme_parts import KeysAndValues, Rule, RuledPart, check_cache, check_part, in_block
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Integer, UInt8
@@ -175,11 +175,12 @@ class ModelScheme:
     def of(self, linear: str) -> ModelScheme:
         """Return the scheme, without rules, of a linear by its full module name.
 
-        A linear whose weights stay in 16 bits, where those of others do not, reads its input as it is.
+        A linear whose weights stay in 16 bits, where those of others do not, reads its input as it is. Outside of the
+        blocks one stays in 16 bits unless a rule names it.
         """
-        if not self.rules:
+        if not self.rules and in_block(linear):
             return self
-        found: dict[str, TensorScheme | None] = {"weights": self.weights, "activations": self.activations}
+        found = {part: getattr(self, part) if in_block(linear) else None for part in get_args(RuledPart)}
         found |= {rule.part: rule.scheme for rule in self.rules if rule.matches(linear)}
         if found["weights"] is None and self.every("weights"):
             found["activations"] = None

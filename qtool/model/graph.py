@@ -147,13 +147,19 @@ class ModelGraph:
         """Every linear that is quantized, in order of execution."""
         return tuple(linear for i in range(self.dims.num_layers) for linear in self.linears_of(i))
 
+    @cached_property
+    def head(self) -> LinearSite:
+        """The head, which is in no block: quantized only where an exception of a scheme names it."""
+        name = self.family.head
+        return LinearSite(name, self.dims.num_layers, Linear(name, HEAD_IN), HEAD_IN, 0)
+
     def linear(self, name: str) -> LinearSite:
-        """Find a linear that is quantized by its full module name."""
+        """Find a linear that is quantized, or the head, by its full module name."""
         return self._by_name[name]
 
     @cached_property
     def _by_name(self) -> dict[str, LinearSite]:
-        return {linear.name: linear for linear in self.linears}
+        return {linear.name: linear for linear in (*self.linears, self.head)}
 
     def linears_of(self, layer: int) -> tuple[LinearSite, ...]:
         """Return the linears of one block that are quantized."""

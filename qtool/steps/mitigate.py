@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from qtool.engine.network import Network
 from qtool.engine.propagate import Propagation, compares_inputs
 from qtool.engine.saliency import SALIENCY
 from qtool.engine.solve import Method, Solver
-from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.whole_model import WHOLE, WholeModel
 from qtool.errors import ArtifactError, NumericalError, UsageError
+from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.statistics import HESSIAN, SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
@@ -34,7 +34,7 @@ from qtool.steps.demand import known_of, told_in
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import default_token_weight, saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
-from qtool.steps.solved import Found, check_order
+from qtool.steps.solved import Found, check_counters, check_head, check_order, checked_share
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.token_weights import GRADIENT, token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
@@ -123,7 +123,7 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     manifest = work.manifest()
     path = workspace.output(manifest, request.output)
     if (done := ArtifactWriter.finished(path, manifest.key)) is not None:
-        _check_counters(request, done.manifest.counters)
+        check_counters(done.manifest.counters, strict=request.strict)
         return done, True
     about: dict[str, object] = {}
     writer = ArtifactWriter(path, manifest)
@@ -133,38 +133,11 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
         if not (request.strict and found.counters):
             details = {**manifest.details, **found.details}
             artifact = writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about))
-    _check_counters(request, found.counters)
+    check_counters(found.counters, strict=request.strict)
     if found.counters:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(found.counters.items()))
         workspace.warn(f"not as usual: {counted}")
     return artifact, False
-
-
-def _checked_share(request: MitigateRequest, experts: str) -> float:
-    """Return the share of even routing below which experts are starved.
-
-    Raises:
-        UsageError: It is none, or would have no effect.
-    """
-    share = request.expert_share
-    if share is None:
-        return DEFAULT_SHARE
-    if experts != "routed":
-        raise UsageError("`expert_share` has an effect on statistics of routed tokens only", hint="--experts routed")
-    if not 0 <= share <= 1:
-        raise UsageError(f"`expert_share` is from 0 to 1, not {share:g}", hint=f"--expert-share {DEFAULT_SHARE}")
-    return share
-
-
-def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> None:
-    """Refuse what was not as usual if the user wants that; of an artifact that is reused as of a new one."""
-    if request.strict and counters:
-        facts = tuple(sorted(counters.items()))
-        raise NumericalError(
-            "something unusual happened and --strict was given",
-            facts=facts,
-            hint="without --strict the same command goes on from here, and qtool inspect says what each of these means",
-        )
 
 
 class _Work:
@@ -183,6 +156,7 @@ class _Work:
         self.model, self.graph = opened.model, opened.model.graph
         bound = [Method(one.method, one.config) for one in methods]
         subject = replace(opened.subject, scheme=request.scheme)
+        self.head = subject.head
         solver = Solver(self.graph, bound, subject.weight_grid, request.seed, workspace.device, subject.kept)
         self.dtype = compute_dtype(request.dtype, opened.model)
         self.wide = torch.promote_types(self.dtype, torch.float32)
@@ -202,13 +176,15 @@ class _Work:
         self.known = known_of(self.needs, self.propagates, of_text, subject)
         self.gathered: dict[str, AnyStatistic] = {name: load(name) for name in self.known}
         self.experts = mode if self.looks else ""
-        self.block = BlockSolver(solver, inputs, self.experts or "all", _checked_share(request, mode))
+        self.block = BlockSolver(solver, inputs, self.experts or "all", checked_share(request.expert_share, mode))
         if self.looks and statistics is None:
             raise UsageError(
                 f"`{request.method}` needs statistics, and `{request.source}` has none behind it",
                 facts=(("needs", ", ".join(self.needs) or "the text"),),
                 hint="qtool calibrate MODEL, then give its path or --input statistics=PATH",
             )
+        if self.head is not None:
+            check_head(self.head, methods, self.propagates, self.needs)
         if self.compares:
             self._check_comparison()
         if request.propagate == "none" and subject.cache is not None and subject.cache.static:
@@ -311,6 +287,7 @@ class _Work:
                 self.block.solve(linears, folded, known, solved, self._carried_tokens(layer))
                 self._write(writer, layer, solved)
             notes.append(self._notes(writer, f"layer-{layer}"))
+        notes += self._solve_head(writer, lambda head, state: self.block.solve_head(head, state, {}))
         if estimated:
             self.workspace.warn(f"{', '.join(sorted(estimated))} behind rotations: estimated from the sample")
         return notes
@@ -347,9 +324,10 @@ class _Work:
             else:
                 self._write(writer, layer, work.solve(layer, state))
             notes.append(self._notes(writer, f"layer-{layer}"))
-            if layer + 1 < self.graph.dims.num_layers:
+            if layer + 1 < self.graph.dims.num_layers or self.head is not None:
                 work.advance(layer, state, writer.part(f"layer-{layer}")[0])
             work.network.drop(layer)
+        notes += self._solve_head(writer, work.solve_head)
         if self.whole is not None and not writer.has(WHOLE):
             layers = range(self.graph.dims.num_layers)
             model = WholeModel(work, lambda i: (subject.folded(i, self.wide), writer.part(f"layer-{i}")[0]), layers)
@@ -358,6 +336,18 @@ class _Work:
             losses = model.losses(tensors, hessian, self.workspace.progress)
             writer.add(WHOLE, tensors, {"notes": json.dumps({"model": report, "reports": losses})})
         return notes
+
+    def _solve_head(
+        self, writer: ArtifactWriter, solve: Callable[[LinearSite, Mapping[str, Tensor]], SolvedBlock]
+    ) -> list[dict[str, Any]]:
+        """Solve the head, if it is quantized, behind all blocks; return what there is to say of it."""
+        if self.head is None:
+            return []
+        layer, name = self.head.layer, f"{self.head.name}.weight"
+        if not writer.has(f"layer-{layer}"):
+            state = {name: self.opened.subject.ends(self.wide)[name]}
+            self._write(writer, layer, solve(self.head, state))
+        return [self._notes(writer, f"layer-{layer}")]
 
     def _propagation(self, writer: ArtifactWriter) -> Propagation:
         """Return the streams in front of the first block, and what solves the blocks."""

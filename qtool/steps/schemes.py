@@ -52,7 +52,8 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
             others = [first, *others]
         else:
             scheme = replace(scheme, name="", **{name: _read_one(name, first.strip(), plugins)})  # type: ignore[arg-type]
-        rules += _effective(getattr(scheme, name), [_read_rule(name, one, text, plugins) for one in others])
+        found = [_read_rule(name, one, text, plugins) for one in others]
+        rules += _effective(getattr(scheme, name), found, plugins)
     scheme = replace(scheme, rules=tuple(rules))
     if scheme.name and rules:
         scheme = replace(scheme, name=f"{scheme.name} ({_named(rules, plugins)})")
@@ -97,14 +98,22 @@ def _read_rule(name: RuledPart, text: str, whole: str, plugins: Plugins) -> Rule
     return Rule(name, pattern, _read_one(name, written, plugins))
 
 
-def _effective(default: TensorScheme | None, rules: Sequence[Rule]) -> list[Rule]:
-    """Return rules without those that say nothing: the same pattern comes again, or it is as without any rule."""
+def _effective(default: TensorScheme | None, rules: Sequence[Rule], plugins: Plugins) -> list[Rule]:
+    """Return rules without those that say nothing: the same pattern comes again, or it is as without any rule.
+
+    Without one a head is in 16 bits, and linears of blocks are as the default says.
+    """
     found: list[Rule] = []
     for place, rule in enumerate(rules):
         again = any(later.pattern == rule.pattern for later in rules[place + 1 :])
-        if not again and (found or rule.scheme != default):
+        if not again and (found or rule.scheme != (None if _names_head(rule, plugins) else default)):
             found.append(rule)
     return found
+
+
+def _names_head(rule: Rule, plugins: Plugins) -> bool:
+    """Say whether a rule is for the head of some family."""
+    return any(rule.matches(plugins.load("families", name).head) for name in plugins.offers["families"])
 
 
 def _named(rules: Sequence[Rule], plugins: Plugins) -> str:
@@ -196,9 +205,10 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     scheme.check()
     graph, subject = subject.model.graph, replace(subject, scheme=scheme)
     check_rules(scheme, graph)
-    if not subject.linears:
+    linears = (*subject.linears, *([subject.head] if subject.head is not None else []))
+    if not linears:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
-    for linear in subject.linears:
+    for linear in linears:
         width, inputs = graph.width(linear.spec.reads), subject.input_grid(linear)
         subject.weight_grid(linear).check(width, layer=linear.name)
         if inputs is not None:
@@ -224,11 +234,12 @@ def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:
         SchemeError: Names the nearest that is for some.
     """
     for rule in scheme.rules:
-        if any(rule.matches(linear.name) for linear in graph.linears):
+        if any(rule.matches(linear.name) for linear in (*graph.linears, graph.head)):
             continue
         kinds = list(dict.fromkeys(linear.name.rpartition(".")[2] for linear in graph.linears))
         layers, experts = range(graph.dims.num_layers), range(graph.dims.experts)
         known = [*kinds, *(f"layers.{one}" for one in layers), *(f"experts.{one}" for one in experts)]
+        known += [graph.head.name]
         known += dict.fromkeys(linear.spec.module for linear in graph.linears if linear.expert is None)
         nearest = (get_close_matches(rule.pattern, known, n=1, cutoff=0) or kinds)[0]
         raise SchemeError(

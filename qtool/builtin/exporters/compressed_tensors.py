@@ -89,7 +89,7 @@ class CompressedTensors(PackedSource):
         check_cache_scales(subject)
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
-        refuse_all_but_codes(subject, "compressed-tensors", online=True)
+        refuse_all_but_codes(subject, "compressed-tensors", online=True, head=True)
         input_transforms(subject)
         if subject.scheme.scale_per_head:
             raise UsageError(
@@ -103,9 +103,10 @@ class CompressedTensors(PackedSource):
         (scheme, linears), *others = groups_of(subject)
         layout, dtype, transforms = choose_layout(scheme), _dtype(subject), input_transforms(subject)
         rest = [(one, choose_layout(one), _targets(subject.model, own)) for one, own in others]
-        targets = _targets(subject.model, linears) if others else ("Linear",)
+        apart = () if subject.head is None else (subject.head.name,)
+        targets = _targets(subject.model, linears) if others else [*apart, "Linear"]
         scheme = with_groups_in_cache(scheme, subject.model.graph.dims)
-        config = quantization_config(scheme, layout, not_quantized(subject.model, subject.kept), rest, targets)
+        config = quantization_config(scheme, layout, not_quantized(subject.model, subject.kept, apart), rest, targets)
         if transforms:
             config |= {"transform_config": transform_config(transforms)}
 
@@ -149,7 +150,7 @@ class CompressedTensors(PackedSource):
         targets = {
             target: group for group in parsed.quantization_config.config_groups.values() for target in group.targets
         }
-        for linear in subject.linears:
+        for linear in (linear for _, linears in groups_of(subject) for linear in linears):
             tensors = reader.module(linear.name)
             found = match_targets(linear.name, nn.Linear(1, 1, device="meta"), targets)
             if not found:
@@ -231,23 +232,25 @@ def _targets(model: Model, linears: Iterable[LinearSite]) -> list[str]:
     return [*names, *([_EXPERTS] if any(linear.expert is not None for linear in linears) else [])]
 
 
-def not_quantized(model: Model, kept: Iterable[str] = ()) -> set[str]:
+def not_quantized(model: Model, kept: Iterable[str] = (), others: Iterable[str] = ()) -> set[str]:
     """Return the names of the linears that are not quantized: head, routers, gates, towers, heads for further tokens.
 
     Some loaders match the names of modules in transformers, some those in files, so both are given.
 
     Args:
         model: The original model.
-        kept: Names of linears that the scheme leaves in 16 bits.
+        kept: Names of linears of blocks that the scheme leaves in 16 bits.
+        others: Names of linears outside of the blocks that are quantized.
     """
     module = empty_model(deepcopy(model.config), model)
-    quantized = {linear.name for linear in model.graph.linears} - set(kept)
+    quantized = {*(linear.name for linear in model.graph.linears), *others} - set(kept)
     names = {name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name not in quantized}
     names |= {
         linear.name for i in range(model.graph.dims.num_layers) for linear in model.graph.readers_of(i)
     } - quantized
     matrices = (name for name in model.left_alone if len(model.places[name].shape) > 1 and name.endswith(".weight"))
     names |= {name.removesuffix(".weight") for name in matrices}
+    names -= set(others)
     return names | {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight") for name in names}
 
 

@@ -113,7 +113,7 @@ def check_architecture(subject: Subject) -> None:
         "scores and logits without a cap": found.capped
         and not (config.attn_logit_softcapping and config.final_logit_softcapping),
         "a head beside the embedding": not found.own_head
-        and (not dims.tied or subject.plan.unties_head(tied=dims.tied)),
+        and (not dims.tied or subject.unties_head),
     }
     reason = next((words for words, holds in wrong.items() if holds), None)
     if reason is not None:

@@ -24,7 +24,7 @@ from qtool.consumers.presets import with_presets
 from qtool.errors import SchemeError
 from qtool.model.files import CONFIG
 from qtool.scheme import Format, ModelScheme, ScaleFormat, Strategy, TensorScheme
-from qtool.scheme_parts import Rule
+from qtool.scheme_parts import Rule, in_block
 
 METHODS = ("compressed-tensors", "modelopt")
 Lookup = Callable[[str], Format]
@@ -92,14 +92,16 @@ def read_scheme(
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
     read = _modelopt_schemes if packed_method(directory) == "modelopt" else _compressed_schemes
     found, cache = read(directory, config, seen, lookup)
-    ((main, _), *_) = Counter(found.values()).most_common(1)
-    others = {name: own for name, own in found.items() if own != main}
+    in_blocks = [own for name, own in found.items() if in_block(name)] or list(found.values())
+    ((main, _), *_) = Counter(in_blocks).most_common(1)
+    of_rest = ModelScheme()  # what linears outside of the blocks have without rules
+    others = {name: (own, main if in_block(name) else of_rest) for name, own in found.items()}
     rules = [Rule("weights", name, None) for name in plain]
-    rules += [Rule("weights", name, own.weights) for name, own in others.items() if own.weights != main.weights]
+    rules += [Rule("weights", name, own.weights) for name, (own, of) in others.items() if own.weights != of.weights]
     rules += [
         Rule("activations", name, own.activations)
-        for name, own in others.items()
-        if own.activations != main.activations
+        for name, (own, of) in others.items()
+        if own.activations != of.activations
     ]
     return replace(main, kv=_cache_scheme(cache, lookup, cached=cached), rules=tuple(rules))
 

@@ -79,8 +79,9 @@ class PackedModel(Model):
 
     @cached_property
     def coded(self) -> tuple[LinearSite, ...]:
-        """The linears that have scales."""
-        return tuple(linear for linear in self.graph.linears if f"{linear.name}{_SCALE}" in self.packed)
+        """The linears that have scales; a head that has some comes last."""
+        linears = (*self.graph.linears, self.graph.head)
+        return tuple(linear for linear in linears if f"{linear.name}{_SCALE}" in self.packed)
 
     @cached_property
     def cached(self) -> Mapping[str, tuple[str, Place]]:
@@ -286,7 +287,7 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     artifact, inexact = subject.quantized, set[float]()
     if not isinstance(artifact, PackedArtifact):
         return 0
-    for linear in subject.linears:
+    for linear in artifact.model.coded:
         if f"{linear.name}.global_scale" not in artifact.header.slots:
             continue
         parameters = artifact.read(linear.name).parameters
@@ -318,7 +319,7 @@ def _seen(model: PackedModel, name: str) -> Seen:
 
 
 def _refuse_other_codes(model: PackedModel) -> None:
-    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
+    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized embedding."""
     coded = {linear.name for linear in model.coded}
     leaves = {*LEAVES, *INPUT_LEAVES, *QUERIES}
     named = (name.rpartition(".") for name in model.packed)
