@@ -21,6 +21,8 @@ UNREAD_KEYS: Mapping[str, frozenset[str]] = {
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that engines make one of, by the ends of their names."""
 _FUSED_NAMES = ("qkv_proj", "gate_up_proj")
+HEAD = "lm_head"
+"""What files call the head, by the end of its name."""
 _OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
 ONLINE = ("hadamard", "random-hadamard")
 """Rotations that rules speak of, as configs call them."""
@@ -55,6 +57,8 @@ class Case:
         decoded: Whether the config asks to decode all linears on loading (``dequantize``).
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
             modelopt, says for each linear what it has, or, of gptq, has ``dynamic`` rules.
+        head: Whether the head is among them: ``named`` by the config, or ``unnamed``, of a class that it names; the
+            empty word where it is not.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
         biased: Whether a linear behind such a rotation has a bias.
         act_order: Whether columns are in an order of their own.
@@ -86,6 +90,7 @@ class Case:
     apart: bool = False
     decoded: bool = False
     beside: bool = False
+    head: Literal["", "named", "unnamed"] = ""
     online: str = ""
     biased: bool = False
     act_order: bool = False
@@ -154,6 +159,7 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             **_weights(group["weights"]),
             **_inputs(group.get("input_activations")),
             **({"unread": "output_activations"} if group.get("output_activations") else {}),
+            **({"head": "named"} if _of_head(group.get("targets", ())) and not _of_head(config.get("ignore", ())) else {}),
         }
         for group in config["config_groups"].values()
         if group.get("weights")
@@ -166,6 +172,11 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     about: dict[str, Any] = {"apart": _apart(config), "decoded": decoded, "beside": decoded and len(groups) > 1}
     about |= _online(config.get("transform_config")) | _cache(config.get("kv_cache_scheme"))
     return [{**about, **group} for group in groups]
+
+
+def _of_head(names: Iterable[str]) -> bool:
+    """Say whether the head is among some names of linears."""
+    return any(name.rpartition(".")[2] == HEAD for name in names)
 
 
 def _apart(config: Mapping[str, Any]) -> bool:

@@ -178,6 +178,11 @@ class Subject:
         return tuple(one for one in self.model.graph.linears if one.name not in self.kept)
 
     @cached_property
+    def coded(self) -> tuple[LinearSite, ...]:
+        """All linears whose weights are quantized: behind those of blocks comes the head, if it is."""
+        return self.linears if self.head is None else (*self.linears, self.head)
+
+    @cached_property
     def kept(self) -> frozenset[str]:
         """Names of the linears of blocks whose weights the scheme leaves in 16 bits."""
         names = (linear.name for linear in self.model.graph.linears)

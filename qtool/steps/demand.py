@@ -181,8 +181,8 @@ def code_bytes(subject: Subject) -> dict[str, int]:
     """Return the bytes of the codes, scales and zero points of each linear, by name."""
     known: dict[tuple[int, int, Grid], int] = {}
     found: dict[str, int] = {}
-    for linear in subject.linears:
-        rows, n = subject.model.places[f"{linear.name}.weight"].shape
+    for linear in subject.coded:
+        rows, n = subject.shape(linear)
         key = (rows, n, subject.weight_grid(linear))
         if key not in known:
             known[key] = _stored_bytes(*key)
@@ -233,7 +233,7 @@ def _input_scale_bytes(subject: Subject) -> int:
         return 0
     dims, cache = subject.model.graph.dims, subject.cache
     cached = 0 if cache is None else dims.num_layers * sum(map(prod, cache.static_shapes(dims.num_kv_heads).values()))
-    found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.linears)
+    found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.coded)
     grids = {site: grid for site, grid in found if grid is not None}
     parts = [part for grid in grids.values() for part in grid.parts]
     zeros = sum(part.scheme.static and not part.scheme.symmetric for part in parts)

@@ -205,10 +205,9 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     scheme.check()
     graph, subject = subject.model.graph, replace(subject, scheme=scheme)
     check_rules(scheme, graph)
-    linears = (*subject.linears, *([subject.head] if subject.head is not None else []))
-    if not linears:
+    if not subject.coded:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
-    for linear in linears:
+    for linear in subject.coded:
         width, inputs = graph.width(linear.spec.reads), subject.input_grid(linear)
         subject.weight_grid(linear).check(width, layer=linear.name)
         if inputs is not None:

@@ -105,6 +105,9 @@ def cases() -> tuple[Case, ...]:
         replace(case, online=kind, biased=biased) for case in plain for kind, biased in product(ONLINE, (True, False))
     ]
     made += [replace(case, **alike) for case in plain if case.method in METHODS for alike in SEVERAL]
+    made += [
+        replace(case, head=how) for case in plain if case.method == "compressed-tensors" for how in ("named", "unnamed")
+    ]
     made += [replace(case, inputs=how) for case in plain if case.layout == "FP8" for how in ("dynamic", "static")]
     made += [Case("gguf", kind, bits=4) for kind in ("F16", "Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4", "Q4_K")]
     return tuple(dict.fromkeys(made))
@@ -175,11 +178,11 @@ def test_a_rule_is_well_formed(rule: Rule) -> None:
         assert set(condition) <= FIELDS
     assert rule.when.get("method")
     assert rule.part in (*PARTS, "kernel")
-    if rule.part in ("linears", "experts", "cache", "online", "groups"):
+    if rule.part in ("linears", "experts", "cache", "online", "groups", "head"):
         assert rule.verdict in VERDICTS
         assert rule.verdict != "unknown"
         assert (rule.verdict == "refuses") <= rule.says.startswith(("refused: ", UNREADABLE))
-        assert (rule.says == "") <= (rule.part in ("experts", "groups"))
+        assert (rule.says == "") <= (rule.part in ("experts", "groups", "head"))
     else:
         assert not rule.verdict
     assert rule.part == "linears" or rule.says.startswith((";", "refused: ", UNREADABLE)) or not rule.says

@@ -150,7 +150,7 @@ class CompressedTensors(PackedSource):
         targets = {
             target: group for group in parsed.quantization_config.config_groups.values() for target in group.targets
         }
-        for linear in (linear for _, linears in groups_of(subject) for linear in linears):
+        for linear in subject.coded:
             tensors = reader.module(linear.name)
             found = match_targets(linear.name, nn.Linear(1, 1, device="meta"), targets)
             if not found:

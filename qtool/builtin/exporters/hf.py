@@ -73,7 +73,7 @@ class HuggingFace:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         reader = CheckpointReader(directory, model)
         reader.compare(with_linear_experts(empty_model(config, model), model))
-        for linear in (linear for _, linears in groups_of(subject) for linear in linears):
+        for linear in subject.coded:
             ours, _ = dense(subject, linear, None)
             try:
                 read = reader.module(linear.name)["weight"]

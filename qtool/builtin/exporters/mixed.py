@@ -25,8 +25,7 @@ def groups_of(subject: Subject) -> Groups:
         UsageError: There are none.
     """
     found: dict[ModelScheme, list[LinearSite]] = {}
-    head = () if subject.head is None else (subject.head,)
-    for linear in (*subject.linears, *head) if subject.quantized is not None else ():
+    for linear in subject.coded if subject.quantized is not None else ():
         found.setdefault(subject.scheme.of(linear.name), []).append(linear)
     if not found:
         raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")

@@ -83,7 +83,7 @@ def check_global_scales(subject: Subject) -> None:
         UsageError: Names the first.
     """
     known: dict[tuple[str, str], Tensor] = {}
-    for linear in subject.linears:
+    for linear in subject.coded:
         if subject.weight_grid(linear).parts[0].has_global_scale:
             scale = _multiplier(subject, f"{linear.name}.global_scale")
             if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):
