@@ -159,7 +159,11 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             **_weights(group["weights"]),
             **_inputs(group.get("input_activations")),
             **({"unread": "output_activations"} if group.get("output_activations") else {}),
-            **({"head": "named"} if _of_head(group.get("targets", ())) and not _of_head(config.get("ignore", ())) else {}),
+            **(
+                {"head": "named"}
+                if _of_head(group.get("targets", ())) and not _of_head(config.get("ignore", ()))
+                else {}
+            ),
         }
         for group in config["config_groups"].values()
         if group.get("weights")

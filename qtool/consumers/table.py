@@ -2,9 +2,9 @@
 
 What no rule speaks of is unknown; of one part of one checkpoint on one device one rule speaks, or none. ``linears`` is
 the part that every answer begins with. ``experts``, ``cache``, ``online``, ``groups`` and ``head`` are needed where a
-checkpoint has those: without a rule on them nothing is known. ``scales`` and ``range`` are remarks, and ``kernel`` is a name; none
-of the three is needed. What a rule says beside ``linears`` begins with a semicolon and is added, or stands in place of
-everything.
+checkpoint has those: without a rule on them nothing is known. ``scales`` and ``range`` are remarks, and ``kernel`` is a
+name; none of the three is needed. What a rule says beside ``linears`` begins with a semicolon and is added, or stands
+in place of everything.
 """
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ class Network:
         if head is not None and self.subject.quantized is not None:
             found, target = self.subject.linear(head), self.module.get_submodule(head.name)
             self._assign(f"{head.name}.weight", found.weight(self.subject.weight_grid(head)))
-            target.adapter = None if found.adapter is None else found.adapter.on(self.device)
+            if isinstance(target, ExecutedLinear) and found.adapter is not None:
+                target.adapter = found.adapter.on(self.device)
         around = {name: value for name, value in tensors_of(self.module) if not name.startswith(f"{family.layers}.")}
         for name, value in around.items():
             if value.is_meta and name.startswith((f"{family.backbone}.", f"{family.head}.")):

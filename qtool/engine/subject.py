@@ -94,7 +94,7 @@ class Subject:
 
     @property
     def unties_head(self) -> bool:
-        """Whether a head that shares the embedding's weights gets its own: the plan changes them, or it is quantized."""
+        """Whether a head that shares the embedding's weights gets its own: of the plan, or since it is quantized."""
         tied = self.model.graph.dims.tied
         return self.plan.unties_head(tied=tied) or (tied and self.head is not None)
 

@@ -23,7 +23,7 @@ from qtool.engine.saliency import SALIENCY
 from qtool.engine.solve import Method, Solver
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.whole_model import WHOLE, WholeModel
-from qtool.errors import ArtifactError, NumericalError, UsageError
+from qtool.errors import ArtifactError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.statistics import HESSIAN, SiteStatistics
@@ -165,6 +165,8 @@ class _Work:
         mode = experts_mode(request.experts or gathered, self.graph, weight)
         inputs = static_inputs(subject)
         self.needs = needs_of(bound, inputs)
+        if self.head is not None:
+            check_head(self.head, methods, request.propagate, self.needs)
         load = partial(workspace.plugins.load, "statistics")
         self.compares_inputs = compares_inputs({name: load(name) for name in self.needs})
         self.whole = bound[-1] if bound[-1].of_model else None
@@ -183,8 +185,6 @@ class _Work:
                 facts=(("needs", ", ".join(self.needs) or "the text"),),
                 hint="qtool calibrate MODEL, then give its path or --input statistics=PATH",
             )
-        if self.head is not None:
-            check_head(self.head, methods, self.propagates, self.needs)
         if self.compares:
             self._check_comparison()
         if request.propagate == "none" and subject.cache is not None and subject.cache.static:

@@ -103,8 +103,8 @@ def written_storage(model: Model, written: Mapping[str, Any]) -> Storage:
 
     Args:
         model: The original model.
-        written: Bytes of ``linears`` and ``model``; of the linears' ``parts`` too, if the exporter tells them apart, and
-            of those of a quantized ``head``.
+        written: Bytes of ``linears`` and ``model``; of the linears' ``parts`` too, if the exporter tells them apart,
+            and of those of a quantized ``head``.
     """
     counts = parameter_counts(model)
     weights = sum(counts[f"{linear.name}.weight"] for linear in model.graph.linears)

@@ -89,7 +89,7 @@ class CompressedTensors(PackedSource):
         check_cache_scales(subject)
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
-        refuse_all_but_codes(subject, "compressed-tensors", online=True, head=True)
+        refuse_all_but_codes(subject, "compressed-tensors", online=True)
         input_transforms(subject)
         if subject.scheme.scale_per_head:
             raise UsageError(

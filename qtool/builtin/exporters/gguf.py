@@ -33,8 +33,8 @@ from qtool.builtin.exporters.gguf_types import Kind, check_values, choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
 from qtool.builtin.exporters.hf import code_bits, dense, offline
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
-from qtool.builtin.exporters.refusals import refuse_head
 from qtool.builtin.exporters.nearest import Check, check_schemes
+from qtool.builtin.exporters.refusals import refuse_head
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported

@@ -31,23 +31,19 @@ def quantized_weights(subject: Subject) -> TensorScheme:
     return weights
 
 
-def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False, head: bool = False) -> None:
+def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False) -> None:
     """Refuse what goes beyond one code a weight and one set of scales a linear.
 
     Args:
         subject: A quantized subject.
         layout: What the layout is called.
         online: Whether it may hold operators in the forward pass; then they are not refused here.
-        head: Whether it may hold a quantized head.
 
     Raises:
-        SchemeError: A head that is quantized, zero points that are real numbers, offsets in their place, or scales that
-            are codes.
+        SchemeError: Zero points that are real numbers, offsets in their place, or scales that are codes.
         UsageError: One tensor of all experts, channels set apart, operators in the forward pass, something added to the
             outputs of blocks, low-rank corrections, outliers, or scales of two levels; names the first.
     """
-    if not head:
-        refuse_head(subject, layout)
     refuse_real(subject, layout)
     refuse_scale_codes(subject, layout)
     _refuse_stacked(subject, layout)
