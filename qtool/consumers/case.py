@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -41,6 +41,7 @@ class Case:
         symmetric: Whether they have no zero points.
         strategy: What shares a scale: ``tensor``, ``channel``, ``group``, ``tensor_group`` or ``block``.
         group_size: Weights to a scale; -1 where a group is a whole row.
+        block: Rows and columns of a ``block``, as ``128x128``.
         scale: Dtype of stored scales, as ``fp32``.
         inputs: Whether activations are quantized, and how their scales come about.
         input_bits: Their bits; the other fields on inputs likewise.
@@ -75,6 +76,7 @@ class Case:
     symmetric: bool = True
     strategy: str = ""
     group_size: int = -1
+    block: str = ""
     scale: str = ""
     inputs: Calibrated = "none"
     input_bits: int = 16
@@ -157,6 +159,7 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "layout": str(group.get("format") or config.get("format") or ""),
             **_weights(group["weights"]),
+            "block": _block(group["weights"].get("block_structure")),
             **_inputs(group.get("input_activations")),
             **({"unread": "output_activations"} if group.get("output_activations") else {}),
             **(
@@ -257,7 +260,9 @@ def dynamic_apart(config: Mapping[str, Any], linears: Iterable[str]) -> bool:
 def _fp8(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the linears of DeepSeek's FP8: weights in blocks, or with one scale each."""
     sizes = config.get("weight_block_size")
-    shared = {"strategy": "block", "group_size": int(sizes[-1])} if sizes else {"strategy": "tensor"}
+    shared: dict[str, Any] = {"strategy": "tensor"}
+    if sizes:
+        shared = {"strategy": "block", "group_size": int(sizes[-1]), "block": _block(sizes)}
     given = {"strategy": "group" if sizes else "tensor", "group_size": int(sizes[-1]) if sizes else None}
     dynamic = str(config.get("activation_scheme", "dynamic")).lower() == "dynamic"
     inputs = _inputs({"num_bits": 8, "type": "float", "dynamic": dynamic, **given})
@@ -324,6 +329,11 @@ def _weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "strategy": str(arguments.get("strategy") or ("group" if size > 0 else "tensor")),
         "group_size": size,
     }
+
+
+def _block(sizes: Sequence[int] | str | None) -> str:
+    """Return rows and columns of a block; compressed-tensors takes ``128x128`` in place of a list too."""
+    return sizes if isinstance(sizes, str) else "x".join(map(str, sizes or ()))
 
 
 def _inputs(arguments: Mapping[str, Any] | None) -> dict[str, Any]:

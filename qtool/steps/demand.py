@@ -193,7 +193,7 @@ def code_bytes(subject: Subject) -> dict[str, int]:
 def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
     """Return the bytes that a weight takes as it is stored, from those of a few rows: the rest is alike.
 
-    Pairs, because two rows may share a byte of scales; and rows of one more block, where rows share scales.
+    Pairs, because two rows may share a byte of scales; and one block more, where rows share scales.
     """
 
     def stored(count: int) -> int:
@@ -206,13 +206,12 @@ def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
         if rows < 2 * period:
             return stored(rows)
         return stored(period + rows % period) + (rows // period - 1) * (stored(2 * period) - stored(period))
-    two, side = stored(2), max(part.block_rows for part in grid.parts)
-    pair = stored(4) - two if side == 1 else 0
+    side = max(part.block_rows for part in grid.parts)
     if side > 1:
-        pair = 2 * (stored(side) - two) // (side - 2)
-        block = stored(side + 2) - two - side * pair // 2
-        two += block * (-(-rows // side) - 1)
-    return two - -(rows - 2) * pair // 2
+        last = rows % side or side
+        return stored(last) + (rows - last) // side * (stored(2 * side) - stored(side) if rows > last else 0)
+    two = stored(2)
+    return two - -(rows - 2) * (stored(4) - two) // 2
 
 
 def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:

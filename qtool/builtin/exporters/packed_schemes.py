@@ -214,10 +214,10 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
             return _plain(block[0], lookup)
     strategy = said.get("strategy") or ("group" if size > 0 else "channel" if said.get("group_size") else "tensor")
     name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
-    stored = "fp32" if scale is None else _FLOATS.get(scale)
+    stored, rows = "fp32" if scale is None else _FLOATS.get(scale), 0
     if strategy == "block":
-        rows, size = said.get("block_structure") or (0, 1)
-        strategy = "block" if rows == size else ""
+        rows, size = said.get("block_structure") or (0, 0)
+        strategy = "block" if rows and size else ""
     if not name or strategy not in _STRATEGIES or stored is None:
         raise _unread("a scheme that is not read back", said)
     scheme = TensorScheme(
@@ -226,6 +226,7 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
         strategy=strategy,
         group_size=size if strategy in ("group", "block") else None,
         scale=stored,
+        block_rows=rows if strategy == "block" and rows != size else None,
     )
     lookup(name).check(scheme)
     return scheme
