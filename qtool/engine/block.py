@@ -261,7 +261,7 @@ class BlockSolver:
         tensors = dict(solved.scales)
         counters: Counter[str] = Counter()
         graph = self.solver.graph
-        sites = {linear.name: linear for linear in (*graph.linears, graph.head)}
+        sites = {linear.name: linear for linear in (*graph.linears, *graph.ends)}
         for name, linear in solved.solution.linears.items():
             grid = self.solver.grid_of(sites[name])
             tensors |= linear_tensors(name, linear, grid)

@@ -135,10 +135,9 @@ class Network:
         family = self.subject.model.family
         for name, tensor in self.subject.ends(self.dtype).items():
             self._assign(name, tensor)
-        head = self.subject.head
-        if head is not None and self.subject.quantized is not None:
-            found, target = self.subject.linear(head), self.module.get_submodule(head.name)
-            self._assign(f"{head.name}.weight", found.weight(self.subject.weight_grid(head)))
+        for end in self.subject.coded_ends if self.subject.quantized is not None else ():
+            found, target = self.subject.linear(end), self.module.get_submodule(end.name)
+            self._assign(f"{end.name}.weight", found.weight(self.subject.weight_grid(end)))
             if isinstance(target, ExecutedLinear) and found.adapter is not None:
                 target.adapter = found.adapter.on(self.device)
         around = {name: value for name, value in tensors_of(self.module) if not name.startswith(f"{family.layers}.")}

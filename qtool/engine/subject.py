@@ -71,19 +71,19 @@ class Subject:
         return self.model.tensor(name)
 
     def ends(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Return embedding, final norm and a head that is not quantized as they are executed, by full name.
+        """Return final norm, and embedding and head unless they are quantized, as they are executed, by full name.
 
         Args:
             dtype: Of the embedding and the head where the plan changes them.
         """
         graph, family = self.model.graph, self.model.family
-        coded = f"{family.head}.weight" if self.quantized is not None and self.head is not None else ""
+        coded = {f"{one.name}.weight" for one in self.coded_ends} if self.quantized is not None else set()
 
         def state(name: str) -> Tensor:
-            return torch.empty(0, graph.dims.hidden) if name == coded else self.stored(name)
+            return torch.empty(0, graph.dims.hidden) if name in coded else self.stored(name)
 
         ends = fold_ends(graph, self.plan, state, dtype=dtype)
-        ends = {name: tensor for name, tensor in ends.items() if name != coded}
+        ends = {name: tensor for name, tensor in ends.items() if name not in coded}
         return {**ends, **self._norms(family.final_norm.module)}
 
     @cached_property
@@ -92,11 +92,16 @@ class Subject:
         head = self.model.graph.head
         return None if self.scheme.of(head.name).weights is None else head
 
+    @cached_property
+    def coded_ends(self) -> tuple[LinearSite, ...]:
+        """Those of head and embedding whose weights are quantized."""
+        return tuple(one for one in self.model.graph.ends if self.scheme.of(one.name).weights is not None)
+
     @property
     def unties_head(self) -> bool:
-        """Whether a head that shares the embedding's weights gets its own: of the plan, or since it is quantized."""
+        """Whether a head that shares the embedding's weights gets its own: of the plan, or since one is quantized."""
         tied = self.model.graph.dims.tied
-        return self.plan.unties_head(tied=tied) or (tied and self.head is not None)
+        return self.plan.unties_head(tied=tied) or (tied and bool(self.coded_ends))
 
     def shape(self, linear: LinearSite) -> tuple[int, int]:
         """Return the rows and columns of a linear's weight; those of a tied head are the embedding's."""
@@ -179,8 +184,8 @@ class Subject:
 
     @cached_property
     def coded(self) -> tuple[LinearSite, ...]:
-        """All linears whose weights are quantized: behind those of blocks comes the head, if it is."""
-        return self.linears if self.head is None else (*self.linears, self.head)
+        """All that has quantized weights: the linears of blocks, and behind them head and embedding if they have."""
+        return (*self.linears, *self.coded_ends)
 
     @cached_property
     def kept(self) -> frozenset[str]:

@@ -8,15 +8,14 @@ from math import lcm, prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qtool.artifacts.manifest import Manifest
 from qtool.engine.block import needs_of, static_inputs
 from qtool.engine.carry import can_carry_hessians
+from qtool.engine.embedding import round_nearest
 from qtool.engine.experts import Mode
 from qtool.engine.gather import Gathering, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
-from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Method
 from qtool.engine.stored import linear_tensors
 from qtool.engine.subject import Subject
@@ -24,7 +23,6 @@ from qtool.model.graph import EXPERTS, ModelGraph
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import BLOCKS, HESSIAN
-from qtool.numerics.groups import from_groups
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
@@ -197,7 +195,7 @@ def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
     """
 
     def stored(count: int) -> int:
-        weight = _rounded(torch.rand(count, n), grid)
+        weight = round_nearest(torch.rand(count, n), grid)
         return sum(tensor.nbytes for tensor in linear_tensors("", weight, grid).values())
 
     blocks = [part.scheme.scale_rows for part in grid.parts if part.scheme.scale_rows is not None]
@@ -212,17 +210,6 @@ def _stored_bytes(rows: int, n: int, grid: Grid) -> int:
         return stored(last) + (rows - last) // side * (stored(2 * side) - stored(side) if rows > last else 0)
     two = stored(2)
     return two - -(rows - 2) * (stored(4) - two) // 2
-
-
-def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:
-    """Round a weight to nearest."""
-    codes, parameters = [], []
-    for columns, part in grid.places(weight.shape[1]):
-        values = weight[:, columns]
-        groups = part.groups(values)
-        parameters.append(part.fit(groups, global_scale=part.global_scale(values.amax())))
-        codes.append(from_groups(part.format.encode(groups, parameters[-1]), values.shape))
-    return QuantizedLinear(torch.cat(codes, dim=1), tuple(parameters))
 
 
 def _input_scale_bytes(subject: Subject) -> int:

@@ -16,6 +16,7 @@ from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.block import BlockSolver, SolvedBlock, needs_of, static_inputs
 from qtool.engine.carry import CarriedStatistics
+from qtool.engine.embedding import install_embedding, solve_embedding
 from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
 from qtool.engine.propagate import Propagation, compares_inputs
@@ -40,6 +41,8 @@ from qtool.steps.token_weights import GRADIENT, token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace, measured
 
+Solve = Callable[[LinearSite, Mapping[str, Tensor]], SolvedBlock]
+"""Solves a linear from its float weight by full name."""
 Propagate = Literal["quantized", "none"]
 PROPAGATE: tuple[Propagate, ...] = ("quantized", "none")
 
@@ -157,6 +160,7 @@ class _Work:
         bound = [Method(one.method, one.config) for one in methods]
         subject = replace(opened.subject, scheme=request.scheme)
         self.head = subject.head
+        self.embedding = next((one for one in subject.coded_ends if one is not self.head), None)
         solver = Solver(self.graph, bound, subject.weight_grid, request.seed, workspace.device, subject.kept)
         self.dtype = compute_dtype(request.dtype, opened.model)
         self.wide = torch.promote_types(self.dtype, torch.float32)
@@ -257,8 +261,9 @@ class _Work:
 
     def run(self, writer: ArtifactWriter) -> Found:
         """Solve every block; return what there is to say of them."""
+        rounded = self._solve_end(writer, self.embedding, self._round_embedding)
         solved = self._solve_carried(writer) if self.propagates == "none" else self._solve_with_passes(writer)
-        found = Found.of(solved, self._notes(writer, WHOLE) if self.whole is not None else {})
+        found = Found.of([*solved, *rounded], self._notes(writer, WHOLE) if self.whole is not None else {})
         of_text = None if self.statistics is None else self.statistics.manifest
         return replace(found, losses=told_in(self.known, self.propagates, of_text, self.token_weight))
 
@@ -287,7 +292,7 @@ class _Work:
                 self.block.solve(linears, folded, known, solved, self._carried_tokens(layer))
                 self._write(writer, layer, solved)
             notes.append(self._notes(writer, f"layer-{layer}"))
-        notes += self._solve_head(writer, lambda head, state: self.block.solve_head(head, state, {}))
+        notes += self._solve_end(writer, self.head, lambda head, state: self.block.solve_head(head, state, {}))
         if estimated:
             self.workspace.warn(f"{', '.join(sorted(estimated))} behind rotations: estimated from the sample")
         return notes
@@ -327,7 +332,7 @@ class _Work:
             if layer + 1 < self.graph.dims.num_layers or self.head is not None:
                 work.advance(layer, state, writer.part(f"layer-{layer}")[0])
             work.network.drop(layer)
-        notes += self._solve_head(writer, work.solve_head)
+        notes += self._solve_end(writer, self.head, work.solve_head)
         if self.whole is not None and not writer.has(WHOLE):
             layers = range(self.graph.dims.num_layers)
             model = WholeModel(work, lambda i: (subject.folded(i, self.wide), writer.part(f"layer-{i}")[0]), layers)
@@ -337,17 +342,19 @@ class _Work:
             writer.add(WHOLE, tensors, {"notes": json.dumps({"model": report, "reports": losses})})
         return notes
 
-    def _solve_head(
-        self, writer: ArtifactWriter, solve: Callable[[LinearSite, Mapping[str, Tensor]], SolvedBlock]
-    ) -> list[dict[str, Any]]:
-        """Solve the head, if it is quantized, behind all blocks; return what there is to say of it."""
-        if self.head is None:
+    def _solve_end(self, writer: ArtifactWriter, end: LinearSite | None, solve: Solve) -> list[dict[str, Any]]:
+        """Solve what is quantized outside of the blocks, if it is; return what there is to say of it."""
+        if end is None:
             return []
-        layer, name = self.head.layer, f"{self.head.name}.weight"
-        if not writer.has(f"layer-{layer}"):
+        if not writer.has(f"layer-{end.layer}"):
+            name = f"{end.name}.weight"
             state = {name: self.opened.subject.ends(self.wide)[name]}
-            self._write(writer, layer, solve(self.head, state))
-        return [self._notes(writer, f"layer-{layer}")]
+            self._write(writer, end.layer, solve(end, state))
+        return [self._notes(writer, f"layer-{end.layer}")]
+
+    def _round_embedding(self, embedding: LinearSite, state: Mapping[str, Tensor]) -> SolvedBlock:
+        weight = state[f"{embedding.name}.weight"].to(self.workspace.device, torch.float32)
+        return solve_embedding(embedding, weight, self.block.solver.grid_of(embedding))
 
     def _propagation(self, writer: ArtifactWriter) -> Propagation:
         """Return the streams in front of the first block, and what solves the blocks."""
@@ -366,12 +373,15 @@ class _Work:
             self.saliencies,
         )
         batch = self.request.batch or default_batch(self.workspace.device, windows.shape[1])
-        streams = [Stream(network, windows, batch=batch, spill=writer.parts) for _ in range(1 + self.compares)]
+        exact = Stream(network, windows, batch=batch, spill=writer.parts) if self.compares else None
+        if self.embedding is not None:
+            tensors = writer.part(f"layer-{self.embedding.layer}")[0]
+            install_embedding(network, self.embedding, tensors, self.block.solver.grid_of(self.embedding))
         return Propagation(
             self.block,
             executed,
-            streams[0],
-            streams[-1] if self.compares else None,
+            Stream(network, windows, batch=batch, spill=writer.parts),
+            exact,
             self.gathered,
             gathering,
             self.true_sequential,

@@ -148,7 +148,7 @@ def describe_mitigation(manifest: Manifest, workspace: Workspace) -> tuple[Facts
 def _linears(step: _Foreseen) -> Table:
     """Return a row for each kind of linear that differs in name, shape or grid."""
     graph, nbytes = step.subject.model.graph, code_bytes(step.subject)
-    linears = (*graph.linears, *([] if step.subject.head is None else [step.subject.head]))
+    linears = (*graph.linears, *step.subject.coded_ends)
     kinds = kinds_of(linear.name for linear in linears)
     rows: dict[tuple[str, str, str, str], list[int]] = {}
     for linear in linears:

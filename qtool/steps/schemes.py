@@ -101,19 +101,20 @@ def _read_rule(name: RuledPart, text: str, whole: str, plugins: Plugins) -> Rule
 def _effective(default: TensorScheme | None, rules: Sequence[Rule], plugins: Plugins) -> list[Rule]:
     """Return rules without those that say nothing: the same pattern comes again, or it is as without any rule.
 
-    Without one a head is in 16 bits, and linears of blocks are as the default says.
+    Without one head and embedding are in 16 bits, and linears of blocks are as the default says.
     """
     found: list[Rule] = []
     for place, rule in enumerate(rules):
         again = any(later.pattern == rule.pattern for later in rules[place + 1 :])
-        if not again and (found or rule.scheme != (None if _names_head(rule, plugins) else default)):
+        if not again and (found or rule.scheme != (None if _names_end(rule, plugins) else default)):
             found.append(rule)
     return found
 
 
-def _names_head(rule: Rule, plugins: Plugins) -> bool:
-    """Say whether a rule is for the head of some family."""
-    return any(rule.matches(plugins.load("families", name).head) for name in plugins.offers["families"])
+def _names_end(rule: Rule, plugins: Plugins) -> bool:
+    """Say whether a rule is for the head or the embedding of some family."""
+    families = (plugins.load("families", name) for name in plugins.offers["families"])
+    return any(rule.matches(name) for family in families for name in (family.head, family.embedding))
 
 
 def _named(rules: Sequence[Rule], plugins: Plugins) -> str:
@@ -205,6 +206,11 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     scheme.check()
     graph, subject = subject.model.graph, replace(subject, scheme=scheme)
     check_rules(scheme, graph)
+    if scheme.of(graph.embedding.name).activations is not None:
+        raise SchemeError(
+            f"`{graph.embedding.name}` reads tokens, which are not rounded",
+            hint=f"--activations without {graph.embedding.name}=SCHEME",
+        )
     if not subject.coded:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     for linear in subject.coded:
@@ -233,12 +239,12 @@ def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:
         SchemeError: Names the nearest that is for some.
     """
     for rule in scheme.rules:
-        if any(rule.matches(linear.name) for linear in (*graph.linears, graph.head)):
+        if any(rule.matches(linear.name) for linear in (*graph.linears, *graph.ends)):
             continue
         kinds = list(dict.fromkeys(linear.name.rpartition(".")[2] for linear in graph.linears))
         layers, experts = range(graph.dims.num_layers), range(graph.dims.experts)
         known = [*kinds, *(f"layers.{one}" for one in layers), *(f"experts.{one}" for one in experts)]
-        known += [graph.head.name]
+        known += [end.name for end in graph.ends]
         known += dict.fromkeys(linear.spec.module for linear in graph.linears if linear.expert is None)
         nearest = (get_close_matches(rule.pattern, known, n=1, cutoff=0) or kinds)[0]
         raise SchemeError(

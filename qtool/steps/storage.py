@@ -73,14 +73,14 @@ def storage_of(opened: Opened) -> Storage | None:
     names = {f"{linear.name}.weight" for linear in model.graph.linears}
     weights = sum(counts[name] for name in names)
     others = sum(count for name, count in counts.items() if name not in names)
-    graph, plan, head = model.graph, opened.subject.plan, f"{model.family.head}."
-    if f"{head}weight" not in counts and opened.subject.unties_head:
+    graph, plan, ends = model.graph, opened.subject.plan, tuple(f"{end.name}." for end in model.graph.ends)
+    if f"{graph.family.head}.weight" not in counts and opened.subject.unties_head:
         others += counts[f"{graph.family.embedding}.weight"]
     if artifact is not None and artifact.manifest.kind == "quantized":
-        of_head = {name: slot for name, slot in artifact.header.slots.items() if name.startswith(head)}
-        linears.update(stored_bytes({k: slot for k, slot in artifact.header.slots.items() if k not in of_head}))
-        whole.update(stored_bytes(of_head))
-        others -= prod(opened.subject.shape(graph.head)) if of_head else 0
+        of_ends = {name: slot for name, slot in artifact.header.slots.items() if name.startswith(ends)}
+        linears.update(stored_bytes({k: slot for k, slot in artifact.header.slots.items() if k not in of_ends}))
+        whole.update(stored_bytes(of_ends))
+        others -= sum(prod(opened.subject.shape(end)) for end in opened.subject.coded_ends)
         linears["unquantized"] = HALF * sum(counts[f"{name}.weight"] for name in opened.subject.kept)
         whole["inputs"] += linears.pop("inputs", 0)
     else:
@@ -104,12 +104,12 @@ def written_storage(model: Model, written: Mapping[str, Any]) -> Storage:
     Args:
         model: The original model.
         written: Bytes of ``linears`` and ``model``; of the linears' ``parts`` too, if the exporter tells them apart,
-            and of those of a quantized ``head``.
+            and of those of what is quantized of its ``ends``.
     """
     counts = parameter_counts(model)
     weights = sum(counts[f"{linear.name}.weight"] for linear in model.graph.linears)
     parts = dict(written.get("parts") or {"codes": written["linears"]})
-    whole = Counter(parts) + Counter(written.get("head", {}))
+    whole = Counter(parts) + Counter(written.get("ends", {}))
     rest = written["model"] - sum(whole.values())
     whole["unquantized"] += rest
     linears = {part: size for part, size in parts.items() if part != "inputs"}

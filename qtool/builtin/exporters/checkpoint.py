@@ -76,19 +76,19 @@ class Sizes:
         linears: Of the quantized linears, without biases and scales of inputs.
         model: Of everything.
         parts: Of the quantized linears and the scales of their inputs, by part; see ``qtool.engine.storage``.
-        head: Of a quantized head, likewise; it is none of those linears.
+        ends: Of a quantized head or embedding, likewise; they are none of those linears.
     """
 
     linears: int
     model: int
     parts: Mapping[str, int]
-    head: Mapping[str, int] = field(default_factory=dict)
+    ends: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, parts: Mapping[str, int], model: int, head: Mapping[str, int] = MappingProxyType({})) -> Sizes:
+    def of(cls, parts: Mapping[str, int], model: int, ends: Mapping[str, int] = MappingProxyType({})) -> Sizes:
         """Return the sizes of a checkpoint from the bytes of each part, and of everything."""
         linears = sum(size for part, size in parts.items() if part != "inputs")
-        return cls(linears, model, in_order(parts), in_order(head))
+        return cls(linears, model, in_order(parts), in_order(ends))
 
 
 def write_checkpoint(
@@ -105,8 +105,8 @@ def write_checkpoint(
     Args:
         subject: Gives everything but the linears' weights.
         directory: The folder.
-        linear_tensors: Makes what is stored in place of a linear's weight, as it is to be stored, and in place of that
-            of a quantized head, of which it is given no tensors.
+        linear_tensors: Makes what is stored in place of a linear's weight, as it is to be stored, and in place of those
+            of a quantized head and embedding, of which it is given no tensors.
         dtype: What floating-point tensors that are not quantized are stored in.
         quantization: ``quantization_config`` of the config, or None.
         calibrated: Scales that are no linear's, by full name, stored as they are.
@@ -120,14 +120,14 @@ def write_checkpoint(
     """
     model, graph = subject.model, subject.model.graph
     cast = _Cast(model, dtype)
-    shards, parts, of_head = Shards(directory), Counter[str](), Counter[str]()
+    shards, parts, of_ends = Shards(directory), Counter[str](), Counter[str]()
     ends = stored_ends(subject, dtype)
     shards.add(as_stored(model, cast(ends)) | as_stored(model, calibrated))
-    if subject.head is not None:
-        stored = linear_tensors(subject.head, {})
-        shards.add(as_stored(model, {f"{subject.head.name}.{name}": tensor for name, tensor in stored.items()}))
+    for end in subject.coded_ends:
+        stored = linear_tensors(end, {})
+        shards.add(as_stored(model, {f"{end.name}.{name}": tensor for name, tensor in stored.items()}))
         for name, tensor in stored.items():
-            of_head[_part_of(name, tensor)] += tensor.nbytes
+            of_ends[_part_of(name, tensor)] += tensor.nbytes
     parts["inputs"] += sum(tensor.nbytes for tensor in calibrated.values())
     for layer in range(graph.dims.num_layers):
         state = subject.beside(layer, torch.float32)
@@ -149,14 +149,14 @@ def write_checkpoint(
         _refuse_new_biases(subject, others | made)
         shards.add(as_stored(model, cast(others) | made))
     blocks = tuple(f"{graph.block_name(layer)}." for layer in range(graph.dims.num_layers))
-    known = {*ends, f"{model.family.head}.weight"}
+    known = {*ends, *(f"{end.name}.weight" for end in graph.ends)}
     rest = [name for name in model.places if not name.startswith(blocks) and name not in known]
     for names in _batches(model, [name for name in model.places if name in {*rest, *model.left_alone}]):
         shards.add(as_stored(model, cast({name: model.tensor(name) for name in names})))
     shards.finish()
     _write_config(subject, directory, dtype, quantization)
     _copy_files(model.path, directory)
-    return Sizes.of(parts, shards.total, of_head)
+    return Sizes.of(parts, shards.total, of_ends)
 
 
 def _part_of(name: str, tensor: Tensor) -> str:

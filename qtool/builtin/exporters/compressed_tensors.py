@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor, compress_module
+from compressed_tensors.compressors.base import COMPRESSIBLE_MODULE_TYPES
 from compressed_tensors.quantization import QuantizationScheme, apply_quantization_config
 from compressed_tensors.utils import match_targets
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class CompressedTensors(PackedSource):
         (scheme, linears), *others = groups_of(subject)
         layout, dtype, transforms = choose_layout(scheme), _dtype(subject), input_transforms(subject)
         rest = [(one, choose_layout(one), _targets(subject.model, own)) for one, own in others]
-        apart = () if subject.head is None else (subject.head.name,)
+        apart = [end.name for end in subject.coded_ends]
         targets = _targets(subject.model, linears) if others else [*apart, "Linear"]
         scheme = with_groups_in_cache(scheme, subject.model.graph.dims)
         config = quantization_config(scheme, layout, not_quantized(subject.model, subject.kept, apart), rest, targets)
@@ -264,7 +265,7 @@ def _skeleton(config: Any, parsed: CompressedTensorsConfig, model: Model) -> nn.
     module = with_linear_experts(empty_model(plain, model), model)
     apply_quantization_config(module, parsed.quantization_config, show_progress=False)
     for child in module.modules():
-        if isinstance(child, nn.Linear):
+        if isinstance(child, COMPRESSIBLE_MODULE_TYPES):
             compress_module(child)  # leaves those without a scheme as they are
     return module
 

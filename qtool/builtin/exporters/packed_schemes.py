@@ -37,11 +37,13 @@ class Seen(NamedTuple):
         name: What they call it.
         scale: What its scales are stored in.
         calibrated: Whether a scale of its inputs is stored.
+        looked_up: Whether it is the embedding.
     """
 
     name: str
     scale: torch.dtype
     calibrated: bool
+    looked_up: bool = False
 
 
 _FLOATS: Mapping[torch.dtype, ScaleFormat] = {
@@ -135,7 +137,7 @@ def _compressed_schemes(
     schemes: dict[tuple[str, Seen], ModelScheme] = {}
     found = {}
     for name, one in seen.items():
-        module = nn.Linear(1, 1, device="meta")
+        module = (nn.Embedding if one.looked_up else nn.Linear)(1, 1, device="meta")
         matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
         if not matched:
             raise _unread(f"codes of `{one.name}`, which no group names", list(targets))

@@ -79,8 +79,8 @@ class PackedModel(Model):
 
     @cached_property
     def coded(self) -> tuple[LinearSite, ...]:
-        """The linears that have scales; a head that has some comes last."""
-        linears = (*self.graph.linears, self.graph.head)
+        """The linears that have scales; a head and an embedding that have some come last."""
+        linears = (*self.graph.linears, *self.graph.ends)
         return tuple(linear for linear in linears if f"{linear.name}{_SCALE}" in self.packed)
 
     @cached_property
@@ -315,11 +315,13 @@ def _seen(model: PackedModel, name: str) -> Seen:
             facts=(("expected", ", ".join(_DTYPES)), ("received", place.stored.slot.dtype)),
             hint="quantize the original model: qtool mitigate MODEL",
         )
-    return Seen(place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed)
+    return Seen(
+        place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding
+    )
 
 
 def _refuse_other_codes(model: PackedModel) -> None:
-    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized embedding."""
+    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a vision tower."""
     coded = {linear.name for linear in model.coded}
     leaves = {*LEAVES, *INPUT_LEAVES, *QUERIES}
     named = (name.rpartition(".") for name in model.packed)

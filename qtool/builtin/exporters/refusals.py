@@ -56,18 +56,17 @@ def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False)
     _refuse_other_parameters(subject, layout)
 
 
-def refuse_head(subject: Subject, layout: str) -> None:
-    """Refuse a quantized head in the name of a layout that is written with the head in 16 bits.
+def refuse_ends(subject: Subject, layout: str) -> None:
+    """Refuse a quantized head or embedding in the name of a layout that is written with both in 16 bits.
 
     Raises:
         SchemeError: Names the exporters that write its codes, or decode them.
     """
-    if subject.head is not None:
-        name = subject.head.name
+    for name in (end.name for end in subject.coded_ends):
         raise SchemeError(
-            f"{layout} is written with the head in 16 bits",
+            f"{layout} is written with head and embedding in 16 bits",
             facts=((name, subject.scheme.of(name).weights),),
-            hint="qtool pack SOURCE --to compressed-tensors, or --to hf, which decodes it; "
+            hint="qtool pack SOURCE --to compressed-tensors, or --to hf, which decodes; "
             f"or qtool mitigate without {name}=SCHEME",
         )
 

@@ -41,7 +41,7 @@ from qtool.builtin.exporters.read_back import (
 from qtool.builtin.exporters.refusals import (
     quantized_weights,
     refuse_all_but_codes,
-    refuse_head,
+    refuse_ends,
     refuse_real,
     refuse_scale_codes,
 )
@@ -116,7 +116,7 @@ class IntegerWords(ABC):
             UsageError: Names what does not fit and the nearest that does.
             NumericalError: A scale that float16 cannot hold.
         """
-        refuse_head(subject, self.layout)
+        refuse_ends(subject, self.layout)
         refuse_real(subject, self.layout)
         refuse_scale_codes(subject, self.layout)
         check_schemes(subject, partial(self._check_scheme, subject))
