@@ -23,6 +23,8 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _FUSED_NAMES = ("qkv_proj", "gate_up_proj")
 HEAD = "lm_head"
 """What files call the head, by the end of its name."""
+EMBEDDINGS = ("embed_tokens", "embed_in")
+"""What files call the embedding, likewise."""
 _OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
 ONLINE = ("hadamard", "random-hadamard")
 """Rotations that rules speak of, as configs call them."""
@@ -60,6 +62,7 @@ class Case:
             modelopt, says for each linear what it has, or, of gptq, has ``dynamic`` rules.
         head: Whether the head is among them: ``named`` by the config, or ``unnamed``, of a class that it names; the
             empty word where it is not.
+        embedding: Whether the embedding is among them: of the ``class`` that the config names, or ``named`` itself.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
         biased: Whether a linear behind such a rotation has a bias.
         act_order: Whether columns are in an order of their own.
@@ -93,6 +96,7 @@ class Case:
     decoded: bool = False
     beside: bool = False
     head: Literal["", "named", "unnamed"] = ""
+    embedding: Literal["", "class", "named"] = ""
     online: str = ""
     biased: bool = False
     act_order: bool = False
@@ -162,11 +166,7 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             "block": _block(group["weights"].get("block_structure")),
             **_inputs(group.get("input_activations")),
             **({"unread": "output_activations"} if group.get("output_activations") else {}),
-            **(
-                {"head": "named"}
-                if _of_head(group.get("targets", ())) and not _of_head(config.get("ignore", ()))
-                else {}
-            ),
+            **_ends(group.get("targets", ()), config.get("ignore", ())),
         }
         for group in config["config_groups"].values()
         if group.get("weights")
@@ -181,9 +181,13 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**about, **group} for group in groups]
 
 
-def _of_head(names: Iterable[str]) -> bool:
-    """Say whether the head is among some names of linears."""
-    return any(name.rpartition(".")[2] == HEAD for name in names)
+def _ends(targets: Iterable[str], ignored: Iterable[str]) -> dict[str, Any]:
+    """Return whether head and embedding are among the targets of a group."""
+    named = {name.rpartition(".")[2] for name in targets} - {name.rpartition(".")[2] for name in ignored}
+    found = {"head": "named"} if HEAD in named else {}
+    if named & {"Embedding", *EMBEDDINGS}:
+        found["embedding"] = "class" if "Embedding" in named else "named"
+    return found
 
 
 def _apart(config: Mapping[str, Any]) -> bool:

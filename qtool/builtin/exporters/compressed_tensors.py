@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +60,7 @@ from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear, one_thread, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
-from qtool.model.graph import LinearSite
+from qtool.model.graph import TOKENS, LinearSite
 from qtool.model.source import Model
 from qtool.scheme import ModelScheme
 
@@ -105,7 +105,9 @@ class CompressedTensors(PackedSource):
         layout, dtype, transforms = choose_layout(scheme), _dtype(subject), input_transforms(subject)
         rest = [(one, choose_layout(one), _targets(subject.model, own)) for one, own in others]
         apart = [end.name for end in subject.coded_ends]
-        targets = _targets(subject.model, linears) if others else [*apart, "Linear"]
+        targets = _targets(subject.model, linears)
+        if not others:  # names before classes, which would be matched first
+            targets = [*_targets(subject.model, subject.coded_ends), "Linear"]
         scheme = with_groups_in_cache(scheme, subject.model.graph.dims)
         config = quantization_config(scheme, layout, not_quantized(subject.model, subject.kept, apart), rest, targets)
         if transforms:
@@ -153,7 +155,8 @@ class CompressedTensors(PackedSource):
         }
         for linear in subject.coded:
             tensors = reader.module(linear.name)
-            found = match_targets(linear.name, nn.Linear(1, 1, device="meta"), targets)
+            kind = nn.Embedding if linear.reads == TOKENS else nn.Linear
+            found = match_targets(linear.name, kind(1, 1, device="meta"), targets)
             if not found:
                 raise ArtifactError(f"no group of the config is for `{linear.name}`")
             _compare(linear.name, tensors, targets[found[0]], subject.packed(linear), subject.weight_grid(linear))
@@ -227,10 +230,23 @@ def _dtype(subject: Subject) -> torch.dtype:
 
 
 def _targets(model: Model, linears: Iterable[LinearSite]) -> list[str]:
-    """Return what the config calls some linears: by their names in transformers and in files; experts together."""
+    """Return what the config calls some linears: by their names in transformers and in files; experts together.
+
+    An embedding goes by its class where it is the only one: engines look its name up for some families only.
+    """
+    linears = tuple(linears)
     names = {linear.name: None for linear in linears if linear.expert is None}
+    found = [name for name, child in _modules(model) if isinstance(child, nn.Embedding)]
+    if len(found) == 1 and names.keys() & set(found):
+        own = {name: None for name in names if name not in found}
+        return [*_targets(model, [one for one in linears if one.name in own or one.expert is not None]), "Embedding"]
     names |= {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight"): None for name in names}
     return [*names, *([_EXPERTS] if any(linear.expert is not None for linear in linears) else [])]
+
+
+def _modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model as transformers builds it, by name."""
+    yield from empty_model(deepcopy(model.config), model).named_modules()
 
 
 def not_quantized(model: Model, kept: Iterable[str] = (), others: Iterable[str] = ()) -> set[str]:
@@ -243,9 +259,8 @@ def not_quantized(model: Model, kept: Iterable[str] = (), others: Iterable[str] 
         kept: Names of linears of blocks that the scheme leaves in 16 bits.
         others: Names of linears outside of the blocks that are quantized.
     """
-    module = empty_model(deepcopy(model.config), model)
     quantized = {*(linear.name for linear in model.graph.linears), *others} - set(kept)
-    names = {name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name not in quantized}
+    names = {name for name, child in _modules(model) if isinstance(child, nn.Linear) and name not in quantized}
     names |= {
         linear.name for i in range(model.graph.dims.num_layers) for linear in model.graph.readers_of(i)
     } - quantized

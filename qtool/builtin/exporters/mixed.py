@@ -19,7 +19,7 @@ Groups = Sequence[tuple[ModelScheme, tuple[LinearSite, ...]]]
 
 
 def groups_of(subject: Subject) -> Groups:
-    """Return the schemes of the linears that are quantized, that of most linears first; head and embedding are the last of them.
+    """Return the schemes of what is quantized, that of most linears first; head and embedding come last of each.
 
     Raises:
         UsageError: There are none.
