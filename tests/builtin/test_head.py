@@ -1,4 +1,4 @@
-"""A quantized head in checkpoints: the library decodes it to what qtool executes, tied to the embedding or not."""
+"""Quantized heads and embeddings in checkpoints: the library decodes them to what qtool executes, tied or not."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_transformers_computes_what_qtool_measures(
     storage = written_storage(subject.model, exported.details["bytes"])
     assert sum(storage.model.values()) == sum(tensor.nbytes for tensor in stored.values())
     head = sum(tensor.nbytes for name, tensor in stored.items() if name.startswith("lm_head."))
-    assert sum(exported.details["bytes"]["head"].values()) == head
+    assert sum(exported.details["bytes"]["ends"].values()) == head
 
 
 def test_zero_points_are_decoded_on_loading(make: Make, tmp_path: Path) -> None:
@@ -154,6 +154,6 @@ def test_a_head_that_the_library_quantized_as_any_linear_is_read(make: Make, tmp
 )
 def test_layouts_without_a_place_for_it_refuse_a_quantized_head(make: Make, exporter: Exporter) -> None:
     subject = make("int4-sym-g32,lm_head=int8-sym-channel", "", "gptq")
-    with pytest.raises(SchemeError, match="head in 16 bits") as caught:
+    with pytest.raises(SchemeError, match="head and embedding in 16 bits") as caught:
         exporter.check(subject)
-    assert "--to compressed-tensors, or --to hf, which decodes it" in str(caught.value)
+    assert "--to compressed-tensors, or --to hf, which decodes" in str(caught.value)

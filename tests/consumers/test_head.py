@@ -1,4 +1,4 @@
-"""A quantized head: who is told of it by the config, who takes it for a linear, and who does not."""
+"""Quantized heads and embeddings: who is told of them by the config, and who has a place for them."""
 
 from __future__ import annotations
 
@@ -73,3 +73,35 @@ def test_files_tell_whether_the_head_is_quantized(tmp_path: Path, targets: list[
     names = (stored, "model.layers.0.mlp.up_proj.weight_packed")
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "model.safetensors")
     assert [case.head for case in read_checkpoint(tmp_path, lambda _: 4)] == [head]
+
+
+@pytest.mark.parametrize(
+    ("weights", "consumer", "device", "verdict", "says"),
+    [
+        ("int4-sym-group64-static", "vllm", "sm90", "loads", "W4A16"),
+        ("int3-sym-group64-static", "vllm", "sm90", "executes-other", "cannot be read: it takes codes of an embedding"),
+        ("int4-asym-group64-static", "vllm", "sm90", "refuses", "refused: its embeddings have no zero points"),
+        ("int4-sym-group64-static", "vllm", "cpu", "refuses", "refused: it looks embeddings up by Triton"),
+        ("int4-sym-group64-static", "sglang", "sm90", "refuses", "refused: it has embeddings in 16 bits only"),
+        ("int4-sym-group64-static", "transformers", "any", "refuses", "refused: it fills the weight of an embedding"),
+    ],
+)
+def test_packed_embeddings(weights: str, consumer: str, device: str, verdict: str, says: str) -> None:
+    found = asked(naming(compressed("pack-quantized", weights), "Embedding"), consumer, device)
+    assert found.verdict == verdict
+    assert found.says.startswith(says)
+    by_name = asked(naming(compressed("pack-quantized", weights), "model.embed_tokens"), consumer, device)
+    assert by_name.verdict == (verdict if consumer != "vllm" else "unknown")
+
+
+def test_floats_of_an_embedding_are_read_by_transformers_alone() -> None:
+    config = naming(compressed("float-quantized", "float8-sym-channel-static"), "Embedding")
+    assert asked(config, "transformers", "any").verdict == "loads"
+    assert asked(config, "vllm", "sm90").says.startswith("refused: its embeddings are integers")
+
+
+def test_files_tell_of_an_embedding_that_the_config_does_not_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": W4A16}))
+    names = ("model.embed_tokens.weight_packed", "model.layers.0.mlp.up_proj.weight_packed")
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "model.safetensors")
+    assert [case.embedding for case in read_checkpoint(tmp_path, lambda _: 4)] == ["named"]

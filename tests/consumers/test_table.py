@@ -105,15 +105,13 @@ def cases() -> tuple[Case, ...]:
         replace(case, online=kind, biased=biased) for case in plain for kind, biased in product(ONLINE, (True, False))
     ]
     made += [replace(case, **alike) for case in plain if case.method in METHODS for alike in SEVERAL]
-    made += [
-        replace(case, head=how) for case in plain if case.method == "compressed-tensors" for how in ("named", "unnamed")
-    ]
+    alone = [case for case in plain if case.method == "compressed-tensors" and case.inputs == case.cache == "none"]
+    made += [replace(case, head=how) for case in alone for how in ("named", "unnamed")]
     integers = ("int5-sym-channel-static", "int2-sym-group64-static")
-    embeddings = [*plain, *(case for one in integers for case in cases_of(compressed("pack-quantized", one)))]
+    embeddings = [*alone, *(case for one in integers for case in cases_of(compressed("pack-quantized", one)))]
     made += [
         replace(case, embedding=how, decoded=decoded)
         for case in embeddings
-        if case.method == "compressed-tensors" and case.inputs == case.cache == "none"
         for how, decoded in product(("class", "named"), (True, False))
     ]
     made += [replace(case, inputs=how) for case in plain if case.layout == "FP8" for how in ("dynamic", "static")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.storage import storage_of
 from qtool.steps.subjects import Opened, open_subject
+from qtool.testing import save_tiny_model, tiny_config
 from tests.steps.conftest import Desk
 
 GROUPS = "int4-sym-g8-sbf16"
@@ -126,13 +128,8 @@ def test_only_exceptions_that_name_it_are_for_it(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_bits_count_it_in_the_model_and_not_in_the_linears_of_blocks(desk: Desk, tmp_path: Any, *, tied: bool) -> None:  # noqa: ANN401
-    from transformers import LlamaConfig
-
-    from qtool.testing import save_tiny_model, tiny_config
-
+def test_bits_count_it_in_the_model_and_not_in_the_linears_of_blocks(desk: Desk, tmp_path: Path, *, tied: bool) -> None:
     config = tiny_config("llama")
-    assert isinstance(config, LlamaConfig)
     config.tie_word_embeddings = tied
     save_tiny_model(tmp_path / "model", config)
     own = replace(desk, model=tmp_path / "model")
@@ -177,3 +174,49 @@ def test_evaluation_runs_it(desk: Desk) -> None:
     assert (logits(subject) - logits(whole)).abs().max() > 1e-3
     with pytest.raises(QtoolError, match="no linear that is quantized"):
         made(desk, f"{GROUPS},lm_hed=int8")
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_blocks_see_the_embedding_as_it_is_quantized(desk: Desk, tmp_path: Path, method: str) -> None:
+    """They are what they would be behind an embedding that has those values from the start."""
+    coded = made(desk, f"{GROUPS},embed_tokens=int3-sym-channel-sbf16", method)
+    subject = opened(desk, coded).subject
+    embedding = subject.model.graph.embedding
+    rounded = subject.linear(embedding).weight(subject.weight_grid(embedding))
+    original = subject.stored("model.embed_tokens.weight")
+    step = original.float().abs().amax(1, keepdim=True) / 4
+    assert ((rounded - original).abs() <= step * 1.01).all()
+    assert (rounded != original).float().mean() > 0.5
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"] = rounded.to(tensors["model.embed_tokens.weight"].dtype)
+
+    plain = made(desk, GROUPS, method)
+    behind = made(replace(desk, model=desk.copied(tmp_path / "changed", change)), GROUPS, method)
+    alike = [name for name in plain.header.slots if name.endswith("codes")]
+    same = [float((coded.tensor(name) == plain.tensor(name)).float().mean()) for name in alike]
+    assert min(same) < 0.999
+    if method == "gptq":  # the others compare with full precision, whose embedding is the original one
+        assert all(torch.equal(coded.tensor(name), behind.tensor(name)) for name in alike)
+
+
+def test_an_embedding_reads_tokens(desk: Desk) -> None:
+    with pytest.raises(SchemeError, match="reads tokens, which are not rounded"):
+        made(desk, f"{GROUPS},embed_tokens=int8", "rtn", "int8-token,embed_tokens=int8-token")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bits_count_an_embedding(desk: Desk, tmp_path: Path, *, tied: bool) -> None:
+    config = tiny_config("llama")
+    config.tie_word_embeddings = tied
+    save_tiny_model(tmp_path / "model", config)
+    own = replace(desk, model=tmp_path / "model")
+    plain = opened(own, made(own, GROUPS, "rtn"))
+    found = opened(own, made(own, f"{GROUPS},embed_tokens=int8-sym-channel-sbf16", "rtn"))
+    before, after = storage_of(plain), storage_of(found)
+    assert before is not None
+    assert after is not None
+    assert after.bits["linears"] == before.bits["linears"]
+    rows, columns = found.subject.shape(found.model.graph.embedding)
+    shared = 0 if tied else 2 * rows * columns  # a tied head keeps the 16 bits that both had
+    assert sum(after.model.values()) == sum(before.model.values()) + rows * columns + 2 * rows - shared
