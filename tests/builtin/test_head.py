@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
@@ -34,7 +35,7 @@ from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
 from tests.builtin.packed import written
-from tests.builtin.test_mixed_checkpoints import SIZES, config_of, executed, measured
+from tests.builtin.test_mixed_checkpoints import SIZES, config_of, executed, measured, tokens
 
 HALF = "int8-sym-token-sfp32-half"
 Make = Callable[..., Subject]
@@ -147,6 +148,61 @@ def test_a_head_that_the_library_quantized_as_any_linear_is_read(make: Make, tmp
     back = open_packed(tmp_path / "theirs", subject.plugins, cache=cache)
     assert back.head is not None
     torch.testing.assert_close(measured(back), executed(tmp_path / "theirs"), rtol=0, atol=2e-6)
+
+
+def by_the_library(directory: Path) -> Tensor:
+    """Logits of a checkpoint that is loaded by compressed-tensors into transformers' model, not by transformers."""
+    config = AutoConfig.from_pretrained(directory)
+    parsed = CompressedTensorsConfig.from_dict(config.quantization_config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    compressor = ModelCompressor.from_compression_config(parsed)
+    apply_quantization_config(model, deepcopy(parsed.quantization_config), show_progress=False)
+    compressor.compress_model(model)
+    stored = load_file(directory / "model.safetensors")
+    model.load_state_dict({name: one.float() if one.dtype == torch.bfloat16 else one for name, one in stored.items()})
+    with torch.no_grad():
+        return torch.cat([model(window[None]).logits for window in tokens()]).double()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "method", "loads"),
+    [
+        ("int4-sym-g32,embed_tokens=int8-sym-channel", "gptq", False),
+        ("int4-sym-g32,lm_head=int8-sym-channel,embed_tokens=int4-sym-g32", "gptaq", False),
+        ("none,embed_tokens=int2-sym-channel", "rtn", False),
+        ("int4-sym-g32,embed_tokens=fp8-channel-sbf16", "rtn", True),
+    ],
+)
+def test_the_library_looks_up_what_qtool_does(
+    make: Make, tmp_path: Path, cache: Path, weights: str, method: str, *, tied: bool, loads: bool
+) -> None:
+    subject = make(weights, "", method, tied=tied)
+    exported = written(CompressedTensors(), subject, tmp_path / "out")
+    ours = measured(subject)
+    torch.testing.assert_close(by_the_library(tmp_path / "out"), ours, rtol=0, atol=2e-6)
+    assert exported.consumers["transformers"].startswith("refused") != loads
+    if loads:
+        torch.testing.assert_close(executed(tmp_path / "out"), ours, rtol=0, atol=2e-6)
+    else:
+        with pytest.raises(AttributeError, match="'Embedding' object has no attribute 'weight'"):
+            executed(tmp_path / "out")
+    groups = config_of(tmp_path / "out")["config_groups"].values()
+    assert sum("Embedding" in group["targets"] for group in groups) == 1
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    storage = written_storage(subject.model, exported.details["bytes"])
+    assert sum(storage.model.values()) == sum(tensor.nbytes for tensor in stored.values())
+    assert ("lm_head.weight" in stored) == ("lm_head" not in weights)
+    back = open_packed(tmp_path / "out", subject.plugins, cache=cache)
+    torch.testing.assert_close(measured(back), ours, rtol=0, atol=2e-6)
+    written(HuggingFace(), back, tmp_path / "hf")
+    assert torch.equal(
+        load_file(tmp_path / "hf" / "model.safetensors")["model.embed_tokens.weight"].float(),
+        subject.linear(subject.model.graph.embedding)
+        .weight(subject.weight_grid(subject.model.graph.embedding))
+        .bfloat16(),
+    )
 
 
 @pytest.mark.parametrize(
