@@ -47,6 +47,11 @@ class Rule:
         return any(all(map(_matches, wanted, parts[start:])) for start in range(len(parts) - len(wanted) + 1))
 
 
+def in_block(linear: str) -> bool:
+    """Say whether a linear is in a block: the names of those, and of no others, have numbers in them."""
+    return any(map(str.isdecimal, linear.split(".")))
+
+
 def _matches(pattern: str, part: str) -> bool:
     if (numbers := _NUMBERS.fullmatch(pattern)) and part.isdecimal():
         return int(numbers[1]) <= int(part) <= int(numbers[2])

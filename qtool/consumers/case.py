@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +21,10 @@ UNREAD_KEYS: Mapping[str, frozenset[str]] = {
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that engines make one of, by the ends of their names."""
 _FUSED_NAMES = ("qkv_proj", "gate_up_proj")
+HEAD = "lm_head"
+"""What files call the head, by the end of its name."""
+EMBEDDINGS = ("embed_tokens", "embed_in")
+"""What files call the embedding, likewise."""
 _OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
 ONLINE = ("hadamard", "random-hadamard")
 """Rotations that rules speak of, as configs call them."""
@@ -39,6 +43,7 @@ class Case:
         symmetric: Whether they have no zero points.
         strategy: What shares a scale: ``tensor``, ``channel``, ``group``, ``tensor_group`` or ``block``.
         group_size: Weights to a scale; -1 where a group is a whole row.
+        block: Rows and columns of a ``block``, as ``128x128``.
         scale: Dtype of stored scales, as ``fp32``.
         inputs: Whether activations are quantized, and how their scales come about.
         input_bits: Their bits; the other fields on inputs likewise.
@@ -57,6 +62,9 @@ class Case:
         decoded: Whether the config asks to decode all linears on loading (``dequantize``).
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
             modelopt, says for each linear what it has, or, of gptq, has ``dynamic`` rules.
+        head: Whether the head is among them: ``named`` by the config, or ``unnamed``, of a class that it names; the
+            empty word where it is not.
+        embedding: Whether the embedding is among them: of the ``class`` that the config names, or ``named`` itself.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
         turned: What rotates queries and keys behind their positions (R3), likewise.
         biased: Whether a linear behind a rotation of inputs has a bias.
@@ -74,6 +82,7 @@ class Case:
     symmetric: bool = True
     strategy: str = ""
     group_size: int = -1
+    block: str = ""
     scale: str = ""
     inputs: Calibrated = "none"
     input_bits: int = 16
@@ -91,6 +100,8 @@ class Case:
     apart: bool = False
     decoded: bool = False
     beside: bool = False
+    head: Literal["", "named", "unnamed"] = ""
+    embedding: Literal["", "class", "named"] = ""
     online: str = ""
     turned: str = ""
     biased: bool = False
@@ -160,8 +171,10 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "layout": str(group.get("format") or config.get("format") or ""),
             **_weights(group["weights"]),
+            "block": _block(group["weights"].get("block_structure")),
             **_inputs(group.get("input_activations")),
             **({"unread": "output_activations"} if group.get("output_activations") else {}),
+            **_ends(group.get("targets", ()), config.get("ignore", ())),
         }
         for group in config["config_groups"].values()
         if group.get("weights")
@@ -185,6 +198,15 @@ def is_of_attentions(group: Mapping[str, Any]) -> bool:
     targets = list(group.get("targets", ()))
     named = len(targets) == 1 and not targets[0].startswith("re:") and targets[0].endswith("Attention")
     return named and not group.get("weights") and not group.get("output_activations")
+
+
+def _ends(targets: Iterable[str], ignored: Iterable[str]) -> dict[str, Any]:
+    """Return whether head and embedding are among the targets of a group."""
+    named = {name.rpartition(".")[2] for name in targets} - {name.rpartition(".")[2] for name in ignored}
+    found = {"head": "named"} if HEAD in named else {}
+    if named & {"Embedding", *EMBEDDINGS}:
+        found["embedding"] = "class" if "Embedding" in named else "named"
+    return found
 
 
 def _apart(config: Mapping[str, Any]) -> bool:
@@ -264,7 +286,9 @@ def dynamic_apart(config: Mapping[str, Any], linears: Iterable[str]) -> bool:
 def _fp8(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the linears of DeepSeek's FP8: weights in blocks, or with one scale each."""
     sizes = config.get("weight_block_size")
-    shared = {"strategy": "block", "group_size": int(sizes[-1])} if sizes else {"strategy": "tensor"}
+    shared: dict[str, Any] = {"strategy": "tensor"}
+    if sizes:
+        shared = {"strategy": "block", "group_size": int(sizes[-1]), "block": _block(sizes)}
     given = {"strategy": "group" if sizes else "tensor", "group_size": int(sizes[-1]) if sizes else None}
     dynamic = str(config.get("activation_scheme", "dynamic")).lower() == "dynamic"
     inputs = _inputs({"num_bits": 8, "type": "float", "dynamic": dynamic, **given})
@@ -331,6 +355,11 @@ def _weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "strategy": str(arguments.get("strategy") or ("group" if size > 0 else "tensor")),
         "group_size": size,
     }
+
+
+def _block(sizes: Sequence[int] | str | None) -> str:
+    """Return rows and columns of a block; compressed-tensors takes ``128x128`` in place of a list too."""
+    return sizes if isinstance(sizes, str) else "x".join(map(str, sizes or ()))
 
 
 def _inputs(arguments: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def needs_of(methods: Iterable[Method], inputs: InputGrids | None) -> tuple[str,
 def static_inputs(subject: Subject) -> InputGrids | None:
     """Return what inputs are rounded to if anything is calibrated, of them or of the cache; None where nothing is."""
     by_site = {
-        (linear.reads, subject.scheme.of(linear.name).activations): linear for linear in subject.model.graph.linears
+        (linear.reads, subject.scheme.of(linear.name).activations): linear
+        for linear in (*subject.model.graph.linears, subject.model.graph.head)
     }
     found = (grid for grid in map(subject.input_grid, by_site.values()) if grid is not None)
     grids = [grid for grid in found if any(part.has_global_scale for part in grid.parts)]
@@ -184,6 +185,23 @@ class BlockSolver:
             block.report |= result.report
         block.statistics = {}
 
+    def solve_head(
+        self, head: LinearSite, state: Mapping[str, Tensor], statistics: Mapping[str, SiteStatistics]
+    ) -> SolvedBlock:
+        """Solve the head by all methods that see one linear at a time.
+
+        Args:
+            head: The head.
+            state: Its float weight by full name.
+            statistics: What is known of its input, by site name; none where no method needs any.
+        """
+        solved = SolvedBlock()
+        self.solve([head], state, statistics, solved)
+        for method in self.following:
+            if not method.of_block:
+                self.solver.solve([method], [head], state, solved.statistics, solved.solution)
+        return solved
+
     def _static_scales(
         self, linears: Sequence[LinearSite], state: Mapping[str, Tensor], known: Mapping[str, SiteStatistics]
     ) -> dict[str, Tensor]:
@@ -244,7 +262,7 @@ class BlockSolver:
         tensors = dict(solved.scales)
         counters: Counter[str] = Counter()
         graph = self.solver.graph
-        sites = {linear.name: linear for linear in graph.linears}
+        sites = {linear.name: linear for linear in (*graph.linears, *graph.ends)}
         for name, linear in solved.solution.linears.items():
             grid = self.solver.grid_of(sites[name])
             tensors |= linear_tensors(name, linear, grid)

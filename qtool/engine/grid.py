@@ -57,7 +57,7 @@ class GridPart:
     @property
     def block_rows(self) -> int:
         """How many rows of a weight share the scales of their groups."""
-        return self.scheme.group_size or 1 if self.scheme.strategy == "block" else 1
+        return self.scheme.block_rows or self.scheme.group_size or 1 if self.scheme.strategy == "block" else 1
 
     @property
     def each_group(self) -> GridPart:

@@ -21,6 +21,7 @@ from qtool.engine.solve import Method
 from qtool.engine.stream import Stream
 from qtool.engine.subject import BlockContent, Subject
 from qtool.model.graph import LinearSite
+from qtool.model.statistics import SiteStatistics
 
 
 @dataclass
@@ -79,6 +80,18 @@ class Propagation:
             linears, state, solved, lambda method, problems: self._refine(layer, method, problems, solved)
         )
         return solved
+
+    def solve_head(self, head: LinearSite, state: Mapping[str, Tensor]) -> SolvedBlock:
+        """Solve the head from both streams, which stand behind the last block.
+
+        Args:
+            head: The head.
+            state: Its float weight by full name.
+        """
+        found: Mapping[str, SiteStatistics] = {}
+        if self.statistics:
+            found = self.stream.gather(head.layer, [head], self.statistics, self.gathering, exact=self.exact).statistics
+        return self.block.solve_head(head, state, found)
 
     def skip(self, layer: int, state: Mapping[str, Tensor]) -> None:
         """Let the exact stream pass a block that has been solved before."""

@@ -133,8 +133,8 @@ class Stream:
             network.show(layer, self.states[rows].to(network.device), arguments)
 
     def arguments_of(self, layer: int) -> dict[str, Any]:
-        """Return the keyword arguments of a block."""
-        return self.arguments[layer]
+        """Return the keyword arguments of a block; the head behind the last has none."""
+        return self.arguments[layer] if layer < len(self.arguments) else {}
 
     def allocate(self, spill: Path, *, host: bool = False) -> Float[Tensor, "windows tokens hidden"]:
         """Return room for states of all windows: on the device (unless ``host``), in memory, or in a file."""

@@ -50,7 +50,8 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
             others = [first, *others]
         else:
             scheme = replace(scheme, name="", **{name: _read_one(name, first.strip(), plugins)})  # type: ignore[arg-type]
-        rules += _effective(getattr(scheme, name), [_read_rule(name, one, text, plugins) for one in others])
+        found = [_read_rule(name, one, text, plugins) for one in others]
+        rules += _effective(getattr(scheme, name), found, plugins)
     scheme = replace(scheme, rules=tuple(rules))
     if scheme.name and rules:
         scheme = replace(scheme, name=f"{scheme.name} ({_named(rules, plugins)})")
@@ -93,14 +94,23 @@ def _read_rule(name: RuledPart, text: str, whole: str, plugins: Plugins) -> Rule
     return Rule(name, pattern, _read_one(name, written, plugins))
 
 
-def _effective(default: TensorScheme | None, rules: Sequence[Rule]) -> list[Rule]:
-    """Return rules without those that say nothing: the same pattern comes again, or it is as without any rule."""
+def _effective(default: TensorScheme | None, rules: Sequence[Rule], plugins: Plugins) -> list[Rule]:
+    """Return rules without those that say nothing: the same pattern comes again, or it is as without any rule.
+
+    Without one head and embedding are in 16 bits, and linears of blocks are as the default says.
+    """
     found: list[Rule] = []
     for place, rule in enumerate(rules):
         again = any(later.pattern == rule.pattern for later in rules[place + 1 :])
-        if not again and (found or rule.scheme != default):
+        if not again and (found or rule.scheme != (None if _names_end(rule, plugins) else default)):
             found.append(rule)
     return found
+
+
+def _names_end(rule: Rule, plugins: Plugins) -> bool:
+    """Say whether a rule is for the head or the embedding of some family."""
+    families = (plugins.load("families", name) for name in plugins.offers["families"])
+    return any(rule.matches(name) for family in families for name in (family.head, family.embedding))
 
 
 def _named(rules: Sequence[Rule], plugins: Plugins) -> str:
@@ -191,9 +201,14 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     scheme.check()
     graph, subject = subject.model.graph, replace(subject, scheme=scheme)
     check_rules(scheme, graph)
-    if not subject.linears:
+    if scheme.of(graph.embedding.name).activations is not None:
+        raise SchemeError(
+            f"`{graph.embedding.name}` reads tokens, which are not rounded",
+            hint=f"--activations without {graph.embedding.name}=SCHEME",
+        )
+    if not subject.coded:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
-    for linear in subject.linears:
+    for linear in subject.coded:
         width, inputs = graph.width(linear.spec.reads), subject.input_grid(linear)
         subject.weight_grid(linear).check(width, layer=linear.name)
         if inputs is not None:
@@ -213,11 +228,12 @@ def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:
         SchemeError: Names the nearest that is for some.
     """
     for rule in scheme.rules:
-        if any(rule.matches(linear.name) for linear in graph.linears):
+        if any(rule.matches(linear.name) for linear in (*graph.linears, *graph.ends)):
             continue
         kinds = list(dict.fromkeys(linear.name.rpartition(".")[2] for linear in graph.linears))
         layers, experts = range(graph.dims.num_layers), range(graph.dims.experts)
         known = [*kinds, *(f"layers.{one}" for one in layers), *(f"experts.{one}" for one in experts)]
+        known += [end.name for end in graph.ends]
         known += dict.fromkeys(linear.spec.module for linear in graph.linears if linear.expert is None)
         nearest = (get_close_matches(rule.pattern, known, n=1, cutoff=0) or kinds)[0]
         raise SchemeError(

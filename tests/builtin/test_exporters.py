@@ -215,6 +215,8 @@ def test_what_is_decoded_to_bfloat16_computes_the_same_in_bfloat16(
         ("fp8-channel-sbf16", "fp8-token", "float-quantized"),
         ("fp8-tensor", "fp8-tensor", "float-quantized"),
         ("fp8-b32-sbf16", "fp8-g32", "float-quantized"),
+        ("fp8-b16x32-sbf16", "fp8-g32", "float-quantized"),
+        ("fp8-b48x32", "fp8-g32", "float-quantized"),
     ],
 )
 def test_transformers_quantizes_activations_as_qtool_does(

@@ -29,6 +29,7 @@ def arguments(text: str) -> Config | None:
         "symmetric": symmetric == "sym",
         "strategy": name,
         "group_size": int(size) if size else None,
+        **({"block_structure": [128, 128]} if name == "block" else {}),
         "dynamic": {"dynamic": True, "static": False, "local": "local"}[dynamic],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 
@@ -396,3 +397,14 @@ def test_an_unknown_consumer_names_the_nearest() -> None:
     with pytest.raises(UsageError) as refused:
         devices_of("llamacpp")
     assert refused.value.hint == "--for llama.cpp"
+
+
+def test_of_blocks_that_are_not_128_by_128_nothing_is_known_of_engines() -> None:
+    config = deepcopy(FP8_BLOCK)
+    config["config_groups"]["group_0"]["weights"]["block_structure"] = [64, 128]
+    for consumer in ("vllm", "sglang"):
+        assert asked(FP8_BLOCK, consumer, "sm90").verdict == "loads"
+        assert asked(config, consumer, "sm90").verdict == "unknown"
+    assert asked(config, "transformers", "any").verdict == "loads"
+    config["config_groups"]["group_0"]["weights"]["block_structure"] = "128x128"
+    assert asked(config, "vllm", "sm90").verdict == "loads"

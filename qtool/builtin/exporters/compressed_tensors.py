@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor, compress_module
+from compressed_tensors.compressors.base import COMPRESSIBLE_MODULE_TYPES
 from compressed_tensors.quantization import QuantizationScheme, apply_quantization_config
 from compressed_tensors.utils import match_targets
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear, one_thread, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
-from qtool.model.graph import LinearSite
+from qtool.model.graph import TOKENS, LinearSite
 from qtool.model.source import Model
 from qtool.scheme import ModelScheme
 
@@ -107,10 +108,13 @@ class CompressedTensors(PackedSource):
         (scheme, linears), *others = groups_of(subject)
         layout, dtype, transforms = choose_layout(scheme), _dtype(subject), online_transforms(subject)
         rest = [(one, choose_layout(one), _targets(subject.model, own)) for one, own in others]
-        targets = _targets(subject.model, linears) if others else ("Linear",)
+        apart = [end.name for end in subject.coded_ends]
+        targets = _targets(subject.model, linears)
+        if not others:  # names before classes, which would be matched first
+            targets = [*_targets(subject.model, subject.coded_ends), "Linear"]
         scheme = with_groups_in_cache(scheme, subject.model.graph.dims)
         attentions = tuple(attention_classes(subject.model)) if scheme.queries is not None else ()
-        ignore = not_quantized(subject.model, subject.kept)
+        ignore = not_quantized(subject.model, subject.kept, apart)
         config = quantization_config(scheme, layout, ignore, rest, targets, attentions)
         if transforms:
             config |= {"transform_config": transform_config(transforms)}
@@ -155,9 +159,10 @@ class CompressedTensors(PackedSource):
         targets = {
             target: group for group in parsed.quantization_config.config_groups.values() for target in group.targets
         }
-        for linear in subject.linears:
+        for linear in subject.coded:
             tensors = reader.module(linear.name)
-            found = match_targets(linear.name, nn.Linear(1, 1, device="meta"), targets)
+            kind = nn.Embedding if linear.reads == TOKENS else nn.Linear
+            found = match_targets(linear.name, kind(1, 1, device="meta"), targets)
             if not found:
                 raise ArtifactError(f"no group of the config is for `{linear.name}`")
             _compare(linear.name, tensors, targets[found[0]], subject.packed(linear), subject.weight_grid(linear))
@@ -231,29 +236,43 @@ def _dtype(subject: Subject) -> torch.dtype:
 
 
 def _targets(model: Model, linears: Iterable[LinearSite]) -> list[str]:
-    """Return what the config calls some linears: by their names in transformers and in files; experts together."""
+    """Return what the config calls some linears: by their names in transformers and in files; experts together.
+
+    An embedding goes by its class where it is the only one: engines look its name up for some families only.
+    """
+    linears = tuple(linears)
     names = {linear.name: None for linear in linears if linear.expert is None}
+    found = [name for name, child in _modules(model) if isinstance(child, nn.Embedding)]
+    if len(found) == 1 and names.keys() & set(found):
+        own = {name: None for name in names if name not in found}
+        return [*_targets(model, [one for one in linears if one.name in own or one.expert is not None]), "Embedding"]
     names |= {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight"): None for name in names}
     return [*names, *([_EXPERTS] if any(linear.expert is not None for linear in linears) else [])]
 
 
-def not_quantized(model: Model, kept: Iterable[str] = ()) -> set[str]:
+def _modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model as transformers builds it, by name."""
+    yield from empty_model(deepcopy(model.config), model).named_modules()
+
+
+def not_quantized(model: Model, kept: Iterable[str] = (), others: Iterable[str] = ()) -> set[str]:
     """Return the names of the linears that are not quantized: head, routers, gates, towers, heads for further tokens.
 
     Some loaders match the names of modules in transformers, some those in files, so both are given.
 
     Args:
         model: The original model.
-        kept: Names of linears that the scheme leaves in 16 bits.
+        kept: Names of linears of blocks that the scheme leaves in 16 bits.
+        others: Names of linears outside of the blocks that are quantized.
     """
-    module = empty_model(deepcopy(model.config), model)
-    quantized = {linear.name for linear in model.graph.linears} - set(kept)
-    names = {name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name not in quantized}
+    quantized = {*(linear.name for linear in model.graph.linears), *others} - set(kept)
+    names = {name for name, child in _modules(model) if isinstance(child, nn.Linear) and name not in quantized}
     names |= {
         linear.name for i in range(model.graph.dims.num_layers) for linear in model.graph.readers_of(i)
     } - quantized
     matrices = (name for name in model.left_alone if len(model.places[name].shape) > 1 and name.endswith(".weight"))
     names |= {name.removesuffix(".weight") for name in matrices}
+    names -= set(others)
     return names | {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight") for name in names}
 
 
@@ -266,15 +285,16 @@ def _skeleton(config: Any, parsed: CompressedTensorsConfig, model: Model) -> nn.
     del plain.quantization_config
     module = with_linear_experts(empty_model(plain, model), model)
     apply_quantization_config(module, parsed.quantization_config, show_progress=False)
-    made: dict[object, nn.Linear] = {}  # those of one shape and scheme are alike, and the library takes long for each
+    made: dict[object, nn.Module] = {}  # those of one shape and scheme are alike, and the library takes long for each
     for name, child in list(module.named_modules()):
-        if isinstance(child, nn.Linear):
-            scheme = repr(getattr(child, "quantization_scheme", None))
-            alike = made.setdefault((child.in_features, child.out_features, child.bias is None, scheme), child)
-            if alike is child:
-                compress_module(child)  # leaves those without a scheme as they are
-            else:
-                module.set_submodule(name, deepcopy(alike))
+        if not isinstance(child, COMPRESSIBLE_MODULE_TYPES):
+            continue
+        scheme, biased = repr(getattr(child, "quantization_scheme", None)), getattr(child, "bias", None) is not None
+        alike = made.setdefault((type(child), tuple(child.weight.shape), biased, scheme), child)
+        if alike is child:
+            compress_module(child)  # leaves those without a scheme as they are
+        else:
+            module.set_submodule(name, deepcopy(alike))
     return module
 
 

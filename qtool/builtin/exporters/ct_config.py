@@ -98,7 +98,7 @@ def _arguments(scheme: TensorScheme, *, dynamic: bool | str) -> dict[str, Any]:
         "dynamic": dynamic,
     }
     if strategy == "block":
-        arguments["block_structure"] = [scheme.group_size, scheme.group_size]
+        arguments["block_structure"] = [scheme.block_rows or scheme.group_size, scheme.group_size]
     if scheme.scale in _SCALE_DTYPES:
         arguments["scale_dtype"] = _SCALE_DTYPES[scheme.scale]
     return arguments

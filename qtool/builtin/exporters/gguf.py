@@ -34,6 +34,7 @@ from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
 from qtool.builtin.exporters.hf import code_bits, dense, offline
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.builtin.exporters.nearest import Check, check_schemes
+from qtool.builtin.exporters.refusals import refuse_ends
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
@@ -78,6 +79,7 @@ class GGUF:
             ModelError: llama.cpp cannot read text as the model does.
         """
         _refuse_cache(subject)
+        refuse_ends(subject, "a GGUF file")
         check_schemes(subject, _check_scheme(subject), decoded="gguf-f16")
         kinds = {scheme.weights: _kind(scheme) for scheme, _ in groups_of(subject)}
         _refuse_online(subject)
@@ -125,6 +127,7 @@ class GGUFHalf:
         """
         groups_of(subject)
         _refuse_cache(subject)
+        refuse_ends(subject, "a GGUF file")
         refuse_compensation(subject)
         _check_model(subject)
 

@@ -73,7 +73,7 @@ class HuggingFace:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         reader = CheckpointReader(directory, model)
         reader.compare(with_linear_experts(empty_model(config, model), model))
-        for linear in subject.linears:
+        for linear in subject.coded:
             try:
                 read = reader.module(linear.name)["weight"]
             except (OSError, SafetensorError) as error:

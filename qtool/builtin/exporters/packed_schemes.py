@@ -26,7 +26,7 @@ from qtool.engine.cache import KEYS, QUERIES, VALUES
 from qtool.errors import SchemeError
 from qtool.model.files import CONFIG
 from qtool.scheme import Format, ModelScheme, ScaleFormat, Strategy, TensorScheme
-from qtool.scheme_parts import KeysAndValues, Rule
+from qtool.scheme_parts import KeysAndValues, Rule, in_block
 
 METHODS = ("compressed-tensors", "modelopt")
 Lookup = Callable[[str], Format]
@@ -39,11 +39,13 @@ class Seen(NamedTuple):
         name: What they call it.
         scale: What its scales are stored in.
         calibrated: Whether a scale of its inputs is stored.
+        looked_up: Whether it is the embedding.
     """
 
     name: str
     scale: torch.dtype
     calibrated: bool
+    looked_up: bool = False
 
 
 _FLOATS: Mapping[torch.dtype, ScaleFormat] = {
@@ -95,14 +97,16 @@ def read_scheme(
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
     read = _modelopt_schemes if packed_method(directory) == "modelopt" else _compressed_schemes
     found, cache, rounds_queries = read(directory, config, seen, lookup)
-    ((main, _), *_) = Counter(found.values()).most_common(1)
-    others = {name: own for name, own in found.items() if own != main}
+    in_blocks = [own for name, own in found.items() if in_block(name)] or list(found.values())
+    ((main, _), *_) = Counter(in_blocks).most_common(1)
+    of_rest = ModelScheme()  # what linears outside of the blocks have without rules
+    others = {name: (own, main if in_block(name) else of_rest) for name, own in found.items()}
     rules = [Rule("weights", name, None) for name in plain]
-    rules += [Rule("weights", name, own.weights) for name, own in others.items() if own.weights != main.weights]
+    rules += [Rule("weights", name, own.weights) for name, (own, of) in others.items() if own.weights != of.weights]
     rules += [
         Rule("activations", name, own.activations)
-        for name, own in others.items()
-        if own.activations != main.activations
+        for name, (own, of) in others.items()
+        if own.activations != of.activations
     ]
     one = _cache_scheme(cache, lookup)
     lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
@@ -153,7 +157,7 @@ def _compressed_schemes(
     schemes: dict[tuple[str, Seen], ModelScheme] = {}
     found = {}
     for name, one in seen.items():
-        module = nn.Linear(1, 1, device="meta")
+        module = (nn.Embedding if one.looked_up else nn.Linear)(1, 1, device="meta")
         matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
         if not matched:
             raise _unread(f"codes of `{one.name}`, which no group names", list(targets))
@@ -232,10 +236,10 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
             return _plain(block[0], lookup)
     strategy = said.get("strategy") or ("group" if size > 0 else "channel" if said.get("group_size") else "tensor")
     name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
-    stored = "fp32" if scale is None else _FLOATS.get(scale)
+    stored, rows = "fp32" if scale is None else _FLOATS.get(scale), 0
     if strategy == "block":
-        rows, size = said.get("block_structure") or (0, 1)
-        strategy = "block" if rows == size else ""
+        rows, size = said.get("block_structure") or (0, 0)
+        strategy = "block" if rows and size else ""
     if not name or strategy not in _STRATEGIES or stored is None:
         raise _unread("a scheme that is not read back", said)
     scheme = TensorScheme(
@@ -244,6 +248,7 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
         strategy=strategy,
         group_size=size if strategy in ("group", "block") else None,
         scale=stored,
+        block_rows=rows if strategy == "block" and rows != size else None,
     )
     lookup(name).check(scheme)
     return scheme

@@ -90,8 +90,9 @@ class PackedModel(Model):
 
     @cached_property
     def coded(self) -> tuple[LinearSite, ...]:
-        """The linears that have scales."""
-        return tuple(linear for linear in self.graph.linears if f"{linear.name}{_SCALE}" in self.packed)
+        """The linears that have scales; a head and an embedding that have some come last."""
+        linears = (*self.graph.linears, *self.graph.ends)
+        return tuple(linear for linear in linears if f"{linear.name}{_SCALE}" in self.packed)
 
     @cached_property
     def cached(self) -> Mapping[str, tuple[str, Place]]:
@@ -298,7 +299,7 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     artifact, inexact = subject.quantized, set[float]()
     if not isinstance(artifact, PackedArtifact):
         return 0
-    for linear in subject.linears:
+    for linear in artifact.model.coded:
         if f"{linear.name}.global_scale" not in artifact.header.slots:
             continue
         parameters = artifact.read(linear.name).parameters
@@ -326,11 +327,13 @@ def _seen(model: PackedModel, name: str) -> Seen:
             facts=(("expected", ", ".join(_DTYPES)), ("received", place.stored.slot.dtype)),
             hint="quantize the original model: qtool mitigate MODEL",
         )
-    return Seen(place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed)
+    return Seen(
+        place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding
+    )
 
 
 def _refuse_other_codes(model: PackedModel) -> None:
-    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
+    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a vision tower."""
     coded = {linear.name for linear in model.coded}
     leaves = {*LEAVES, *INPUT_LEAVES}
     named = (name.rpartition(".") for name in model.packed)

@@ -153,6 +153,7 @@ EXECUTED = {
         Scheme(f"{SIGNED},down_proj=none", "", "", "gptq"): "loads",
         Scheme("int4-sym-channel", "", "", "gptq"): "loads",
         Scheme("int4-asym-channel", "", "", "awq"): "loads",
+        Scheme(f"{SIGNED},lm_head=int4-sym-channel", "", "", CT): "loads",
     },
     f"{BYTES}, {INTEGERS}": {
         Scheme(f"{SIGNED},down_proj=int8-sym-channel", f"none,down_proj={HALF}", "", CT): "loads",
@@ -160,10 +161,12 @@ EXECUTED = {
     BYTES: {
         Scheme("int8-sym-channel", HALF, "", CT): "loads",
         Scheme("int8-sym-channel", "int8-asym-token-sfp32", "", CT): "loads",
+        Scheme("int8-sym-channel,lm_head=int8-sym-channel", f"{HALF},lm_head={HALF}", "", CT): "loads",
         Scheme("int8-sym-channel", "int8-asym-tensor-c0.02-static", "", CT): "loads",
     },
     FLOATS: {
         Scheme("fp8-channel", "fp8-token", "", CT): "loads",
+        Scheme("fp8-channel,lm_head=fp8-channel", "fp8-token,lm_head=fp8-token", "", CT): "loads",
         Scheme("fp8-channel", "fp8-token", "", "modelopt"): "loads",
     },
 }
@@ -306,6 +309,8 @@ REFUSED = {
     Scheme(SIGNED, "", "", CT, "block-hadamard"): "'_OpNamespace' '_C' object has no attribute 'hadacore_transform'",
     Scheme(f"{SIGNED},down_proj=int8-sym-g64", "", "", "gptq"): "Marlin does not support weight_bits = uint8b128",
     Scheme("fp8-tensor", "fp8-tensor", "", "modelopt"): "_C::static_scaled_fp8_quant() expected at most 0 argument(s)",
+    Scheme(f"{SIGNED},embed_tokens=int4-sym-g64", "", "", CT): "module 'triton' has no attribute 'next_power_of_2'",
+    Scheme(f"{SIGNED},embed_tokens=int4-asym-g64", "", "", CT): "There is no module or parameter named",
     Scheme(SIGNED, "", "int8-tensor-static", CT): "Currently supported kv cache quantization is num_bits=8, type=float",
     Scheme("int8-sym-channel", "", "", CT): "Failed to find a kernel that can implement the WNA16 linear layer",
     Scheme("int3-sym-g64", "", "", CT): "Failed to find a kernel that can implement the WNA16 linear layer",
