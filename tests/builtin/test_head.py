@@ -12,7 +12,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
@@ -25,7 +25,7 @@ from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.builtin.exporters.packed_source import open_packed
 from qtool.engine.exporter import Exporter
 from qtool.engine.subject import Subject
-from qtool.errors import SchemeError
+from qtool.errors import ArtifactError, SchemeError
 from qtool.plugins import Plugins
 from qtool.steps.calibrate import CalibrateRequest, calibrate
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -203,6 +203,18 @@ def test_the_library_looks_up_what_qtool_does(
         .weight(subject.weight_grid(subject.model.graph.embedding))
         .bfloat16(),
     )
+
+
+def test_an_embedding_of_codes_that_a_head_would_share_is_refused(make: Make, tmp_path: Path, cache: Path) -> None:
+    subject = make("int4-sym-g32,embed_tokens=int8-sym-channel", "", "gptq", tied=True)
+    written(CompressedTensors(), subject, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    stored = load_file(file)
+    save_file({name: tensor for name, tensor in stored.items() if name != "lm_head.weight"}, file, {"format": "pt"})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ArtifactError, match="the head, which is tied to it, has no weights of its own"):
+        open_packed(tmp_path / "out", subject.plugins, cache=cache)
 
 
 @pytest.mark.parametrize(

@@ -241,11 +241,14 @@ def test_what_is_more_than_codes_is_refused(
         pack(PackRequest(str(odd), "gptq"), workspace)
 
 
-def test_an_embedding_of_codes_and_linears_without_are_refused(
-    quantize: Quantize, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_other_codes_and_linears_without_are_refused(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
     packed = pack(PackRequest(quantize("int4-sym-g32"), "compressed-tensors"), workspace)[0].path
-    for name, reason in (("model.embed_tokens", "does not quantize"), ("lm_head", "scales and no codes")):
+    reasons = {
+        "model.norm": "does not quantize",
+        "lm_head": "scales and no codes",
+        "model.embed_tokens": "which is tied to it",
+    }
+    for name, reason in reasons.items():
         odd = edited(foreign(packed, tmp_path / name), **{f"{name}.weight_scale": torch.ones(24, 2)})
         with pytest.raises(QtoolError, match=reason):
             pack(PackRequest(str(odd), "hf"), workspace)

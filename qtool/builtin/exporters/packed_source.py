@@ -270,6 +270,7 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     if not seen:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
     _refuse_other_codes(model)
+    _refuse_shared_codes(model)
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
     of_places = Counter(map(place_of, model.cached))
     cached = [place for place, count in of_places.items() if count == model.graph.dims.num_layers]
@@ -343,6 +344,18 @@ def _refuse_other_codes(model: PackedModel) -> None:
             "the checkpoint has codes of what qtool does not quantize",
             facts=(("first", odd), ("family", model.family.name)),
             hint="quantize the original model without it: qtool mitigate MODEL",
+        )
+
+
+def _refuse_shared_codes(model: PackedModel) -> None:
+    """Refuse an embedding of codes that a tied head would have to share."""
+    family, graph = model.family, model.graph
+    head = f"{family.head}.weight"
+    if graph.embedding in model.coded and graph.head not in model.coded and head not in model.packed:
+        raise ArtifactError(
+            "the embedding is quantized, and the head, which is tied to it, has no weights of its own",
+            facts=(("embedding", family.embedding), ("head", family.head)),
+            hint="quantize the original model: qtool mitigate MODEL, which gives the head weights of its own",
         )
 
 
