@@ -10,6 +10,7 @@ is handled here; for SmolLM2 this was compared with a second reading of the file
 
 Weights are stored in the first of bfloat16, float16 and float32 that holds every one of them exactly, so the folder
 is the file's model to the bit; for quantized files, whose values are a float16 scale times a code, that is float32.
+The model's card says what such weights were decoded from.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from torch import Tensor
 
 from qtool.artifacts.store import disk_errors
 from qtool.errors import ModelError, ResourceError, UsageError
+from qtool.model.card import ModelCard, write_card
 from qtool.model.files import share
 
 # Values of `tokenizer.ggml.pre`: the digits apart, then GPT-2's split; and GPT-2's split alone.
 DIGITS_THEN_WORDS = ("smollm", "starcoder")
 WORDS = ("gpt-2",)
+_PLAIN = {"F64", "F32", "F16", "BF16"}
 
 
 def convert_gguf(path: Path, output: Path) -> None:
@@ -55,7 +58,7 @@ def convert_gguf(path: Path, output: Path) -> None:
     """
     if output.exists():
         raise UsageError(f"the output path is taken: `{output}`", hint="choose another path, or remove it")
-    keys, num_values = _read_gguf(path)
+    keys, num_values, kinds = _read_gguf(path)
     with staged_folder(output) as folder:
         with _reading(path), redirect_stderr(io.StringIO()):  # transformers' progress bars
             tokenizer = _tokenizer(path, keys)
@@ -65,6 +68,13 @@ def convert_gguf(path: Path, output: Path) -> None:
         _save(model, folder)
         tokenizer.save_pretrained(folder)
         _name_tokenizer_class(folder)
+        write_card(folder, ModelCard(path.stem, _footnote(kinds)))
+
+
+def _footnote(kinds: Iterable[str]) -> str:
+    """Return what stands below tables with a model whose weights were of these types; nothing of floats."""
+    codes = sorted(set(kinds) - _PLAIN)
+    return f"its weights were dequantized from {', '.join(codes)}, so what quantizes them rounds again" if codes else ""
 
 
 @contextmanager
@@ -110,8 +120,8 @@ def exact_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return candidates[0] if candidates else torch.float32
 
 
-def _read_gguf(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the file's scalar keys, and how many weights it holds; check that all of its bytes are there."""
+def _read_gguf(path: Path) -> tuple[dict[str, Any], int, list[str]]:
+    """Return the file's scalar keys, how many weights it holds, and their types; check that all bytes are there."""
     from gguf import GGUFReader, GGUFValueType
 
     if not path.is_file():
@@ -131,7 +141,8 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], int]:
             for name, field in reader.fields.items()
             if field.types and field.types[0] != GGUFValueType.ARRAY
         }
-        return keys, sum(int(np.prod(tensor.shape)) for tensor in reader.tensors)
+        kinds = [tensor.tensor_type.name for tensor in reader.tensors]
+        return keys, sum(int(np.prod(tensor.shape)) for tensor in reader.tensors), kinds
 
 
 def _tokenizer(path: Path, keys: Mapping[str, Any]) -> Any:  # noqa: ANN401 - transformers has no one type for it

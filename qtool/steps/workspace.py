@@ -20,6 +20,7 @@ import qtool
 from qtool.artifacts.manifest import Input, Manifest, require_kind
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.errors import ArtifactError, ModelError, ResourceError, UsageError
+from qtool.model.card import read_card
 from qtool.model.source import Model, open_model
 from qtool.plugins import Plugins
 
@@ -101,6 +102,8 @@ class Workspace:
         folder = self.cache / "gguf" / digest_file(path)[:16]
         if not (folder / "config.json").is_file():
             convert_gguf(path, folder)
+        if footnote := read_card(folder).footnote:
+            self.warn(f"`{path}`: {footnote}")
         return folder
 
     def artifact(self, reference: str | Path, *kinds: str) -> Artifact:

@@ -98,6 +98,16 @@ def test_nvfp4_blocks_have_the_same_bytes(torchao: Module) -> None:
     assert float(differ.float().mean()) < 1e-3
 
 
+def test_every_code_of_nvfp4_decodes_to_the_same_value_under_every_scale(torchao: Module) -> None:
+    form, _ = read("nvfp4")
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(-1)
+    codes = torch.arange(16, dtype=torch.uint8).repeat(len(scales), 1)
+    stored = (pack_codes(codes, 4), scales, 16, torch.float32, torch.tensor(2.0**-11))
+    theirs = torchao("prototype.mx_formats.nvfp4_tensor").NVFP4Tensor(*stored).dequantize(torch.float32)
+    parameters = GroupParameters(scales.squeeze(-1).float(), None, torch.tensor(2.0**-11))
+    assert torch.equal(theirs, form.decode(codes, parameters))
+
+
 @pytest.mark.parametrize("rows", [128, 300, 16])
 @pytest.mark.parametrize("n", [64, 240])
 def test_stored_scales_are_those_that_tensor_cores_read_in_tiles(torchao: Module, rows: int, n: int) -> None:
@@ -139,6 +149,27 @@ def test_fp8_in_blocks_has_the_same_scales_and_values(torchao: Module) -> None:
     assert float((codes != data.view(torch.uint8)).float().mean()) < 1e-2
     theirs = quant._dequantize_affine_float8(codes.view(torch.float8_e4m3fn), scale)
     assert torch.allclose(grid.decode(codes, (parameters,)), theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_integers_decode_to_the_same_values(torchao: Module, bits: int, symmetric: bool) -> None:
+    """Every code, with every zero point; and random values take the same codes."""
+    quant = torchao("quantization.quant_primitives")
+    form, _ = read(f"int{bits}-{'sym' if symmetric else 'asym'}-g32")
+    count, size = 1 << bits, 32
+    codes = torch.arange(max(count, size)).remainder(count).to(torch.uint8).expand(count, -1).reshape(count, -1, size)
+    scale = torch.rand(codes.shape[:2], generator=torch.Generator().manual_seed(bits)) + 0.01
+    zeros = torch.full_like(scale, count // 2) if symmetric else torch.arange(count).unsqueeze(-1).expand_as(scale)
+    ours = form.decode(codes, GroupParameters(scale, None if symmetric else zeros.float()))
+    whole = (codes.flatten(1), (1, size), scale, zeros.int())
+    assert torch.equal(quant.dequantize_affine(*whole, torch.uint8, 0, count - 1), ours.flatten(1))
+    x = values_of(32, 128)
+    form, groups, parameters = fit(f"int{bits}-{'sym-g32-full' if symmetric else 'asym-g32'}", x)
+    zero = parameters.zero_point
+    fitted = torch.full_like(parameters.scale, count // 2) if zero is None else zero
+    theirs = quant.quantize_affine(x, (1, size), parameters.scale, fitted.int(), torch.uint8, 0, count - 1)
+    assert float((form.encode(groups, parameters).flatten(1) != theirs).float().mean()) < 1e-3  # it takes reciprocals
 
 
 def test_nf4_has_the_same_codes_and_the_values_that_it_has_four_digits_of(torchao: Module) -> None:

@@ -13,9 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qtool.errors import ModelError, ResourceError, UsageError
+from qtool.errors import ArtifactError, ModelError, ResourceError, UsageError
 from qtool.model import gguf as conversion
+from qtool.model.card import ModelCard, read_card
 from qtool.model.gguf import convert_gguf, exact_dtype, staged_folder
+from qtool.plugins import Plugins
+from qtool.steps.pack import PackRequest, pack
+from qtool.steps.subjects import open_subject
+from qtool.steps.workspace import Workspace
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS = 64, 4, 2, 16, 96, 2
 NAMES = {
@@ -161,6 +166,27 @@ def test_quantized_weights_are_dequantized_once(write: Callable[..., Path]) -> N
     assert stored[name].dtype == torch.float32
     assert torch.equal(stored[name], torch.from_numpy(expected))
     assert not np.array_equal(expected, weights[name])
+    said = "its weights were dequantized from Q8_0, so what quantizes them rounds again"
+    assert read_card(path.parent / "model") == ModelCard("tiny", said)
+
+
+def test_a_file_of_codes_is_told_once_and_never_packed_by_rounding_again(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    told: list[str] = []
+    workspace = Workspace(Plugins.discover(), tmp_path / "home", tmp_path / "cache", warn=told.append)
+    for kind, codes in ((gguf.GGMLQuantizationType.Q4_0, True), (gguf.GGMLQuantizationType.F16, False)):
+        path = write(random_weights(torch.float16), kind)
+        with pytest.raises(ArtifactError, match="holds nothing to pack") as refused:
+            pack(PackRequest(str(path), "hf"), workspace)
+        assert refused.value.hint.startswith("the quantized artifact" if codes else "qtool mitigate")
+        folder = open_subject(str(path), workspace).model.path
+        assert all("dequantized from Q4_0" in one for one in told)
+        assert len(told) == (2 if codes else 0)
+        open_subject(str(folder), workspace)
+        assert len(told) == (2 if codes else 0)
+        assert read_card(folder).name == "tiny"
+        told.clear()
 
 
 def test_config_and_tied_head(write: Callable[..., Path]) -> None:

@@ -125,6 +125,16 @@ def test_queries_and_keys_are_not_linears(tiny: TinyModel) -> None:
     assert other.model["operators"] - found.model.get("operators", 0) == 2 * 8 * 8 * 2
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_a_plan_unties_is_stored_beside_the_embedding(tied: bool) -> None:
+    """A rotation's norms are folded into the head, which is the embedding no longer."""
+    with tiny_model(hidden_size=32, tie_word_embeddings=tied) as model:
+        rotated = transform(TransformRequest(str(model.statistics.path), "quarot"), model.workspace)[0]
+        plain, turned = (storage(one, model).model["unquantized"] for one in (model.statistics, rotated))
+        embedding = model.subject.model.places["model.embed_tokens.weight"].shape
+        assert turned - plain == (2 * torch.Size(embedding).numel() if tied else 0)
+
+
 @pytest.mark.parametrize(
     "text",
     [

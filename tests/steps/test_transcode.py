@@ -143,6 +143,21 @@ def test_modelopt_and_back_is_the_same_checkpoint(quantize: Quantize, workspace:
     same(third, first)
 
 
+def test_a_divisor_whose_last_bit_is_lost_is_told_of(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+    """Of other tools' divisors some have a multiplier whose reciprocal is another one; qtool's own have not."""
+    told: list[str] = []
+    listening = replace(workspace, warn=told.append)
+    packed = pack(PackRequest(quantize("nvfp4"), "compressed-tensors"), workspace)[0].path
+    pack(PackRequest(str(packed), "modelopt", tmp_path / "own"), listening)
+    assert told == []
+    near = (torch.tensor([2.0**11 * (2 - step * 2.0**-23)]) for step in range(1, 100))
+    odd = next(one for one in near if not is_reciprocal(one.reshape(())))
+    names = [name for name in load_file(packed / "model.safetensors") if name.endswith(".weight_global_scale")]
+    other = edited(foreign(packed, tmp_path / "odd"), **{name: odd.clone() for name in names})
+    pack(PackRequest(str(other), "modelopt", tmp_path / "out"), listening)
+    assert told == ["1 global scales have no exact reciprocal in float32: last bits may differ"]
+
+
 def test_what_is_read_is_the_artifact(quantize: Quantize, workspace: Workspace) -> None:
     for weights in ("int3-asym-channel", "int5-sym-g16", "int8-asym-g32", "mxfp4", "fp8-tensor-sfp32"):
         quantized = quantize(weights)

@@ -75,9 +75,16 @@ class GPTQv2(IntegerWords):
     def read_groups(
         self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> tuple[Integer[Tensor, "out groups"], Integer[Tensor, " in"]]:
-        """Return zero points and the group of each input."""
-        offset = 0 if config["checkpoint_format"] == _V2 else 1
-        return _from_stream(tensors["qzeros"], config["bits"]).T.int() + offset, tensors["g_idx"]
+        """Return zero points and the group of each input; symmetric ones some readers take for granted.
+
+        Raises:
+            ValueError: The config says that they are symmetric, and they are not in the middle.
+        """
+        offset, bits = 0 if config["checkpoint_format"] == _V2 else 1, config["bits"]
+        zeros = _from_stream(tensors["qzeros"], bits).T.int() + offset
+        if config["sym"] and bool((zeros != 1 << bits - 1).any()):
+            raise ValueError("the config says `sym`, and zero points are not in the middle")
+        return zeros, tensors["g_idx"]
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""

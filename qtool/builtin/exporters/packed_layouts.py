@@ -120,7 +120,7 @@ def check_reciprocal(name: str, parameters: GroupParameters, divisor: Tensor | N
 
 
 def is_reciprocal(multiplier: Float[Tensor, ""]) -> bool:
-    """Say whether the divisor that stands for a multiplier gives the same multiplier back, in float32."""
+    """Say whether the divisor that stands for a multiplier (or the other way round) gives the same back, in float32."""
     return bool(reciprocal(global_divisor(multiplier)) == multiplier)
 
 

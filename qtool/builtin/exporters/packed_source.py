@@ -292,7 +292,7 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
         to: Name of the exporter.
 
     Returns:
-        How many multipliers of weights and inputs have no exact reciprocal in float32, where the exporter takes it.
+        How many multipliers or divisors of weights and inputs have no exact reciprocal in float32, where it is taken.
 
     Raises:
         NumericalError: A weight would differ in bfloat16; names the linear.
@@ -307,10 +307,13 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
         stored = artifact.stored_of(linear.name)
         if artifact.method == "compressed-tensors":
             check_reciprocal(linear.name, parameters, stored["weight_global_scale"])
+            turned = (stored["weight_global_scale"], stored.get("input_global_scale"))
         elif to == "compressed-tensors":
             check_reciprocal(linear.name, parameters)
-            multipliers = (parameters.global_scale, read_multiplier(artifact.method, stored))
-            inexact |= {float(one) for one in multipliers if one is not None and not is_reciprocal(one)}
+            turned = (parameters.global_scale, read_multiplier(artifact.method, stored))
+        else:
+            continue
+        inexact |= {float(one) for one in turned if one is not None and not is_reciprocal(one.float().reshape(()))}
     return len(inexact)
 
 

@@ -279,6 +279,7 @@ def test_a_wrong_input_scale_is_found(make: Make, plugins: Plugins, tmp_path: Pa
         (GPTQ(), "int4-sym-g32", "checkpoint_format", "gptq_v2"),
         (GPTQ(), "int4-sym-g32", "group_size", 16),
         (GPTQ(), "int4-sym-g32", "bits", 8),
+        (GPTQv2(), "int4-asym-g32", "sym", True),
         (AWQ(), "int4-sym-g32", "group_size", 16),
         (ModelOpt(), "nvfp4", "quant_algo", "NVFP4"),
     ],
@@ -293,6 +294,27 @@ def test_a_config_that_says_something_else_is_found(
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError):
         exporter.verify(subject, tmp_path / "out")
+
+
+SAID_BY_GPTQ = {"quant_method": "gptq", "desc_act": False, "lm_head": False, "pack_dtype": "int32"}
+
+
+@pytest.mark.parametrize(
+    ("exporter", "weights", "said"),
+    [
+        (GPTQ(), "int3-sym-g32", {"bits": 3, "group_size": 32, "sym": True, "checkpoint_format": "gptq"}),
+        (GPTQv2(), "int4-asym-channel", {"bits": 4, "group_size": -1, "sym": False, "checkpoint_format": "gptq_v2"}),
+        (AWQ(), "int4-sym-g32", {"bits": 4, "group_size": 32, "zero_point": True}),
+        (AWQ(), "int4-asym-channel", {"bits": 4, "group_size": -1, "zero_point": True}),
+    ],
+)
+def test_the_config_says_what_readers_ask_for(
+    make: Make, tmp_path: Path, exporter: Exporter, weights: str, said: dict[str, object]
+) -> None:
+    written(exporter, make(weights), tmp_path / "out")
+    awq = {"quant_method": "awq", "version": "gemm", "modules_to_not_convert": ["lm_head"]}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config == said | (awq if isinstance(exporter, AWQ) else SAID_BY_GPTQ)
 
 
 def test_shards_are_streamed_and_hold_the_same(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -61,6 +61,52 @@ def test_nvfp4_blocks_of_gguf_under_every_scale(plugins: Plugins) -> None:
     assert torch.equal(decoded.flatten(1), torch.from_numpy(theirs))
 
 
+def test_nvfp4_of_compressed_tensors_under_every_scale(plugins: Plugins) -> None:
+    """With a divisor that is a power of two, so that dividing by it is multiplying."""
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).unsqueeze(-1)
+    codes = torch.arange(16, dtype=torch.uint8).repeat(len(scales), 1)
+    stored = {
+        "weight_packed": pack_codes(codes, 4),
+        "weight_scale": scales,
+        "weight_global_scale": torch.tensor([2.0**11]),
+    }
+    how = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    parameters = GroupParameters(decode_scale(scales, "e4m3").squeeze(-1), None, torch.tensor(2.0**-11))
+    ours = plugins.format("nvfp4").decode(codes, parameters)
+    assert torch.equal(ours, compressed("nvfp4-pack-quantized", stored, **how).float())
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_bytes_of_compressed_tensors(plugins: Plugins, name: str) -> None:
+    """Every byte under scales of rows, but for the two of FP8 that are no number."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = (codes[(codes & 0x7F) != 0x7F] if name == "fp8" else codes).repeat(64, 1)
+    scale = torch.rand(64, 1, generator=torch.Generator().manual_seed(1)) + 2.0**-10
+    ours = plugins.format(name).decode(codes, GroupParameters(scale.squeeze(-1)))
+    signed = codes.view(torch.float8_e4m3fn) if name == "fp8" else (codes ^ 0x80).view(torch.int8)
+    how = {"num_bits": 8, "type": "float" if name == "fp8" else "int", "strategy": "channel"}
+    stored = {"weight": signed, "weight_scale": scale}
+    layout = "float-quantized" if name == "fp8" else "int-quantized"
+    assert torch.equal(ours, compressed(layout, stored, **how).float())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_integers_of_gguf_under_every_scale(plugins: Plugins, kind: str) -> None:
+    """Every code under every float16 that is a number, of Q4_1 with an offset beside each."""
+    bits = 8 if kind == "Q8_0" else 4
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    numbers = numbers[numbers.isfinite() & (numbers != 0)].unsqueeze(-1)
+    for first in range(0, 1 << bits, 32):
+        codes = (torch.arange(first, first + 32) % (1 << bits)).to(torch.uint8).expand(len(numbers), -1)
+        beside = [numbers, *([numbers.roll(1234, 0)] if kind == "Q4_1" else [])]
+        stored = (codes ^ 0x80) if bits == 8 else halves(codes)
+        blocks = torch.cat((*(one.view(torch.uint8) for one in beside), stored), -1)
+        theirs = gguf.dequantize(blocks.numpy(), GGMLQuantizationType[kind])
+        scale, *offset = (one[:, 0].float() for one in beside)
+        parameters = GroupParameters(scale, offset=offset[0] if offset else None)
+        assert torch.equal(plugins.format(f"int{bits}").decode(codes, parameters), torch.from_numpy(theirs))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_integers_of_compressed_tensors(plugins: Plugins, bits: int, symmetric: bool) -> None:

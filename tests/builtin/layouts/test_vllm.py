@@ -141,6 +141,13 @@ EXECUTED = {
     INTEGERS: {
         Scheme(SIGNED, "", "", CT): "loads",
         Scheme("int4-asym-g64", "", "", CT): "loads",
+        **dict.fromkeys((Scheme(f"int4-sym-{size}", "", "", CT) for size in ("channel", "g128")), "loads"),
+        **dict.fromkeys((Scheme(f"int4-asym-{size}", "", "", CT) for size in ("channel", "g32", "g16")), "loads"),
+        **dict.fromkeys((Scheme(f"int4-sym-{size}", "", "", "gptq") for size in ("g32", "g128")), "loads"),
+        **dict.fromkeys((Scheme(f"int4-asym-{size}", "", "", "awq") for size in ("g32", "g16")), "loads"),
+        Scheme("int4-sym-channel", "", "", "gptq-v2"): "loads",
+        Scheme("int4-sym-channel", HALF, "", CT): "executes-other",
+        Scheme("int4-sym-g64", "int4-sym-g64-sfp32-half", "", CT): "executes-other",
         Scheme(SIGNED, "", "", "gptq"): "loads",
         Scheme(SIGNED, "", "", "gptq-v2"): "loads",
         Scheme("int4-asym-g64", "", "", "awq"): "loads",
@@ -160,6 +167,7 @@ EXECUTED = {
     },
     BYTES: {
         Scheme("int8-sym-channel", HALF, "", CT): "loads",
+        Scheme("int8-sym-tensor", HALF, "", CT): "loads",
         Scheme("int8-sym-channel", "int8-asym-token-sfp32", "", CT): "loads",
         Scheme("int8-sym-channel,lm_head=int8-sym-channel", f"{HALF},lm_head={HALF}", "", CT): "loads",
         Scheme("int8-sym-channel", "int8-asym-tensor-c0.02-static", "", CT): "loads",
