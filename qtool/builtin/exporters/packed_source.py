@@ -8,7 +8,7 @@ scales are as they are stored.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -22,16 +22,12 @@ from qtool.artifacts.layout import Header, TensorSlot
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import Artifact
 from qtool.builtin.exporters.cache_scales import (
-    CACHE_ZEROS,
-    IN_ATTENTION,
-    cache_places,
     check_stored_cache,
     has_zero_points,
     place_of,
     read_scale,
     stored_shape,
     unsigned_zero_point,
-    zero_places,
 )
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
@@ -42,6 +38,7 @@ from qtool.builtin.exporters.packed_layouts import (
     read_multiplier,
     read_packed,
 )
+from qtool.builtin.exporters.packed_model import SCALE, PackedModel, refuse_codes, refuse_tensors
 from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
@@ -49,17 +46,13 @@ from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, packed_ten
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.family import Family
-from qtool.model.files import StoredTensor, folder_digest
-from qtool.model.graph import LinearSite
-from qtool.model.naming import Place, places_of
+from qtool.model.files import folder_digest
+from qtool.model.naming import Place
 from qtool.model.reading import read_place
-from qtool.model.source import Model, family_of
+from qtool.model.source import family_of
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, TensorScheme
 
-_CODES = ("F8_E4M3", "U8", "I8", "I32")
-_OWN = frozenset({*LEAVES, *INPUT_LEAVES, *IN_ATTENTION.values(), "weight", "bias"})
-_SCALE, _INPUT_ZERO = ".weight_scale", "input_zero_point"
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -68,64 +61,6 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 _UNREADABLE = (KeyError, ValueError, RuntimeError, IndexError)
-
-
-@dataclass(frozen=True)
-class PackedModel(Model):
-    """What a packed checkpoint holds besides the weights of its quantized linears."""
-
-    @cached_property
-    def packed(self) -> Mapping[str, Place]:
-        """Where every tensor of the checkpoint lies, by the name that the graph knows."""
-        return places_of(self.stored, self.family)
-
-    @cached_property
-    def places(self) -> Mapping[str, Place]:
-        """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
-        leaves = (*LEAVES, *INPUT_LEAVES, "weight")
-        own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
-        own |= {name for name, _ in self.cached.values()} | {name for name in self.packed if _leaf(name) in CACHE_ZEROS}
-        places = {name: place for name, place in self.found_places().items() if name not in own}
-        return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
-
-    @cached_property
-    def coded(self) -> tuple[LinearSite, ...]:
-        """The linears that have scales; a head and an embedding that have some come last."""
-        linears = (*self.graph.linears, *self.graph.ends)
-        return tuple(linear for linear in linears if f"{linear.name}{_SCALE}" in self.packed)
-
-    @cached_property
-    def cached(self) -> Mapping[str, tuple[str, Place]]:
-        """The names and places of static scales of keys and values, by their names in artifacts."""
-        return cache_places(self.graph, self.packed)
-
-    @cached_property
-    def cached_zeros(self) -> Mapping[str, tuple[str, Place]]:
-        """Those of their zero points, some of which may be 0 and belong to nothing."""
-        return zero_places(self.graph, self.packed)
-
-    def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """Read the tensors below ``prefix``, keyed by the rest of their names; no weights that are codes."""
-        return super().tensors(prefix, without={*without, *self._weights})
-
-    @cached_property
-    def _weights(self) -> frozenset[str]:
-        return frozenset(f"{linear.name}.weight" for linear in self.coded)
-
-    def _placeholder(self, linear: LinearSite) -> Place:
-        """Return the place of a weight of as many rows as its codes have; there are no bytes in it."""
-        codes = self.packed.get(f"{linear.name}.weight_packed") or self.packed.get(f"{linear.name}.weight")
-        if codes is None or codes.expert is not None or codes.stored.slot.dtype not in _CODES:
-            raise ArtifactError(
-                f"`{linear.name}` of `{self.path}` has scales and no codes, or all experts are one tensor",
-                facts=(("weight", codes.stored.slot.dtype if codes else "none"), ("expected", ", ".join(_CODES))),
-                hint="save it compressed, with the tool that made it",
-            )
-        rows, columns = codes.shape[0], self.graph.width(linear.spec.reads)
-        said = getattr(self.config.get_text_config(), "dtype", None)
-        dtype = {torch.float16: "F16", torch.float32: "F32"}.get(said or torch.bfloat16, "BF16")
-        slot = TensorSlot(dtype, (rows, columns), 0, 0)
-        return Place(f"{codes.name.rpartition('.')[0]}.weight", StoredTensor(codes.stored.file, slot))
 
 
 @dataclass(frozen=True)
@@ -269,15 +204,13 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
-    _refuse_other_codes(model)
-    _refuse_shared_codes(model)
+    refuse_codes(model)
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
     of_places = Counter(map(place_of, model.cached))
     cached = [place for place, count in of_places.items() if count == model.graph.dims.num_layers]
     scheme = read_scheme(directory, seen, plain, plugins.format, cached=cached)
     check_stored_cache(scheme, model.graph.dims, model.cached, model.cached_zeros)
-    _refuse_zero_points(model, scheme)
-    _refuse_other_tensors(model)
+    refuse_tensors(model, scheme)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
@@ -307,10 +240,10 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
         stored = artifact.stored_of(linear.name)
         if artifact.method == "compressed-tensors":
             check_reciprocal(linear.name, parameters, stored["weight_global_scale"])
-            turned = (stored["weight_global_scale"], stored.get("input_global_scale"))
+            turned = [stored.get("weight_global_scale"), stored.get("input_global_scale")]
         elif to == "compressed-tensors":
             check_reciprocal(linear.name, parameters)
-            turned = (parameters.global_scale, read_multiplier(artifact.method, stored))
+            turned = [parameters.global_scale, read_multiplier(artifact.method, stored)]
         else:
             continue
         inexact |= {float(one) for one in turned if one is not None and not is_reciprocal(one.float().reshape(()))}
@@ -323,7 +256,7 @@ def _seen(model: PackedModel, name: str) -> Seen:
     Raises:
         ArtifactError: They are of a type that no layout has.
     """
-    place = model.packed[f"{name}{_SCALE}"]
+    place = model.packed[f"{name}{SCALE}"]
     dtype = _DTYPES.get(place.stored.slot.dtype)
     if dtype is None:
         raise ArtifactError(
@@ -332,74 +265,8 @@ def _seen(model: PackedModel, name: str) -> Seen:
             hint="quantize the original model: qtool mitigate MODEL",
         )
     return Seen(
-        place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding
+        place.name.removesuffix(SCALE), dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding
     )
-
-
-def _refuse_other_codes(model: PackedModel) -> None:
-    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a vision tower."""
-    coded = {linear.name for linear in model.coded}
-    leaves = {*LEAVES, *INPUT_LEAVES}
-    named = (name.rpartition(".") for name in model.packed)
-    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
-    if odd is not None:
-        raise ArtifactError(
-            "the checkpoint has codes of what qtool does not quantize",
-            facts=(("first", odd), ("family", model.family.name)),
-            hint="quantize the original model without it: qtool mitigate MODEL",
-        )
-
-
-def _refuse_shared_codes(model: PackedModel) -> None:
-    """Refuse an embedding of codes that a tied head would have to share."""
-    family, graph = model.family, model.graph
-    head = f"{family.head}.weight"
-    if graph.embedding in model.coded and graph.head not in model.coded and head not in model.packed:
-        raise ArtifactError(
-            "the embedding is quantized, and the head, which is tied to it, has no weights of its own",
-            facts=(("embedding", family.embedding), ("head", family.head)),
-            hint="quantize the original model: qtool mitigate MODEL, which gives the head weights of its own",
-        )
-
-
-def _refuse_zero_points(model: PackedModel, scheme: ModelScheme) -> None:
-    """Refuse a cache or inputs whose zero points are others than those of symmetric ones, and inputs that lack one."""
-    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in (*CACHE_ZEROS, _INPUT_ZERO)}
-    if has_zero_points(scheme):
-        zeros = {name: place for name, place in zeros.items() if _leaf(name) not in CACHE_ZEROS}
-    for linear in model.coded:
-        inputs, name = scheme.of(linear.name).activations, f"{linear.name}.{_INPUT_ZERO}"
-        if inputs is not None and inputs.static and not inputs.symmetric and zeros.pop(name, None) is None:
-            raise ArtifactError(
-                "the config says that inputs have calibrated zero points, and the checkpoint lacks one",
-                facts=(("first", name),),
-                hint="check that the download is complete",
-            )
-    odd = next((name for name, place in zeros.items() if read_place(place).float().any()), None)
-    if odd is not None:
-        what, option = ("inputs", "--activations") if _leaf(odd) == _INPUT_ZERO else ("a KV cache", "--kv")
-        raise ArtifactError(
-            f"the checkpoint has {what} with zero points, and its config says that there are none",
-            facts=(("first", odd),),
-            hint=f"quantize the original model again: qtool mitigate MODEL {option} fp8-tensor-static",
-        )
-
-
-def _refuse_other_tensors(model: PackedModel) -> None:
-    """Refuse what a linear has beside codes, scales and a bias, such as the order of its columns."""
-    coded = {linear.name for linear in model.coded}
-    named = (name.rpartition(".") for name in model.packed)
-    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if owner in coded and leaf not in _OWN), None)
-    if odd is not None:
-        raise ArtifactError(
-            "a linear of the checkpoint has more than codes and scales",
-            facts=(("first", odd),),
-            hint="quantize the original model again, without it: qtool mitigate MODEL",
-        )
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _weights_of(scheme: ModelScheme, name: str) -> TensorScheme:
