@@ -2,12 +2,11 @@
 
 A *format* (``int4``, ``fp4``, ``nvfp4``, …) is a plugin that turns values into codes and back. A *tensor scheme* is a
 format plus the choices that go with it: symmetric or not, how many values share a scale, how the scale is stored.
-A *model scheme* has one tensor scheme each for weights, activations and the KV cache, and rules for linears that have
-another.
+A *model scheme* has one tensor scheme each for weights, activations and the KV cache, and rules for other linears.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
-    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-head|-g<N>|-b<N>][-real|-offset][-s<scales>]
+    <format>[-sym|-asym][-tensor|-channel|-token|-token-head|-head|-g<N>|-b<N>|-b<rows>x<N>][-real|-offset][-s<scales>]
         [-<range rule>][-<exponent rule>][-c<fraction of the range>][-o<least outlier>][-scales<bits>g<rows>][-static]
 """
 
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from qtool.errors import SchemeError
-from qtool.scheme_parts import KeysAndValues, Rule, RuledPart, check_cache, check_part
+from qtool.scheme_parts import KeysAndValues, Rule, RuledPart, check_cache, check_part, in_block
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Integer, UInt8
@@ -32,9 +31,7 @@ ExponentRule = Literal["even", "floor", "rceil", "search"]
 
 VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token-head"}
 """What a vector of the last axis is in each part of a model: an output row, what one token has, or a head of it."""
-
-
-_RARE: Mapping[str, Any] = {"scale_bits": None, "scale_rows": None, "static": False, "offset": False}  # not stored then
+_RARE = {**dict.fromkeys(("scale_bits", "scale_rows", "block_rows", "queries")), "static": False, "offset": False}
 
 
 @dataclass(frozen=True)
@@ -43,35 +40,35 @@ class TensorScheme:
 
     Attributes:
         format: Name of the format plugin, e.g. ``int4``.
-        symmetric: Zero is at the middle of the grid and no zero point is stored.
+        symmetric: Zero is at the middle of the grid; no zero point is stored.
         strategy: Which values share a scale: all (``tensor``), an output row (``channel``), a token's vector
             (``token``), a head's vector of it (``token-head``), a head of all (``head``), ``group_size`` neighbours
-            along the input axis (``group``), or those of as many output rows (``block``: a square of a weight; smaller
-            at the ends of the axes). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
-        group_size: Values to a scale, for the strategy ``group``, and for ``channel`` of keys; the side of a ``block``.
+            along the input axis (``group``), or those of ``block_rows`` output rows (``block`` of a weight; smaller at
+            the ends of the axes). Of keys ``channel`` is each channel of a head, over ``group_size`` tokens.
+        group_size: Values to a scale, for the strategy ``group``, and for ``channel`` of keys; columns of a ``block``.
         scale: Storage format of the scale; codes are chosen against the rounded scale. The short ones (``e4m3``,
             ``ue5m3``, ``e2m1``, and ``int4`` from 1 to 15) are multiples of a float32 that the whole tensor shares.
         range_rule: Symmetric integers, here INT4: ``tight`` is the least scale that clips nothing, the larger of
             max/7 and -min/8; ``full`` is amax/7, which leaves the code -8 unused; ``half`` is amax/7.5, which clips
             the largest value by half a step where it is positive. ``signed_full`` is v/-8 for the value v of the
             largest magnitude, so the scale has a sign, and what the other end has beyond 7/8 of it is clipped.
-            ``narrow`` is ``full`` without the code -8, whatever clipping and error feedback ask for. FP4
-            with E4M3 scales: ``four_over_six`` puts the largest value of each group at 6 or at 4, whichever has the
-            lesser squared error. Other formats have ``tight`` only.
-        exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor``
-            (OCP MX), ``rceil`` (never saturates), ``search`` (``even`` or a power of two beside it, whichever has the
-            lesser squared error).
+            ``narrow`` is ``full`` without the code -8, whatever clipping and error feedback ask for. FP4 with E4M3
+            scales: ``four_over_six`` puts the largest value of each group at 6 or 4, whichever has the lesser squared
+            error. Other formats have ``tight`` only.
+        exponent_rule: How a power-of-two scale is rounded: ``even`` (mantissas from 1.75 up round up), ``floor`` (OCP
+            MX), ``rceil`` (never saturates), ``search`` (``even`` or its neighbour with the lesser squared error).
         clip: Fraction of each group's range that is kept, from 0.01 to 1, from which searches of the range start.
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
-            stay in 16 bits, and the others are quantized as if those were 0; None quantizes all.
-        real: Zero points of integers are real numbers in the format of scales, and 0 need not have a code.
+            stay in 16 bits, the others are quantized as if those were 0; None quantizes all.
+        real: Zero points of integers are real numbers in the format of scales; 0 need not have a code.
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
         scale_rows: See ``scale_bits``.
-        static: The scale of a tensor, or of a head of keys or values, is found once, and of asymmetric activations the
-            zero point as well (``qtool.engine.static_scales``).
+        static: The scale of a tensor, or of a head of keys, values or queries, is found once, and the zero point of
+            asymmetric integers as well (``qtool.engine.static_scales``).
         offset: Asymmetric integers are ``scale * code + offset``, with an offset in the format of scales in place of a
             zero point; codes are chosen against the rounded offset, and 0 need not have one.
+        block_rows: Rows of a ``block``; None is as many as it has columns, a square.
     """
 
     format: str
@@ -88,10 +85,12 @@ class TensorScheme:
     scale_rows: int | None = None
     static: bool = False
     offset: bool = False
+    block_rows: int | None = None
 
     def __str__(self) -> str:
         where = () if self.strategy in ("group", "block") else (self.strategy,)
-        size = f"{'b' if self.strategy == 'block' else 'g'}{self.group_size}"
+        rows = "" if self.block_rows is None else f"{self.block_rows}x"
+        size = f"{f'b{rows}' if self.strategy == 'block' else 'g'}{self.group_size}"
         parts = [self.format, "sym" if self.symmetric else "asym", *where, *((size,) if self.group_size else ())]
         parts += [*(word for word in ("real", "offset") if getattr(self, word)), f"s{self.scale}"]
         parts += [self.range_rule] if self.range_rule != "tight" else []
@@ -104,14 +103,11 @@ class TensorScheme:
         return "-".join(parts)
 
     def groups_of(self, n: int, *, layer: str) -> int:
-        """Return how many scales a vector of ``n`` values has; refuse a size that the group, not a block, must divide.
+        """Return how many scales a vector of ``n`` values has: 1, or ``n / group_size``, rounded up for blocks.
 
         Args:
-            n: Length of the input axis.
+            n: Length of the input axis, which the group, not a block, must divide.
             layer: Name of the layer, for the message.
-
-        Returns:
-            1, or ``n / group_size`` for groups, rounded up for blocks.
 
         Raises:
             SchemeError: ``group_size`` does not divide ``n``.
@@ -139,7 +135,7 @@ class ModelScheme:
     Attributes:
         weights: Linear weights, where no rule says otherwise.
         activations: Inputs of the linears, likewise.
-        kv: Keys and values, which may have a scheme each.
+        kv: Keys and values, which may have a scheme each, and with them queries.
         name: What tables call it.
         scale_per_head: The input of the attention's output projection has a scale for each head, whatever the
             strategy of the other activations: what the code of arXiv:2507.17417 does.
@@ -172,14 +168,20 @@ class ModelScheme:
         """The scheme of values."""
         return self.kv.values if isinstance(self.kv, KeysAndValues) else self.kv
 
+    @property
+    def queries(self) -> TensorScheme | None:
+        """The scheme of queries, behind the rotary positions."""
+        return self.kv.queries if isinstance(self.kv, KeysAndValues) else None
+
     def of(self, linear: str) -> ModelScheme:
         """Return the scheme, without rules, of a linear by its full module name.
 
-        A linear whose weights stay in 16 bits, where those of others do not, reads its input as it is.
+        A linear whose weights stay in 16 bits, where those of others do not, reads its input as it is. Outside of the
+        blocks one stays in 16 bits unless a rule names it.
         """
-        if not self.rules:
+        if not self.rules and in_block(linear):
             return self
-        found: dict[str, TensorScheme | None] = {"weights": self.weights, "activations": self.activations}
+        found = {part: getattr(self, part) if in_block(linear) else None for part in get_args(RuledPart)}
         found |= {rule.part: rule.scheme for rule in self.rules if rule.matches(linear)}
         if found["weights"] is None and self.every("weights"):
             found["activations"] = None
@@ -187,7 +189,7 @@ class ModelScheme:
 
     def every(self, part: str) -> tuple[TensorScheme, ...]:
         """Return the schemes of a part that some linear may have: the first for those without a rule, if any."""
-        first = (self.keys, self.values) if part == "kv" else (getattr(self, part),)
+        first = (self.keys, self.values, self.queries) if part == "kv" else (getattr(self, part),)
         found = (*first, *(rule.scheme for rule in self.rules if rule.part == part))
         return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
 
@@ -195,13 +197,12 @@ class ModelScheme:
         """Refuse a part of a scheme that means nothing where it stands.
 
         Raises:
-            SchemeError: Weights with a scale a token, activations with one an output row, a cache with either; outliers
-                of anything but activations.
+            SchemeError: Scales of what there is none of, such as tokens of weights; outliers of all but activations.
         """
         for name in get_args(RuledPart):
             for scheme in self.every(name):
                 check_part(name, scheme, VECTORS[name])
-        check_cache(self.keys, self.values)
+        check_cache(self.keys, self.values, self.queries)
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheme as plain JSON values; of rules, and of what few schemes have, nothing where it is not."""
@@ -219,7 +220,7 @@ class ModelScheme:
 
 def _read(data: Mapping[str, Any] | None) -> Any:  # noqa: ANN401 - a scheme, two of a cache, or None
     if data and "keys" in data:
-        return KeysAndValues(_read(data["keys"]), _read(data["values"]))
+        return KeysAndValues(*(_read(data.get(name)) for name in ("keys", "values", "queries")))
     return TensorScheme(**data) if data else None
 
 
@@ -242,11 +243,10 @@ class SecondLevel:
 class GroupParameters:
     """What decodes a group's codes besides the codes: all values already as stored, held in float32.
 
-    ``scale`` and ``zero_point`` have one entry a group (the groups' shape without its last axis); ``zero_point`` is
-    in units of codes; ``global_scale`` is a scalar that multiplies every scale (second level of E4M3 scales).
-    Scales and zero points that are codes themselves come with ``scale_codes`` and ``zero_point_codes``, which are then
-    what is stored. ``negative`` is the scale of the negative values where those have one of their own, and ``offset``
-    what is added to ``scale * code``, for integers without a zero point whose code 0 is not 0.
+    ``scale`` and ``zero_point``, in units of codes, have one entry a group; ``global_scale`` is one that multiplies
+    every scale. Scales and zero points that are codes themselves come with ``scale_codes`` and ``zero_point_codes``,
+    which are then what is stored. ``negative`` is the scale of the negative values where those have one of their own,
+    and ``offset`` what is added to ``scale * code``, for integers without a zero point whose code 0 is not 0.
     """
 
     scale: Float[Tensor, "*rows"]
@@ -318,8 +318,7 @@ class Format(Protocol):
         """Return ``decode(encode(groups))`` in the dtype of ``groups``, without forming the codes."""
 
 
-_SIZE = re.compile(r"([gb])([1-9]\d*)")
-_SIZED: Mapping[str, Strategy] = {"g": "group", "b": "block"}
+_SIZE = re.compile(r"([gb])(?:(?<=b)([1-9]\d*)x)?([1-9]\d*)")
 _CLIP = re.compile(r"c(\d*\.?\d+)")
 _OUTLIERS = re.compile(r"o(\d*\.?\d+)")
 _SCALES = re.compile(r"scales(\d+)g(\d+)")
@@ -361,17 +360,18 @@ def _apply(scheme: TensorScheme, part: str, text: str, *, of_cache: bool) -> Ten
         return replace(scheme, symmetric=part == "sym")
     if part in ("tensor", "channel", "token", "head"):
         strategy = "token-head" if part == "head" and (scheme.strategy == "token" or not of_cache) else part
-        return replace(scheme, strategy=strategy, group_size=None)  # type: ignore[arg-type]
+        return replace(scheme, strategy=strategy, group_size=None, block_rows=None)  # type: ignore[arg-type]
     if part in ("real", "offset", "static"):
         return replace(scheme, **{part: True})  # type: ignore[arg-type]
     if size := _SIZE.fullmatch(part):
-        return replace(scheme, strategy=_SIZED[size[1]], group_size=int(size[2]))
+        rows, columns = int(size[2] or size[3]), int(size[3])
+        sides: dict[str, Any] = {"group_size": columns, "block_rows": None if rows == columns else rows}
+        return replace(scheme, strategy="block" if size[1] == "b" else "group", **sides)
     if part.startswith("s") and part[1:] in get_args(ScaleFormat):
         return replace(scheme, scale=part[1:])  # type: ignore[arg-type]
-    if part in get_args(RangeRule):
-        return replace(scheme, range_rule=part)  # type: ignore[arg-type]
-    if part in get_args(ExponentRule):
-        return replace(scheme, exponent_rule=part)  # type: ignore[arg-type]
+    for rule, words in (("range_rule", RangeRule), ("exponent_rule", ExponentRule)):
+        if part in get_args(words):
+            return replace(scheme, **{rule: part})  # type: ignore[arg-type]
     if kept := _CLIP.fullmatch(part):
         return replace(scheme, clip=float(kept[1]))
     if outliers := _OUTLIERS.fullmatch(part):
@@ -380,7 +380,7 @@ def _apply(scheme: TensorScheme, part: str, text: str, *, of_cache: bool) -> Ten
         return replace(scheme, scale_bits=int(codes[1]), scale_rows=int(codes[2]))
     raise SchemeError(
         f"cannot read `{part}` in the scheme `{text}`",
-        facts=(("grammar", "".join(map(str.strip, (__doc__ or "").partition("::")[2].splitlines()))),),
+        facts=(("grammar", "".join(map(str.strip, str(__doc__).partition("::")[2].splitlines()))),),
         hint="for example int4-sym-g128, int4-asym-token, fp4-g16-se4m3",
     )
 

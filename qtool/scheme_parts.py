@@ -47,6 +47,11 @@ class Rule:
         return any(all(map(_matches, wanted, parts[start:])) for start in range(len(parts) - len(wanted) + 1))
 
 
+def in_block(linear: str) -> bool:
+    """Say whether a linear is in a block: the names of those, and of no others, have numbers in them."""
+    return any(map(str.isdecimal, linear.split(".")))
+
+
 def _matches(pattern: str, part: str) -> bool:
     if (numbers := _NUMBERS.fullmatch(pattern)) and part.isdecimal():
         return int(numbers[1]) <= int(part) <= int(numbers[2])
@@ -55,23 +60,28 @@ def _matches(pattern: str, part: str) -> bool:
 
 @dataclass(frozen=True)
 class KeysAndValues:
-    """Two schemes of a cache; None is 16 bits.
+    """Two schemes of a cache, and one of what reads it; None is 16 bits.
 
     Attributes:
         keys: Of keys, behind the rotary positions and what a plan does there.
         values: Of values.
+        queries: Of queries, where keys are; they are rounded as they come, and in no cache.
     """
 
     keys: TensorScheme | None
     values: TensorScheme | None
+    queries: TensorScheme | None = None
 
     def __str__(self) -> str:
-        return f"keys={self.keys or 'none'},values={self.values or 'none'}"
+        front = "" if self.queries is None else f"queries={self.queries},"
+        return f"{front}keys={self.keys or 'none'},values={self.values or 'none'}"
 
 
-def cache_of(keys: TensorScheme | None, values: TensorScheme | None) -> TensorScheme | KeysAndValues | None:
-    """Return the scheme of a cache: one where keys and values have the same."""
-    return keys if keys == values else KeysAndValues(keys, values)
+def cache_of(
+    keys: TensorScheme | None, values: TensorScheme | None, queries: TensorScheme | None = None
+) -> TensorScheme | KeysAndValues | None:
+    """Return the scheme of a cache: one where keys and values have the same, and queries are in 16 bits."""
+    return keys if keys == values and queries is None else KeysAndValues(keys, values, queries)
 
 
 def one_level(scheme: TensorScheme) -> TensorScheme:
@@ -116,16 +126,17 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
         raise SchemeError(reasons[0], facts=(("scheme", scheme),), hint=hint)
 
 
-def check_cache(keys: TensorScheme | None, values: TensorScheme | None) -> None:
+def check_cache(keys: TensorScheme | None, values: TensorScheme | None, queries: TensorScheme | None = None) -> None:
     """Refuse scales that mean nothing in a cache.
 
     Raises:
-        SchemeError: Outliers, a scale a token or an output row, or values with a scale a channel; names the nearest.
+        SchemeError: Outliers, a scale a token or an output row, or values or queries with a scale a channel; names the
+            nearest.
     """
-    found = [_nearest(keys, of_keys=True), _nearest(values, of_keys=False)]
+    found = [_nearest(keys, of_keys=True), *(_nearest(one, of_keys=False) for one in (values, queries))]
     reason = next((reason for _, reason in found if reason), "")
     if reason:
-        given, nearest = cache_of(keys, values), cache_of(found[0][0], found[1][0])
+        given, nearest = cache_of(keys, values, queries), cache_of(*(one for one, _ in found))
         raise SchemeError(reason, facts=(("scheme", given),), hint=f"nearest that works: --kv {nearest}")
 
 
@@ -136,9 +147,6 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
     reasons, nearest, size = [], replace(scheme, outlier_threshold=None), scheme.group_size
     if nearest != scheme:
         reasons.append("kv have no outlier columns: those are of activations")
-    if scheme.static and not scheme.symmetric:
-        reasons.append("static scales of kv come without zero points: those of activations may have one")
-        nearest = replace(nearest, symmetric=True)
     if scheme.scale_bits is not None:
         reasons.append(f"{_TWO_LEVELS}, and those of kv are made anew for each token")
         nearest = one_level(nearest)
@@ -149,7 +157,7 @@ def _nearest(scheme: TensorScheme | None, *, of_keys: bool) -> tuple[TensorSchem
         reasons.append("`token` means nothing for kv, which have a scale for each head of a token")
         nearest = replace(nearest, strategy="token-head", group_size=None)
     elif scheme.strategy == "channel" and not of_keys:
-        reasons.append("`channel` means nothing for values, whose scales are of one token")
+        reasons.append("`channel` means nothing for values and queries, whose scales are of one token")
         nearest = replace(nearest, strategy="group" if size else "token-head")
     elif scheme.strategy == "channel" and size is None:
         reasons.append("`channel` means nothing for keys without a number of tokens: a cache grows token by token")

@@ -41,7 +41,10 @@ def mitigate(
         typer.Option(metavar="SCHEME[,LINEARS=SCHEME]", help="Such as int4-asym-token, or none; likewise."),
     ] = "",
     kv: Annotated[
-        str, typer.Option(metavar="SCHEME", help="Of the KV cache, or none; or keys=SCHEME,values=SCHEME.")
+        str,
+        typer.Option(
+            metavar="SCHEME", help="Of the KV cache, or none; or keys=SCHEME,values=SCHEME, and queries=SCHEME."
+        ),
     ] = "",
     preset: Annotated[
         str, typer.Option(metavar="NAME", help="Protocol of a paper (survey) for whatever is not given here.")

@@ -27,11 +27,12 @@ def plugins(
     what `--set` knows.
     """
     del debug  # read by `main`, before options are
-    description = describe_plugins(Plugins.discover(), kind)
+    found = Plugins.discover()
+    description = describe_plugins(found, kind)
     if name:
         from qtool.steps.method_options import describe_options
 
-        description = describe_options(Plugins.discover(), kind, name)
+        description = describe_options(found, kind, name)
     if json:
         write_json(description.to_json())
     else:

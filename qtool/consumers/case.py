@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +21,10 @@ UNREAD_KEYS: Mapping[str, frozenset[str]] = {
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that engines make one of, by the ends of their names."""
 _FUSED_NAMES = ("qkv_proj", "gate_up_proj")
+HEAD = "lm_head"
+"""What files call the head, by the end of its name."""
+EMBEDDINGS = ("embed_tokens", "embed_in")
+"""What files call the embedding, likewise."""
 _OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
 ONLINE = ("hadamard", "random-hadamard")
 """Rotations that rules speak of, as configs call them."""
@@ -39,6 +43,7 @@ class Case:
         symmetric: Whether they have no zero points.
         strategy: What shares a scale: ``tensor``, ``channel``, ``group``, ``tensor_group`` or ``block``.
         group_size: Weights to a scale; -1 where a group is a whole row.
+        block: Rows and columns of a ``block``, as ``128x128``.
         scale: Dtype of stored scales, as ``fp32``.
         inputs: Whether activations are quantized, and how their scales come about.
         input_bits: Their bits; the other fields on inputs likewise.
@@ -47,16 +52,22 @@ class Case:
         input_strategy: As ``strategy``; ``token`` too.
         input_group_size: As ``group_size``.
         cache: Whether keys and values are quantized, and how their scales come about.
-        cache_format: As ``fp8-tensor``.
+        cache_format: As ``fp8`` or ``int4-asym``.
+        cache_strategy: As ``strategy``; ``attn_head``, and ``token``, which of the library's caches is a head, too.
         cache_group_size: As ``group_size``.
+        queries: Whether queries are quantized as keys are.
         experts: Whether linears of experts are among them.
         alone: Whether they are linears of experts and no others.
         apart: Whether linears that engines fuse into one have several schemes.
         decoded: Whether the config asks to decode all linears on loading (``dequantize``).
         beside: Whether other linears have another scheme and the config asks to decode all of them on loading, or, of
             modelopt, says for each linear what it has, or, of gptq, has ``dynamic`` rules.
+        head: Whether the head is among them: ``named`` by the config, or ``unnamed``, of a class that it names; the
+            empty word where it is not.
+        embedding: Whether the embedding is among them: of the ``class`` that the config names, or ``named`` itself.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
-        biased: Whether a linear behind such a rotation has a bias.
+        turned: What rotates queries and keys behind their positions (R3), likewise.
+        biased: Whether a linear behind a rotation of inputs has a bias.
         act_order: Whether columns are in an order of their own.
         dtype: What the model computes in, as ``bfloat16``.
         unread: Keys of the config that no rule speaks of.
@@ -71,6 +82,7 @@ class Case:
     symmetric: bool = True
     strategy: str = ""
     group_size: int = -1
+    block: str = ""
     scale: str = ""
     inputs: Calibrated = "none"
     input_bits: int = 16
@@ -80,13 +92,18 @@ class Case:
     input_group_size: int = -1
     cache: Calibrated = "none"
     cache_format: str = ""
+    cache_strategy: str = ""
     cache_group_size: int = -1
+    queries: bool = False
     experts: bool = False
     alone: bool = False
     apart: bool = False
     decoded: bool = False
     beside: bool = False
+    head: Literal["", "named", "unnamed"] = ""
+    embedding: Literal["", "class", "named"] = ""
     online: str = ""
+    turned: str = ""
     biased: bool = False
     act_order: bool = False
     dtype: str = ""
@@ -99,12 +116,14 @@ class Case:
         return asdict(self) | {"rounding": self._rounding(), "caching": self._caching()}
 
     def _caching(self) -> str:
-        """Return such as ``INT4 with a dynamic scale per group of 32, asymmetric``."""
+        """Return such as ``KV cache in INT4 with a dynamic scale per group of 32, asymmetric``."""
         element = self.cache_format.partition("-")[0].upper()
         per = f" per group of {self.cache_group_size}" if self.cache_group_size > 0 else ""
-        per = " per head" if self.cache_format.endswith("-attn_head") else per
-        scale = "the scale that is stored" if self.cache == "static" else "a dynamic scale"
-        return f"{element} with {scale}{per}{', asymmetric' if '-asym' in self.cache_format else ''}"
+        per = " per head" if self.cache_strategy in ("attn_head", "token") else per
+        stored = {"static": "the scale that is stored", "local": "a dynamic scale within a stored one"}
+        scale = stored.get(self.cache, "a dynamic scale")
+        asymmetric = ", asymmetric" if self.cache_format.endswith("-asym") else ""
+        return f"{'queries and ' if self.queries else ''}KV cache in {element} with {scale}{per}{asymmetric}"
 
     def _rounding(self) -> str:
         """Return such as ``dynamic INT4 activations per token, asymmetric``."""
@@ -152,8 +171,10 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "layout": str(group.get("format") or config.get("format") or ""),
             **_weights(group["weights"]),
+            "block": _block(group["weights"].get("block_structure")),
             **_inputs(group.get("input_activations")),
             **({"unread": "output_activations"} if group.get("output_activations") else {}),
+            **_ends(group.get("targets", ()), config.get("ignore", ())),
         }
         for group in config["config_groups"].values()
         if group.get("weights")
@@ -164,8 +185,28 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ValueError("no group of `config_groups` has weights")
     decoded = bool(config.get("dequantize"))
     about: dict[str, Any] = {"apart": _apart(config), "decoded": decoded, "beside": decoded and len(groups) > 1}
-    about |= _online(config.get("transform_config")) | _cache(config.get("kv_cache_scheme"))
+    cache = config.get("kv_cache_scheme")
+    about |= _online(config.get("transform_config")) | _cache(cache)
+    for group in (one for one in config["config_groups"].values() if not one.get("weights")):
+        alike = cache and _cache(group.get("input_activations")) == _cache(cache)
+        about |= {"queries": True} if alike and is_of_attentions(group) else {"unread": "config_groups"}
     return [{**about, **group} for group in groups]
+
+
+def is_of_attentions(group: Mapping[str, Any]) -> bool:
+    """Say whether a group without weights is of all attentions, named by their class, as vLLM wants it."""
+    targets = list(group.get("targets", ()))
+    named = len(targets) == 1 and not targets[0].startswith("re:") and targets[0].endswith("Attention")
+    return named and not group.get("weights") and not group.get("output_activations")
+
+
+def _ends(targets: Iterable[str], ignored: Iterable[str]) -> dict[str, Any]:
+    """Return whether head and embedding are among the targets of a group."""
+    named = {name.rpartition(".")[2] for name in targets} - {name.rpartition(".")[2] for name in ignored}
+    found = {"head": "named"} if HEAD in named else {}
+    if named & {"Embedding", *EMBEDDINGS}:
+        found["embedding"] = "class" if "Embedding" in named else "named"
+    return found
 
 
 def _apart(config: Mapping[str, Any]) -> bool:
@@ -187,13 +228,16 @@ def _any_apart(known: Mapping[str, object], of_all: object) -> bool:
 
 
 def _online(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a ``transform_config`` does to the inputs of linears."""
+    """Return what a ``transform_config`` does to the inputs of linears, and to queries and keys."""
     groups = (config or {}).get("config_groups", {}).values()
-    kinds = {str(group.get("type")) for group in groups}
-    places = {str(apply.get("location")) for group in groups for apply in group.get("apply", ())}
-    if not places <= {"input"} or not kinds <= {*ONLINE}:
-        return {"unread": "transform_config"}
-    return {"online": ONLINE[-1] if ONLINE[-1] in kinds else ONLINE[0]} if kinds else {}
+    found: dict[str, str] = {}
+    for group in groups:
+        kind, places = str(group.get("type")), {str(apply.get("location")) for apply in group.get("apply", ())}
+        field = {frozenset({"input"}): "online", frozenset({"q_attn", "k_cache"}): "turned"}.get(frozenset(places))
+        if field is None or kind not in ONLINE:
+            return {"unread": "transform_config"}
+        found[field] = ONLINE[-1] if ONLINE[-1] in (kind, found.get(field)) else ONLINE[0]
+    return found
 
 
 def _gptq(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -242,7 +286,9 @@ def dynamic_apart(config: Mapping[str, Any], linears: Iterable[str]) -> bool:
 def _fp8(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the linears of DeepSeek's FP8: weights in blocks, or with one scale each."""
     sizes = config.get("weight_block_size")
-    shared = {"strategy": "block", "group_size": int(sizes[-1])} if sizes else {"strategy": "tensor"}
+    shared: dict[str, Any] = {"strategy": "tensor"}
+    if sizes:
+        shared = {"strategy": "block", "group_size": int(sizes[-1]), "block": _block(sizes)}
     given = {"strategy": "group" if sizes else "tensor", "group_size": int(sizes[-1]) if sizes else None}
     dynamic = str(config.get("activation_scheme", "dynamic")).lower() == "dynamic"
     inputs = _inputs({"num_bits": 8, "type": "float", "dynamic": dynamic, **given})
@@ -311,6 +357,11 @@ def _weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _block(sizes: Sequence[int] | str | None) -> str:
+    """Return rows and columns of a block; compressed-tensors takes ``128x128`` in place of a list too."""
+    return sizes if isinstance(sizes, str) else "x".join(map(str, sizes or ()))
+
+
 def _inputs(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     if not arguments:
         return {}
@@ -324,7 +375,7 @@ def _cache(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     element = {"int": "int", "float": "fp"}.get(found["type"], found["type"])
     mark = "" if found["symmetric"] else "-asym"
     fields = {"cache": _calibrated(arguments), "cache_group_size": found["group_size"]}
-    return fields | {"cache_format": f"{element}{found['bits']}{mark}-{found['strategy']}"}
+    return fields | {"cache_format": f"{element}{found['bits']}{mark}", "cache_strategy": found["strategy"]}
 
 
 def _calibrated(arguments: Mapping[str, Any]) -> Calibrated:

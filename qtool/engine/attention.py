@@ -30,18 +30,19 @@ class KVPath(nn.Module):
 
     Args:
         operators: Act on the head axis of queries and keys (keys get ``T``, queries ``T^{-T}``).
-        rounding: How keys and values are rounded, or None.
+        rounding: How keys and values are rounded, and queries, or None.
 
     Attributes:
         keys: Where keys are observed, a row a token, behind the operators and before they are rounded.
         values: The same, of values.
+        queries: The same, of queries.
     """
 
     def __init__(self, operators: tuple[Turns, ...], rounding: CacheRounding | None) -> None:
         super().__init__()
         self.operators = operators
         self.rounding = rounding
-        self.keys, self.values = SiteInput(), SiteInput()
+        self.keys, self.values, self.queries = SiteInput(), SiteInput(), SiteInput()
 
     def forward(
         self,
@@ -52,10 +53,13 @@ class KVPath(nn.Module):
         """Return queries, keys and values as the attention sees them, but for keys that are rounded in groups."""
         for operator in self.operators:
             query, key = operator.weight_in(query), operator.act(key)
-        for site, states in ((self.keys, key), (self.values, value)):
+        for site, states in ((self.keys, key), (self.values, value), (self.queries, query)):
             if site.observer is not None:
                 site.operated(states.transpose(1, 2).flatten(2))
-        return query, *((key, value) if self.rounding is None else self.rounding.by_token(key, value))
+        if self.rounding is None:
+            return query, key, value
+        query = query if self.rounding.queries is None else self.rounding.queries(query)
+        return query, *self.rounding.by_token(key, value)
 
 
 def executed_attention(

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from qtool.engine.block_problem import BlockResult, Compensation
-from qtool.engine.cache import ABSMAX
 from qtool.engine.experts import Mode
 from qtool.engine.grid import Grid
 from qtool.engine.network import Network
@@ -64,11 +63,12 @@ def needs_of(methods: Iterable[Method], inputs: InputGrids | None) -> tuple[str,
 def static_inputs(subject: Subject) -> InputGrids | None:
     """Return what inputs are rounded to if anything is calibrated, of them or of the cache; None where nothing is."""
     by_site = {
-        (linear.reads, subject.scheme.of(linear.name).activations): linear for linear in subject.model.graph.linears
+        (linear.reads, subject.scheme.of(linear.name).activations): linear
+        for linear in (*subject.model.graph.linears, subject.model.graph.head)
     }
     found = (grid for grid in map(subject.input_grid, by_site.values()) if grid is not None)
     grids = [grid for grid in found if any(part.has_global_scale for part in grid.parts)]
-    needs = [ABSMAX] if subject.cache is not None and subject.cache.static else []
+    needs = [] if subject.cache is None else [need for own in subject.cache.needs.values() for need in own]
     needs += [need for grid in grids for need in needs_of_range(grid)]
     needs += [SAMPLE] if any(part.scheme.static for grid in grids for part in grid.parts) else []
     return InputGrids(subject.input_grid, tuple(dict.fromkeys(needs))) if needs else None
@@ -185,6 +185,23 @@ class BlockSolver:
             block.report |= result.report
         block.statistics = {}
 
+    def solve_head(
+        self, head: LinearSite, state: Mapping[str, Tensor], statistics: Mapping[str, SiteStatistics]
+    ) -> SolvedBlock:
+        """Solve the head by all methods that see one linear at a time.
+
+        Args:
+            head: The head.
+            state: Its float weight by full name.
+            statistics: What is known of its input, by site name; none where no method needs any.
+        """
+        solved = SolvedBlock()
+        self.solve([head], state, statistics, solved)
+        for method in self.following:
+            if not method.of_block:
+                self.solver.solve([method], [head], state, solved.statistics, solved.solution)
+        return solved
+
     def _static_scales(
         self, linears: Sequence[LinearSite], state: Mapping[str, Tensor], known: Mapping[str, SiteStatistics]
     ) -> dict[str, Tensor]:
@@ -196,6 +213,8 @@ class BlockSolver:
         grids = {(linear.reads, linear.spec.reads): grid for linear, grid in inputs if grid is not None}
         device = self.solver.device
         for (site, name), grid in grids.items():
+            if not any(part.has_global_scale for part in grid.parts):
+                continue
             extremes = extremes_of(grid, known[name], site=site)
             if not any(part.scheme.static for part in grid.parts):
                 scales |= input_scales(site, grid.global_scales(extremes[0]))
@@ -243,7 +262,7 @@ class BlockSolver:
         tensors = dict(solved.scales)
         counters: Counter[str] = Counter()
         graph = self.solver.graph
-        sites = {linear.name: linear for linear in graph.linears}
+        sites = {linear.name: linear for linear in (*graph.linears, *graph.ends)}
         for name, linear in solved.solution.linears.items():
             grid = self.solver.grid_of(sites[name])
             tensors |= linear_tensors(name, linear, grid)

@@ -8,7 +8,10 @@ values too.
 
 One scale for all keys of a layer, or one for those of each head, and of values likewise, are found once where the
 scheme says ``static``: the largest magnitude over the calibration tokens is at the end of the range, of keys behind the
-rotary positions and a plan's operators there. They are what engines with an FP8 cache read from checkpoints.
+rotary positions and a plan's operators there; integers may have a zero point, and then both ends are. They are what
+engines with an FP8 cache read from checkpoints. Without ``static`` such scales are of all that attention sees, as if
+those of a text were known beforehand. Scales with a multiplier above them (NVFP4) have that of the largest magnitude
+over the calibration tokens. Queries may be rounded as well, where keys are: attention in FP8 does that.
 
 References:
     Liu et al. 2024, KIVI, arXiv:2402.02750, section 3 and algorithm 1.
@@ -25,23 +28,28 @@ from torch import Tensor
 
 from qtool.engine.grid import Grid
 from qtool.engine.linear import Rounding
+from qtool.engine.static_scales import extremes_of, needs_of_range
 from qtool.engine.stored import input_scales
 from qtool.errors import SchemeError
+from qtool.model.graph import Dimensions
 from qtool.model.statistics import SiteStatistics
-from qtool.scheme import Format, TensorScheme
+from qtool.scheme import Format, ModelScheme, TensorScheme
 
-KEYS, VALUES = "keys", "values"
-"""The places inside a block where keys and values are observed.
+KEYS, VALUES, QUERIES = "keys", "values", "queries"
+"""The places inside a block where keys, values and queries are observed.
 
-Their scales are stored as ``layers.<i>.keys.input_global_scale``, like multipliers of a linear's input; those of heads
-are ``[heads, 1, 1]``.
+Their scales are stored as ``layers.<i>.keys.input_global_scale``, like multipliers of a linear's input, and their zero
+points likewise; those of heads are ``[heads, 1, 1]``.
 """
-ABSMAX = "absmax"
-"""What is gathered there."""
+
+
+def heads_at(place: str, dims: Dimensions) -> int:
+    """Return how many heads there are at a place."""
+    return dims.num_heads if place == QUERIES else dims.num_kv_heads
 
 
 def scale_shape(scheme: TensorScheme, heads: int) -> tuple[int, ...]:
-    """Return the shape of a block's static scale of keys or of values, which have so many heads."""
+    """Return the shape of a block's static scale of keys, values or queries, which have so many heads."""
     return (heads, 1, 1) if scheme.strategy == "head" else ()
 
 
@@ -53,52 +61,60 @@ class CacheRounding:
         keys: Of keys; None leaves them as they are.
         values: The same, of values.
         tokens: How many neighbouring tokens share the scales of a key's channels; None where each has its own scales.
+        queries: The same, of queries.
     """
 
     keys: Rounding | None
     values: Rounding | None
     tokens: int | None = None
+    queries: Rounding | None = None
 
     @classmethod
-    def of(
-        cls, keys: TensorScheme | None, values: TensorScheme | None, lookup: Callable[[str], Format]
-    ) -> CacheRounding | None:
-        """Return how a cache is rounded whose keys and values have these schemes, or None."""
-        if keys is None and values is None:
-            return None
-        tokens = None
+    def of(cls, scheme: ModelScheme, lookup: Callable[[str], Format]) -> CacheRounding | None:
+        """Return how the cache of a model's scheme is rounded, and what reads it, or None."""
+        keys, tokens = scheme.keys, None
         if keys is not None and keys.strategy == "channel" and keys.group_size is not None:
             tokens, keys = keys.group_size, replace(keys, strategy="group")
-        rounding = [None if one is None else Rounding(Grid.of(one, lookup(one.format))) for one in (keys, values)]
-        return cls(rounding[0], rounding[1], tokens)
+        schemes = (keys, scheme.values, scheme.queries)
+        if schemes == (None, None, None):
+            return None
+        rounding = [None if one is None else Rounding(Grid.of(one, lookup(one.format))) for one in schemes]
+        return cls(rounding[0], rounding[1], tokens, rounding[2])
 
     @property
     def static(self) -> dict[str, Rounding]:
-        """What has a scale that is found once, by its place."""
-        parts = {KEYS: self.keys, VALUES: self.values}
-        return {name: one for name, one in parts.items() if one is not None and one.grid.parts[0].scheme.static}
+        """What has a scale that is found once, or a multiplier of its scales, by its place."""
+        parts = {KEYS: self.keys, VALUES: self.values, QUERIES: self.queries}
+        return {name: one for name, one in parts.items() if one is not None and one.grid.parts[0].has_global_scale}
 
-    def static_shapes(self, heads: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a block's static scales, by place."""
-        return {name: scale_shape(one.grid.parts[0].scheme, heads) for name, one in self.static.items()}
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """The statistics that say the range, by the place where they are gathered."""
+        return {name: needs_of_range(one.grid) for name, one in self.static.items()}
 
-    def scales(self, layer: int, statistics: Mapping[str, SiteStatistics], *, heads: int) -> dict[str, Tensor]:
-        """Return the static scales of a block as they are stored.
+    def static_shapes(self, dims: Dimensions) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a block's static scales, and of their zero points, by place."""
+        return {name: scale_shape(one.grid.parts[0].scheme, heads_at(name, dims)) for name, one in self.static.items()}
+
+    def scales(self, layer: int, statistics: Mapping[str, SiteStatistics], *, dims: Dimensions) -> dict[str, Tensor]:
+        """Return the static scales of a block, and their zero points, as they are stored.
 
         Args:
             layer: Block index.
             statistics: What was gathered of the block, by place.
-            heads: Of keys, and of values.
+            dims: Sizes of the model.
         """
         found: dict[str, Tensor] = {}
         for name, one in self.static.items():
-            site = f"layers.{layer}.{name}"
-            absmax = statistics[name].need(ABSMAX, site=site)
-            found |= input_scales(site, one.grid.global_scales(absmax.view(heads, 1, -1)))
+            site, (part,) = f"layers.{layer}.{name}", one.grid.parts
+            extremes = extremes_of(one.grid, statistics[name], site=site)
+            of_heads = extremes.view(len(extremes), heads_at(name, dims), -1).transpose(0, 1)
+            scale, zero_point = part.shared(of_heads)
+            found |= input_scales(site, (scale,), (zero_point,))
         return found
 
     def calibrated(self, layer: int, find: Callable[[str], Tensor | None], device: torch.device) -> CacheRounding:
-        """Return how a block's cache is rounded.
+        """Return how a block's cache is rounded, and what reads it.
 
         Args:
             layer: Block index.

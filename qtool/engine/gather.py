@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.engine.cache import KEYS, VALUES
+from qtool.engine.cache import KEYS, QUERIES, VALUES
 from qtool.engine.experts import Mode
 from qtool.engine.linear import SiteInput
 from qtool.engine.saliency import Saliencies
 from qtool.errors import NumericalError
-from qtool.model.graph import LinearSite
+from qtool.model.graph import HEAD_IN, LinearSite
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import TokenWeight
 
@@ -46,7 +46,9 @@ class Gathering:
 
     def at(self, layer: int, site: str) -> Gathering:
         """Return what the accumulators of one site are told."""
-        weight = TokenWeight() if site in (KEYS, VALUES) else self.token_weight.at(site)
+        ungraded = site == HEAD_IN and self.token_weight.at(site).rule == "gradient"  # known of linears in blocks only
+        plain = site in (KEYS, VALUES, QUERIES) or ungraded
+        weight = TokenWeight() if plain else self.token_weight.at(site)
         if weight.rule != "gradient" or self.saliencies is None:
             return replace(self, token_weight=weight)
         return replace(self, token_weight=weight, saliency=self.saliencies.at(layer, site))

@@ -57,7 +57,7 @@ class GridPart:
     @property
     def block_rows(self) -> int:
         """How many rows of a weight share the scales of their groups."""
-        return self.scheme.group_size or 1 if self.scheme.strategy == "block" else 1
+        return self.scheme.block_rows or self.scheme.group_size or 1 if self.scheme.strategy == "block" else 1
 
     @property
     def each_group(self) -> GridPart:
@@ -94,8 +94,15 @@ class GridPart:
         return x.abs().amax((-2, -1), keepdim=True) if self.scheme.strategy == "head" else x.abs().amax()
 
     def ends(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*heads ends"]:
-        """Return what a static scale of values is found from: the largest magnitude, or both ends if asymmetric."""
-        return self.largest(x).unsqueeze(-1) if self.scheme.symmetric else torch.stack((x.amin(), x.amax()))
+        """Return what a static scale of values is found from: the largest magnitude, or both ends if asymmetric.
+
+        Those of heads are ``[heads, 1, 1]`` of ``[heads, tokens, n]``, in front of the axis of the ends.
+        """
+        if self.scheme.symmetric:
+            return self.largest(x).unsqueeze(-1)
+        if self.scheme.strategy == "head":
+            return torch.stack((x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)), -1)
+        return torch.stack((x.amin(), x.amax()))
 
     def static(self, ends: Float[Tensor, "*heads ends"]) -> GroupParameters:
         """Return a static scale, and its zero point if asymmetric, from what ``ends`` returns."""

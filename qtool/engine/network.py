@@ -25,15 +25,16 @@ from torch.func import functional_call
 from qtool.engine import attention
 from qtool.engine.attention import CHILD, KVPath
 from qtool.engine.block_problem import Compensation
-from qtool.engine.cache import KEYS, VALUES, CacheRounding
+from qtool.engine.cache import KEYS, QUERIES, VALUES, CacheRounding
 from qtool.engine.experts import ExecutedExperts, Mode, executed_experts, window_counter
 from qtool.engine.fold import output_operators
 from qtool.engine.linear import ExecutedLinear, Observer, Rounding, SiteInput
+from qtool.engine.module_tensors import place, release, tensors_of
 from qtool.engine.online import with_kernels
 from qtool.engine.stubs import Stub, UnpackedError, stubs_for
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import ModelError
-from qtool.model.graph import LinearSite
+from qtool.model.graph import HEAD_IN, LinearSite
 
 Inputs = list[dict[str, Any]]
 
@@ -50,7 +51,9 @@ class Network:
     Attributes:
         module: The whole model, as transformers builds it.
         sites: The inputs of each block by site name; an expert has ``experts.<e>.mlp_in`` of its own, whose operators
-            are those of ``mlp_in``, done there for all experts. ``keys`` and ``values`` are for observers only.
+            are those of ``mlp_in``, done there for all experts. ``keys`` and ``values`` are for observers only. Behind
+            those of the last block comes the input of the head, which counts as one more block for ``show``,
+            ``exact`` and ``rounded_by``.
         experts: The routed experts of each block that has any, by block.
     """
 
@@ -59,7 +62,7 @@ class Network:
         self.subject, self.device, self.dtype = subject, device, dtype
         model, family = subject.model, subject.model.family
         config = deepcopy(model.config)
-        if subject.plan.unties_head(tied=model.graph.dims.tied):
+        if subject.unties_head:
             config.tie_word_embeddings = False
         if getattr(config.get_text_config(), "output_router_logits", False):
             config.get_text_config().output_router_logits = False  # a loss for training, of all blocks at once
@@ -74,6 +77,7 @@ class Network:
         self.experts: dict[int, ExecutedExperts] = {}
         self.compensations: dict[int, Compensation | None] = {}
         self.sites: list[dict[str, SiteInput]] = [self._equip(layer, observed) for layer in range(len(self.blocks))]
+        self.sites.append(self._equip_head())
         for owner in self.module.modules():
             for key, buffer in owner.named_buffers(recurse=False):
                 setattr(owner, key, buffer if buffer.is_meta else buffer.to(device))
@@ -89,7 +93,7 @@ class Network:
             if linear.expert is None:
                 _replace(block, linear, sites[linear.spec.reads])
         if graph.family.experts is not None and graph.is_sparse(layer):
-            owner, leaf = _place(block, graph.family.experts.module)
+            owner, leaf = place(block, graph.family.experts.module)
             linears = [linear for linear in readers if linear.expert is not None]
             experts = executed_experts(getattr(owner, leaf), linears, sites, graph, dtype=self.dtype, observed=observed)
             setattr(owner, leaf, experts)
@@ -98,9 +102,16 @@ class Network:
         operators, rounding = self.subject.kv_path(layer, self.device)
         path = KVPath(with_kernels(operators, self.subject.plugins, self.device), rounding)
         block.get_submodule(graph.family.attention).add_module(CHILD, path)
-        _release(block)
+        release(block)
         block.register_forward_hook(partial(self._compensated, layer), with_kwargs=True)
-        return sites | {KEYS: path.keys, VALUES: path.values}
+        return sites | {KEYS: path.keys, VALUES: path.values, QUERIES: path.queries}
+
+    def _equip_head(self) -> dict[str, SiteInput]:
+        """Replace the head, so that its input is rounded or observed where that is asked for."""
+        head, site = self.subject.model.graph.head, SiteInput()
+        site.rounding = self.subject.rounding(head.layer, HEAD_IN, self.device)
+        _replace(self.module, head, site)
+        return {HEAD_IN: site}
 
     def _compensated(
         self,
@@ -124,7 +135,12 @@ class Network:
         family = self.subject.model.family
         for name, tensor in self.subject.ends(self.dtype).items():
             self._assign(name, tensor)
-        around = {name: value for name, value in _tensors(self.module) if not name.startswith(f"{family.layers}.")}
+        for end in self.subject.coded_ends if self.subject.quantized is not None else ():
+            found, target = self.subject.linear(end), self.module.get_submodule(end.name)
+            self._assign(f"{end.name}.weight", found.weight(self.subject.weight_grid(end)))
+            if isinstance(target, ExecutedLinear) and found.adapter is not None:
+                target.adapter = found.adapter.on(self.device)
+        around = {name: value for name, value in tensors_of(self.module) if not name.startswith(f"{family.layers}.")}
         for name, value in around.items():
             if value.is_meta and name.startswith((f"{family.backbone}.", f"{family.head}.")):
                 self._assign(name, self.subject.stored(name))
@@ -132,7 +148,7 @@ class Network:
     def _assign(self, name: str, tensor: Tensor) -> None:
         """Put a real tensor in place of a parameter or buffer by its full name; what the module lacks is left out."""
         try:
-            owner, leaf = _place(self.module, name)
+            owner, leaf = place(self.module, name)
         except AttributeError:
             return
         dtype = self._dtype_of(name) if tensor.is_floating_point() else tensor.dtype
@@ -169,7 +185,7 @@ class Network:
         prefix = graph.block_name(layer)
         for name, tensor in content.state.items():
             self._assign(f"{prefix}.{name}", tensor)
-        missing = [name for name, value in _tensors(self.blocks[layer]) if value.is_meta]
+        missing = [name for name, value in tensors_of(self.blocks[layer]) if value.is_meta]
         if missing:
             raise ModelError(
                 f"the model lacks the tensor `{prefix}.{missing[0]}`",
@@ -204,9 +220,10 @@ class Network:
     @contextmanager
     def exact(self, layer: int) -> Iterator[None]:
         """Let a loaded block compute in full precision: no activations, keys or values rounded, no weights replaced."""
+        linears = self.subject.model.graph.linears_of(layer) if layer < len(self.blocks) else ()
         with ExitStack() as stack:
             stack.enter_context(self.rounded_by(layer, lambda name: None, None))
-            for linear in self.subject.model.graph.linears_of(layer):
+            for linear in linears:
                 stack.enter_context(self.linear(layer, linear.spec.module).restored())
             yield
 
@@ -221,16 +238,18 @@ class Network:
             rounding_of: What rounds the activations of a site, by name.
             of_cache: What rounds keys and values.
         """
-        sites, path = self.sites[layer], self.kv_path(layer)
-        before, cache = {name: site.rounding for name, site in sites.items()}, path.rounding
+        sites, paths = self.sites[layer], [self.kv_path(layer)] if layer < len(self.blocks) else []
+        before, caches = {name: site.rounding for name, site in sites.items()}, [path.rounding for path in paths]
         try:
             for name, site in sites.items():
                 site.forget()
                 site.rounding = rounding_of(name)
-            path.rounding = of_cache
+            for path in paths:
+                path.rounding = of_cache
             yield
         finally:
-            path.rounding = cache
+            for path, cache in zip(paths, caches, strict=True):
+                path.rounding = cache
             for name, site in sites.items():
                 site.forget()
                 site.rounding = before[name]
@@ -249,7 +268,7 @@ class Network:
             target = self.linear(layer, linear.spec.module)
             target.adapter = target.replaced = None
         self.compensations[layer] = None
-        _release(self.blocks[layer])
+        release(self.blocks[layer])
 
     def forget(self, layer: int) -> None:
         """Let go of what the sites of a block remember."""
@@ -299,7 +318,10 @@ class Network:
         try:
             for site, observer in observers.items():
                 site.observer = partial(_shown, site, observer, waiting)
-            self.run(layer, hidden, arguments)
+            if layer == len(self.blocks):
+                self.logits(hidden)
+            else:
+                self.run(layer, hidden, arguments)
         except _AllSeen:
             pass
         finally:
@@ -329,7 +351,7 @@ class Network:
 
     def _with_stubs(self, call: Callable[[], Any], hidden: Tensor | None = None) -> tuple[list[Stub], Any]:
         """Call the model with stubs in place of its blocks, of which the last gives ``hidden``; return both."""
-        owner, leaf = _place(self.module, self.subject.model.family.layers)
+        owner, leaf = place(self.module, self.subject.model.family.layers)
         stubs = stubs_for(self.blocks, tuples=self._tuples)
         stubs[-1].result = hidden
         setattr(owner, leaf, nn.ModuleList(stubs))
@@ -356,15 +378,9 @@ def _shown(site: SiteInput, observer: Observer, waiting: set[SiteInput], x: Floa
         raise _AllSeen
 
 
-def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds something, and what it calls it."""
-    owner, _, leaf = name.rpartition(".")
-    return module.get_submodule(owner), leaf
-
-
 def _replace(block: nn.Module, linear: LinearSite, site: SiteInput) -> None:
     """Let a linear read a site: its own module, if it is kept in full precision, sees the operators only."""
-    owner, leaf = _place(block, linear.spec.module)
+    owner, leaf = place(block, linear.spec.module)
     original = getattr(owner, leaf)
     if not linear.spec.kept:
         setattr(owner, leaf, ExecutedLinear(original.weight, original.bias, site, linear.spec.module))
@@ -378,15 +394,3 @@ def _replace(block: nn.Module, linear: LinearSite, site: SiteInput) -> None:
 
     original.register_forward_pre_hook(operated, with_kwargs=True)
     site.readers += 1
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what files hold of a module, by name: parameters, and buffers that are not computed."""
-    yield from module.state_dict(keep_vars=True).items()
-
-
-def _release(module: nn.Module) -> None:
-    """Let go of what files hold of a module; what it computed itself stays."""
-    for name, value in list(_tensors(module)):
-        (owner, leaf), empty = _place(module, name), value.detach().to("meta")
-        setattr(owner, leaf, nn.Parameter(empty, requires_grad=False) if leaf in owner._parameters else empty)

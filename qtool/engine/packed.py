@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from qtool.engine.grid import Grid
 from qtool.engine.problem import QuantizedLinear
 from qtool.numerics.groups import each_parameter
 from qtool.numerics.packing import unpack_codes
@@ -17,7 +18,18 @@ from qtool.scheme import GroupParameters
 
 ROWS = 32
 """Rows whose codes of any bits fill whole words where a layout packs them along the rows."""
-_PIECE = 1 << 18
+_PIECE = 1 << 20
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one core, also as a decorator: moving codes is so short that threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,23 @@ class PackedLinear:
         """Return the codes of some rows, unpacked."""
         return unpack_codes(self.stream[rows], self.bits, self.n_in)
 
-    def rows(self, rows: slice) -> QuantizedLinear:
-        """Return some rows, unpacked."""
+    def take(self, rows: slice) -> PackedLinear:
+        """Return some rows."""
         n_out = len(self.stream)
         parameters = each_parameter(self.parameters, lambda one: take_rows(one, rows, n_out))
-        return QuantizedLinear(self.codes(rows), (parameters,))
+        return replace(self, stream=self.stream[rows], parameters=parameters)
+
+    def rows(self, rows: slice) -> QuantizedLinear:
+        """Return some rows, unpacked."""
+        return QuantizedLinear(self.codes(rows), (self.take(rows).parameters,))
+
+    @one_thread()
+    def weight(self, grid: Grid, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """Return the decoded weight in a dtype, made piece by piece."""
+        whole = self.stream.new_empty((len(self.stream), self.n_in), dtype=dtype)
+        for rows in self.pieces():
+            whole[rows] = self.rows(rows).weight(grid)
+        return whole
 
     def pieces(self) -> Iterator[slice]:
         """Yield the rows in pieces that a cache holds unpacked, of whole multiples of ``ROWS`` but for the last."""
@@ -67,14 +91,3 @@ def take_rows(tensor: Tensor, rows: slice, n_out: int, axis: int = 0) -> Tensor:
     length = tensor.shape[axis]
     start, stop = rows.start * length // n_out, -(-rows.stop * length // n_out)
     return tensor.narrow(axis, start, stop - start)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one core, also as a decorator: moving codes is so short that threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -21,6 +21,7 @@ from qtool.engine.solve import Method
 from qtool.engine.stream import Stream
 from qtool.engine.subject import BlockContent, Subject
 from qtool.model.graph import LinearSite
+from qtool.model.statistics import SiteStatistics
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Propagation:
         network.load(layer, BlockContent(state))
         linears = self.block.solver.linears_of(layer)
         solved, cache = SolvedBlock(), self.executed.cache
-        cached, heads = () if cache is None else tuple(cache.static), self.executed.model.graph.dims.num_kv_heads
+        cached = {} if cache is None else cache.needs
         stages = self._stages(linears) or ([[]] if cached else [])
         for stage in stages:
             gathered = self.stream.gather(
@@ -69,7 +70,7 @@ class Propagation:
             )
             self.block.solve(stage, state, gathered.statistics, solved, gathered.tokens)
             if cache is not None:  # of several stages the last sees the keys and values of quantized projections
-                solved.scales |= cache.scales(layer, gathered.statistics, heads=heads)
+                solved.scales |= cache.scales(layer, gathered.statistics, dims=self.executed.model.graph.dims)
             if stage is not stages[-1] and solved.solution.linears:
                 self.block.replace(network, stage, solved.solution.linears)
         if self.exact is None:
@@ -79,6 +80,18 @@ class Propagation:
             linears, state, solved, lambda method, problems: self._refine(layer, method, problems, solved)
         )
         return solved
+
+    def solve_head(self, head: LinearSite, state: Mapping[str, Tensor]) -> SolvedBlock:
+        """Solve the head from both streams, which stand behind the last block.
+
+        Args:
+            head: The head.
+            state: Its float weight by full name.
+        """
+        found: Mapping[str, SiteStatistics] = {}
+        if self.statistics:
+            found = self.stream.gather(head.layer, [head], self.statistics, self.gathering, exact=self.exact).statistics
+        return self.block.solve_head(head, state, found)
 
     def skip(self, layer: int, state: Mapping[str, Tensor]) -> None:
         """Let the exact stream pass a block that has been solved before."""

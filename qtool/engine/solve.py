@@ -193,8 +193,8 @@ class Solver:
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        """Place of each linear in the order of execution, by name."""
-        return {linear.name: place for place, linear in enumerate(self.graph.linears)}
+        """Place of each linear in the order of execution, by name; head and embedding come last."""
+        return {linear.name: place for place, linear in enumerate((*self.graph.linears, *self.graph.ends))}
 
     def _composed(self, methods: Sequence[Method], problems: Sequence[LayerProblem]) -> Sequence[LayerProblem]:
         """Run methods left to right on the linears of a site; each sees what the one before it left."""

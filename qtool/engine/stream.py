@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from qtool.artifacts.store import disk_errors
-from qtool.engine.cache import ABSMAX
 from qtool.engine.gather import AnyStatistic, Gathering, PairedStatistic, SiteObserver, observing, sites_to_observe
 from qtool.engine.guided import statistics_at
 from qtool.engine.network import Inputs, Network
@@ -87,7 +87,7 @@ class Stream:
         *,
         keep: bool = False,
         exact: Stream | None = None,
-        cached: Iterable[str] = (),
+        cached: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> Gathered:
         """Run a loaded block over all windows and gather statistics of what its linears read.
 
@@ -98,15 +98,15 @@ class Stream:
             gathering: What the accumulators are told.
             keep: See ``run``.
             exact: The same windows in full precision, for statistics that compare with it; ``keep`` is False then.
-            cached: Of ``keys`` and ``values`` those whose largest magnitudes are gathered as well.
+            cached: Statistics of ``keys``, ``values`` and ``queries`` that are gathered as well.
         """
         experts = self.network.experts.get(layer)
         if experts is not None:
             experts.reset()
         sites = sites_to_observe(linears, "all" if experts is None else experts.observed)
         wanted = {site: statistics_at(layer, site, linears, statistics, gathering) for site in sites}
-        for place in cached:
-            wanted[place] = statistics_at(layer, place, (), {ABSMAX: statistics[ABSMAX]}, gathering)
+        for place, needs in cached.items():
+            wanted[place] = statistics_at(layer, place, (), {need: statistics[need] for need in needs}, gathering)
         with observing(self.network.sites[layer], layer, wanted, gathering) as observers:
             if exact is not None and any(isinstance(one, PairedStatistic) for one in statistics.values()):
                 self._run_pairs(layer, exact, observers)
@@ -133,8 +133,8 @@ class Stream:
             network.show(layer, self.states[rows].to(network.device), arguments)
 
     def arguments_of(self, layer: int) -> dict[str, Any]:
-        """Return the keyword arguments of a block."""
-        return self.arguments[layer]
+        """Return the keyword arguments of a block; the head behind the last has none."""
+        return self.arguments[layer] if layer < len(self.arguments) else {}
 
     def allocate(self, spill: Path, *, host: bool = False) -> Float[Tensor, "windows tokens hidden"]:
         """Return room for states of all windows: on the device (unless ``host``), in memory, or in a file."""

@@ -24,6 +24,7 @@ from qtool.engine.problem import Adapter, QuantizedLinear
 from qtool.engine.stored import (
     COMPENSATION,
     NORMS,
+    OUTLIERS,
     read_compensation,
     read_linear,
     read_packed_linear,
@@ -71,13 +72,43 @@ class Subject:
         return self.model.tensor(name)
 
     def ends(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Return embedding, final norm and head as they are executed, by full name.
+        """Return final norm, and embedding and head unless they are quantized, as they are executed, by full name.
 
         Args:
             dtype: Of the embedding and the head where the plan changes them.
         """
-        ends = fold_ends(self.model.graph, self.plan, self.stored, dtype=dtype)
-        return {**ends, **self._norms(self.model.family.final_norm.module)}
+        graph, family = self.model.graph, self.model.family
+        coded = {f"{one.name}.weight" for one in self.coded_ends} if self.quantized is not None else set()
+
+        def state(name: str) -> Tensor:
+            return torch.empty(0, graph.dims.hidden) if name in coded else self.stored(name)
+
+        ends = fold_ends(graph, self.plan, state, dtype=dtype)
+        ends = {name: tensor for name, tensor in ends.items() if name not in coded}
+        return {**ends, **self._norms(family.final_norm.module)}
+
+    @cached_property
+    def head(self) -> LinearSite | None:
+        """The head, if its weights are quantized."""
+        head = self.model.graph.head
+        return None if self.scheme.of(head.name).weights is None else head
+
+    @cached_property
+    def coded_ends(self) -> tuple[LinearSite, ...]:
+        """Those of head and embedding whose weights are quantized."""
+        return tuple(one for one in self.model.graph.ends if self.scheme.of(one.name).weights is not None)
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether a head that shares the embedding's weights gets its own: of the plan, or since one is quantized."""
+        tied = self.model.graph.dims.tied
+        return self.plan.unties_head(tied=tied) or (tied and bool(self.coded_ends))
+
+    def shape(self, linear: LinearSite) -> tuple[int, int]:
+        """Return the rows and columns of a linear's weight; those of a tied head are the embedding's."""
+        places, family = self.model.places, self.model.family
+        rows, columns = places.get(f"{linear.name}.weight", places[f"{family.embedding}.weight"]).shape
+        return rows, columns
 
     def folded(self, layer: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         """Return a block's float tensors with the plan folded in, names relative to the block.
@@ -140,6 +171,12 @@ class Subject:
         width = self.model.graph.width(linear.spec.reads)
         return read_packed_linear(linear.name, width, self._stored_of(linear), self.weight_grid(linear))
 
+    def only_codes(self, linear: LinearSite) -> bool:
+        """Say whether all that is stored of a quantized linear is in what ``packed`` reads."""
+        stored = () if self.quantized is None else self.quantized.names(f"{linear.name}.")
+        beside = any(mark in name for name in stored for mark in (".adapter.", f"{OUTLIERS}."))
+        return not beside and self.weight_grid(linear).only is not None
+
     def _stored_of(self, linear: LinearSite) -> dict[str, Tensor]:
         """Read the stored tensors of a quantized linear by their full names."""
         if self.quantized is None:
@@ -149,12 +186,17 @@ class Subject:
 
     @cached_property
     def linears(self) -> tuple[LinearSite, ...]:
-        """The linears whose weights are quantized, in order of execution."""
+        """The linears of blocks whose weights are quantized, in order of execution."""
         return tuple(one for one in self.model.graph.linears if one.name not in self.kept)
 
     @cached_property
+    def coded(self) -> tuple[LinearSite, ...]:
+        """All that has quantized weights: the linears of blocks, and behind them head and embedding if they have."""
+        return (*self.linears, *self.coded_ends)
+
+    @cached_property
     def kept(self) -> frozenset[str]:
-        """Names of the linears whose weights the scheme leaves in 16 bits."""
+        """Names of the linears of blocks whose weights the scheme leaves in 16 bits."""
         names = (linear.name for linear in self.model.graph.linears)
         return frozenset(name for name in names if self.scheme.of(name).weights is None)
 
@@ -204,7 +246,7 @@ class Subject:
     def _readers(self) -> dict[tuple[int, str], list[LinearSite]]:
         """The linears that read a site, or an expert's share of it, by layer and name."""
         readers: dict[tuple[int, str], list[LinearSite]] = {}
-        for linear in self.model.graph.linears:
+        for linear in (*self.model.graph.linears, self.model.graph.head):
             for name in dict.fromkeys((linear.spec.reads, linear.observed)):
                 readers.setdefault((linear.layer, name), []).append(linear)
         return readers
@@ -217,8 +259,8 @@ class Subject:
 
     @cached_property
     def cache(self) -> CacheRounding | None:
-        """How keys and values are rounded, before anything of it is calibrated."""
-        return CacheRounding.of(self.scheme.keys, self.scheme.values, self.plugins.format)
+        """How keys and values are rounded, and queries, before anything of it is calibrated."""
+        return CacheRounding.of(self.scheme, self.plugins.format)
 
     def kv_path(self, layer: int, device: torch.device) -> tuple[tuple[Operator, ...], CacheRounding | None]:
         """Return what acts on a block's keys and queries, and how its keys and values are rounded.

@@ -256,7 +256,7 @@ class WholeModel:
     def _divergence(self, row: int, hidden: Tensor, values: Values) -> Float[Tensor, ""]:
         """Return the mean divergence of one window from what the last block puts out."""
         weights = {name: values[name] - norm.offset for name, norm in self._final.items() if name in values}
-        with torch.no_grad():
+        with torch.no_grad(), self.network.exact(len(self.layers)):
             expected = self.network.logits(self.targets[[row]].to(self.network.device))
         return divergence(expected, self.network.logits(hidden, weights))[0].mean()
 

@@ -20,6 +20,8 @@ Group = str  # "orthogonal", "diag", "signed_perm", "perm", "shift", "general"
 
 RESIDUAL = "residual"
 HEAD_IN = "head_in"
+TOKENS = "tokens"
+"""What an embedding reads: no site, since nothing acts on it."""
 EXPERTS = "experts."
 """How the names of sites inside experts begin."""
 OUTPUT = "out"
@@ -147,13 +149,30 @@ class ModelGraph:
         """Every linear that is quantized, in order of execution."""
         return tuple(linear for i in range(self.dims.num_layers) for linear in self.linears_of(i))
 
+    @cached_property
+    def head(self) -> LinearSite:
+        """The head, which is in no block: quantized only where an exception of a scheme names it."""
+        name = self.family.head
+        return LinearSite(name, self.dims.num_layers, Linear(name, HEAD_IN), HEAD_IN, 0)
+
+    @cached_property
+    def embedding(self) -> LinearSite:
+        """The embedding as a linear that reads tokens: quantized as the head is, behind which it comes."""
+        name = self.family.embedding
+        return LinearSite(name, self.dims.num_layers + 1, Linear(name, TOKENS), TOKENS, 0)
+
+    @property
+    def ends(self) -> tuple[LinearSite, LinearSite]:
+        """What may be quantized outside of the blocks: head and embedding."""
+        return self.head, self.embedding
+
     def linear(self, name: str) -> LinearSite:
-        """Find a linear that is quantized by its full module name."""
+        """Find a linear that is quantized, head or embedding by its full module name."""
         return self._by_name[name]
 
     @cached_property
     def _by_name(self) -> dict[str, LinearSite]:
-        return {linear.name: linear for linear in self.linears}
+        return {linear.name: linear for linear in (*self.linears, *self.ends)}
 
     def linears_of(self, layer: int) -> tuple[LinearSite, ...]:
         """Return the linears of one block that are quantized."""

@@ -27,7 +27,8 @@ def to_groups(
 
     Args:
         x: Values or codes. Not modified; the result is a view of it where its strides allow.
-        strategy: ``tensor`` gives ``[1, numel]``, ``channel`` and ``token`` give ``[*batch, 1, n]``, ``group`` gives
+        strategy: ``tensor`` gives ``[1, numel]``, ``head`` of ``[*batch, heads, tokens, n]`` gives
+            ``[*batch, heads, 1, 1, tokens n]``, ``channel`` and ``token`` give ``[*batch, 1, n]``, ``group`` gives
             ``[*batch, n / group_size, group_size]``, and so does ``block``, with 0 in what the last one lacks.
         group_size: Neighbours that share a scale, for ``group`` and ``block`` only.
 
@@ -39,6 +40,8 @@ def to_groups(
     """
     if strategy == "tensor":
         return x.reshape(1, -1)
+    if strategy == "head":
+        return x.flatten(-2)[..., None, None, :]
     if strategy == "block" and group_size:
         x = pad(x, (0, -x.shape[-1] % group_size))
     elif strategy != "group":

@@ -8,15 +8,14 @@ from math import lcm, prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qtool.artifacts.manifest import Manifest
 from qtool.engine.block import needs_of, static_inputs
 from qtool.engine.carry import can_carry_hessians
+from qtool.engine.embedding import round_nearest
 from qtool.engine.experts import Mode
 from qtool.engine.gather import Gathering, GradientStatistic, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
-from qtool.engine.problem import QuantizedLinear
 from qtool.engine.solve import Method
 from qtool.engine.stored import linear_tensors
 from qtool.engine.subject import Subject
@@ -24,7 +23,6 @@ from qtool.model.graph import EXPERTS, ModelGraph
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import BLOCKS, HESSIAN
-from qtool.numerics.groups import from_groups
 from qtool.numerics.token_weights import TokenWeight
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme
@@ -207,8 +205,8 @@ def stored_bytes(subject: Subject, methods: Sequence[Method] = ()) -> dict[str, 
     """Return the bytes of the codes, scales and zero points of each linear, by name, and of what methods put beside."""
     known: dict[tuple[int, int, Grid], int] = {}
     found: dict[str, int] = {}
-    for linear in subject.linears:
-        rows, n = subject.model.places[f"{linear.name}.weight"].shape
+    for linear in subject.coded:
+        rows, n = subject.shape(linear)
         key = (rows, n, subject.weight_grid(linear))
         if key not in known:
             known[key] = _code_bytes(*key)
@@ -220,11 +218,11 @@ def stored_bytes(subject: Subject, methods: Sequence[Method] = ()) -> dict[str, 
 def _code_bytes(rows: int, n: int, grid: Grid) -> int:
     """Return the bytes that a weight takes as it is stored, from those of a few rows: the rest is alike.
 
-    Pairs, because two rows may share a byte of scales; and rows of one more block, where rows share scales.
+    Pairs, because two rows may share a byte of scales; and one block more, where rows share scales.
     """
 
     def stored(count: int) -> int:
-        weight = _rounded(torch.rand(count, n), grid)
+        weight = round_nearest(torch.rand(count, n), grid)
         return sum(tensor.nbytes for tensor in linear_tensors("", weight, grid).values())
 
     blocks = [part.scheme.scale_rows for part in grid.parts if part.scheme.scale_rows is not None]
@@ -233,24 +231,12 @@ def _code_bytes(rows: int, n: int, grid: Grid) -> int:
         if rows < 2 * period:
             return stored(rows)
         return stored(period + rows % period) + (rows // period - 1) * (stored(2 * period) - stored(period))
-    two, side = stored(2), max(part.block_rows for part in grid.parts)
-    pair = stored(4) - two if side == 1 else 0
+    side = max(part.block_rows for part in grid.parts)
     if side > 1:
-        pair = 2 * (stored(side) - two) // (side - 2)
-        block = stored(side + 2) - two - side * pair // 2
-        two += block * (-(-rows // side) - 1)
-    return two - -(rows - 2) * pair // 2
-
-
-def _rounded(weight: Tensor, grid: Grid) -> QuantizedLinear:
-    """Round a weight to nearest."""
-    codes, parameters = [], []
-    for columns, part in grid.places(weight.shape[1]):
-        values = weight[:, columns]
-        groups = part.groups(values)
-        parameters.append(part.fit(groups, global_scale=part.global_scale(values.amax())))
-        codes.append(from_groups(part.format.encode(groups, parameters[-1]), values.shape))
-    return QuantizedLinear(torch.cat(codes, dim=1), tuple(parameters))
+        last = rows % side or side
+        return stored(last) + (rows - last) // side * (stored(2 * side) - stored(side) if rows > last else 0)
+    two = stored(2)
+    return two - -(rows - 2) * (stored(4) - two) // 2
 
 
 def _input_scale_bytes(subject: Subject) -> int:
@@ -259,9 +245,12 @@ def _input_scale_bytes(subject: Subject) -> int:
     if inputs is None:
         return 0
     dims, cache = subject.model.graph.dims, subject.cache
-    cached = 0 if cache is None else dims.num_layers * sum(map(prod, cache.static_shapes(dims.num_kv_heads).values()))
-    found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.linears)
+    shapes = {} if cache is None else cache.static_shapes(dims)
+    asymmetric = {place for place, needs in ({} if cache is None else cache.needs).items() if len(needs) > 1}
+    found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.coded)
     grids = {site: grid for site, grid in found if grid is not None}
     parts = [part for grid in grids.values() for part in grid.parts]
     zeros = sum(part.scheme.static and not part.scheme.symmetric for part in parts)
-    return _SCALE * (cached + sum(part.has_global_scale for part in parts)) + _ZERO_POINT * zeros
+    zeros += dims.num_layers * sum(prod(shape) for place, shape in shapes.items() if place in asymmetric)
+    scales = dims.num_layers * sum(map(prod, shapes.values())) + sum(part.has_global_scale for part in parts)
+    return _SCALE * scales + _ZERO_POINT * zeros

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,16 @@ from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.block import BlockSolver, SolvedBlock, needs_of, static_inputs
 from qtool.engine.carry import CarriedStatistics
+from qtool.engine.embedding import install_embedding, solve_embedding
 from qtool.engine.gather import AnyStatistic, Gathering, sites_to_observe
 from qtool.engine.network import Network
 from qtool.engine.propagate import Propagation, compares_inputs
 from qtool.engine.saliency import SALIENCY
 from qtool.engine.solve import Method, Solver
-from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.stream import Stream, default_batch
 from qtool.engine.whole_model import WHOLE, WholeModel
-from qtool.errors import ArtifactError, NumericalError, UsageError
+from qtool.errors import ArtifactError, UsageError
+from qtool.model.graph import LinearSite
 from qtool.model.plan import Plan
 from qtool.model.statistics import HESSIAN, SiteStatistics
 from qtool.numerics.token_weights import parse_token_weight
@@ -34,12 +35,14 @@ from qtool.steps.demand import known_of, told_in
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import default_token_weight, saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
-from qtool.steps.solved import Found, check_order
+from qtool.steps.solved import Found, check_counters, check_head, check_order, checked_share
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.token_weights import GRADIENT, token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
 from qtool.steps.workspace import Workspace, measured
 
+Solve = Callable[[LinearSite, Mapping[str, Tensor]], SolvedBlock]
+"""Solves a linear from its float weight by full name."""
 Propagate = Literal["quantized", "none"]
 PROPAGATE: tuple[Propagate, ...] = ("quantized", "none")
 
@@ -123,7 +126,7 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     manifest = work.manifest()
     path = workspace.output(manifest, request.output)
     if (done := ArtifactWriter.finished(path, manifest.key)) is not None:
-        _check_counters(request, done.manifest.counters)
+        check_counters(done.manifest.counters, strict=request.strict)
         return done, True
     about: dict[str, object] = {}
     writer = ArtifactWriter(path, manifest)
@@ -133,38 +136,11 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
         if not (request.strict and found.counters):
             details = {**manifest.details, **found.details}
             artifact = writer.finish(replace(manifest, details=details, counters=dict(found.counters), about=about))
-    _check_counters(request, found.counters)
+    check_counters(found.counters, strict=request.strict)
     if found.counters:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(found.counters.items()))
         workspace.warn(f"not as usual: {counted}")
     return artifact, False
-
-
-def _checked_share(request: MitigateRequest, experts: str) -> float:
-    """Return the share of even routing below which experts are starved.
-
-    Raises:
-        UsageError: It is none, or would have no effect.
-    """
-    share = request.expert_share
-    if share is None:
-        return DEFAULT_SHARE
-    if experts != "routed":
-        raise UsageError("`expert_share` has an effect on statistics of routed tokens only", hint="--experts routed")
-    if not 0 <= share <= 1:
-        raise UsageError(f"`expert_share` is from 0 to 1, not {share:g}", hint=f"--expert-share {DEFAULT_SHARE}")
-    return share
-
-
-def _check_counters(request: MitigateRequest, counters: Mapping[str, int]) -> None:
-    """Refuse what was not as usual if the user wants that; of an artifact that is reused as of a new one."""
-    if request.strict and counters:
-        facts = tuple(sorted(counters.items()))
-        raise NumericalError(
-            "something unusual happened and --strict was given",
-            facts=facts,
-            hint="without --strict the same command goes on from here, and qtool inspect says what each of these means",
-        )
 
 
 class _Work:
@@ -183,6 +159,8 @@ class _Work:
         self.model, self.graph = opened.model, opened.model.graph
         bound = [Method(one.method, one.config) for one in methods]
         subject = replace(opened.subject, scheme=request.scheme)
+        self.head = subject.head
+        self.embedding = next((one for one in subject.coded_ends if one is not self.head), None)
         solver = Solver(self.graph, bound, subject.weight_grid, request.seed, workspace.device, subject.kept)
         self.dtype = compute_dtype(request.dtype, opened.model)
         self.wide = torch.promote_types(self.dtype, torch.float32)
@@ -191,6 +169,8 @@ class _Work:
         mode = experts_mode(request.experts or gathered, self.graph, weight)
         inputs = static_inputs(subject)
         self.needs = needs_of(bound, inputs)
+        if self.head is not None:
+            check_head(self.head, methods, request.propagate, self.needs)
         load = partial(workspace.plugins.load, "statistics")
         self.compares_inputs = compares_inputs({name: load(name) for name in self.needs})
         self.whole = bound[-1] if bound[-1].of_model else None
@@ -202,7 +182,7 @@ class _Work:
         self.saliencies = saliencies_of(statistics, opened, self.known, weight, self.propagates)
         self.gathered: dict[str, AnyStatistic] = {name: load(name) for name in self.known}
         self.experts = mode if self.looks else ""
-        self.block = BlockSolver(solver, inputs, self.experts or "all", _checked_share(request, mode))
+        self.block = BlockSolver(solver, inputs, self.experts or "all", checked_share(request.expert_share, mode))
         if self.looks and statistics is None:
             raise UsageError(
                 f"`{request.method}` needs statistics, and `{request.source}` has none behind it",
@@ -213,7 +193,7 @@ class _Work:
             self._check_comparison()
         if request.propagate == "none" and subject.cache is not None and subject.cache.static:
             raise UsageError(
-                "static scales of a KV cache are found in passes over the text: no statistics hold keys and values",
+                "scales of a KV cache that are found once are found in passes over the text: no statistics hold keys",
                 facts=(("kv", request.scheme.kv),),
                 hint="--propagate quantized",
             )
@@ -281,8 +261,9 @@ class _Work:
 
     def run(self, writer: ArtifactWriter) -> Found:
         """Solve every block; return what there is to say of them."""
+        rounded = self._solve_end(writer, self.embedding, self._round_embedding)
         solved = self._solve_carried(writer) if self.propagates == "none" else self._solve_with_passes(writer)
-        found = Found.of(solved, self._notes(writer, WHOLE) if self.whole is not None else {})
+        found = Found.of([*solved, *rounded], self._notes(writer, WHOLE) if self.whole is not None else {})
         of_text = None if self.statistics is None else self.statistics.manifest
         return replace(found, losses=told_in(self.known, self.propagates, of_text, self.token_weight))
 
@@ -311,6 +292,7 @@ class _Work:
                 self.block.solve(linears, folded, known, solved, self._carried_tokens(layer))
                 self._write(writer, layer, solved)
             notes.append(self._notes(writer, f"layer-{layer}"))
+        notes += self._solve_end(writer, self.head, lambda head, state: self.block.solve_head(head, state, {}))
         if estimated:
             self.workspace.warn(f"{', '.join(sorted(estimated))} behind rotations: estimated from the sample")
         return notes
@@ -347,9 +329,10 @@ class _Work:
             else:
                 self._write(writer, layer, work.solve(layer, state))
             notes.append(self._notes(writer, f"layer-{layer}"))
-            if layer + 1 < self.graph.dims.num_layers:
+            if layer + 1 < self.graph.dims.num_layers or self.head is not None:
                 work.advance(layer, state, writer.part(f"layer-{layer}")[0])
             work.network.drop(layer)
+        notes += self._solve_end(writer, self.head, work.solve_head)
         if self.whole is not None and not writer.has(WHOLE):
             layers = range(self.graph.dims.num_layers)
             model = WholeModel(work, lambda i: (subject.folded(i, self.wide), writer.part(f"layer-{i}")[0]), layers)
@@ -358,6 +341,20 @@ class _Work:
             losses = model.losses(tensors, hessian, self.workspace.progress)
             writer.add(WHOLE, tensors, {"notes": json.dumps({"model": report, "reports": losses})})
         return notes
+
+    def _solve_end(self, writer: ArtifactWriter, end: LinearSite | None, solve: Solve) -> list[dict[str, Any]]:
+        """Solve what is quantized outside of the blocks, if it is; return what there is to say of it."""
+        if end is None:
+            return []
+        if not writer.has(f"layer-{end.layer}"):
+            name = f"{end.name}.weight"
+            state = {name: self.opened.subject.ends(self.wide)[name]}
+            self._write(writer, end.layer, solve(end, state))
+        return [self._notes(writer, f"layer-{end.layer}")]
+
+    def _round_embedding(self, embedding: LinearSite, state: Mapping[str, Tensor]) -> SolvedBlock:
+        weight = state[f"{embedding.name}.weight"].to(self.workspace.device, torch.float32)
+        return solve_embedding(embedding, weight, self.block.solver.grid_of(embedding))
 
     def _propagation(self, writer: ArtifactWriter) -> Propagation:
         """Return the streams in front of the first block, and what solves the blocks."""
@@ -376,12 +373,15 @@ class _Work:
             self.saliencies,
         )
         batch = self.request.batch or default_batch(self.workspace.device, windows.shape[1])
-        streams = [Stream(network, windows, batch=batch, spill=writer.parts) for _ in range(1 + self.compares)]
+        exact = Stream(network, windows, batch=batch, spill=writer.parts) if self.compares else None
+        if self.embedding is not None:
+            tensors = writer.part(f"layer-{self.embedding.layer}")[0]
+            install_embedding(network, self.embedding, tensors, self.block.solver.grid_of(self.embedding))
         return Propagation(
             self.block,
             executed,
-            streams[0],
-            streams[-1] if self.compares else None,
+            Stream(network, windows, batch=batch, spill=writer.parts),
+            exact,
             self.gathered,
             gathering,
             self.true_sequential,

@@ -107,8 +107,7 @@ class _Foreseen:
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the rows and columns of a linear's weight."""
-        rows, columns = self.subject.model.places[f"{name}.weight"].shape
-        return rows, columns
+        return self.subject.shape(self.subject.model.graph.linear(name))
 
 
 def describe_mitigation(manifest: Manifest, workspace: Workspace) -> tuple[Facts, Tables]:
@@ -148,10 +147,11 @@ def describe_mitigation(manifest: Manifest, workspace: Workspace) -> tuple[Facts
 
 def _linears(step: _Foreseen) -> Table:
     """Return a row for each kind of linear that differs in name, shape or grid."""
-    graph, nbytes = step.subject.model.graph, stored_bytes(step.subject, step.methods)
-    kinds = kinds_of(linear.name for linear in graph.linears)
+    nbytes = stored_bytes(step.subject, step.methods)
+    linears = (*step.subject.model.graph.linears, *step.subject.coded_ends)
+    kinds = kinds_of(linear.name for linear in linears)
     rows: dict[tuple[str, str, str, str], list[int]] = {}
-    for linear in graph.linears:
+    for linear in linears:
         routed = step.sizes is not None and step.sizes.routed
         site = linear.observed if routed else linear.spec.reads
         shape = "x".join(str(size) for size in step.shape(linear.name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -258,19 +258,20 @@ def _compare(source: Artifact | None) -> None:
 
 
 @contextmanager
-def _digested(files: Iterable[Path]) -> Iterator[Iterator[str]]:
-    """Flush files and digest them while they are read back, and give their digests."""
-    beside = ThreadPoolExecutor(1)
+def _digested(files: Sequence[Path]) -> Iterator[Iterator[str]]:
+    """Flush files and digest them while they are read back, and give their digests; one thread waits for the disk."""
+    beside = ThreadPoolExecutor(2)
     try:
-        yield beside.map(_digest, files)
+        flushed = beside.map(_flush, files)
+        yield beside.map(digest_file, files)
+        deque(flushed, maxlen=0)
     finally:
         beside.shutdown(cancel_futures=True)
 
 
-def _digest(file: Path) -> str:
+def _flush(file: Path) -> None:
     with disk_errors(file), file.open("rb") as written:
         os.fsync(written.fileno())
-    return digest_file(file)
 
 
 @dataclass(frozen=True)

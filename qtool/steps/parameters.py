@@ -87,8 +87,9 @@ def parameter_table(parameters: tuple[Parameter, ...]) -> Table:
 def _fates(model: Model) -> Iterator[tuple[str, tuple[Fate, str, int]]]:
     """Yield what becomes of the tensors that the family names, with the number of linears that each holds."""
     family, graph = model.family, model.graph
-    yield f"{family.embedding}.weight", ("kept", "a look-up; rotations of the residual are folded into it", 0)
-    kept = "the head stays in 16 bits; rotations of the residual are folded into it"
+    look_up = f"a look-up in 16 bits without {family.embedding}=SCHEME; rotations of the residual are folded into it"
+    yield f"{family.embedding}.weight", ("kept", look_up, 0)
+    kept = f"in 16 bits without {family.head}=SCHEME; rotations of the residual are folded into it"
     yield f"{family.head}.weight", ("kept", kept, 1)
     norms = [family.final_norm.module]
     for layer in range(graph.dims.num_layers):

@@ -8,8 +8,6 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import get_args
 
-import torch
-
 from qtool.artifacts.store import Artifact
 from qtool.engine.subject import Subject
 from qtool.errors import SchemeError, UsageError
@@ -21,7 +19,7 @@ from qtool.steps.workspace import Workspace
 
 NONE = "none"
 _GROUP = re.compile(r"g\d+")
-_NOT_STATIC: Mapping[str, str] = {"weights": "static", "kv": "asym"}
+_NOT_STATIC = ("weights",)
 
 
 def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) -> ModelScheme:
@@ -33,7 +31,7 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
             of the preset's; ``none`` means 16 bits, and None or empty that it is not given. Behind that of weights and
             of activations come exceptions, ``int4-sym-g64,down_proj=int8,layers.0-1=none``, of which the last that
             matches a linear holds; exceptions alone leave what the preset says of all other linears. Of a cache keys
-            and values may be given apart, ``keys=SCHEME,values=SCHEME``.
+            and values may be given apart, ``keys=SCHEME,values=SCHEME``, and ``queries=SCHEME`` with them.
         plugins: Where formats and presets are found.
 
     Raises:
@@ -52,7 +50,8 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
             others = [first, *others]
         else:
             scheme = replace(scheme, name="", **{name: _read_one(name, first.strip(), plugins)})  # type: ignore[arg-type]
-        rules += _effective(getattr(scheme, name), [_read_rule(name, one, text, plugins) for one in others])
+        found = [_read_rule(name, one, text, plugins) for one in others]
+        rules += _effective(getattr(scheme, name), found, plugins)
     scheme = replace(scheme, rules=tuple(rules))
     if scheme.name and rules:
         scheme = replace(scheme, name=f"{scheme.name} ({_named(rules, plugins)})")
@@ -68,18 +67,16 @@ def with_default(text: str, default: str) -> str:
 def read_part(name: str, text: str, plugins: Plugins) -> TensorScheme:
     """Read the scheme of weights, of activations or of a cache; whether it means something there is not checked.
 
-    The word that never goes with ``static`` in a part is not shown to the format, so that no hint of it has both.
+    Where nothing is ``static`` the word is not shown to the format, so that no hint of it has it.
 
     Raises:
         SchemeError: A word is unknown, or the format cannot carry the combination.
     """
     words = text.split("-")
-    without = _NOT_STATIC.get(name) if "static" in words else None
-    kept = "-".join(word for word in words if word != without)
+    hidden = name in _NOT_STATIC and "static" in words
+    kept = "-".join(word for word in words if word != "static") if hidden else text
     scheme = parse_tensor_scheme(kept, plugins.format, vector=VECTORS[name])
-    if without not in words:
-        return scheme
-    return replace(scheme, static=True, symmetric=scheme.symmetric and without != "asym")
+    return replace(scheme, static=True) if hidden else scheme
 
 
 def _read_one(name: str, text: str, plugins: Plugins) -> TensorScheme | None:
@@ -97,14 +94,23 @@ def _read_rule(name: RuledPart, text: str, whole: str, plugins: Plugins) -> Rule
     return Rule(name, pattern, _read_one(name, written, plugins))
 
 
-def _effective(default: TensorScheme | None, rules: Sequence[Rule]) -> list[Rule]:
-    """Return rules without those that say nothing: the same pattern comes again, or it is as without any rule."""
+def _effective(default: TensorScheme | None, rules: Sequence[Rule], plugins: Plugins) -> list[Rule]:
+    """Return rules without those that say nothing: the same pattern comes again, or it is as without any rule.
+
+    Without one head and embedding are in 16 bits, and linears of blocks are as the default says.
+    """
     found: list[Rule] = []
     for place, rule in enumerate(rules):
         again = any(later.pattern == rule.pattern for later in rules[place + 1 :])
-        if not again and (found or rule.scheme != default):
+        if not again and (found or rule.scheme != (None if _names_end(rule, plugins) else default)):
             found.append(rule)
     return found
+
+
+def _names_end(rule: Rule, plugins: Plugins) -> bool:
+    """Say whether a rule is for the head or the embedding of some family."""
+    families = (plugins.load("families", name) for name in plugins.offers["families"])
+    return any(rule.matches(name) for family in families for name in (family.head, family.embedding))
 
 
 def _named(rules: Sequence[Rule], plugins: Plugins) -> str:
@@ -157,7 +163,7 @@ def parse_model_scheme(text: str, lookup: Callable[[str], Format], presets: Mapp
 
 
 def _read_cache(text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | None:
-    """Read the scheme of a cache, or ``keys=SCHEME,values=SCHEME``, of which one that is not given is in 16 bits.
+    """Read the scheme of a cache, or ``queries=SCHEME,keys=SCHEME,values=SCHEME``; what is not given is in 16 bits.
 
     Raises:
         SchemeError: Something else is given, or one of them twice.
@@ -166,14 +172,14 @@ def _read_cache(text: str, plugins: Plugins) -> TensorScheme | KeysAndValues | N
         return _read_one("kv", text, plugins)
     parts = [part.partition("=") for part in text.split(",")]
     names = [name for name, _, _ in parts]
-    if not set(names) <= {"keys", "values"} or len(set(names)) < len(names):
+    if not set(names) <= {"queries", "keys", "values"} or len(set(names)) < len(names):
         raise SchemeError(
             f"cannot read the scheme of a cache `{text}`",
-            facts=(("grammar", "SCHEME, or keys=SCHEME,values=SCHEME"),),
+            facts=(("grammar", "SCHEME, or keys=SCHEME,values=SCHEME, perhaps with queries=SCHEME"),),
             hint="--kv keys=int4-asym-channel-g32,values=int4-asym-token-head",
         )
     found = {name: _read_one("kv", one, plugins) for name, _, one in parts}
-    return cache_of(found.get("keys"), found.get("values"))
+    return cache_of(*(found.get(name) for name in ("keys", "values", "queries")))
 
 
 def warn_of_another_scheme(plan: Artifact, scheme: ModelScheme, workspace: Workspace) -> None:
@@ -189,32 +195,30 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
 
     Raises:
         SchemeError: A group does not divide an input (names the layer), a strategy means nothing where it stands, an
-            exception is for no linear, linears with one input round it in different ways, or a KV cache would need all
-            of its tokens before the first could be stored.
+            exception is for no linear, or linears with one input round it in different ways.
         UsageError: No weights are to be quantized.
     """
     scheme.check()
     graph, subject = subject.model.graph, replace(subject, scheme=scheme)
     check_rules(scheme, graph)
-    if not subject.linears:
+    if scheme.of(graph.embedding.name).activations is not None:
+        raise SchemeError(
+            f"`{graph.embedding.name}` reads tokens, which are not rounded",
+            hint=f"--activations without {graph.embedding.name}=SCHEME",
+        )
+    if not subject.coded:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
-    for linear in subject.linears:
+    for linear in subject.coded:
         width, inputs = graph.width(linear.spec.reads), subject.input_grid(linear)
         subject.weight_grid(linear).check(width, layer=linear.name)
         if inputs is not None:
             inputs.check(width, layer=linear.name)
     _check_inputs(scheme, graph)
-    for part, width in ((scheme.keys, graph.dims.head_dim), (scheme.values, graph.dims.value_dim)):
-        if part is None:
-            continue
-        part.groups_of(width, layer="the KV cache")
-        # One dynamic scale for all that attention sees stands in for the static one of engines; two levels do not.
-        if subject.plugins.format(part.format).global_scale(torch.ones(()), part) is not None:
-            raise SchemeError(
-                "a KV cache grows token by token, so its tokens cannot share a scale",
-                facts=(("scheme", part),),
-                hint="--kv int8-asym-token-head",
-            )
+    dims = graph.dims
+    parts = ((scheme.keys, dims.head_dim), (scheme.values, dims.value_dim), (scheme.queries, dims.head_dim))
+    for part, width in parts:
+        if part is not None:
+            part.groups_of(width, layer="the KV cache")
 
 
 def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:
@@ -224,11 +228,12 @@ def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:
         SchemeError: Names the nearest that is for some.
     """
     for rule in scheme.rules:
-        if any(rule.matches(linear.name) for linear in graph.linears):
+        if any(rule.matches(linear.name) for linear in (*graph.linears, *graph.ends)):
             continue
         kinds = list(dict.fromkeys(linear.name.rpartition(".")[2] for linear in graph.linears))
         layers, experts = range(graph.dims.num_layers), range(graph.dims.experts)
         known = [*kinds, *(f"layers.{one}" for one in layers), *(f"experts.{one}" for one in experts)]
+        known += [end.name for end in graph.ends]
         known += dict.fromkeys(linear.spec.module for linear in graph.linears if linear.expert is None)
         nearest = (get_close_matches(rule.pattern, known, n=1, cutoff=0) or kinds)[0]
         raise SchemeError(

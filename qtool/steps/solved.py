@@ -1,15 +1,20 @@
-"""What mitigate has to say of what it solved, and which orders of methods it takes."""
+"""What mitigate has to say of what it solved, and what it refuses: orders of methods, a head that none can round."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
+from qtool.engine.block_problem import BlockMitigator
 from qtool.engine.model_problem import ModelMitigator
 from qtool.engine.problem import Retargeter
-from qtool.errors import UsageError
+from qtool.engine.saliency import SALIENCY
+from qtool.engine.starved import DEFAULT_SHARE
+from qtool.errors import NumericalError, UsageError
+from qtool.model.graph import LinearSite
 from qtool.steps.options import Configured
 
 
@@ -84,3 +89,61 @@ def check_order(methods: Sequence[Configured], written: str) -> None:
         before = "gptq" if methods[:-1] else "rtn"
         hint = "+".join((*(one.name for one in methods[:-1]), before, last.name))
         raise UsageError(f"`{last.name}` learns beside codes, and rounds nothing", hint=f"--method {hint}")
+
+
+def check_head(head: LinearSite, methods: Sequence[Configured], propagate: str, needs: Sequence[str]) -> None:
+    """Refuse a quantized head where no method rounds it, or what methods want to know of its input is nowhere.
+
+    Args:
+        head: The head.
+        methods: Left to right.
+        propagate: ``none`` without passes over the text.
+        needs: Statistics that solving reads.
+
+    Raises:
+        UsageError: Names what to do.
+    """
+    leading = takewhile(lambda one: not isinstance(one.method, BlockMitigator | ModelMitigator), methods)
+    if all(isinstance(one.method, Retargeter) for one in leading):
+        raise UsageError(
+            f"`{methods[0].name}` sees whole blocks, and `{head.name}`, which is to be quantized, is in none",
+            hint=f"--method {'+'.join(('gptq', *(one.name for one in methods)))}",
+        )
+    if SALIENCY in needs:
+        raise UsageError(
+            f"nobody gathers gradients at the output of `{head.name}`, which is to be quantized",
+            facts=(("needed by", "+".join(one.name for one in methods)),),
+            hint="--method gptq, which weighs the tokens in blocks by gradients all the same",
+        )
+    if propagate == "none" and needs:
+        raise UsageError(
+            f"statistics hold nothing of the input of `{head.name}`, which is to be quantized",
+            facts=(("needed", ", ".join(needs)),),
+            hint="--propagate quantized, which looks at it in passes over the text",
+        )
+
+
+def checked_share(share: float | None, experts: str) -> float:
+    """Return the share of even routing below which experts are starved.
+
+    Raises:
+        UsageError: It is none, or would have no effect.
+    """
+    if share is None:
+        return DEFAULT_SHARE
+    if experts != "routed":
+        raise UsageError("`expert_share` has an effect on statistics of routed tokens only", hint="--experts routed")
+    if not 0 <= share <= 1:
+        raise UsageError(f"`expert_share` is from 0 to 1, not {share:g}", hint=f"--expert-share {DEFAULT_SHARE}")
+    return share
+
+
+def check_counters(counters: Mapping[str, int], *, strict: bool) -> None:
+    """Refuse what was not as usual if the user wants that; of an artifact that is reused as of a new one."""
+    if strict and counters:
+        facts = tuple(sorted(counters.items()))
+        raise NumericalError(
+            "something unusual happened and --strict was given",
+            facts=facts,
+            hint="without --strict the same command goes on from here, and qtool inspect says what each of these means",
+        )

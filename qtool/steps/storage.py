@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
+
 from qtool.engine.storage import HALF, PARTS, foreseen_bytes, in_order, operator_bytes, stored_bytes
 from qtool.model.source import Model
 from qtool.plugins import Plugins
@@ -17,13 +19,16 @@ from qtool.steps.subjects import Opened
 
 STORAGE = "storage"
 
+_MULTIPLIER = 4
+"""Bytes of what multiplies all scales of a tensor."""
+
 
 @dataclass(frozen=True)
 class Storage:
     """Bytes by part.
 
     Attributes:
-        linears: Of the quantized linears, without biases and scales of activations.
+        linears: Of the linears of blocks, without biases and scales of activations.
         model: Of everything.
         weights: How many weights the linears have.
         values: How many values the model has.
@@ -73,13 +78,16 @@ def storage_of(opened: Opened) -> Storage | None:
     names = {f"{linear.name}.weight" for linear in model.graph.linears}
     weights = sum(counts[name] for name in names)
     others = sum(count for name, count in counts.items() if name not in names)
-    graph, plan = model.graph, opened.subject.plan
-    if f"{graph.family.head}.weight" not in counts and plan.unties_head(tied=graph.dims.tied):
+    graph, plan, ends = model.graph, opened.subject.plan, tuple(f"{end.name}." for end in model.graph.ends)
+    if f"{graph.family.head}.weight" not in counts and opened.subject.unties_head:
         others += counts[f"{graph.family.embedding}.weight"]
     if artifact is not None and artifact.manifest.kind == "quantized":
-        linears.update(stored_bytes(artifact.header.slots))
+        of_ends = {name: slot for name, slot in artifact.header.slots.items() if name.startswith(ends)}
+        linears.update(stored_bytes({k: slot for k, slot in artifact.header.slots.items() if k not in of_ends}))
+        whole.update(stored_bytes(of_ends))
+        others -= sum(prod(opened.subject.shape(end)) for end in opened.subject.coded_ends)
         linears["unquantized"] = HALF * sum(counts[f"{name}.weight"] for name in opened.subject.kept)
-        whole["inputs"] = linears.pop("inputs", 0)
+        whole["inputs"] += linears.pop("inputs", 0)
     else:
         linears["unquantized"] = HALF * weights
     at_linears, operators = operator_bytes(plan, graph)
@@ -100,13 +108,14 @@ def written_storage(model: Model, written: Mapping[str, Any]) -> Storage:
 
     Args:
         model: The original model.
-        written: Bytes of ``linears`` and ``model``; of the linears' ``parts`` too, if the exporter tells them apart.
+        written: Bytes of ``linears`` and ``model``; of the linears' ``parts`` too, if the exporter tells them apart,
+            and of those of what is quantized of its ``ends``.
     """
     counts = parameter_counts(model)
     weights = sum(counts[f"{linear.name}.weight"] for linear in model.graph.linears)
     parts = dict(written.get("parts") or {"codes": written["linears"]})
-    rest = written["model"] - sum(parts.values())
-    whole = Counter(parts)
+    whole = Counter(parts) + Counter(written.get("ends", {}))
+    rest = written["model"] - sum(whole.values())
     whole["unquantized"] += rest
     linears = {part: size for part, size in parts.items() if part != "inputs"}
     return Storage(in_order(linears), in_order(whole), weights, sum(counts.values()))
@@ -133,7 +142,8 @@ def cache_bits(scheme: ModelScheme, model: Model, plugins: Plugins) -> dict[str,
         rows, length = (width, size) if part.strategy == "channel" else (1, width)
         sizes = foreseen_bytes(replace(part, strategy="group", group_size=size), fmt, rows, eight * length)
         tokens = size if part.strategy == "channel" else 1
-        found[name] = heads * sum(sizes.values()) / tokens
+        shared = 0 if fmt.global_scale(torch.ones(()), part) is None else _MULTIPLIER
+        found[name] = heads * (sum(sizes.values()) - shared) / tokens
     return found
 
 

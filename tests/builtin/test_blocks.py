@@ -57,6 +57,45 @@ def test_a_square_is_scaled_by_its_largest_value(
             )
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(2, 4), (5, 3), (1, 4), (64, 2)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_need_not_be_squares(rows: int, columns: int, shape: tuple[int, int]) -> None:
+    weight = values_of(*shape)
+    of = layer(f"fp8-b{rows}x{columns}", weight)
+    for method in (lambda: RTN().quantize(of, ClipOptions()), lambda: GPTQ().quantize(of, GPTQConfig())):
+        found = method()
+        (parameters,) = found.parameters
+        tensors = linear_tensors("layer", found, of.grid)
+        assert tensors["layer.scale"].shape == (-(-shape[0] // rows), -(-shape[1] // columns))
+        assert _stored_bytes(*shape, of.grid) == sum(tensor.nbytes for tensor in tensors.values())
+        assert torch.equal(read_linear("layer", shape[1], tensors, of.grid).weight(of.grid), found.weight(of.grid))
+        for row, column in ((row, column) for row in range(shape[0]) for column in range(shape[1])):
+            stored = tensors["layer.scale"][row // rows, column // columns]
+            assert parameters.scale[row, column // columns] == stored
+    nearest = RTN().quantize(of, ClipOptions()).weight(of.grid)
+    for top in range(0, shape[0], rows):
+        for left in range(0, shape[1], columns):
+            block = (slice(top, top + rows), slice(left, left + columns))
+            scale = weight[block].abs().max() / 448
+            assert torch.equal(
+                nearest[block], (weight[block] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+            )
+
+
+def test_sides_of_blocks_are_written_and_read() -> None:
+    for text, sides in (("fp8-b4", (None, 4)), ("fp8-b4x4", (None, 4)), ("fp8-b2x4", (2, 4)), ("fp8-b8x4", (8, 4))):
+        scheme = parse_tensor_scheme(text, FORMATS.__getitem__)
+        assert (scheme.block_rows, scheme.group_size) == sides
+        assert parse_tensor_scheme(str(scheme), FORMATS.__getitem__) == scheme
+        assert ModelScheme.from_json(ModelScheme(weights=scheme).to_json()).weights == scheme
+    assert str(parse_tensor_scheme("fp8-b2x4", FORMATS.__getitem__)) == "fp8-sym-b2x4-sfp32"
+    assert "block_rows" not in str(ModelScheme(weights=parse_tensor_scheme("fp8-b4", FORMATS.__getitem__)).to_json())
+    assert parse_tensor_scheme("fp8-b2x4-g8", FORMATS.__getitem__).block_rows is None
+    for text in ("fp8-g2x4", "fp8-b0x4", "fp8-b2x", "fp8-bx4"):
+        with pytest.raises(SchemeError, match="cannot read"):
+            parse_tensor_scheme(text, FORMATS.__getitem__)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", ["fp32", "bf16", "e8m0"])
 def test_one_scale_a_square_is_stored_and_read_back(shape: tuple[int, int], scale: str) -> None:

@@ -215,6 +215,8 @@ def test_what_is_decoded_to_bfloat16_computes_the_same_in_bfloat16(
         ("fp8-channel-sbf16", "fp8-token", "float-quantized"),
         ("fp8-tensor", "fp8-tensor", "float-quantized"),
         ("fp8-b32-sbf16", "fp8-g32", "float-quantized"),
+        ("fp8-b16x32-sbf16", "fp8-g32", "float-quantized"),
+        ("fp8-b48x32", "fp8-g32", "float-quantized"),
     ],
 )
 def test_transformers_quantizes_activations_as_qtool_does(
@@ -661,7 +663,9 @@ REFUSED = [
     ("fp8-channel", "fp8-g32", "", "one scale a token", "--activations fp8-token"),
     ("mxfp4", "mxfp4-floor", "", "MXFP4 activations", "--activations mxfp4"),
     ("mxfp4", "int8-sym-token", "", "MXFP4 activations", "--activations mxfp4"),
-    ("int4-sym-g32", "", "fp4-g16-sfp32", "KV cache is FP8 or integers", "--kv fp8-tensor"),
+    ("int4-sym-g32", "", "nf4-g16-sfp32", "FP4 or integers, or 16 bits", "--kv fp8-tensor"),
+    ("int4-sym-g32", "", "fp4-g16-sfp16", "do not round them", "--kv fp4-sym-g16-sfp32"),
+    ("int4-sym-g32", "", "mxfp4-floor", "as `even` does", "--kv mxfp4-sym-g32-se8m0"),
     ("int4-sym-g32", "", "int8-asym-token-head", "do not round them", "--kv int8-asym-token-head-sfp32"),
     ("int4-sym-g32", "", "int8-sym-tensor-sfp32", "over all codes", "--kv int8-sym-tensor-sfp32-half"),
     ("int4-sym-g32", "", "fp8-tensor-c0.9", "the whole range", "--kv fp8-sym-tensor-sfp32"),
@@ -800,7 +804,7 @@ def test_a_shift_online_becomes_a_bias(make: Make) -> None:
     assert subject.plan.at("layers.0.attn_in").online == tuple(operators)
     linear = subject.model.graph.linears[0]
     bias = subject.folded(0)["self_attn.q_proj.bias"]
-    weight, moved = dense(subject, linear, bias)
+    weight, moved = dense(subject, linear, bias, torch.float64)
     x = torch.randn(5, 64, dtype=torch.float64, generator=generator)
     online = x
     for operator in operators:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -23,7 +24,7 @@ from qtool.builtin.exporters.gguf import FILE, GGUF, GGUFHalf
 from qtool.builtin.exporters.gguf_blocks import stored_blocks
 from qtool.builtin.exporters.gguf_types import choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary, split_name
-from qtool.engine.problem import QuantizedLinear
+from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, ModelError, QtoolError, SchemeError, UsageError
 from qtool.model.plan import Plan, Segment, SitePlan
@@ -36,7 +37,7 @@ from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
 from tests.builtin.layouts.conftest import changed
-from tests.builtin.packed import written
+from tests.builtin.packed import packed, written
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -113,9 +114,11 @@ def read(directory: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(directory / FILE).tensors}
 
 
-def linear_of(codes: list[list[int]], scale: list[list[float]], **others: list[list[float]] | float) -> QuantizedLinear:
+def linear_of(
+    codes: list[list[int]], scale: list[list[float]], *, bits: int = 4, **others: list[list[float]] | float
+) -> PackedLinear:
     parameters = GroupParameters(torch.tensor(scale), **{name: torch.tensor(one) for name, one in others.items()})
-    return QuantizedLinear(torch.tensor(codes, dtype=torch.uint8), (parameters,))
+    return packed(torch.tensor(codes, dtype=torch.uint8), parameters, bits)
 
 
 ORDER = [(7 * i + 3) % 16 for i in range(32)]
@@ -130,7 +133,7 @@ def test_the_bytes_of_one_block_of_each_type() -> None:
         q4_1 = stored_blocks(linear_of([ORDER], [[0.25]], **others), "Q4_1")
         assert bytes(q4_1[0].tolist()) == np.float16(0.25).tobytes() + np.float16(-1.25).tobytes() + nibbles
     wide = [(37 * i + 5) % 256 for i in range(32)]
-    q8_0 = stored_blocks(linear_of([wide], [[0.75]]), "Q8_0")
+    q8_0 = stored_blocks(linear_of([wide], [[0.75]], bits=8), "Q8_0")
     assert (
         bytes(q8_0[0].tolist())
         == np.float16(0.75).tobytes() + np.array(wide, np.int16).__sub__(128).astype(np.int8).tobytes()
@@ -139,8 +142,8 @@ def test_the_bytes_of_one_block_of_each_type() -> None:
     assert bytes(mxfp4[0].tolist()) == bytes([122]) + nibbles
     codes = [(5 * i + i // 16) % 16 for i in range(64)]
     nvfp4 = stored_blocks(linear_of([codes], [[0.5, 1.0, 1.5, 448.0]], global_scale=3.0), "NVFP4")
-    packed = [codes[16 * s + i] | codes[16 * s + 8 + i] << 4 for s in range(4) for i in range(8)]
-    assert bytes(nvfp4[0].tolist()) == bytes([0x30, 0x38, 0x3C, 0x7E, *packed])
+    nibbles = [codes[16 * s + i] | codes[16 * s + 8 + i] << 4 for s in range(4) for i in range(8)]
+    assert bytes(nvfp4[0].tolist()) == bytes([0x30, 0x38, 0x3C, 0x7E, *nibbles])
 
 
 @pytest.mark.parametrize("weights", [Q4_0, Q4_1, "int4-asym-g32-sfp16", HALF, "mxfp4", "nvfp4"])
@@ -164,9 +167,9 @@ def test_every_code_and_scale_is_decoded_by_the_official_package_as_by_qtool(plu
     elif not scheme.symmetric:
         scale = torch.ones_like(scale) * torch.tensor([-3.5, 2.0**-20, 1, 5, 100, 0.5]).reshape(-1, 1)
         parameters = GroupParameters(scale, zeros)
-    found = QuantizedLinear(codes, (parameters,))
+    found = packed(codes, parameters, form.bits)
     blocks = stored_blocks(found, kind).numpy()
-    ours = form.decode(codes.reshape(len(codes), -1, size), found.parameters[0]).reshape(codes.shape)
+    ours = form.decode(codes.reshape(len(codes), -1, size), found.parameters).reshape(codes.shape)
     theirs = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     assert torch.equal(torch.from_numpy(theirs.copy()), ours)
 
@@ -331,20 +334,99 @@ def test_corrections_are_refused_beside_codes_and_merged_in_float16(make: Make, 
     assert np.array_equal(stored.data, sum_.float().half().numpy())
 
 
-@pytest.mark.parametrize("place", ["codes", "scale", "order", "norm"])
-def test_a_file_that_reads_back_otherwise_is_an_error(make: Make, tmp_path: Path, place: str) -> None:
+BLOCK = {Q4_0: 18, Q4_1: 20, HALF: 34, "mxfp4": 17, "nvfp4": 36}
+ATTENTION = "blk.1.attn_q.weight"
+
+
+def altered(directory: Path, name: str, change: Callable[[bytearray], object]) -> None:
+    """Change the bytes of a tensor in a file."""
+    tensor, content = read(directory)[name], bytearray((directory / FILE).read_bytes())
+    own = content[tensor.data_offset : tensor.data_offset + tensor.n_bytes]
+    change(own)
+    content[tensor.data_offset : tensor.data_offset + tensor.n_bytes] = own
+    (directory / FILE).write_bytes(content)
+
+
+@pytest.mark.parametrize("weights", [*BLOCK, "int4-sym-channel"])
+def test_a_bit_of_a_code_a_scale_or_an_offset_is_noticed_anywhere(make: Make, tmp_path: Path, weights: str) -> None:
+    subject, block = make(weights), BLOCK.get(weights, 18)
+    written(GGUF(), subject, tmp_path / "out")
+    blocks = read(tmp_path / "out")[ATTENTION].n_bytes // block
+    places = {(0, 0), (0, 1), (0, block - 1), (blocks - 1, 0), *((5 * i % blocks, i) for i in range(block))}
+    for number, (whole, place) in enumerate(sorted(places)):
+
+        def flip(own: bytearray, at: int = whole * block + place, bit: int = 1 << number % 8) -> None:
+            own[at] ^= bit
+
+        altered(tmp_path / "out", ATTENTION, flip)
+        with pytest.raises(
+            ArtifactError, match=rf"`{re.escape(ATTENTION)}` that was written is not what was quantized"
+        ):
+            GGUF().verify(subject, tmp_path / "out")
+        altered(tmp_path / "out", ATTENTION, flip)
+    GGUF().verify(subject, tmp_path / "out")
+
+
+@pytest.mark.parametrize("weights", [Q4_0, "nvfp4"])
+def test_rows_blocks_and_tensors_in_another_order_are_noticed(make: Make, tmp_path: Path, weights: str) -> None:
+    def swapped(size: int) -> Callable[[bytearray], None]:
+        def swap(own: bytearray) -> None:
+            own[: 2 * size] = own[size : 2 * size] + own[:size]
+
+        return swap
+
+    subject = make(weights)
+    written(GGUF(), subject, tmp_path / "out")
+    row = read(tmp_path / "out")[ATTENTION].data.shape[-1]
+    other = "blk.0.attn_q.weight"
+    for name, size in ((ATTENTION, row), (other, row), (ATTENTION, 3 * row), ("blk.1.ffn_down.weight", BLOCK[weights])):
+        altered(tmp_path / "out", name, swapped(size))
+        with pytest.raises(ArtifactError, match=f"`{re.escape(name)}` that was written"):
+            GGUF().verify(subject, tmp_path / "out")
+        altered(tmp_path / "out", name, swapped(size))
+    found = read(tmp_path / "out")
+    (first, second) = (bytes(found[name].data.tobytes()) for name in (other, ATTENTION))
+    altered(tmp_path / "out", other, lambda own: own.__setitem__(slice(None), second))
+    altered(tmp_path / "out", ATTENTION, lambda own: own.__setitem__(slice(None), first))
+    with pytest.raises(ArtifactError, match=f"`{re.escape(other)}` that was written"):
+        GGUF().verify(subject, tmp_path / "out")
+
+
+def test_a_norm_that_reads_back_otherwise_is_an_error(make: Make, tmp_path: Path) -> None:
     subject = make(Q4_0)
     written(GGUF(), subject, tmp_path / "out")
-    tensor = read(tmp_path / "out")["blk.1.attn_norm.weight" if place == "norm" else "blk.1.attn_q.weight"]
-    content = bytearray((tmp_path / "out" / FILE).read_bytes())
-    start = tensor.data_offset
-    if place == "order":
-        row = tensor.data.shape[-1]
-        content[start : start + 2 * row] = content[start + row : start + 2 * row] + content[start : start + row]
-    else:
-        content[start + {"codes": 7, "scale": 0, "norm": 2}[place]] ^= 0x10
-    (tmp_path / "out" / FILE).write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"`blk\.1\.attn_.*` that was written is not what was quantized"):
+    altered(tmp_path / "out", "blk.1.attn_norm.weight", lambda own: own.__setitem__(2, own[2] ^ 0x10))
+    with pytest.raises(ArtifactError, match=r"`blk\.1\.attn_norm\.weight` that was written is not what was quantized"):
+        GGUF().verify(subject, tmp_path / "out")
+
+
+@pytest.mark.parametrize("weights", BLOCK)
+def test_the_official_package_decodes_a_block_of_every_scale(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: str
+) -> None:
+    subject, decode, wide = make(weights), gguf.dequantize, {"mxfp4": 1, "nvfp4": 1}.get(weights, 2)
+    written(GGUF(), subject, tmp_path / "out")
+    blocks = read(tmp_path / "out")[ATTENTION].data.reshape(-1, BLOCK[weights])
+    scales = {bytes(one) for one in blocks[:, : {"nvfp4": 4}.get(weights, wide)].reshape(-1, wide)}
+    seen: set[bytes] = set()
+
+    def watched(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        if kind.name != "F32" and data.dtype == np.uint8 and data.shape[-1] % BLOCK[weights] == 0:
+            some = data.reshape(-1, BLOCK[weights])[:, : {"nvfp4": 4}.get(weights, wide)].reshape(-1, wide)
+            seen.update(bytes(one) for one in some)
+        return decode(data, kind)
+
+    def wrong(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        values = decode(data, kind).copy()
+        if data.dtype == np.uint8 and kind.name != "BF16":
+            values.reshape(-1)[-1] += 1
+        return values
+
+    monkeypatch.setattr(gguf, "dequantize", watched)
+    GGUF().verify(subject, tmp_path / "out")
+    assert scales <= seen
+    monkeypatch.setattr(gguf, "dequantize", wrong)
+    with pytest.raises(ArtifactError, match="that was written is not what was quantized"):
         GGUF().verify(subject, tmp_path / "out")
 
 
@@ -357,7 +439,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
     subject = make(Q4_0)
     assert subject.quantized is not None
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    monkeypatch.setattr("shutil.copyfileobj", full)
     with pytest.raises(QtoolError, match="no space left"):
         pack(PackRequest(str(subject.quantized.path), to, tmp_path / "out"), workspace)
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]

@@ -573,6 +573,20 @@ class TestMixedGrids:
                 torch.testing.assert_close(ours.scale, theirs.scale)
             assert result.report == pytest.approx(alone.report, rel=1e-5)
 
+    @pytest.mark.parametrize("metric", ["hessian", "output"])
+    @pytest.mark.parametrize("parameters", ["static", "fresh"])
+    def test_each_group_is_clipped_by_its_own_part_of_the_hessian(self, parameters: Any, metric: Any) -> None:  # noqa: ANN401
+        of = mixed("int3-g16", "int3")
+        sizes = torch.logspace(-2, 2, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(3))]
+        of = replace(of, hessian=sizes.diag())  # nothing is updated, so that fresh groups are as static ones
+        search = {"clip": "search", "clip_metric": metric, "clip_norm": 2.0, "clip_grid": 40}
+        solved = GPTQ().quantize(of, GPTQConfig(parameters=parameters, order="natural", **search))
+        nearest = RTN().quantize(of, ClipOptions(**search))
+        alike = RTN().quantize(of, ClipOptions(**{**search, "clip_metric": "mse"}))
+        for own, theirs, other in zip(solved.parameters, nearest.parameters, alike.parameters, strict=True):
+            assert torch.equal(own.scale, theirs.scale)
+            assert not torch.equal(own.scale, other.scale)
+
     def test_better_channels_lower_the_error_and_the_correction_starts_from_it(self) -> None:
         plain, better = problem("int3-g16"), mixed("int3-g16", "int8", channels=32)
         for method in METHODS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from qtool.testing.tiny_models import decoded_logits, double_precision, exact_lo
 from tests.builtin.packed import written
 
 STATIC, PER_HEAD = "fp8-tensor-static", "fp8-head-static"
+ATTENTION, OF = "queries={0},keys={0},values={0}", ("tensor", "head")
 LAYERS, HEADS = 2, 2
 Seen = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -341,13 +343,10 @@ def test_without_passes_or_a_text_there_is_nothing_to_find_them_in(tiny: TinyMod
     ("kv", "nearest"),
     [
         ("fp8-static", "fp8-sym-tensor-sfp32-static"),
-        ("int8-asym-tensor-static", "--kv int8-sym-tensor-sbf16-static"),
-        ("int8-asym-static", "int8-sym-tensor-sbf16-static"),
-        ("keys=int8-asym-tensor-static,values=none", "--kv keys=int8-sym-tensor-sbf16-static,values=none"),
+        ("int8-asym-static", "int8-asym-tensor-sbf16-static"),
+        ("int8-asym-head-real-static", "int8-asym-head-sbf16-static"),
         ("fp8-token-head-static", "fp8-sym-tensor-sfp32-static"),
         ("keys=fp8-channel-g16-static,values=none", "fp8-sym-tensor-sfp32-static"),
-        ("fp8-head", "fp8-sym-head-sfp32-static"),
-        ("int8-asym-head", "int8-sym-head-sbf16-static"),
     ],
 )
 def test_combinations_that_mean_nothing_name_the_nearest(tiny: TinyModel, kv: str, nearest: str) -> None:
@@ -414,7 +413,7 @@ def test_checkpoints_hold_and_say_it(
         assert (said["strategy"], said["symmetric"], said["group_size"]) == (told.partition("-")[2], True, None)
     assert exported.details["bytes"]["parts"]["inputs"] == 2 * LAYERS * 4 * (HEADS if "head" in kv else 1)
     (case,) = read_checkpoint(out, lambda _: 8)
-    assert (case.cache, case.cache_format) == ("static", told)
+    assert (case.cache, f"{case.cache_format}-{case.cache_strategy}") == ("static", told)
     for consumer, device in (("vllm", "sm90"), ("vllm", "cpu")):
         answered = answer([case], consumer, device)
         assert answered.verdict in ("executes-other", "refuses")  # the smallest groups have no kernel
@@ -444,7 +443,12 @@ def test_checkpoints_hold_and_say_it(
 
 
 @pytest.mark.parametrize(
-    "kv", [STATIC, PER_HEAD, *(f"int{bits}-{of}-sfp32-static" for bits in range(2, 9) for of in ("tensor", "head"))]
+    "kv",
+    [
+        *(STATIC, PER_HEAD, ATTENTION.format(STATIC), ATTENTION.format(PER_HEAD), ATTENTION.format("fp8-tensor")),
+        *(ATTENTION.format(kv) for kv in ("int8-head-sfp32-static", "int8-asym-head-sfp32", "fp8-token-head")),
+        *(f"int{bits}{sign}-{of}-sfp32-static" for bits in range(2, 9) for sign in ("", "-asym") for of in OF),
+    ],
 )
 def test_transformers_rounds_the_cache_as_qtool_does(tiny: TinyModel, tmp_path: Path, kv: str) -> None:
     subject = rounded(tiny, "int8-sym-g8-sbf16", kv)
@@ -455,13 +459,21 @@ def test_transformers_rounds_the_cache_as_qtool_does(tiny: TinyModel, tmp_path: 
         if name.endswith("weight") and name in subject.model.places and "_proj" not in name:
             own.data = subject.model.tensor(name).float()
     with torch.no_grad():
-        theirs = module(windows).logits
+        theirs = torch.cat([module(window[None]).logits for window in windows])
     ours = logits_of(subject, windows)
     plain = logits_of(rounded(tiny, "int8-sym-g8-sbf16", "none"), windows)
     assert (theirs - ours).abs().mean() < 0.02 * (theirs - plain).abs().mean()
-    word, per = kv.partition("-")[0].upper(), " per head" if "head" in kv else ""
-    said = f"; KV cache in {word} with the scale that is stored{per}, rounded to bfloat16 ("
+    one = str(subject.scheme.keys)
+    word, per = one.partition("-")[0].upper(), " per head" if "head" in one else ""
+    per, asymmetric = " per group of 8" if "token-head" in one else per, ", asymmetric" if "asym" in one else ""
+    said = f"; {'queries and ' if 'queries' in kv else ''}KV cache in {word} with "
+    said += (
+        f"the scale that is stored{per}{asymmetric}, rounded" if "static" in kv else f"a dynamic scale{per}{asymmetric}"
+    )
     assert said in exported.consumers["transformers"]
+    if "queries" in kv:
+        keys = logits_of(replace(subject, scheme=replace(subject.scheme, kv=subject.scheme.keys)), windows)
+        assert (theirs - ours).abs().mean() < 0.1 * (keys - ours).abs().mean()
 
 
 def test_transformers_leaves_the_cache_beside_asymmetric_weights(tiny: TinyModel, tmp_path: Path) -> None:
@@ -485,9 +497,22 @@ def test_transformers_leaves_the_cache_beside_asymmetric_weights(tiny: TinyModel
         (ModelOpt(), "int8-tensor-static", "no other", "--kv fp8-sym-tensor-sfp32-static"),
         (ModelOpt(), PER_HEAD, "no other", "--kv fp8-sym-tensor-sfp32-static"),
         (CompressedTensors(), f"keys={STATIC},values={PER_HEAD}", "one scheme", f"--kv {PER_HEAD}"),
-        (CompressedTensors(), "fp4-head-static", "FP8 or integers", f"--kv {PER_HEAD}"),
+        (CompressedTensors(), "fp6_e3m2-head-static", "FP4 or integers", f"--kv {PER_HEAD}"),
         (CompressedTensors(), f"keys={STATIC},values=int8-tensor-static", "one scheme", f"--kv {STATIC}"),
-        (CompressedTensors(), "fp4-tensor-static", "FP8 or integers", f"--kv {STATIC}"),
+        (CompressedTensors(), "nf4-tensor-static", "FP4 or integers", f"--kv {STATIC}"),
+        (
+            CompressedTensors(),
+            ATTENTION.format("int8-asym-head-sfp32-static"),
+            "float16 where zero points",
+            f"--kv {ATTENTION.format('int8-sym-head-sfp32-static')}",
+        ),
+        (CompressedTensors(), "queries=none,keys=fp8-tensor,values=none", "one scheme", "--kv fp8-tensor"),
+        (
+            CompressedTensors(),
+            f"queries=int8-sfp32-tensor-half,keys={STATIC},values={STATIC}",
+            "queries may share",
+            f"--kv {ATTENTION.format(STATIC)}",
+        ),
         (CompressedTensors(), "int8-tensor-static-narrow", "all codes", "--kv int8-sym-tensor-sbf16-full-static"),
     ],
 )
@@ -516,8 +541,9 @@ def test_what_is_cached_as_a_latent_has_no_scales_of_keys(exporter: Exporter) ->
     [
         ({"strategy": None}, ""),
         ({"strategy": "attn_head"}, "another number of scales"),
-        ({"strategy": "channel"}, "a stored scale for keys and one for values"),
-        ({"symmetric": False}, "a stored scale for keys and one for values"),
+        ({"strategy": "channel"}, "scales that qtool does not have there"),
+        ({"symmetric": False}, "has no zero point"),
+        ({"symmetric": False, "type": "int"}, "calibrated zero points, and the checkpoint lacks one"),
         ({"dynamic": True}, "does not say that it is quantized with those"),
     ],
 )
@@ -550,22 +576,6 @@ def test_zero_points_that_are_0_are_left_out(tiny: TinyModel, tmp_path: Path) ->
     with pytest.raises(ArtifactError, match="a KV cache with zero points") as refused:
         open_packed(tmp_path, subject.plugins, cache=tmp_path)
     assert ("first", name) in refused.value.facts
-
-
-@pytest.mark.parametrize("leaf", ["q_scale", "k_global_scale"])
-def test_quantized_queries_are_not_dropped(tiny: TinyModel, tmp_path: Path, leaf: str) -> None:
-    subject = rounded(tiny, INT4)
-    CT.write(subject, tmp_path)
-    inputs = {"num_bits": 8, "type": "float", "dynamic": True, "symmetric": True, "strategy": "tensor"}
-    config, file = json.loads((tmp_path / "config.json").read_text()), tmp_path / "model.safetensors"
-    group = {"targets": ["LlamaAttention"], "weights": None, "input_activations": inputs}
-    config["quantization_config"]["config_groups"]["group_1"] = group
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SchemeError, match="a group without weights"):
-        open_packed(tmp_path, subject.plugins, cache=tmp_path)
-    save_file(load_file(file) | {f"model.layers.0.self_attn.{leaf}": torch.ones(1)}, file, {"format": "pt"})
-    with pytest.raises(ArtifactError, match="codes of what qtool does not quantize"):
-        open_packed(tmp_path, subject.plugins, cache=tmp_path)
 
 
 def test_stored_scales_that_no_config_speaks_of_are_not_dropped(tiny: TinyModel, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def arguments(text: str) -> Config | None:
         "symmetric": symmetric == "sym",
         "strategy": name,
         "group_size": int(size) if size else None,
+        **({"block_structure": [128, 128]} if name == "block" else {}),
         "dynamic": {"dynamic": True, "static": False, "local": "local"}[dynamic],
     }
 
@@ -100,3 +101,21 @@ INT8_ASYM = compressed("pack-quantized", "int8-asym-channel-static")
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 PER_ROW = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
 TOKEN_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-token-dynamic")
+ATTENTION = compressed("pack-quantized", "int4-sym-group64-static", cache="float8-sym-tensor-static")
+ATTENTION["config_groups"]["group_1"] = {
+    "targets": ["LlamaAttention"],
+    "weights": None,
+    "input_activations": arguments("float8-sym-tensor-static"),
+}
+TURNED, TURNED_CACHE, TURNED_STORED = (
+    compressed("pack-quantized", "int4-sym-group64-static", cache=cache)
+    | {
+        "transform_config": {
+            "config_groups": {
+                "hadamard_0": {"type": kind, "apply": [{"location": "q_attn"}, {"location": "k_cache"}]},
+            }
+        }
+    }
+    for kind, cache in (("hadamard", ""), ("hadamard", "float8-sym-tensor-static"), ("random-hadamard", ""))
+)
+ASYMMETRIC_CACHE = compressed("pack-quantized", "int4-sym-group64-static", cache="int8-asym-tensor-static")

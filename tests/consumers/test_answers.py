@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 
@@ -10,6 +11,8 @@ from qtool.consumers.case import Case, cases_of
 from qtool.consumers.table import answer, devices_of, said
 from qtool.errors import UsageError
 from tests.consumers.known import (
+    ASYMMETRIC_CACHE,
+    ATTENTION,
     AWQ,
     CACHED,
     CACHED_STATIC,
@@ -56,6 +59,9 @@ from tests.consumers.known import (
     STATIC_W8A8,
     TENSOR_W8A8,
     TOKEN_CACHE,
+    TURNED,
+    TURNED_CACHE,
+    TURNED_STORED,
     W4A4,
     W4A16,
     W8A8,
@@ -145,6 +151,7 @@ A16 = "W4A16: activations are not quantized"
 DECODED = f"{A16}, weights are decoded to bfloat16"
 FP8_CACHE, EACH_HEAD = f"{A16}; FP8 KV cache with the ", "with the scale that is stored per head"
 NO_BACKEND = "No valid attention backend found"
+NO_MODULE = "There is no module or parameter named"
 NO_INTEGERS = "Currently supported kv cache quantization is num_bits=8, type=float"
 
 
@@ -175,11 +182,27 @@ NO_INTEGERS = "Currently supported kv cache quantization is num_bits=8, type=flo
         (W8A8, "vllm", ("sm100",), "refuses", "refused: CUTLASS has no INT8 on SM100", NO_INT8),
         (HEAD_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
         (TOKEN_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is", NO_STRATEGY),
+        (TOKEN_CACHE, "sglang", ("sm80", "sm90"), "executes-other", f"{A16}; the KV cache is NOT quantized", ""),
+        (TOKEN_CACHE, "transformers", ("any",), "loads", f"{DECODED}; KV cache in FP8 with a dynamic scale per", ""),
         (STATIC_HEADS, "vllm", ("sm75", "sm80", "sm89"), "refuses", "refused: only its FlashAttention 3", NO_BACKEND),
         (STATIC_HEADS, "vllm", ("sm90", "sm100"), "executes-other", f"{FP8_CACHE}scales that are stored, a head", ""),
         (STATIC_HEADS, "vllm", ("cpu",), "executes-other", f"{FP8_CACHE}largest of the scales of a block's heads", ""),
         (STATIC_HEADS, "sglang", ("sm80", "sm90"), "executes-other", f"{A16}; the KV cache is NOT quantized", ""),
         (STATIC_HEADS, "transformers", ("any",), "loads", f"{DECODED}; KV cache in FP8 {EACH_HEAD}", ""),
+        (ATTENTION, "transformers", ("any",), "loads", f"{DECODED}; queries and KV cache in FP8 with the scale", ""),
+        (ATTENTION, "vllm", ("sm80", "sm90"), "loads", f"{A16}; FP8 KV cache and, in FlashAttention and Triton,", ""),
+        (ATTENTION, "vllm", ("cpu",), "executes-other", f"{FP8_CACHE}scales that are stored, but rounded toward", ""),
+        (ATTENTION, "sglang", ("sm90",), "refuses", "refused: it looks for weights in every group of the config", ""),
+        (TURNED, "transformers", ("any",), "loads", f"{DECODED}; queries and keys are not rotated, which change", ""),
+        (TURNED, "vllm", ("sm90", "cpu"), "loads", f"{A16}; queries and keys are not rotated, which changes not", ""),
+        (TURNED, "sglang", ("sm90",), "loads", f"{A16}; queries and keys are not rotated, which changes nothing", ""),
+        (TURNED_CACHE, "transformers", ("any",), "executes-other", "cannot be read by from_pretrained alone", ""),
+        (TURNED_CACHE, "vllm", ("cpu",), "executes-other", f"{FP8_CACHE}scales that are stored, but rounded tow", ""),
+        (TURNED_CACHE, "sglang", ("sm90",), "executes-other", f"{A16}; FP8 KV cache; queries and keys are NOT r", ""),
+        (TURNED_STORED, "vllm", ("sm90", "cpu"), "refuses", "refused: it has no place for the matrix", NO_MODULE),
+        (ASYMMETRIC_CACHE, "transformers", ("any",), "loads", f"{DECODED}; KV cache in INT8 with the scale that", ""),
+        (ASYMMETRIC_CACHE, "vllm", ("sm90",), "refuses", "refused: a KV cache is FP8", ""),
+        (ASYMMETRIC_CACHE, "vllm", ("cpu",), "refuses", "refused: a KV cache is FP8", NO_INTEGERS),
         (INTEGER_HEADS, "vllm", ("sm90",), "refuses", "refused: a KV cache is FP8", ""),
         (INTEGER_HEADS, "vllm", ("cpu",), "refuses", "refused: a KV cache is FP8", NO_INTEGERS),
         (INTEGER_HEADS, "sglang", ("sm80", "sm90"), "executes-other", f"{A16}; the KV cache is NOT quantized", ""),
@@ -342,7 +365,7 @@ def test_of_several_kinds_of_linears_the_worst_counts() -> None:
 
 
 def test_what_no_rule_speaks_of_makes_the_rest_unknown() -> None:
-    cached = compressed("pack-quantized", "int4-sym-group64-static", cache="float4-sym-tensor-static")
+    cached = compressed("pack-quantized", "int4-sym-group64-static", cache="float6-sym-tensor_group16-local")
     assert asked(cached, "transformers", "any").says == "unknown: no rule speaks of cache"
     assert asked(W8A16_FP8, "vllm", "cpu", experts=True).verdict == "refuses"
     assert asked(MXFP8, "transformers", "any", experts=True, online="hadamard").verdict == "refuses"
@@ -374,3 +397,14 @@ def test_an_unknown_consumer_names_the_nearest() -> None:
     with pytest.raises(UsageError) as refused:
         devices_of("llamacpp")
     assert refused.value.hint == "--for llama.cpp"
+
+
+def test_of_blocks_that_are_not_128_by_128_nothing_is_known_of_engines() -> None:
+    config = deepcopy(FP8_BLOCK)
+    config["config_groups"]["group_0"]["weights"]["block_structure"] = [64, 128]
+    for consumer in ("vllm", "sglang"):
+        assert asked(FP8_BLOCK, consumer, "sm90").verdict == "loads"
+        assert asked(config, consumer, "sm90").verdict == "unknown"
+    assert asked(config, "transformers", "any").verdict == "loads"
+    config["config_groups"]["group_0"]["weights"]["block_structure"] = "128x128"
+    assert asked(config, "vllm", "sm90").verdict == "loads"

@@ -70,10 +70,10 @@ READ = {
     "auto-round": Case("gptq", "gptq", **FOUR),
     "AutoAWQ": Case("awq", "gemm", **FOUR, symmetric=False),
     "AutoAWQ, older": Case("awq", "gemm", **FOUR, symmetric=False),
-    "DeepSeek": Case("fp8", "e4m3", bits=8, strategy="block", group_size=128, inputs="dynamic", input_bits=8,
-                     input_type="float", input_strategy="group", input_group_size=128),
+    "DeepSeek": Case("fp8", "e4m3", bits=8, strategy="block", group_size=128, block="128x128", inputs="dynamic",
+                     input_bits=8, input_type="float", input_strategy="group", input_group_size=128),
     "ModelOpt": Case("modelopt", "NVFP4", **FP4, inputs="local", input_bits=4, input_type="float",
-                     input_strategy="tensor_group", cache="static", cache_format="fp8-tensor"),
+                     input_strategy="tensor_group", cache="static", cache_format="fp8", cache_strategy="tensor"),
 }  # fmt: skip
 STORED = {"compressed-tensors": "weight_scale", "gptq": "qweight", "awq": "qweight", "modelopt": "weight_scale"}
 STORED["fp8"] = "weight_scale_inv"

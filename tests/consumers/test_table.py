@@ -50,7 +50,10 @@ def configs() -> Iterator[Config | None]:
         "float8-sym-attn_head-static",
         "int8-sym-tensor-static",
         "int8-sym-attn_head-static",
+        "int8-asym-tensor-static",
+        "float4-sym-tensor_group16-local",
         "int4-asym-group32-dynamic",
+        "float8-sym-token-dynamic",
     )
     for sign, cached in product(signs, caches):
         yield compressed("pack-quantized", f"int4-{sign}-group96-static", "", cached)
@@ -104,7 +107,18 @@ def cases() -> tuple[Case, ...]:
     made += [
         replace(case, online=kind, biased=biased) for case in plain for kind, biased in product(ONLINE, (True, False))
     ]
+    made += [replace(case, queries=True) for case in plain if case.cache != "none" and case.method != "modelopt"]
+    made += [replace(case, turned=kind) for case in plain if case.method == "compressed-tensors" for kind in ONLINE]
     made += [replace(case, **alike) for case in plain if case.method in METHODS for alike in SEVERAL]
+    alone = [case for case in plain if case.method == "compressed-tensors" and case.inputs == case.cache == "none"]
+    made += [replace(case, head=how) for case in alone for how in ("named", "unnamed")]
+    integers = ("int5-sym-channel-static", "int2-sym-group64-static")
+    embeddings = [*alone, *(case for one in integers for case in cases_of(compressed("pack-quantized", one)))]
+    made += [
+        replace(case, embedding=how, decoded=decoded)
+        for case in embeddings
+        for how, decoded in product(("class", "named"), (True, False))
+    ]
     made += [replace(case, inputs=how) for case in plain if case.layout == "FP8" for how in ("dynamic", "static")]
     made += [Case("gguf", kind, bits=4) for kind in ("F16", "Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4", "Q4_K")]
     return tuple(dict.fromkeys(made))
@@ -175,11 +189,11 @@ def test_a_rule_is_well_formed(rule: Rule) -> None:
         assert set(condition) <= FIELDS
     assert rule.when.get("method")
     assert rule.part in (*PARTS, "kernel")
-    if rule.part in ("linears", "experts", "cache", "online", "groups"):
+    if rule.part in ("linears", "experts", "cache", "turned", "online", "groups", "head", "embedding"):
         assert rule.verdict in VERDICTS
         assert rule.verdict != "unknown"
         assert (rule.verdict == "refuses") <= rule.says.startswith(("refused: ", UNREADABLE))
-        assert (rule.says == "") <= (rule.part in ("experts", "groups"))
+        assert (rule.says == "") <= (rule.part in ("experts", "groups", "head", "embedding"))
     else:
         assert not rule.verdict
     assert rule.part == "linears" or rule.says.startswith((";", "refused: ", UNREADABLE)) or not rule.says

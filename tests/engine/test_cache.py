@@ -38,7 +38,7 @@ def scheme_of(text: str, plugins: Plugins) -> ModelScheme:
 
 def rounding_of(text: str, plugins: Plugins) -> CacheRounding:
     scheme = scheme_of(text, plugins)
-    found = CacheRounding.of(scheme.keys, scheme.values, plugins.format)
+    found = CacheRounding.of(scheme, plugins.format)
     assert found is not None
     return found
 
@@ -226,6 +226,8 @@ def test_gradients_pass_through_rounded_keys(plugins: Plugins) -> None:
         ("keys=fp8-token", "`token` means nothing for kv", "keys=fp8-sym-token-head-sfp32,values=none"),
         ("keys=int8,keys=int4", "cannot read the scheme of a cache", ""),
         ("heads=int8", "cannot read the scheme of a cache", ""),
+        ("queries=int4-channel-g32,keys=int8", "means nothing for values and queries",
+         "queries=int4-sym-g32-sbf16,keys=int8-sym-token-head-sbf16,values=none"),
         ("keys=int4-o6,values=none", "kv have no outlier columns", "keys=int4-sym-token-head-sbf16,values=none"),
         ("keys=int8-tensor-static,values=int4-channel", "means nothing for values",
          "keys=int8-sym-tensor-sbf16-static,values=int4-sym-token-head-sbf16"),
@@ -256,6 +258,15 @@ def test_a_cache_is_written_as_it_is_read(plugins: Plugins, text: str) -> None:
     assert scheme_of(str(scheme.kv), plugins).kv == scheme.kv
     words = text.replace("keys=", "").replace("values=", "").split(",")
     assert [str(one or "none") for one in (scheme.keys, scheme.values)][: len(words)] == words
+
+
+def test_queries_are_written_as_they_are_read(plugins: Plugins) -> None:
+    text = "queries=fp8-sym-head-sfp32-static,keys=int4-sym-token-head-sbf16,values=none"
+    scheme = scheme_of(text, plugins)
+    assert str(scheme.kv) == text
+    assert ModelScheme.from_json(scheme.to_json()) == scheme
+    assert (scheme.queries, scheme.every("kv")) == (scheme.every("kv")[1], (scheme.keys, scheme.queries))
+    assert "queries" not in scheme_of("keys=int8,values=none", plugins).to_json()["kv"]
 
 
 def test_the_same_for_both_is_one_scheme(plugins: Plugins) -> None:

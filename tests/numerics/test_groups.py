@@ -27,6 +27,14 @@ def test_a_tensor_is_one_group() -> None:
     assert to_groups(numbered(2, 3), "tensor").tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
+def test_a_head_of_all_tokens_is_a_group() -> None:
+    x = numbered(2, 3, 2, 2)
+    groups = to_groups(x, "head")
+    assert groups.shape == (2, 3, 1, 1, 4)
+    assert groups[1, 2, 0, 0].tolist() == x[1, 2].flatten().tolist()
+    assert torch.equal(from_groups(groups, x.shape), x)
+
+
 @pytest.mark.parametrize(("strategy", "size"), [("tensor", None), ("channel", None), ("token", None), ("group", 4)])
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 5, 8)])
 def test_from_groups_undoes_to_groups(strategy: str, size: int | None, shape: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from qtool.errors import SchemeError
 from qtool.numerics.integers import fit_offset
 from qtool.plugins import Plugins
 from qtool.scheme import GroupParameters, ScaleFormat, TensorScheme, parse_tensor_scheme
+from tests.builtin.packed import packed
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Q4_1 = "int4-asym-g32-offset-sfp16"
@@ -71,7 +72,7 @@ def test_weights_of_this_form_with_both_ends_in_use_decode_to_themselves(far: fl
     codes = torch.stack([torch.randperm(32, generator=generator) % 16 for _ in range(64)]).reshape(8, 256)
     scale = (0.001 + torch.rand(8, 8, generator=generator) / 10).half().float()
     offset = (torch.randn(8, 8, generator=generator) + far).half().float()
-    blocks = stored_blocks(QuantizedLinear(codes.to(torch.uint8), (GroupParameters(scale, offset=offset),)), "Q4_1")
+    blocks = stored_blocks(packed(codes.to(torch.uint8), GroupParameters(scale, offset=offset), 4), "Q4_1")
     weight = torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.Q4_1).copy())
     found, grid = rounded(weight, Q4_1, plugins), grid_of(Q4_1, plugins)
     assert torch.equal(found.weight(grid), weight)
@@ -80,13 +81,14 @@ def test_weights_of_this_form_with_both_ends_in_use_decode_to_themselves(far: fl
     assert torch.equal(parameters.scale, scale)
     assert parameters.offset is not None
     assert torch.equal(parameters.offset, offset)
-    assert torch.equal(stored_blocks(found, "Q4_1"), blocks)
+    assert torch.equal(stored_blocks(packed(found.codes, parameters, 4), "Q4_1"), blocks)
 
 
 def test_random_blocks_are_decoded_by_the_official_package_as_by_qtool(plugins: Plugins) -> None:
     weight = torch.randn(20, 96, generator=torch.Generator().manual_seed(2)) * torch.logspace(-4, 1, 20).unsqueeze(1)
     found = rounded(weight, Q4_1, plugins)
-    theirs = gguf.dequantize(stored_blocks(found, "Q4_1").numpy(), gguf.GGMLQuantizationType.Q4_1)
+    blocks = stored_blocks(packed(found.codes, found.parameters[0], 4), "Q4_1")
+    theirs = gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType.Q4_1)
     assert np.array_equal(theirs, found.weight(grid_of(Q4_1, plugins)).numpy())
 
 

@@ -37,6 +37,7 @@ def tiny() -> Iterator[TinyModel]:
         ("keys=fp8-channel-g16,values=none", 8 * (8 + 32 / 16), 8 * 16),
         ("keys=none,values=fp8-tensor", 8 * 16, 8 * 8),
         ("fp4-g8-se8m0", 8 * 4 + 8, 8 * 4 + 8),
+        ("fp4-g4-se4m3", 8 * 4 + 2 * 8, 8 * 4 + 2 * 8),
     ],
 )
 def test_bits_of_a_token(tiny: TinyModel, kv: str, keys: float, values: float) -> None:

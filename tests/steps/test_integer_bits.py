@@ -27,7 +27,7 @@ def rounded(x: Tensor, bits: int, rule: str, plugins: Plugins) -> Tensor:
     scheme = read_scheme("", dict.fromkeys(("weights", "activations", "kv"), f"int{bits}-{rule}-g32"), plugins)
     assert isinstance(scheme.kv, TensorScheme)
     assert scheme.weights == scheme.activations == scheme.kv
-    cache = CacheRounding.of(scheme.keys, scheme.values, plugins.format)
+    cache = CacheRounding.of(scheme, plugins.format)
     found = Rounding(Grid.of(scheme.kv, plugins.format(scheme.kv.format)))(x)
     assert cache is not None
     assert all(torch.equal(one, found) for one in cache.by_token(x, x))

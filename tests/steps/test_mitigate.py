@@ -271,6 +271,15 @@ class TestRoundToNearest:
         assert {one.reads for one in content.adapters.values()} == {"full"}
 
 
+def test_weights_are_folded_in_float32_whatever_passes_are_computed_in(desk: Desk) -> None:
+    plan, _ = transform(TransformRequest(str(desk.calibrate().path), "quarot"), desk.workspace)
+    asked = MitigateRequest(str(plan.path), "rtn", weights(desk, "int8"))
+    short, wide = (mitigate(replace(asked, dtype=dtype), desk.workspace)[0] for dtype in ("bfloat16", "float32"))
+    assert short.manifest.key != wide.manifest.key
+    for name in wide.names():
+        assert torch.equal(short.tensor(name), wide.tensor(name)), name
+
+
 class TestPropagation:
     def test_the_first_block_sees_the_same_and_the_second_what_is_quantized(self, desk: Desk) -> None:
         statistics = str(desk.calibrate(token_weight="uniform").path)
@@ -651,10 +660,10 @@ class TestRefusals:
         error = self.refused(desk, SchemeError, "means nothing for", MitigateRequest(str(desk.model), "rtn", asked))
         assert error.hint == f"nearest that works: {hint}"
 
-    def test_a_cache_whose_tokens_would_share_a_multiplier(self, desk: Desk) -> None:
+    def test_a_cache_whose_scales_have_a_multiplier_that_nothing_was_seen_of(self, desk: Desk) -> None:
         request = MitigateRequest(str(desk.model), "rtn", scheme(desk.workspace, weights="int4", kv="fp4-g8-se4m3"))
-        error = self.refused(desk, SchemeError, "its tokens cannot share a scale", request)
-        assert error.hint == "--kv int8-asym-token-head"
+        error = self.refused(desk, UsageError, "needs statistics", request)
+        assert error.hint.startswith("qtool calibrate MODEL")
 
     def test_weights_that_stay_as_they_are(self, desk: Desk) -> None:
         request = MitigateRequest(str(desk.model), "rtn", scheme(desk.workspace, activations="int8-token"))

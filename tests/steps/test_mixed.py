@@ -141,7 +141,7 @@ class TestPatterns:
             ("int4,dwn_proj=int8", "--weights SCHEME,down_proj=int8"),
             ("int4,layers.2=none", r"--weights SCHEME,layers\.[01]=none"),
             ("int4,mlp.gate_prj=none", "--weights SCHEME,mlp.gate_proj=none"),
-            ("int4,lm_head=int8", "--weights SCHEME,"),
+            ("int4,lm_hed=int8", "--weights SCHEME,lm_head=int8"),
         ],
     )
     def test_one_that_is_for_no_linear_names_the_nearest(self, desk: Desk, text: str, hint: str) -> None:

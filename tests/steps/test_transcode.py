@@ -64,6 +64,7 @@ PATHS = [
     ("int8-sym-channel", "int8-sym-token-sfp32-half", "hf"),
     ("mxfp6_e2m3", "mxfp8-rceil", "hf"),
     ("mxfp8", "", "hf"),
+    ("fp8-b16x32", "fp8-g32", "hf"),
     ("nvfp4", "", "modelopt"),
     ("fp8-channel", "fp8-token", "modelopt"),
     ("fp8-tensor-sbf16", "fp8-tensor", "modelopt"),
@@ -255,13 +256,17 @@ def test_what_is_more_than_codes_is_refused(
         pack(PackRequest(str(odd), "gptq"), workspace)
 
 
-def test_a_head_of_codes_and_a_linear_without_are_refused(
-    quantize: Quantize, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_other_codes_and_linears_without_are_refused(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
     packed = pack(PackRequest(quantize("int4-sym-g32"), "compressed-tensors"), workspace)[0].path
-    head = edited(foreign(packed, tmp_path / "head"), **{"lm_head.weight_scale": torch.ones(24, 2)})
-    with pytest.raises(QtoolError, match="does not quantize"):
-        pack(PackRequest(str(head), "gptq"), workspace)
+    reasons = {
+        "model.norm": "does not quantize",
+        "lm_head": "scales and no codes",
+        "model.embed_tokens": "which is tied to it",
+    }
+    for name, reason in reasons.items():
+        odd = edited(foreign(packed, tmp_path / name), **{f"{name}.weight_scale": torch.ones(24, 2)})
+        with pytest.raises(QtoolError, match=reason):
+            pack(PackRequest(str(odd), "hf"), workspace)
     plain = foreign(packed, tmp_path / "plain")
     tensors = load_file(plain / "model.safetensors")
     del tensors[f"{NAME}.weight_packed"]

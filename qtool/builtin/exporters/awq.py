@@ -78,23 +78,25 @@ class AWQ(IntegerWords):
 
 
 def _pack(stream: UInt8[Tensor, "out bytes"]) -> Int32[Tensor, "in words"]:
-    """Return codes, of which a byte holds those of two inputs, with those of eight outputs in a word."""
+    """Return codes, of which a byte holds those of two inputs, with those of eight outputs in a word.
+
+    Words are made along the inputs, as bytes lie, and then turned whole.
+    """
     lanes = stream.reshape(-1, _LANES, stream.shape[1])
-    words = stream.new_empty(stream.shape[1], 2, len(lanes), _LANES // 2)
+    words = stream.new_empty(len(lanes), stream.shape[1], 2, _LANES // 2)
     for byte, (low, high) in enumerate(zip(_ORDER[::2], _ORDER[1::2], strict=True)):
-        one, other = lanes[:, low].T, lanes[:, high].T
-        words[:, 0, :, byte] = one & 0xF | other << 4
-        words[:, 1, :, byte] = one >> 4 | other & 0xF0
-    return words.view(torch.int32).reshape(-1, len(lanes))
+        one, other = lanes[:, low], lanes[:, high]
+        words[:, :, 0, byte] = one & 0xF | other << 4
+        words[:, :, 1, byte] = one >> 4 | other & 0xF0
+    return words.view(torch.int32).reshape(len(lanes), -1).T.contiguous()
 
 
 def _unpack(words: Int32[Tensor, "in words"]) -> UInt8[Tensor, "out bytes"]:
     """Undo ``_pack``."""
-    count = words.shape[1]
-    pairs = words.T.contiguous().view(torch.uint8).reshape(count, -1, 2, _LANES // 2)
-    lanes = pairs.new_empty(count, _LANES, pairs.shape[1])
+    pairs = words.T.contiguous().view(torch.uint8).reshape(words.shape[1], -1, _LANES).transpose(1, 2).contiguous()
+    lanes = torch.empty_like(pairs)
     for byte, (low, high) in enumerate(zip(_ORDER[::2], _ORDER[1::2], strict=True)):
-        one, other = pairs[:, :, 0, byte], pairs[:, :, 1, byte]
+        one, other = pairs[:, byte], pairs[:, byte + _LANES // 2]
         lanes[:, low] = one & 0xF | other << 4
         lanes[:, high] = one >> 4 | other & 0xF0
     return lanes.flatten(0, 1)

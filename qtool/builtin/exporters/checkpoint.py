@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -76,16 +76,19 @@ class Sizes:
         linears: Of the quantized linears, without biases and scales of inputs.
         model: Of everything.
         parts: Of the quantized linears and the scales of their inputs, by part; see ``qtool.engine.storage``.
+        ends: Of a quantized head or embedding, likewise; they are none of those linears.
     """
 
     linears: int
     model: int
     parts: Mapping[str, int]
+    ends: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, parts: Mapping[str, int], model: int) -> Sizes:
+    def of(cls, parts: Mapping[str, int], model: int, ends: Mapping[str, int] = MappingProxyType({})) -> Sizes:
         """Return the sizes of a checkpoint from the bytes of each part, and of everything."""
-        return cls(sum(size for part, size in parts.items() if part != "inputs"), model, in_order(parts))
+        linears = sum(size for part, size in parts.items() if part != "inputs")
+        return cls(linears, model, in_order(parts), in_order(ends))
 
 
 def write_checkpoint(
@@ -102,10 +105,11 @@ def write_checkpoint(
     Args:
         subject: Gives everything but the linears' weights.
         directory: The folder.
-        linear_tensors: Makes what is stored in place of a linear's weight, as it is to be stored.
+        linear_tensors: Makes what is stored in place of a linear's weight, as it is to be stored, and in place of those
+            of a quantized head and embedding, of which it is given no tensors.
         dtype: What floating-point tensors that are not quantized are stored in.
         quantization: ``quantization_config`` of the config, or None.
-        calibrated: Scales that are no linear's, by full name, stored as they are.
+        calibrated: Scales, and matrices of rotations, that are no linear's, by full name, stored as they are.
 
     Returns:
         The bytes written.
@@ -116,10 +120,16 @@ def write_checkpoint(
     """
     model, graph = subject.model, subject.model.graph
     cast = _Cast(model, dtype)
-    shards, parts = Shards(directory), Counter[str]()
+    shards, parts, of_ends = Shards(directory), Counter[str](), Counter[str]()
     ends = stored_ends(subject, dtype)
     shards.add(as_stored(model, cast(ends)) | as_stored(model, calibrated))
-    parts["inputs"] += sum(tensor.nbytes for tensor in calibrated.values())
+    for end in subject.coded_ends:
+        stored = linear_tensors(end, {})
+        shards.add(as_stored(model, {f"{end.name}.{name}": tensor for name, tensor in stored.items()}))
+        for name, tensor in stored.items():
+            of_ends[_part_of(name, tensor)] += tensor.nbytes
+    for name, tensor in calibrated.items():
+        parts["operators" if name.endswith(".weight") else "inputs"] += tensor.nbytes
     for layer in range(graph.dims.num_layers):
         state = subject.beside(layer, torch.float32)
         made: dict[str, Tensor] = {}
@@ -140,14 +150,14 @@ def write_checkpoint(
         _refuse_new_biases(subject, others | made)
         shards.add(as_stored(model, cast(others) | made))
     blocks = tuple(f"{graph.block_name(layer)}." for layer in range(graph.dims.num_layers))
-    known = {*ends, f"{model.family.head}.weight"}
+    known = {*ends, *(f"{end.name}.weight" for end in graph.ends)}
     rest = [name for name in model.places if not name.startswith(blocks) and name not in known]
     for names in _batches(model, [name for name in model.places if name in {*rest, *model.left_alone}]):
         shards.add(as_stored(model, cast({name: model.tensor(name) for name in names})))
     shards.finish()
     _write_config(subject, directory, dtype, quantization)
     _copy_files(model.path, directory)
-    return Sizes.of(parts, shards.total)
+    return Sizes.of(parts, shards.total, of_ends)
 
 
 def _part_of(name: str, tensor: Tensor) -> str:
@@ -220,7 +230,7 @@ def stored_ends(subject: Subject, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return embedding, final norm, head and what else writes the residual, without a head that is still tied."""
     ends, model = subject.ends(dtype), subject.model
     head, tied = f"{model.family.head}.weight", model.graph.dims.tied
-    if tied and not subject.plan.unties_head(tied=tied) and not model.has(head):
+    if tied and not subject.unties_head and not model.has(head):
         del ends[head]
     return ends
 
@@ -247,7 +257,7 @@ def _write_config(
             (part or {}).pop(replaced, None)
         if part is not None:
             part["torch_dtype"] = str(dtype).removeprefix("torch.")
-            part["tie_word_embeddings"] = tied and not subject.plan.unties_head(tied=tied)
+            part["tie_word_embeddings"] = tied and not subject.unties_head
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
     write_json(directory / CONFIG, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor, compress_module
+from compressed_tensors.compressors.base import COMPRESSIBLE_MODULE_TYPES
 from compressed_tensors.quantization import QuantizationScheme, apply_quantization_config
 from compressed_tensors.utils import match_targets
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from transformers import AutoConfig, CompressedTensorsConfig
 
 from qtool.builtin.exporters.cache_scales import (
     IN_ATTENTION,
+    attention_classes,
     cache_scales,
     check_cache_scales,
+    check_hooked_attentions,
     compare_cache_scales,
 )
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
@@ -26,10 +29,11 @@ from qtool.builtin.exporters.ct_config import quantization_config
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype, choose_layout, with_groups_in_cache
 from qtool.builtin.exporters.ct_tensors import global_divisor, stored_tensors
 from qtool.builtin.exporters.ct_transforms import (
-    InputTransform,
+    OnlineTransform,
     expect_matrices,
-    input_transforms,
     matrices_of,
+    matrices_of_attentions,
+    online_transforms,
     transform_config,
     verify_transforms,
 )
@@ -59,7 +63,7 @@ from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear, one_thread, take_rows
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
-from qtool.model.graph import LinearSite
+from qtool.model.graph import TOKENS, LinearSite
 from qtool.model.source import Model
 from qtool.scheme import ModelScheme
 
@@ -90,7 +94,8 @@ class CompressedTensors(PackedSource):
         _dtype(subject)
         refuse_mixed_experts(subject, "compressed-tensors")
         refuse_all_but_codes(subject, "compressed-tensors", online=True)
-        input_transforms(subject)
+        if any(one.of_attentions for one in online_transforms(subject)) or subject.cache is not None:
+            check_hooked_attentions(subject)
         if subject.scheme.scale_per_head:
             raise UsageError(
                 "compressed-tensors has one activation scheme for all linears, without a scale per head at o_proj",
@@ -101,11 +106,16 @@ class CompressedTensors(PackedSource):
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the checkpoint into an empty folder."""
         (scheme, linears), *others = groups_of(subject)
-        layout, dtype, transforms = choose_layout(scheme), _dtype(subject), input_transforms(subject)
+        layout, dtype, transforms = choose_layout(scheme), _dtype(subject), online_transforms(subject)
         rest = [(one, choose_layout(one), _targets(subject.model, own)) for one, own in others]
-        targets = _targets(subject.model, linears) if others else ("Linear",)
+        apart = [end.name for end in subject.coded_ends]
+        targets = _targets(subject.model, linears)
+        if not others:  # names before classes, which would be matched first
+            targets = [*_targets(subject.model, subject.coded_ends), "Linear"]
         scheme = with_groups_in_cache(scheme, subject.model.graph.dims)
-        config = quantization_config(scheme, layout, not_quantized(subject.model, subject.kept), rest, targets)
+        attentions = tuple(attention_classes(subject.model)) if scheme.queries is not None else ()
+        ignore = not_quantized(subject.model, subject.kept, apart)
+        config = quantization_config(scheme, layout, ignore, rest, targets, attentions)
         if transforms:
             config |= {"transform_config": transform_config(transforms)}
 
@@ -120,7 +130,7 @@ class CompressedTensors(PackedSource):
             tensors = stored_tensors(subject.packed(linear), own.weights, choose_layout(own))
             return tensors | _calibrated(subject, linear) | beside
 
-        cached = cache_scales(subject, IN_ATTENTION, (1,))
+        cached = cache_scales(subject, IN_ATTENTION, (1,)) | matrices_of_attentions(transforms, dtype)
         sizes = write_checkpoint(subject, directory, made, dtype=dtype, quantization=config, calibrated=cached)
         details: dict[str, object] = {"layout": config["format"], "dtype": str(dtype).removeprefix("torch.")}
         details |= {"bytes": vars(sizes), "left_alone": left_alone_counts(subject.model)}
@@ -140,18 +150,19 @@ class CompressedTensors(PackedSource):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         parsed = CompressedTensorsConfig.from_dict(config.quantization_config)  # type: ignore[no-untyped-call]
         reader = CheckpointReader(directory, model)
-        skeleton, transforms = _skeleton(config, parsed, model), input_transforms(subject)
+        skeleton, transforms = _skeleton(config, parsed, model), online_transforms(subject)
         expect_matrices(skeleton, transforms)
         reader.compare(skeleton, any_shape=_ZERO_POINT)
         compare_cache_scales(cache_scales(subject, IN_ATTENTION, (1,)), reader)
-        stored = {one.name: reader.module(f"{one.linears[0]}.{one.name}_input")["weight"] for one in transforms}
+        stored = {one.name: reader.module(one.module)["weight"] for one in transforms if one.stored}
         verify_transforms(transforms, config.quantization_config.get("transform_config"), stored)
         targets = {
             target: group for group in parsed.quantization_config.config_groups.values() for target in group.targets
         }
-        for linear in subject.linears:
+        for linear in subject.coded:
             tensors = reader.module(linear.name)
-            found = match_targets(linear.name, nn.Linear(1, 1, device="meta"), targets)
+            kind = nn.Embedding if linear.reads == TOKENS else nn.Linear
+            found = match_targets(linear.name, kind(1, 1, device="meta"), targets)
             if not found:
                 raise ArtifactError(f"no group of the config is for `{linear.name}`")
             _compare(linear.name, tensors, targets[found[0]], subject.packed(linear), subject.weight_grid(linear))
@@ -162,7 +173,7 @@ class CompressedTensors(PackedSource):
 
 
 def _consumers(
-    subject: Subject, config: Mapping[str, Any], dtype: torch.dtype, transforms: Sequence[InputTransform]
+    subject: Subject, config: Mapping[str, Any], dtype: torch.dtype, transforms: Sequence[OnlineTransform]
 ) -> dict[str, str]:
     """Return what loads the checkpoint, and what each loader executes of which linears.
 
@@ -172,7 +183,7 @@ def _consumers(
         dtype: What its other tensors are stored in.
         transforms: Rotations in the forward pass.
     """
-    biased = any(subject.model.has(f"{name}.bias") for transform in transforms for name in transform.linears)
+    biased = any(subject.model.has(f"{name}.bias") for transform in transforms for name in transform.targets)
     each, groups = [], groups_of(subject)
     for (scheme, linears), case in zip(groups, cases_of(config, biased=biased), strict=True):
         experts = {linear.expert is not None for linear in linears}
@@ -225,29 +236,43 @@ def _dtype(subject: Subject) -> torch.dtype:
 
 
 def _targets(model: Model, linears: Iterable[LinearSite]) -> list[str]:
-    """Return what the config calls some linears: by their names in transformers and in files; experts together."""
+    """Return what the config calls some linears: by their names in transformers and in files; experts together.
+
+    An embedding goes by its class where it is the only one: engines look its name up for some families only.
+    """
+    linears = tuple(linears)
     names = {linear.name: None for linear in linears if linear.expert is None}
+    found = [name for name, child in _modules(model) if isinstance(child, nn.Embedding)]
+    if len(found) == 1 and names.keys() & set(found):
+        own = {name: None for name in names if name not in found}
+        return [*_targets(model, [one for one in linears if one.name in own or one.expert is not None]), "Embedding"]
     names |= {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight"): None for name in names}
     return [*names, *([_EXPERTS] if any(linear.expert is not None for linear in linears) else [])]
 
 
-def not_quantized(model: Model, kept: Iterable[str] = ()) -> set[str]:
+def _modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model as transformers builds it, by name."""
+    yield from empty_model(deepcopy(model.config), model).named_modules()
+
+
+def not_quantized(model: Model, kept: Iterable[str] = (), others: Iterable[str] = ()) -> set[str]:
     """Return the names of the linears that are not quantized: head, routers, gates, towers, heads for further tokens.
 
     Some loaders match the names of modules in transformers, some those in files, so both are given.
 
     Args:
         model: The original model.
-        kept: Names of linears that the scheme leaves in 16 bits.
+        kept: Names of linears of blocks that the scheme leaves in 16 bits.
+        others: Names of linears outside of the blocks that are quantized.
     """
-    module = empty_model(deepcopy(model.config), model)
-    quantized = {linear.name for linear in model.graph.linears} - set(kept)
-    names = {name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name not in quantized}
+    quantized = {*(linear.name for linear in model.graph.linears), *others} - set(kept)
+    names = {name for name, child in _modules(model) if isinstance(child, nn.Linear) and name not in quantized}
     names |= {
         linear.name for i in range(model.graph.dims.num_layers) for linear in model.graph.readers_of(i)
     } - quantized
     matrices = (name for name in model.left_alone if len(model.places[name].shape) > 1 and name.endswith(".weight"))
     names |= {name.removesuffix(".weight") for name in matrices}
+    names -= set(others)
     return names | {stored_tensor_name(model, f"{name}.weight").removesuffix(".weight") for name in names}
 
 
@@ -260,9 +285,16 @@ def _skeleton(config: Any, parsed: CompressedTensorsConfig, model: Model) -> nn.
     del plain.quantization_config
     module = with_linear_experts(empty_model(plain, model), model)
     apply_quantization_config(module, parsed.quantization_config, show_progress=False)
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
+    made: dict[object, nn.Module] = {}  # those of one shape and scheme are alike, and the library takes long for each
+    for name, child in list(module.named_modules()):
+        if not isinstance(child, COMPRESSIBLE_MODULE_TYPES):
+            continue
+        scheme, biased = repr(getattr(child, "quantization_scheme", None)), getattr(child, "bias", None) is not None
+        alike = made.setdefault((type(child), tuple(child.weight.shape), biased, scheme), child)
+        if alike is child:
             compress_module(child)  # leaves those without a scheme as they are
+        else:
+            module.set_submodule(name, deepcopy(alike))
     return module
 
 

@@ -25,6 +25,7 @@ def quantization_config(
     ignore: Iterable[str],
     others: Sequence[tuple[ModelScheme, Layout, Sequence[str]]] = (),
     targets: Sequence[str] = ("Linear",),
+    attentions: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the config of a checkpoint.
 
@@ -37,20 +38,26 @@ def quantization_config(
         ignore: Linears that are not quantized.
         others: Other schemes with their layouts and their linears.
         targets: The linears of the first scheme; all by their class where there are no others.
+        attentions: What the attentions whose queries are quantized are called, which have the scheme of the cache. The
+            group is named by their class, since vLLM leaves out such a group and takes the scales that are stored.
 
     Raises:
         SchemeError: The scheme has no weights.
     """
     groups = [_group(*one) for one in ((scheme, layout, targets), *others)]
     symmetric = all(group["weights"]["symmetric"] for group in groups)
+    layouts = {group["format"] for group in groups}
+    cache = None if scheme.keys is None else _activations(scheme.keys)
+    parts = dict.fromkeys(("weights", "output_activations", "format"))
+    groups += [{"targets": list(attentions), "input_activations": cache, **parts}] if attentions else []
     return ({} if symmetric else {"dequantize": True}) | {
         "quant_method": "compressed-tensors",
         "version": LAYOUT_VERSION,
-        "format": layout if all(group["format"] == layout for group in groups) else MIXED,
+        "format": layout if layouts == {layout} else MIXED,
         "quantization_status": "compressed",
         "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
         "ignore": sorted(ignore),
-        "kv_cache_scheme": None if scheme.keys is None else _arguments(scheme.keys, dynamic=not scheme.keys.static),
+        "kv_cache_scheme": cache,
         "global_compression_ratio": None,
     }
 
@@ -68,7 +75,7 @@ def _group(scheme: ModelScheme, layout: Layout, targets: Sequence[str]) -> dict[
 
 
 def _activations(scheme: TensorScheme) -> dict[str, Any]:
-    """Return arguments of activations; dynamic ones with a calibrated multiplier are so within it."""
+    """Return arguments of activations or of a cache; dynamic ones with a calibrated multiplier are so within it."""
     return _arguments(scheme, dynamic="local" if scheme.scale == "e4m3" else not scheme.static)
 
 
@@ -78,8 +85,8 @@ def _arguments(scheme: TensorScheme, *, dynamic: bool | str) -> dict[str, Any]:
     strategy: str = scheme.strategy
     if strategy in ("channel", "token"):
         strategy = "token" if dynamic else "channel"
-    elif strategy == "head":
-        strategy = "attn_head"
+    elif strategy == "head":  # a token of the library's is one of `[batch, heads, tokens, dim]`: a head
+        strategy = "token" if dynamic else "attn_head"
     elif strategy == "group" and scheme.scale == "e4m3":
         strategy = "tensor_group"
     arguments: dict[str, Any] = {
@@ -91,7 +98,7 @@ def _arguments(scheme: TensorScheme, *, dynamic: bool | str) -> dict[str, Any]:
         "dynamic": dynamic,
     }
     if strategy == "block":
-        arguments["block_structure"] = [scheme.group_size, scheme.group_size]
+        arguments["block_structure"] = [scheme.block_rows or scheme.group_size, scheme.group_size]
     if scheme.scale in _SCALE_DTYPES:
         arguments["scale_dtype"] = _SCALE_DTYPES[scheme.scale]
     return arguments

@@ -14,7 +14,7 @@ import torch
 
 from qtool.errors import SchemeError
 from qtool.model.graph import Dimensions
-from qtool.scheme import ModelScheme, TensorScheme
+from qtool.scheme import ExponentRule, ModelScheme, TensorScheme
 from qtool.scheme_parts import KeysAndValues
 
 Layout: TypeAlias = Literal[
@@ -58,6 +58,7 @@ _FP8_INPUTS: tuple[Layout, ...] = (
 )
 """Layouts that have FP8 inputs beside them, with a scale a tensor, a token or, but for MXFP8, a group of any size."""
 _FLOAT_SCALES = ("bf16", "fp16", "fp32")
+_WHOLE = "consumers keep the whole range of what they quantize as they run"
 _SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -191,36 +192,61 @@ def _is_fitted_fp8(layout: Layout, activations: TensorScheme) -> bool:
 
 
 def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
-    """Refuse a quantized cache that is not FP8 or integers.
+    """Refuse a quantized cache of other elements than the library's, and queries that are not rounded as it is.
 
     Its scales are static, or in float32 and such as the library fits as it runs.
     """
     if kv is None:
         return
-    each = (kv.keys, kv.values) if isinstance(kv, KeysAndValues) else (kv,)
+    each = (kv.keys, kv.values, kv.queries) if isinstance(kv, KeysAndValues) else (kv,)
     static = any(one is not None and one.static for one in each)
     heads = any(one is not None and one.strategy == "head" for one in each)
     nearest = f"fp8-{'head' if heads else 'tensor'}{'-static' if static else ''}"
-    if isinstance(kv, KeysAndValues) or kv.strategy == "channel":
-        raise _refusal("a checkpoint's KV cache has one scheme, and scales of one token", "kv", kv, nearest)
-    if kv.clip != 1 and not static:
-        raise _clipped("kv", kv)
-    element, bits = ELEMENTS.get(kv.format, ("", 0))
-    if element != "int" and (element, bits) != ("float", 8):
-        raise _refusal("a checkpoint's KV cache is FP8 or integers, or 16 bits", "kv", kv, nearest)
-    if static and kv.range_rule == "narrow":
-        raise _refusal("consumers use all codes of a KV cache", "kv", kv, replace(kv, range_rule="full"))
-    if static:
-        return
+    one, *others = each
+    if one is None or one.strategy == "channel" or set(others) - {one}:
+        reason = "a checkpoint's KV cache has one scheme, which queries may share, and scales of one token"
+        raise _refusal(reason, "kv", kv, _alike(kv, nearest))
+    reason, fits = _fault_of_cache(one)
+    if len(each) > 2 and each[2] is not None and one.static and not one.symmetric:
+        reason = "the library makes the scales of queries float16 where zero points are stored, and fails on them"
+        fits = replace(one, symmetric=True)
+    if reason:
+        raise _refusal(reason, "kv", kv, _alike(kv, nearest if fits is None else fits))
+
+
+def _fault_of_cache(kv: TensorScheme) -> tuple[str, TensorScheme | None]:
+    """Return why a cache cannot be said, empty if it can, and what can."""
+    element, _ = ELEMENTS.get(kv.format, ("", 0))
+    if kv.clip != 1 and not kv.static:
+        return _WHOLE, replace(kv, clip=1.0)
+    if not element:
+        return "a checkpoint's KV cache is FP8, FP6 (E2M3), FP4 or integers, or 16 bits", None
+    if kv.static:
+        narrow = "consumers use all codes of a KV cache" if kv.range_rule == "narrow" else ""
+        return narrow, replace(kv, range_rule="full")
+    block = _block(kv)
+    if block is not None and kv.scale == "e4m3":
+        other = "consumers put the largest value of each group of a cache at 6" if kv.range_rule != "tight" else ""
+        return other, replace(kv, range_rule="tight")
+    if block is not None and kv.scale == "e8m0":
+        rule: ExponentRule = "rceil" if block[0] == "mxfp8" else "even"
+        other = f"consumers round the powers of two of a cache as `{rule}` does" if kv.exponent_rule != rule else ""
+        return other, replace(kv, exponent_rule=rule)
     if kv.scale != "fp32":
-        reason = "consumers fit the scales of a KV cache as they run, and do not round them"
-        raise _refusal(reason, "kv", kv, replace(kv, scale="fp32", real=False, offset=False))
+        plain = replace(kv, scale="fp32", real=False, offset=False)
+        return "consumers fit the scales of a KV cache as they run, and do not round them", plain
     if kv.real or kv.offset:
-        reason = "consumers fit zero points of a KV cache that are codes"
-        raise _refusal(reason, "kv", kv, replace(kv, real=False, offset=False))
+        return "consumers fit zero points of a KV cache that are codes", replace(kv, real=False, offset=False)
     if element == "int" and kv.symmetric and kv.range_rule != "half":
-        reason = "consumers spread the range of a symmetric KV cache over all codes"
-        raise _refusal(reason, "kv", kv, replace(kv, range_rule="half"))
+        return "consumers spread the range of a symmetric KV cache over all codes", replace(kv, range_rule="half")
+    return "", None
+
+
+def _alike(kv: TensorScheme | KeysAndValues, one: TensorScheme | str) -> str:
+    """Return how a scheme is written for a cache, and for the queries that read it if those are rounded."""
+    if isinstance(kv, KeysAndValues) and kv.queries is not None:
+        return f"queries={one},keys={one},values={one}"
+    return str(one)
 
 
 def with_groups_in_cache(scheme: ModelScheme, dims: Dimensions) -> ModelScheme:
@@ -235,18 +261,18 @@ def with_groups_in_cache(scheme: ModelScheme, dims: Dimensions) -> ModelScheme:
     Raises:
         SchemeError: The heads of keys and of values differ in size.
     """
-    kv = scheme.kv
-    if not isinstance(kv, TensorScheme) or kv.strategy != "token-head":
+    kv, one = scheme.kv, scheme.keys
+    if kv is None or one is None or one.strategy != "token-head":
         return scheme
     if dims.head_dim != dims.value_dim:
-        nearest = replace(kv, strategy="tensor")
-        raise _refusal("heads of keys and of values differ in size, so no group is a head", "kv", kv, nearest)
-    return replace(scheme, kv=replace(kv, strategy="group", group_size=dims.head_dim))
+        reason = "heads of keys and of values differ in size, so no group is a head"
+        raise _refusal(reason, "kv", kv, _alike(kv, replace(one, strategy="tensor")))
+    own = replace(one, strategy="group", group_size=dims.head_dim)
+    return replace(scheme, kv=own if isinstance(kv, TensorScheme) else KeysAndValues(own, own, own))
 
 
 def _clipped(part: str, scheme: TensorScheme) -> SchemeError:
-    whole = replace(scheme, clip=1.0)
-    return _refusal("consumers keep the whole range of what they quantize as they run", part, scheme, whole)
+    return _refusal(_WHOLE, part, scheme, replace(scheme, clip=1.0))
 
 
 def _refusal(reason: str, part: str, scheme: TensorScheme | KeysAndValues, nearest: TensorScheme | str) -> SchemeError:

@@ -28,7 +28,7 @@ def stored_tensors(found: PackedLinear, scheme: TensorScheme, layout: Layout) ->
         layout: One that ``choose_layout`` gives for the scheme.
     """
     parameters = found.parameters
-    rows = scheme.group_size if scheme.strategy == "block" else 1
+    rows = scheme.block_rows or scheme.group_size if scheme.strategy == "block" else 1
     tensors = {"weight_scale": encode_scale(parameters.scale[::rows], scheme.scale)}
     if layout == "int-quantized":
         tensors["weight"] = _signed(found.stream)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,26 +27,40 @@ from qtool.builtin.exporters.gguf_architecture import (
     row_order,
     tensor_names,
 )
-from qtool.builtin.exporters.gguf_blocks import bytes_by_part, stored_blocks
-from qtool.builtin.exporters.gguf_file import Blocks, TensorFile, read_tensors
+from qtool.builtin.exporters.gguf_blocks import bytes_by_part, same_blocks, stored_blocks
+from qtool.builtin.exporters.gguf_file import FLOATS, Stored, TensorFile, read_tensors
 from qtool.builtin.exporters.gguf_types import Kind, check_values, choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
 from qtool.builtin.exporters.hf import code_bits, dense, offline
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.builtin.exporters.nearest import Check, check_schemes
+from qtool.builtin.exporters.refusals import refuse_ends
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
+from qtool.engine.grid import Grid
+from qtool.engine.packed import PackedLinear, one_thread
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import OUTPUT, LinearSite
+from qtool.numerics.groups import each_parameter
 from qtool.scheme import GroupParameters, ModelScheme
 
 FILE = "model.gguf"
 _FOLDED = "qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or qtool pack SOURCE --to gguf-f16"
 
-Item: TypeAlias = Tensor | Blocks
+
+@dataclass(frozen=True)
+class Codes:
+    """A linear whose codes are stored in blocks: their type, what they are, and the grid that decodes them."""
+
+    kind: Kind
+    packed: PackedLinear
+    grid: Grid
+
+
+Item: TypeAlias = Tensor | Codes
 Made: TypeAlias = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Item]]
 """Makes what is stored of a linear, named below it, in our order of rows; a ``bias`` replaces the folded one."""
 
@@ -56,6 +70,7 @@ class GGUF:
 
     version = 1
 
+    @one_thread()
     def check(self, subject: Subject) -> None:
         """Refuse schemes that no type holds, values that it would round, and whatever llama.cpp does not run.
 
@@ -64,6 +79,7 @@ class GGUF:
             ModelError: llama.cpp cannot read text as the model does.
         """
         _refuse_cache(subject)
+        refuse_ends(subject, "a GGUF file")
         check_schemes(subject, _check_scheme(subject), decoded="gguf-f16")
         kinds = {scheme.weights: _kind(scheme) for scheme, _ in groups_of(subject)}
         _refuse_online(subject)
@@ -81,35 +97,20 @@ class GGUF:
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write the file into an empty folder."""
         kinds = [_kind(scheme) for scheme, _ in groups_of(subject)]
-
-        def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
-            if linear.name in subject.kept:
-                return {"weight": state[f"{linear.spec.module}.weight"]}
-            found, kind = subject.packed(linear), _kind(subject.scheme.of(linear.name))
-            blocks = torch.cat([stored_blocks(found.rows(rows), kind) for rows in found.pieces()])
-            return {"weight": Blocks(kind, blocks), **_scales(subject, linear, found.parameters)}
-
-        sizes = _write(subject, directory, made, dtype=_dtype(subject), file_type=_FILE_TYPES[kinds[0]])
-        return _exported(subject, kinds, _dtype(subject), sizes)
+        dtype = _dtype(subject)
+        sizes = _write(subject, directory, _codes(subject), dtype=dtype, file_type=_FILE_TYPES[kinds[0]])
+        return _exported(subject, kinds, dtype, sizes)
 
     def verify(self, subject: Subject, directory: Path) -> None:
-        """Decode every tensor with the official package and compare it with ours, bit for bit.
+        """Compare every tensor with ours, bit for bit: codes and scales as they are stored, floats decoded.
 
-        The scale of an NVFP4 tensor is compared by itself, since its reader multiplies by it behind the product.
+        The official package reads the file, and decodes one block of each scale that a tensor has. The scale of an
+        NVFP4 tensor is compared by itself, since its reader multiplies by it behind the product.
 
         Raises:
             ArtifactError: Names the first tensor that differs.
         """
-
-        def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
-            if linear.name in subject.kept:
-                return {"weight": state[f"{linear.spec.module}.weight"]}
-            found = subject.linear(linear)
-            (parameters,) = found.parameters
-            alone = replace(found, parameters=(replace(parameters, global_scale=None),))
-            return {"weight": alone.weight(subject.weight_grid(linear)), **_scales(subject, linear, parameters)}
-
-        _compare(subject, directory, made, dtype=_dtype(subject))
+        _compare(subject, directory, _codes(subject), _dtype(subject))
 
 
 class GGUFHalf:
@@ -126,6 +127,7 @@ class GGUFHalf:
         """
         groups_of(subject)
         _refuse_cache(subject)
+        refuse_ends(subject, "a GGUF file")
         refuse_compensation(subject)
         _check_model(subject)
 
@@ -141,7 +143,7 @@ class GGUFHalf:
         Raises:
             ArtifactError: Names the first tensor that differs.
         """
-        _compare(subject, directory, _half(subject), dtype=torch.float16, half=True)
+        _compare(subject, directory, _half(subject), torch.float16)
 
 
 _FILE_TYPES = {
@@ -168,7 +170,7 @@ def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple
             own = {"bias": state[f"{module}.bias"]} if f"{module}.bias" in state else {}
             order = row_order(model, linear.name)
             for leaf, item in {**own, **made(linear, state)}.items():
-                full = item if isinstance(item, Blocks) else _float(subject, f"{linear.name}.{leaf}", item, dtype)
+                full = item if isinstance(item, Codes) else _float(subject, f"{linear.name}.{leaf}", item, dtype)
                 yield f"{names[linear.name]}.{leaf}", _reordered(full, order), linear if leaf != "bias" else None
             state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] != module}
         for name, tensor in state.items():
@@ -195,11 +197,15 @@ def _float(subject: Subject, name: str, tensor: Tensor, dtype: torch.dtype) -> T
     return stored
 
 
+@one_thread()
 def _reordered(item: Item, order: Tensor | None) -> Item:
-    """Return the rows of a linear in the order of the file; single numbers as they are."""
-    if isinstance(item, Blocks):
-        return item if order is None else Blocks(item.kind, item.rows[order])
-    return item if order is None or item.numel() == 1 else item[order]
+    """Return the rows of a linear in the order of the file; what all rows share as it is."""
+    if order is None:
+        return item
+    if isinstance(item, Codes):
+        parameters = each_parameter(item.packed.parameters, lambda one: one if one.ndim < 2 else one[order])
+        return replace(item, packed=replace(item.packed, stream=item.packed.stream[order], parameters=parameters))
+    return item if item.numel() == 1 else item[order]
 
 
 def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, file_type: int) -> Sizes:
@@ -210,9 +216,13 @@ def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype,
         file.keys.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_vocabulary(file.keys, model)
         for name, item, of_linear in _tensors(subject, made, dtype):
-            size = file.add(name, item)
+            if isinstance(item, Codes):
+                blocks = (stored_blocks(item.packed.take(rows), item.kind) for rows in item.packed.pieces())
+                parts.update(bytes_by_part(item.kind, file.add(name, blocks, item.kind)))
+                continue
+            size = file.add(name, [item])
             if of_linear is not None:
-                parts.update(bytes_by_part(item.kind, size) if isinstance(item, Blocks) else {_part_of(name): size})
+                parts[_part_of(name)] += size
         file.finish()
     return Sizes.of(parts, file.total)
 
@@ -223,33 +233,60 @@ def _part_of(name: str) -> str:
     return {"scale": "scales", "input_scale": "inputs"}.get(leaf, "unquantized")
 
 
-def _compare(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, half: bool = False) -> None:
-    """Compare a file with what it was made from, linears in blocks or, with ``half``, in float16.
+def _compare(subject: Subject, directory: Path, made: Made, dtype: torch.dtype) -> None:
+    """Compare a file with what it was made from.
 
     Raises:
         ArtifactError: Names the first tensor that differs, is missing or too many.
     """
-    nothing = ("", "none", torch.empty(0))
     read = read_tensors(directory / FILE)  # in the order of writing, one at a time
-    for name, item, of_linear in _tensors(subject, made, torch.float32):
-        found, stored, values = next(read, nothing)
-        ours = item if isinstance(item, Tensor) else torch.empty(0)
-        if of_linear is not None and ours.ndim > 1 and half:
-            wanted, ours = "F16", ours.half().float()
-        elif of_linear is not None and ours.ndim > 1 and of_linear.name not in subject.kept:
-            wanted = _kind(subject.scheme.of(of_linear.name))
-        else:
-            wanted = "F32" if ours.ndim < 2 else {torch.float16: "F16"}.get(dtype, "BF16")
-            ours = ours if wanted == "F32" else ours.to(dtype).float()
-        if found != name or stored != wanted or ours.shape != values.shape or not torch.equal(values, ours):
-            same = ours.shape == values.shape
-            back = stored if found == name else f"`{found}`"
-            facts: tuple[tuple[str, object], ...] = (("type", wanted), ("read back", back))
-            facts += (("values that differ", int((values != ours).sum()) if same else tuple(values.shape)),)
-            hint = "pack again; if it happens again, report it"
-            raise ArtifactError(f"`{name}` that was written is not what was quantized", facts=facts, hint=hint)
-    if (more := next(read, nothing)) is not nothing:
-        raise ArtifactError("the file has tensors that nobody wrote", facts=(("first", more[0]),))
+    for name, item, _ in _tensors(subject, made, torch.float32):
+        found = next(read, Stored("", "none", ()))
+        kind = item.kind if isinstance(item, Codes) else "F32" if item.ndim < 2 else FLOATS[dtype]
+        if (found.name, found.kind) != (name, kind) or not _same(found, item, dtype):
+            raise _difference(name, kind, _values(item, dtype), found)
+    if (more := next(read, None)) is not None:
+        raise ArtifactError("the file has tensors that nobody wrote", facts=(("first", more.name),))
+
+
+def _same(found: Stored, item: Item, dtype: torch.dtype) -> bool:
+    """Say whether a tensor of the file, of the same type, is ours."""
+    if isinstance(item, Codes):
+        return same_blocks(found.blocks, item.packed, item.kind, item.grid)
+    return torch.equal(found.values(), _values(item, dtype))
+
+
+def _values(item: Item, dtype: torch.dtype) -> Tensor:
+    """Return in float32 what a tensor is stored as."""
+    if isinstance(item, Codes):
+        return item.packed.weight(item.grid, torch.float32)
+    return item if item.ndim < 2 else item.to(dtype).float()
+
+
+def _difference(name: str, kind: str, ours: Tensor, found: Stored) -> ArtifactError:
+    """Return the error that names a tensor which reads back as another, in numbers."""
+    facts: tuple[tuple[str, object], ...] = (("type", kind),)
+    if (found.name, found.kind) != (name, kind):
+        facts += (("read back", found.kind if found.name == name else f"`{found.name}`"),)
+    else:
+        values = found.values()
+        same = values.shape == ours.shape
+        facts += (("values that differ", int((values != ours).sum()) if same else tuple(values.shape)),)
+    hint = "pack again; if it happens again, report it"
+    return ArtifactError(f"`{name}` that was written is not what was quantized", facts=facts, hint=hint)
+
+
+def _codes(subject: Subject) -> Made:
+    @one_thread()
+    def made(linear: LinearSite, state: Mapping[str, Tensor]) -> dict[str, Item]:
+        if linear.name in subject.kept:
+            return {"weight": state[f"{linear.spec.module}.weight"]}
+        found, kind = subject.packed(linear), _kind(subject.scheme.of(linear.name))
+        alone = replace(found, parameters=replace(found.parameters, global_scale=None))
+        own = Codes(kind, alone, subject.weight_grid(linear))
+        return {"weight": own, **_scales(subject, linear, found.parameters)}
+
+    return made
 
 
 def _half(subject: Subject) -> Made:
@@ -258,7 +295,7 @@ def _half(subject: Subject) -> Made:
         if linear.name in subject.kept:
             weight, bias = offline(subject, linear, state[f"{linear.spec.module}.weight"], bias)
         else:
-            weight, bias = dense(subject, linear, bias)
+            weight, bias = dense(subject, linear, bias, torch.float32)
         return {"weight": weight.float()} if bias is None else {"weight": weight.float(), "bias": bias}
 
     return made

@@ -112,8 +112,7 @@ def check_architecture(subject: Subject) -> None:
         f"queries scaled by {scalar} ** -0.5 instead of {heads} ** -0.5": scalar != heads,
         "scores and logits without a cap": found.capped
         and not (config.attn_logit_softcapping and config.final_logit_softcapping),
-        "a head beside the embedding": not found.own_head
-        and (not dims.tied or subject.plan.unties_head(tied=dims.tied)),
+        "a head beside the embedding": not found.own_head and (not dims.tied or subject.unties_head),
     }
     reason = next((words for words, holds in wrong.items() if holds), None)
     if reason is not None:

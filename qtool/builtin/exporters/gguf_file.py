@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,32 @@ from qtool.builtin.exporters.gguf_types import Kind
 from qtool.errors import ArtifactError
 
 _ROWS = 128
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_CHUNK = 1 << 20
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A tensor in blocks: its type, and the bytes of each row."""
+class Stored:
+    """A tensor of a file: its name, its type, and its rows as they lie there."""
 
-    kind: Kind
-    rows: UInt8[Tensor, "out bytes"]
+    name: str
+    kind: str
+    rows: Any
+
+    @property
+    def blocks(self) -> UInt8[Tensor, "out bytes"]:
+        """The bytes of a tensor in blocks."""
+        return torch.from_numpy(np.asarray(self.rows))
+
+    def values(self) -> Float[Tensor, "*shape"]:
+        """Return its values in float32, decoded by the official package."""
+        kind = gguf.GGMLQuantizationType[self.kind]
+        pieces = [self.rows[start : start + _ROWS] for start in range(0, len(self.rows), _ROWS)]  # that a cache holds
+        return torch.from_numpy(np.concatenate([gguf.dequantize(piece, kind) for piece in pieces]))
 
 
 class TensorFile:
-    """Gathers tensors on disk beside the file, whose head speaks of all of them, and copies them behind it.
+    """Gathers tensors on disk beside the file, as they are to lie behind its head, which speaks of all of them.
 
     A context manager, so that no file stays open when something is refused on the way.
 
@@ -45,7 +59,6 @@ class TensorFile:
         self.keys: Any = gguf.GGUFWriter(path, architecture)
         self.total = 0
         self._spool = path.with_name(f".{path.name}.tensors")
-        self._places: list[tuple[int, int]] = []
         self._output = self._spool.open("wb")
 
     def __enter__(self) -> TensorFile:
@@ -57,8 +70,13 @@ class TensorFile:
             file.close()
         self._spool.unlink(missing_ok=True)
 
-    def add(self, name: str, tensor: Tensor | Blocks) -> int:
-        """Take a tensor in, in blocks or as floats.
+    def add(self, name: str, pieces: Iterable[Tensor], kind: Kind | None = None) -> int:
+        """Take a tensor in.
+
+        Args:
+            name: Its name.
+            pieces: Its rows, one piece after the other: floats, or the bytes of blocks.
+            kind: The type of blocks.
 
         Returns:
             Its bytes.
@@ -66,14 +84,19 @@ class TensorFile:
         Raises:
             ResourceError: The disk is full.
         """
-        kind, rows = (tensor.kind, tensor.rows) if isinstance(tensor, Blocks) else (_FLOATS[tensor.dtype], tensor)
-        raw = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
+        rows, size = 0, 0
+        for piece in pieces:
+            raw = piece.detach().cpu().contiguous().view(torch.uint8).numpy()
+            with disk_errors(self.path):
+                self._output.write(raw.data)
+            rows, size = rows + len(raw), size + raw.nbytes
         with disk_errors(self.path):
-            self._output.write(raw.data)
-        self.keys.add_tensor_info(name, raw.shape, raw.dtype, raw.nbytes, gguf.GGMLQuantizationType[kind])
-        self._places.append((self.total, raw.nbytes))
-        self.total += raw.nbytes
-        return int(raw.nbytes)
+            self.keys.write_padding(self._output, size)
+        shape = (rows, *raw.shape[1:])
+        stored = gguf.GGMLQuantizationType[kind or FLOATS[piece.dtype]]
+        self.keys.add_tensor_info(name, shape, raw.dtype, size, stored)
+        self.total += size
+        return size
 
     def finish(self) -> None:
         """Write the file from what was gathered.
@@ -86,23 +109,21 @@ class TensorFile:
             self.keys.write_header_to_file()
             self.keys.write_kv_data_to_file()
             self.keys.write_ti_data_to_file()
-            for start, size in self._places:
-                self.keys.write_tensor_data(np.memmap(self._spool, np.uint8, "r", start, (size,)))
+            (output,) = self.keys.fout
+            self.keys.write_padding(output, output.tell())
+            with self._spool.open("rb") as tensors:
+                shutil.copyfileobj(tensors, output, _CHUNK)
             self.keys.close()
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, str, Float[Tensor, "*shape"]]]:
-    """Yield name, type and decoded float32 values of every tensor of a file.
+def read_tensors(path: Path) -> Iterator[Stored]:
+    """Yield the tensors of a file as the official package finds them.
 
     Raises:
         ArtifactError: It cannot be read.
     """
     try:
-        for tensor in gguf.GGUFReader(path).tensors:
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            data, values = np.asarray(tensor.data), np.empty(shape, np.float32)
-            for start in range(0, len(data), _ROWS):  # of which a cache holds what decoding leaves behind
-                values[start : start + _ROWS] = gguf.dequantize(data[start : start + _ROWS], tensor.tensor_type)
-            yield tensor.name, tensor.tensor_type.name, torch.from_numpy(values)
+        for tensor in gguf.GGUFReader(path, "c").tensors:
+            yield Stored(tensor.name, tensor.tensor_type.name, tensor.data)
     except (ValueError, KeyError, IndexError, struct.error) as error:
         raise ArtifactError(f"`{path.name}` cannot be read back", facts=(("reason", error),)) from error

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qtool.engine.packed import PackedLinear
 from qtool.errors import SchemeError
-from qtool.numerics.scales import encode_scale
 from qtool.scheme import GroupParameters, TensorScheme
 from qtool.scheme_parts import one_level
 
@@ -26,7 +25,6 @@ BLOCKS = SCALED | {"NVFP4": 64}
 """Values to a block of each type; a block of NVFP4 has four scales."""
 
 _FP4 = {"e8m0": "MXFP4", "e4m3": "NVFP4"}
-_LARGEST_SCALE_BYTE = 0x7E  # E4M3 without sign; 0x7F is decoded to 0
 
 
 def choose_type(weights: TensorScheme) -> Kind:
@@ -80,8 +78,7 @@ def check_values(name: str, found: PackedLinear, weights: TensorScheme, kind: Ki
             hint="qtool pack SOURCE --to gguf-f16",
         )
     if kind == "NVFP4":
-        codes = encode_scale(parameters.scale, "e4m3").view(torch.uint8)
-        if not bool(((codes > 0) & (codes <= _LARGEST_SCALE_BYTE)).all()):
+        if not bool(parameters.scale.amin() > 0):
             _refuse("NVFP4 of GGUF has scales above 0 only", weights, "nvfp4", name)
         return
     if kind == "MXFP4":

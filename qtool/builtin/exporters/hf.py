@@ -13,11 +13,12 @@ from transformers import AutoConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
-from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, with_linear_experts
+from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, same_bytes, with_linear_experts
 from qtool.consumers.case import DENSE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.fold import output_operators
+from qtool.engine.packed import one_thread
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError
 from qtool.model.graph import LinearSite
@@ -48,8 +49,7 @@ class HuggingFace:
             if linear.spec.kept or linear.name in subject.kept:
                 weight, bias = offline(subject, linear, state[f"{module}.weight"], bias)
             else:
-                weight, bias = dense(subject, linear, bias)
-                weight = weight.to(dtype)
+                weight, bias = dense(subject, linear, bias, dtype)
             return {"weight": weight} if bias is None else {"weight": weight, "bias": bias.to(weight.dtype)}
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype)
@@ -73,22 +73,34 @@ class HuggingFace:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         reader = CheckpointReader(directory, model)
         reader.compare(with_linear_experts(empty_model(config, model), model))
-        for linear in subject.linears:
-            ours, _ = dense(subject, linear, None)
+        for linear in subject.coded:
             try:
                 read = reader.module(linear.name)["weight"]
             except (OSError, SafetensorError) as error:
                 raise ArtifactError(f"cannot read `{linear.name}` back", facts=(("reason", error),)) from error
-            if not torch.equal(read, ours.to(dtype)):
-                raise ArtifactError(
-                    f"the weight of `{linear.name}` that was written is not the one that was quantized",
-                    facts=(("values that differ", int((read != ours.to(dtype)).sum())),),
-                    hint="pack again; if it happens again, report it",
-                )
+            if read.dtype == dtype and _same_weight(read, subject, linear):
+                continue
+            ours, _ = dense(subject, linear, None, dtype)
+            raise ArtifactError(
+                f"the weight of `{linear.name}` that was written is not the one that was quantized",
+                facts=(("values that differ", int((read != ours).sum())),),
+                hint="pack again; if it happens again, report it",
+            )
+
+
+def _same_weight(read: Float[Tensor, "out in"], subject: Subject, linear: LinearSite) -> bool:
+    """Say whether a weight that was read back is ours, bit for bit."""
+    if not _plain(subject, linear):
+        ours, _ = dense(subject, linear, None, read.dtype)
+        return same_bytes(read.view(torch.uint8), ours.view(torch.uint8))
+    packed, grid = subject.packed(linear), subject.weight_grid(linear)
+    with one_thread():
+        pieces = ((read[rows], packed.rows(rows).weight(grid).to(read.dtype)) for rows in packed.pieces())
+        return all(same_bytes(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pieces)
 
 
 def dense(
-    subject: Subject, linear: LinearSite, bias: Float[Tensor, " out"] | None
+    subject: Subject, linear: LinearSite, bias: Float[Tensor, " out"] | None, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
     """Return the dense weight ``Ŵ + U D`` and the bias of a linear that reads its site without online operators.
 
@@ -96,12 +108,17 @@ def dense(
         subject: A quantized subject.
         linear: Which linear.
         bias: Its bias, already folded.
+        dtype: What the weight is rounded to, once.
     """
+    grid = subject.weight_grid(linear)
+    if _plain(subject, linear):
+        return subject.packed(linear).weight(grid, dtype), bias
     found = subject.linear(linear)
-    weight = found.weight(subject.weight_grid(linear))
+    weight = found.weight(grid)
     if found.adapter is not None:
         weight = weight.double() + found.adapter.product(torch.float64)
-    return offline(subject, linear, weight, bias)
+    weight, bias = offline(subject, linear, weight, bias)
+    return weight.to(dtype), bias
 
 
 def offline(
@@ -117,18 +134,27 @@ def offline(
         weight: Its weight behind all operators.
         bias: Its bias, already folded.
     """
-    online, outputs = subject.plan.at(linear.reads).online, output_operators(subject.plan, linear)
-    if not online and not outputs:
+    if not _undone(subject, linear):
         return weight, bias
     weight, bias = weight.double(), None if bias is None else bias.double()
-    for operator in reversed(outputs):
+    for operator in reversed(output_operators(subject.plan, linear)):
         weight = operator.inverse().weight_out(weight)
         bias = None if bias is None else operator.inverse().bias_out(bias)
-    for operator in reversed(online):
+    for operator in reversed(subject.plan.at(linear.reads).online):
         undone = operator.inverse()
         bias = undone.bias_in(weight, bias)
         weight = undone.weight_in(weight)
     return weight, bias
+
+
+def _plain(subject: Subject, linear: LinearSite) -> bool:
+    """Say whether the dense weight of a linear is what its codes decode to."""
+    return subject.only_codes(linear) and not _undone(subject, linear)
+
+
+def _undone(subject: Subject, linear: LinearSite) -> bool:
+    """Say whether a linear has operators to be undone, in front of it or behind it."""
+    return bool(subject.plan.at(linear.reads).online or output_operators(subject.plan, linear))
 
 
 def _dtype(subject: Subject) -> torch.dtype:

@@ -19,13 +19,13 @@ Groups = Sequence[tuple[ModelScheme, tuple[LinearSite, ...]]]
 
 
 def groups_of(subject: Subject) -> Groups:
-    """Return the schemes of the linears that are quantized, that of most linears first.
+    """Return the schemes of what is quantized, that of most linears first; head and embedding come last of each.
 
     Raises:
         UsageError: There are none.
     """
     found: dict[ModelScheme, list[LinearSite]] = {}
-    for linear in subject.linears if subject.quantized is not None else ():
+    for linear in subject.coded if subject.quantized is not None else ():
         found.setdefault(subject.scheme.of(linear.name), []).append(linear)
     if not found:
         raise UsageError("there are no codes to export", hint="qtool mitigate makes a quantized artifact")

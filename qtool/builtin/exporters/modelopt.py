@@ -59,6 +59,7 @@ from qtool.builtin.exporters.refusals import (
     check_global_scales,
     input_multiplier,
     refuse_all_but_codes,
+    refuse_ends,
 )
 from qtool.builtin.exporters.shards import write_json
 from qtool.builtin.exporters.stored_names import stored_tensor_name
@@ -93,6 +94,7 @@ class ModelOpt(PackedSource):
         Raises:
             UsageError: Names what does not fit and the nearest that does.
         """
+        refuse_ends(subject, "modelopt")
         check_schemes(subject, choose_algorithm)
         check_cache_scales(subject)
         algorithms, static = _algorithms(subject), _static(subject)

@@ -117,7 +117,10 @@ def _apart_each(own: ModelScheme, part: str, plugins: Plugins) -> list[tuple[Apa
 def _read(own: ModelScheme, part: str, plugins: Plugins) -> dict[TensorScheme, str]:
     """Return what checkpoints carry of weights or of inputs, with how it is written, for the groups of a scheme."""
     size = None if own.weights is None else own.weights.group_size
-    texts = [text.replace("*", str(size)) for text in _CARRIED[part] if size or "*" not in text]
+    rows = f"{own.weights.block_rows}x" if own.weights is not None and own.weights.block_rows else ""
+    texts = [
+        text.replace("b*", f"b{rows}*").replace("*", str(size)) for text in _CARRIED[part] if size or "*" not in text
+    ]
     return {parse_tensor_scheme(text, plugins.format, vector=VECTORS[part]): text for text in texts}
 
 
@@ -149,7 +152,7 @@ def _values(scheme: TensorScheme) -> int:
     size = scheme.group_size
     if size is None:
         return _VALUES[scheme.strategy]
-    return size * size if scheme.strategy == "block" else size
+    return size * (scheme.block_rows or size) if scheme.strategy == "block" else size
 
 
 def _holds(check: Check, scheme: ModelScheme) -> bool:

@@ -121,7 +121,7 @@ def check_reciprocal(name: str, parameters: GroupParameters, divisor: Tensor | N
 
 def is_reciprocal(multiplier: Float[Tensor, ""]) -> bool:
     """Say whether the divisor that stands for a multiplier (or the other way round) gives the same back, in float32."""
-    return bool(_reciprocal(global_divisor(multiplier)) == multiplier)
+    return bool(reciprocal(global_divisor(multiplier)) == multiplier)
 
 
 def _stream_of(raw: Tensor, bits: int, n_in: int) -> UInt8[Tensor, "out bytes"]:
@@ -172,5 +172,10 @@ def _unsigned(signed: Tensor, bits: int) -> UInt8[Tensor, "rows columns"]:
     return codes.to(torch.uint8)
 
 
+def reciprocal(divisor: Tensor) -> Float[Tensor, ""]:
+    """Return the multiplier that a divisor stands for."""
+    return (1 / divisor.double()).float().reshape(())
+
+
 def _reciprocal(divisor: Tensor | None) -> Float[Tensor, ""] | None:
-    return None if divisor is None else (1 / divisor.double()).float().reshape(())
+    return None if divisor is None else reciprocal(divisor)

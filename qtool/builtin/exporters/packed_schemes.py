@@ -20,11 +20,13 @@ from torch import nn
 
 from qtool.builtin.exporters.ct_layout import BLOCKS
 from qtool.builtin.exporters.modelopt_config import FP8_CACHE, HF_QUANT_CONFIG, algorithm_of
+from qtool.consumers.case import is_of_attentions
 from qtool.consumers.presets import with_presets
+from qtool.engine.cache import KEYS, QUERIES, VALUES
 from qtool.errors import SchemeError
 from qtool.model.files import CONFIG
 from qtool.scheme import Format, ModelScheme, ScaleFormat, Strategy, TensorScheme
-from qtool.scheme_parts import Rule
+from qtool.scheme_parts import KeysAndValues, Rule, in_block
 
 METHODS = ("compressed-tensors", "modelopt")
 Lookup = Callable[[str], Format]
@@ -37,11 +39,13 @@ class Seen(NamedTuple):
         name: What they call it.
         scale: What its scales are stored in.
         calibrated: Whether a scale of its inputs is stored.
+        looked_up: Whether it is the embedding.
     """
 
     name: str
     scale: torch.dtype
     calibrated: bool
+    looked_up: bool = False
 
 
 _FLOATS: Mapping[torch.dtype, ScaleFormat] = {
@@ -58,6 +62,7 @@ _MODELOPT = {
 }
 _STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "token", "group", "block")
 _ONE_INPUT_SCALE = ("fp8", "int8")
+_SHORT_FLOATS = {4: "fp4", 6: "fp6_e2m3"}
 _STATIC_CACHES: Mapping[str, Strategy] = {"tensor": "tensor", "attn_head": "head"}
 
 
@@ -75,7 +80,7 @@ def packed_method(directory: Path) -> str | None:
 
 
 def read_scheme(
-    directory: Path, seen: Mapping[str, Seen], plain: Collection[str], lookup: Lookup, *, cached: bool = False
+    directory: Path, seen: Mapping[str, Seen], plain: Collection[str], lookup: Lookup, *, cached: Collection[str] = ()
 ) -> ModelScheme:
     """Return the scheme that a packed checkpoint says of its linears.
 
@@ -84,56 +89,75 @@ def read_scheme(
         seen: What no config says of each linear that has scales, by the name that the graph knows.
         plain: The linears that have none.
         lookup: Finds a format by name.
-        cached: Whether scales of keys and of values are stored for each block.
+        cached: Of keys, values and queries those of which scales are stored for each block.
 
     Raises:
         SchemeError: It has more than codes and scales, or a scheme that is not read back; names it.
     """
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
     read = _modelopt_schemes if packed_method(directory) == "modelopt" else _compressed_schemes
-    found, cache = read(directory, config, seen, lookup)
-    ((main, _), *_) = Counter(found.values()).most_common(1)
-    others = {name: own for name, own in found.items() if own != main}
+    found, cache, rounds_queries = read(directory, config, seen, lookup)
+    in_blocks = [own for name, own in found.items() if in_block(name)] or list(found.values())
+    ((main, _), *_) = Counter(in_blocks).most_common(1)
+    of_rest = ModelScheme()  # what linears outside of the blocks have without rules
+    others = {name: (own, main if in_block(name) else of_rest) for name, own in found.items()}
     rules = [Rule("weights", name, None) for name in plain]
-    rules += [Rule("weights", name, own.weights) for name, own in others.items() if own.weights != main.weights]
+    rules += [Rule("weights", name, own.weights) for name, (own, of) in others.items() if own.weights != of.weights]
     rules += [
         Rule("activations", name, own.activations)
-        for name, own in others.items()
-        if own.activations != main.activations
+        for name, (own, of) in others.items()
+        if own.activations != of.activations
     ]
-    return replace(main, kv=_cache_scheme(cache, lookup, cached=cached), rules=tuple(rules))
+    one = _cache_scheme(cache, lookup)
+    lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
+    if one is not None and (one.static or one.scale == "e4m3") and lacking:
+        raise _unread("a quantized KV cache without a stored scale for keys and one for values", cache)
+    kv = KeysAndValues(one, one, one) if rounds_queries else one
+    return replace(main, kv=kv, rules=tuple(rules))
 
 
-def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup, *, cached: bool) -> TensorScheme | None:
+def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup) -> TensorScheme | None:
     """Return the scheme of a cache, with static scales or such as are fitted as the model runs, or None."""
     if not said:
         return None
     strategy = str(said.get("strategy") or ("group" if said.get("group_size") else "tensor"))
-    if said.get("dynamic") is True and strategy in ("tensor", "group"):
-        return _input_scheme(said, lookup)
+    short = _SHORT_FLOATS.get(said.get("num_bits", 8)) if said.get("type") == "float" else None
+    if short is not None and not said.get("scale_dtype"):  # with floats for scales all floats are read alike
+        alike = _cache_scheme({**said, "num_bits": 8}, lookup)
+        return None if alike is None else replace(alike, format=short)
+    if said.get("dynamic") is True and strategy in ("tensor", "token", "group"):
+        found = _input_scheme(said, lookup)
+        return replace(found, strategy="head") if strategy == "token" else found  # as ``ct_config`` says it
+    if (said.get("dynamic"), strategy) == ("local", "tensor_group"):
+        return _tensor_scheme(said, lookup, None)
     static = _STATIC_CACHES.get(strategy)
-    if not cached or static is None or said.get("dynamic") or not said.get("symmetric", True):
-        raise _unread("a quantized KV cache without a stored scale for keys and one for values", said)
+    if static is None or said.get("dynamic"):
+        raise _unread("a quantized KV cache with scales that qtool does not have there", said)
     return replace(_tensor_scheme({**said, "strategy": "tensor"}, lookup, None), strategy=static, static=True)
 
 
 def _compressed_schemes(
     directory: Path, config: Mapping[str, Any], seen: Mapping[str, Seen], lookup: Lookup
-) -> tuple[dict[str, ModelScheme], Mapping[str, Any] | None]:
-    """Return what compressed-tensors' groups say of each linear, and what it says of the cache."""
+) -> tuple[dict[str, ModelScheme], Mapping[str, Any] | None, bool]:
+    """Return what compressed-tensors' groups say of each linear, of the cache, and whether queries are as the cache."""
     del directory
     for part in ("transform_config", "sparsity_config"):
         if config.get(part):
             raise _unread(f"a `{part}`", config[part])
-    groups = with_presets(config).get("config_groups", {})
-    odd = next((group for group in groups.values() if not group.get("weights")), None)
-    if odd is not None:
-        raise _unread("a group without weights", odd)
+    every = with_presets(config).get("config_groups", {})
+    groups = {name: group for name, group in every.items() if group.get("weights")}
+    cache = config.get("kv_cache_scheme")
+    attentions = [group for name, group in every.items() if name not in groups]
+    for group in attentions:
+        inputs = group.get("input_activations")
+        alike = inputs and cache and _cache_scheme(inputs, lookup) == _cache_scheme(cache, lookup)
+        if not (alike and is_of_attentions(group)):
+            raise _unread("a group without weights", group)
     targets = {target: name for name, group in groups.items() for target in group.get("targets", ())}
     schemes: dict[tuple[str, Seen], ModelScheme] = {}
     found = {}
     for name, one in seen.items():
-        module = nn.Linear(1, 1, device="meta")
+        module = (nn.Embedding if one.looked_up else nn.Linear)(1, 1, device="meta")
         matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
         if not matched:
             raise _unread(f"codes of `{one.name}`, which no group names", list(targets))
@@ -141,7 +165,7 @@ def _compressed_schemes(
         if key not in schemes:
             schemes[key] = _group_scheme(groups[key[0]], one, lookup)
         found[name] = schemes[key]
-    return found, config.get("kv_cache_scheme")
+    return found, cache, bool(attentions)
 
 
 def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> ModelScheme:
@@ -158,8 +182,8 @@ def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> Model
 
 def _modelopt_schemes(
     directory: Path, config: Mapping[str, Any], seen: Mapping[str, Seen], lookup: Lookup
-) -> tuple[dict[str, ModelScheme], Mapping[str, Any] | None]:
-    """Return what ModelOpt's algorithms are, of each linear, and what it says of the cache."""
+) -> tuple[dict[str, ModelScheme], Mapping[str, Any] | None, bool]:
+    """Return what ModelOpt's algorithms are, of each linear, and what it says of the cache; queries are in 16 bits."""
     said: Mapping[str, Any] = config
     if (directory / HF_QUANT_CONFIG).is_file():
         said = json.loads((directory / HF_QUANT_CONFIG).read_text(encoding="utf-8")).get("quantization", {})
@@ -170,7 +194,7 @@ def _modelopt_schemes(
         algorithms = {name: algorithm_of(said, one.name) for name, one in seen.items()}
     except (KeyError, TypeError) as error:
         raise _unread("linears whose algorithm it does not say", error) from error
-    return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}, cache
+    return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}, cache, False
 
 
 def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
@@ -212,10 +236,10 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
             return _plain(block[0], lookup)
     strategy = said.get("strategy") or ("group" if size > 0 else "channel" if said.get("group_size") else "tensor")
     name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
-    stored = "fp32" if scale is None else _FLOATS.get(scale)
+    stored, rows = "fp32" if scale is None else _FLOATS.get(scale), 0
     if strategy == "block":
-        rows, size = said.get("block_structure") or (0, 1)
-        strategy = "block" if rows == size else ""
+        rows, size = said.get("block_structure") or (0, 0)
+        strategy = "block" if rows and size else ""
     if not name or strategy not in _STRATEGIES or stored is None:
         raise _unread("a scheme that is not read back", said)
     scheme = TensorScheme(
@@ -224,6 +248,7 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
         strategy=strategy,
         group_size=size if strategy in ("group", "block") else None,
         scale=stored,
+        block_rows=rows if strategy == "block" and rows != size else None,
     )
     lookup(name).check(scheme)
     return scheme

@@ -7,7 +7,8 @@ scales are as they are stored.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -20,7 +21,14 @@ from transformers import AutoConfig
 from qtool.artifacts.layout import Header, TensorSlot
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import Artifact
-from qtool.builtin.exporters.cache_scales import CACHE_ZEROS, IN_ATTENTION, QUERIES, cache_places
+from qtool.builtin.exporters.cache_scales import (
+    check_stored_cache,
+    has_zero_points,
+    place_of,
+    read_scale,
+    stored_shape,
+    unsigned_zero_point,
+)
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -30,25 +38,21 @@ from qtool.builtin.exporters.packed_layouts import (
     read_multiplier,
     read_packed,
 )
+from qtool.builtin.exporters.packed_model import SCALE, PackedModel, refuse_codes, refuse_tensors
 from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
-from qtool.engine.cache import scale_shape
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, packed_tensors
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.family import Family
-from qtool.model.files import StoredTensor, folder_digest
-from qtool.model.graph import LinearSite
-from qtool.model.naming import Place, places_of
+from qtool.model.files import folder_digest
+from qtool.model.naming import Place
 from qtool.model.reading import read_place
-from qtool.model.source import Model, family_of
+from qtool.model.source import family_of
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, TensorScheme
 
-_CODES = ("F8_E4M3", "U8", "I8", "I32")
-_OWN = frozenset({*LEAVES, *INPUT_LEAVES, *IN_ATTENTION.values(), "weight", "bias"})
-_SCALE, _INPUT_ZERO = ".weight_scale", "input_zero_point"
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -57,58 +61,6 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 _UNREADABLE = (KeyError, ValueError, RuntimeError, IndexError)
-
-
-@dataclass(frozen=True)
-class PackedModel(Model):
-    """What a packed checkpoint holds besides the weights of its quantized linears."""
-
-    @cached_property
-    def packed(self) -> Mapping[str, Place]:
-        """Where every tensor of the checkpoint lies, by the name that the graph knows."""
-        return places_of(self.stored, self.family)
-
-    @cached_property
-    def places(self) -> Mapping[str, Place]:
-        """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
-        leaves = (*LEAVES, *INPUT_LEAVES, "weight")
-        own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
-        own |= {name for name, _ in self.cached.values()} | {name for name in self.packed if _leaf(name) in CACHE_ZEROS}
-        places = {name: place for name, place in self.found_places().items() if name not in own}
-        return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
-
-    @cached_property
-    def coded(self) -> tuple[LinearSite, ...]:
-        """The linears that have scales."""
-        return tuple(linear for linear in self.graph.linears if f"{linear.name}{_SCALE}" in self.packed)
-
-    @cached_property
-    def cached(self) -> Mapping[str, tuple[str, Place]]:
-        """The names and places of static scales of keys and values, by their names in artifacts."""
-        return cache_places(self.graph, self.packed)
-
-    def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """Read the tensors below ``prefix``, keyed by the rest of their names; no weights that are codes."""
-        return super().tensors(prefix, without={*without, *self._weights})
-
-    @cached_property
-    def _weights(self) -> frozenset[str]:
-        return frozenset(f"{linear.name}.weight" for linear in self.coded)
-
-    def _placeholder(self, linear: LinearSite) -> Place:
-        """Return the place of a weight of as many rows as its codes have; there are no bytes in it."""
-        codes = self.packed.get(f"{linear.name}.weight_packed") or self.packed.get(f"{linear.name}.weight")
-        if codes is None or codes.expert is not None or codes.stored.slot.dtype not in _CODES:
-            raise ArtifactError(
-                f"`{linear.name}` of `{self.path}` has scales and no codes, or all experts are one tensor",
-                facts=(("weight", codes.stored.slot.dtype if codes else "none"), ("expected", ", ".join(_CODES))),
-                hint="save it compressed, with the tool that made it",
-            )
-        rows, columns = codes.shape[0], self.graph.width(linear.spec.reads)
-        said = getattr(self.config.get_text_config(), "dtype", None)
-        dtype = {torch.float16: "F16", torch.float32: "F32"}.get(said or torch.bfloat16, "BF16")
-        slot = TensorSlot(dtype, (rows, columns), 0, 0)
-        return Place(f"{codes.name.rpartition('.')[0]}.weight", StoredTensor(codes.stored.file, slot))
 
 
 @dataclass(frozen=True)
@@ -134,20 +86,27 @@ class PackedArtifact(Artifact):
             inputs = self.scheme.of(linear.name).activations
             if inputs is not None and inputs.static and not inputs.symmetric:
                 slots[f"{linear.reads}{INPUT_ZERO_POINT}"] = TensorSlot("U8", (), 0, 1)
-        shape = self.cached_shape
-        slots |= dict.fromkeys(self.model.cached, TensorSlot("F32", shape, 0, 4 * prod(shape)))
+        for names, dtype, size in ((self.model.cached, "F32", 4), (self.cached_zeros, "U8", 1)):
+            shapes = {name: self.cached_shape(name) for name in names}
+            slots |= {name: TensorSlot(dtype, shape, 0, size * prod(shape)) for name, shape in shapes.items()}
         return Header({}, slots)
 
     @property
-    def cached_shape(self) -> tuple[int, ...]:
-        """The shape of each static scale of a cache, which keys and values have alike."""
-        keys = self.scheme.keys
-        return () if keys is None else scale_shape(keys, self.model.graph.dims.num_kv_heads)
+    def cached_zeros(self) -> Mapping[str, tuple[str, Place]]:
+        """The zero points of a cache that has some."""
+        return self.model.cached_zeros if has_zero_points(self.scheme) else {}
+
+    def cached_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a static scale of a cache, or of its zero point, by its name in artifacts."""
+        return stored_shape(name, self.scheme, self.model.graph.dims)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as an artifact stores it."""
         if name in self.model.cached:
-            return read_place(self.model.cached[name][1]).float().reshape(self.cached_shape)
+            return read_scale(*self.model.cached[name]).reshape(self.cached_shape(name))
+        if name in self.cached_zeros and self.scheme.keys is not None:
+            bits = self.plugins.format(self.scheme.keys.format).bits
+            return unsigned_zero_point(read_place(self.cached_zeros[name][1]), bits).reshape(self.cached_shape(name))
         for leaf in (INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT):
             if name.endswith(leaf):
                 return self._calibrated(name.removesuffix(leaf), zero_point=leaf == INPUT_ZERO_POINT)
@@ -245,28 +204,16 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
-    _refuse_other_codes(model)
+    refuse_codes(model)
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
-    cached = len(model.cached) == len(IN_ATTENTION) * model.graph.dims.num_layers
+    of_places = Counter(map(place_of, model.cached))
+    cached = [place for place, count in of_places.items() if count == model.graph.dims.num_layers]
     scheme = read_scheme(directory, seen, plain, plugins.format, cached=cached)
-    if model.cached and (scheme.keys is None or not scheme.keys.static):
-        raise ArtifactError(
-            "the checkpoint has scales of a KV cache and does not say that it is quantized with those",
-            facts=(("first", next(iter(model.cached))),),
-            hint="quantize the original model again: qtool mitigate MODEL --kv fp8-tensor-static",
-        )
-    _refuse_zero_points(model, scheme)
-    _refuse_other_tensors(model)
+    check_stored_cache(scheme, model.graph.dims, model.cached, model.cached_zeros)
+    refuse_tensors(model, scheme)
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
-    for name, place in model.cached.values():
-        if prod(place.shape) != prod(artifact.cached_shape):
-            raise ArtifactError(
-                f"`{name}` has another number of scales than the config says",
-                facts=(("kv", scheme.kv), ("expected", prod(artifact.cached_shape)), ("received", prod(place.shape))),
-                hint="quantize the original model again: qtool mitigate MODEL --kv fp8-head-static",
-            )
     return Subject(model, plugins, scheme=scheme, quantized=artifact)
 
 
@@ -286,14 +233,14 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     artifact, inexact, turned = subject.quantized, set[float](), list[Tensor | None]()
     if not isinstance(artifact, PackedArtifact):
         return 0
-    for linear in subject.linears:
+    for linear in artifact.model.coded:
         if f"{linear.name}.global_scale" not in artifact.header.slots:
             continue
         parameters = artifact.read(linear.name).parameters
         stored = artifact.stored_of(linear.name)
         if artifact.method == "compressed-tensors":
             check_reciprocal(linear.name, parameters, stored["weight_global_scale"])
-            turned = [stored["weight_global_scale"], stored.get("input_global_scale")]
+            turned = [stored.get("weight_global_scale"), stored.get("input_global_scale")]
         elif to == "compressed-tensors":
             check_reciprocal(linear.name, parameters)
             turned = [parameters.global_scale, read_multiplier(artifact.method, stored)]
@@ -309,7 +256,7 @@ def _seen(model: PackedModel, name: str) -> Seen:
     Raises:
         ArtifactError: They are of a type that no layout has.
     """
-    place = model.packed[f"{name}{_SCALE}"]
+    place = model.packed[f"{name}{SCALE}"]
     dtype = _DTYPES.get(place.stored.slot.dtype)
     if dtype is None:
         raise ArtifactError(
@@ -317,59 +264,9 @@ def _seen(model: PackedModel, name: str) -> Seen:
             facts=(("expected", ", ".join(_DTYPES)), ("received", place.stored.slot.dtype)),
             hint="quantize the original model: qtool mitigate MODEL",
         )
-    return Seen(place.name.removesuffix(_SCALE), dtype, f"{name}.input_scale" in model.packed)
-
-
-def _refuse_other_codes(model: PackedModel) -> None:
-    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a quantized head."""
-    coded = {linear.name for linear in model.coded}
-    leaves = {*LEAVES, *INPUT_LEAVES, *QUERIES}
-    named = (name.rpartition(".") for name in model.packed)
-    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
-    if odd is not None:
-        raise ArtifactError(
-            "the checkpoint has codes of what qtool does not quantize",
-            facts=(("first", odd), ("family", model.family.name)),
-            hint="quantize the original model without it: qtool mitigate MODEL",
-        )
-
-
-def _refuse_zero_points(model: PackedModel, scheme: ModelScheme) -> None:
-    """Refuse a cache or inputs whose zero points are others than those of symmetric ones, and inputs that lack one."""
-    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in (*CACHE_ZEROS, _INPUT_ZERO)}
-    for linear in model.coded:
-        inputs, name = scheme.of(linear.name).activations, f"{linear.name}.{_INPUT_ZERO}"
-        if inputs is not None and inputs.static and not inputs.symmetric and zeros.pop(name, None) is None:
-            raise ArtifactError(
-                "the config says that inputs have calibrated zero points, and the checkpoint lacks one",
-                facts=(("first", name),),
-                hint="check that the download is complete",
-            )
-    odd = next((name for name, place in zeros.items() if read_place(place).float().any()), None)
-    if odd is not None:
-        what, option = ("inputs", "--activations") if _leaf(odd) == _INPUT_ZERO else ("a KV cache", "--kv")
-        raise ArtifactError(
-            f"the checkpoint has {what} with zero points, and its config says that there are none",
-            facts=(("first", odd),),
-            hint=f"quantize the original model again: qtool mitigate MODEL {option} fp8-tensor-static",
-        )
-
-
-def _refuse_other_tensors(model: PackedModel) -> None:
-    """Refuse what a linear has beside codes, scales and a bias, such as the order of its columns."""
-    coded = {linear.name for linear in model.coded}
-    named = (name.rpartition(".") for name in model.packed)
-    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if owner in coded and leaf not in _OWN), None)
-    if odd is not None:
-        raise ArtifactError(
-            "a linear of the checkpoint has more than codes and scales",
-            facts=(("first", odd),),
-            hint="quantize the original model again, without it: qtool mitigate MODEL",
-        )
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+    return Seen(
+        place.name.removesuffix(SCALE), dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding
+    )
 
 
 def _weights_of(scheme: ModelScheme, name: str) -> TensorScheme:

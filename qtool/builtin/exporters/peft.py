@@ -98,7 +98,7 @@ class PEFT:
         size = sum(tensor.nbytes for tensor in tensors.values())
         details = dict(exported.details)
         sizes = exported.details["bytes"]
-        details["bytes"] = vars(Sizes.of({**sizes["parts"], "adapters": size}, sizes["model"] + size))
+        details["bytes"] = vars(Sizes.of({**sizes["parts"], "adapters": size}, sizes["model"] + size, sizes["ends"]))
         details["adapter"] = {"folder": FOLDER, "largest rank": max(ranks.values())}
         return Exported(_consumers(exported.consumers, max(ranks.values())), details)
 

@@ -56,6 +56,21 @@ def refuse_all_but_codes(subject: Subject, layout: str, *, online: bool = False)
     _refuse_other_parameters(subject, layout)
 
 
+def refuse_ends(subject: Subject, layout: str) -> None:
+    """Refuse a quantized head or embedding in the name of a layout that is written with both in 16 bits.
+
+    Raises:
+        SchemeError: Names the exporters that write its codes, or decode them.
+    """
+    for name in (end.name for end in subject.coded_ends):
+        raise SchemeError(
+            f"{layout} is written with head and embedding in 16 bits",
+            facts=((name, subject.scheme.of(name).weights),),
+            hint="qtool pack SOURCE --to compressed-tensors, or --to hf, which decodes; "
+            f"or qtool mitigate without {name}=SCHEME",
+        )
+
+
 def check_global_scales(subject: Subject) -> None:
     """Refuse siblings with different multipliers, which fused layers would share, and inputs without one.
 
@@ -63,7 +78,7 @@ def check_global_scales(subject: Subject) -> None:
         UsageError: Names the first.
     """
     known: dict[tuple[str, str], Tensor] = {}
-    for linear in subject.linears:
+    for linear in subject.coded:
         if subject.weight_grid(linear).parts[0].has_global_scale:
             scale = _multiplier(subject, f"{linear.name}.global_scale")
             if scale is None or not torch.equal(known.setdefault(linear.fused_with, scale), scale):

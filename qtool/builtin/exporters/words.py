@@ -38,7 +38,13 @@ from qtool.builtin.exporters.read_back import (
     with_linear_experts,
     with_stored_shapes,
 )
-from qtool.builtin.exporters.refusals import quantized_weights, refuse_all_but_codes, refuse_real, refuse_scale_codes
+from qtool.builtin.exporters.refusals import (
+    quantized_weights,
+    refuse_all_but_codes,
+    refuse_ends,
+    refuse_real,
+    refuse_scale_codes,
+)
 from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
@@ -103,6 +109,7 @@ class IntegerWords(ABC):
             UsageError: Names the linear.
         """
 
+    @one_thread()
     def check(self, subject: Subject) -> None:
         """Refuse schemes, shapes, scales and zero points that the layout cannot hold, and what no consumer reads.
 
@@ -110,6 +117,7 @@ class IntegerWords(ABC):
             UsageError: Names what does not fit and the nearest that does.
             NumericalError: A scale that float16 cannot hold.
         """
+        refuse_ends(subject, self.layout)
         refuse_real(subject, self.layout)
         refuse_scale_codes(subject, self.layout)
         check_schemes(subject, partial(self._check_scheme, subject))

@@ -99,18 +99,14 @@ def nearest_scheme(
 def _static(scheme: TensorScheme, reasons: list[str]) -> tuple[TensorScheme, list[str]]:
     """Put right what static scales do not go with."""
     nearest = scheme
-    if scheme.strategy == "head" and not scheme.static:
-        reasons.append("scales of heads over all tokens are found once")
-        nearest = replace(nearest, static=True)
     if not nearest.static:
         return nearest, reasons
     if scheme.strategy not in ("tensor", "head"):
         reasons.append("static scales are of whole tensors, or of heads")
         nearest = replace(nearest, strategy="tensor", group_size=None)
-    if not scheme.symmetric and (scheme.strategy == "head" or scheme.real or scheme.offset):
-        whole = "static zero points are whole numbers"
-        reasons.append("static scales of heads come without zero points" if scheme.strategy == "head" else whole)
-        nearest = replace(nearest, symmetric=scheme.strategy == "head", real=False, offset=False)
+    if not scheme.symmetric and (scheme.real or scheme.offset):
+        reasons.append("static zero points are whole numbers")
+        nearest = replace(nearest, real=False, offset=False)
     if scheme.outlier_threshold is not None:
         reasons.append("static scales are of all columns, and outliers are found as they come")
         nearest = replace(nearest, outlier_threshold=None)

@@ -20,6 +20,7 @@ from qtool.engine.subject import Subject
 from qtool.plugins import Plugins
 from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 
@@ -67,8 +68,8 @@ def make(plugins: Plugins, tmp_path_factory: pytest.TempPathFactory, cache: Path
 
     @lru_cache
     def made(weights: str, activations: str = "", kv: str = "", *, name: str = "llama", method: str = "rtn") -> Subject:
-        parts = (parse_tensor_scheme(text, plugins.format) if text else None for text in (weights, activations, kv))
-        request = MitigateRequest(str(model(name)), method, ModelScheme(*parts), {}, dtype="float32")
+        texts = {"weights": weights, "activations": activations, "kv": kv}
+        request = MitigateRequest(str(model(name)), method, read_scheme("", texts, plugins), {}, dtype="float32")
         artifact, _ = mitigate(request, workspace)
         return open_subject(str(artifact.path), workspace).subject
 

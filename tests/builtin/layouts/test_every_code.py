@@ -90,23 +90,6 @@ def test_bytes_of_compressed_tensors(plugins: Plugins, name: str) -> None:
     assert torch.equal(ours, compressed(layout, stored, **how).float())
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
-def test_integers_of_gguf_under_every_scale(plugins: Plugins, kind: str) -> None:
-    """Every code under every float16 that is a number, of Q4_1 with an offset beside each."""
-    bits = 8 if kind == "Q8_0" else 4
-    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    numbers = numbers[numbers.isfinite() & (numbers != 0)].unsqueeze(-1)
-    for first in range(0, 1 << bits, 32):
-        codes = (torch.arange(first, first + 32) % (1 << bits)).to(torch.uint8).expand(len(numbers), -1)
-        beside = [numbers, *([numbers.roll(1234, 0)] if kind == "Q4_1" else [])]
-        stored = (codes ^ 0x80) if bits == 8 else halves(codes)
-        blocks = torch.cat((*(one.view(torch.uint8) for one in beside), stored), -1)
-        theirs = gguf.dequantize(blocks.numpy(), GGMLQuantizationType[kind])
-        scale, *offset = (one[:, 0].float() for one in beside)
-        parameters = GroupParameters(scale, offset=offset[0] if offset else None)
-        assert torch.equal(plugins.format(f"int{bits}").decode(codes, parameters), torch.from_numpy(theirs))
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_integers_of_compressed_tensors(plugins: Plugins, bits: int, symmetric: bool) -> None:

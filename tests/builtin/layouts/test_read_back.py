@@ -14,6 +14,7 @@ from qtool.builtin.exporters import compressed_tensors, modelopt
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
 from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
+from qtool.builtin.exporters.hf import HuggingFace
 from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.builtin.exporters.read_back import telling_rows
 from qtool.engine.exporter import Exporter
@@ -108,6 +109,35 @@ def test_rows_of_a_packed_linear_are_those_of_the_linear(make: Make, weights: st
             assert torch.equal(packed.rows(rows).weight(grid), whole.weight(grid)[rows])
 
 
+@pytest.mark.parametrize(
+    "weights", ["int4-asym-g32", "int3-sym-channel", "fp8-tensor", "fp8-b32", "nvfp4", "int3-asym-g16-scales3g16"]
+)
+def test_a_weight_decoded_piece_by_piece_is_that_of_the_linear(
+    make: Make, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    monkeypatch.setattr("qtool.engine.packed._PIECE", 1)
+    subject = make(weights)
+    for linear in subject.linears[:7]:
+        grid = subject.weight_grid(linear)
+        assert subject.only_codes(linear)
+        for dtype in (torch.bfloat16, torch.float32):
+            decoded = subject.packed(linear).weight(grid, dtype)
+            assert torch.equal(decoded, subject.linear(linear).weight(grid).to(dtype))
+
+
+@pytest.mark.parametrize(("weights", "method"), [("int4-sym-g32", "rtn"), ("nvfp4", "rtn"), ("nvfp4", "rtn+lorc")])
+def test_a_bit_of_a_decoded_weight_is_noticed_anywhere(make: Make, tmp_path: Path, weights: str, method: str) -> None:
+    subject = make(weights, method=method)
+    assert subject.only_codes(subject.linears[0]) == (method == "rtn")
+    written(HuggingFace(), subject, tmp_path / "out")
+    for place, flip in ((0, 1), (5, 0x80), (-1, 0x80), (1001, 0x10)):  # a sign of 0 too
+        altered(tmp_path / "out", f"{NAME}.weight", with_byte(place, flip))
+        with pytest.raises(ArtifactError, match=f"`{NAME}` that was written is not"):
+            HuggingFace().verify(subject, tmp_path / "out")
+        altered(tmp_path / "out", f"{NAME}.weight", with_byte(place, flip))
+    HuggingFace().verify(subject, tmp_path / "out")
+
+
 def test_pieces_are_all_rows_in_whole_words() -> None:
     for n_out, n_in in ((70, 1 << 13), (8, 16), (4096, 4096), (33, 1 << 20)):
         stream = torch.empty(n_out, n_in, dtype=torch.uint8, device="meta")
@@ -115,7 +145,7 @@ def test_pieces_are_all_rows_in_whole_words() -> None:
         pieces = list(packed.pieces())
         assert [row for rows in pieces for row in range(rows.start, rows.stop)] == list(range(n_out))
         assert all(rows.start % 32 == 0 for rows in pieces)
-        assert all((rows.stop - rows.start) * n_in <= max(1 << 18, 32 * n_in) for rows in pieces)
+        assert all((rows.stop - rows.start) * n_in <= max(1 << 20, 32 * n_in) for rows in pieces)
 
 
 def test_the_telling_rows_hold_the_least_and_the_largest_scale(make: Make) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
-from qtool.builtin.exporters.ct_transforms import InputTransform
+from qtool.builtin.exporters.ct_transforms import OnlineTransform
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import UNREADABLE
 from qtool.engine.planner import extend
@@ -155,7 +155,12 @@ def test_a_group_that_misses_a_linear_is_found(make: Make, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("operators", "reason", "hint"),
     [
-        (everywhere("qk_post", Hadamard(32)), "no other operator online", "--set r3=off"),
+        (everywhere("qk_post", Diag(torch.rand(32) + 0.5)), "no other operator online", "--set head_mix=false"),
+        (
+            everywhere("qk_post", Hadamard(32, signs=random_signs(32, torch.Generator()), block_size=16)),
+            "signs of their own",
+            "without signs",
+        ),
         (everywhere("o_in", HeadMix(4, 32)), "no other operator online", "--set head_mix=false"),
         ({"layers.1.up_down": [Hadamard(INNER), Diag(torch.rand(INNER) + 0.5)]}, "no other operator online", "--to hf"),
         (everywhere("up_down", Hadamard(INNER, signs=SIGNS, block_size=32)), "signs of their own", "without signs"),
@@ -174,7 +179,7 @@ def test_an_order_that_the_library_lacks_is_refused() -> None:
     """It makes a matrix of its own before it reads the stored one."""
     from qtool.builtin.exporters import ct_transforms
 
-    transform = InputTransform("hadamard_0", Hadamard(4 * 524), ("down_proj",))
+    transform = OnlineTransform("hadamard_0", Hadamard(4 * 524), ("down_proj",))
     with pytest.raises(UsageError, match="no Hadamard matrix of this order") as refused:
         ct_transforms._check_matrix(transform)
     assert "--set block=16" in refused.value.hint

@@ -44,6 +44,7 @@ TEXT = Path(__file__).parents[3] / "LICENSE"
 SIGNED = "int4-sym-g64-signed_full"
 MIXED = f"{SIGNED},down_proj=int4-sym-g32"
 HALF = "int8-sym-token-sfp32-half"
+ATTENTION = "queries=fp8-tensor-static,keys=fp8-tensor-static,values=fp8-tensor-static"
 CT, INTEGERS = "compressed-tensors", "CPUWNA16LinearKernel"
 BYTES, FLOATS = "CPUInt8ScaledMMLinearKernel", "ChannelWiseTorchFP8ScaledMMLinearKernel"
 # The first tokens of the text that `tiny` is evaluated on
@@ -159,6 +160,7 @@ EXECUTED = {
         Scheme(f"{SIGNED},down_proj=none", "", "", "gptq"): "loads",
         Scheme("int4-sym-channel", "", "", "gptq"): "loads",
         Scheme("int4-asym-channel", "", "", "awq"): "loads",
+        Scheme(f"{SIGNED},lm_head=int4-sym-channel", "", "", CT): "loads",
     },
     f"{BYTES}, {INTEGERS}": {
         Scheme(f"{SIGNED},down_proj=int8-sym-channel", f"none,down_proj={HALF}", "", CT): "loads",
@@ -167,10 +169,12 @@ EXECUTED = {
         Scheme("int8-sym-channel", HALF, "", CT): "loads",
         Scheme("int8-sym-tensor", HALF, "", CT): "loads",
         Scheme("int8-sym-channel", "int8-asym-token-sfp32", "", CT): "loads",
+        Scheme("int8-sym-channel,lm_head=int8-sym-channel", f"{HALF},lm_head={HALF}", "", CT): "loads",
         Scheme("int8-sym-channel", "int8-asym-tensor-c0.02-static", "", CT): "loads",
     },
     FLOATS: {
         Scheme("fp8-channel", "fp8-token", "", CT): "loads",
+        Scheme("fp8-channel,lm_head=fp8-channel", "fp8-token,lm_head=fp8-token", "", CT): "loads",
         Scheme("fp8-channel", "fp8-token", "", "modelopt"): "loads",
     },
 }
@@ -242,6 +246,7 @@ class CachedEachTowardZero(CachedTowardZero):
         (Scheme(SIGNED, "", "fp8-tensor-static", CT), INTEGERS, "the scales that are stored"),
         (Scheme("fp8-channel", "fp8-token", "fp8-tensor-static", "modelopt"), FLOATS, "the scales that are stored"),
         (Scheme(SIGNED, "", "fp8-head-static", CT), INTEGERS, "the largest of the scales of a block's heads for all"),
+        (Scheme(SIGNED, "", ATTENTION, CT), INTEGERS, "the scales that are stored"),
     ],
 )
 def test_vllm_reads_the_scales_of_a_cache_and_rounds_toward_zero(
@@ -255,7 +260,8 @@ def test_vllm_reads_the_scales_of_a_cache_and_rounds_toward_zero(
     save_file(held, file, {"format": "pt"})
     said, result = told(directory), read([directory])[str(directory)]
     assert (said.verdict, said.known) == ("executes-other", "run on a CPU")
-    assert said.says.endswith(f"; FP8 KV cache with {scales}, but rounded toward zero")
+    left = "; queries are NOT quantized" if scheme.kv == ATTENTION else ""
+    assert said.says.endswith(f"; FP8 KV cache with {scales}, but rounded toward zero{left}")
     assert (result.kernels, result.message) == ([kernel], "")
     parts = (subject.model, subject.plugins, subject.plan, subject.scheme, subject.quantized)
     cut = CachedTowardZero(*parts)
@@ -311,6 +317,8 @@ REFUSED = {
     Scheme(SIGNED, "", "", CT, "block-hadamard"): "'_OpNamespace' '_C' object has no attribute 'hadacore_transform'",
     Scheme(f"{SIGNED},down_proj=int8-sym-g64", "", "", "gptq"): "Marlin does not support weight_bits = uint8b128",
     Scheme("fp8-tensor", "fp8-tensor", "", "modelopt"): "_C::static_scaled_fp8_quant() expected at most 0 argument(s)",
+    Scheme(f"{SIGNED},embed_tokens=int4-sym-g64", "", "", CT): "module 'triton' has no attribute 'next_power_of_2'",
+    Scheme(f"{SIGNED},embed_tokens=int4-asym-g64", "", "", CT): "There is no module or parameter named",
     Scheme(SIGNED, "", "int8-tensor-static", CT): "Currently supported kv cache quantization is num_bits=8, type=float",
     Scheme("int8-sym-channel", "", "", CT): "Failed to find a kernel that can implement the WNA16 linear layer",
     Scheme("int3-sym-g64", "", "", CT): "Failed to find a kernel that can implement the WNA16 linear layer",

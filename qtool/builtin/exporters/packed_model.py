@@ -1,0 +1,176 @@
+"""What a packed checkpoint holds besides the weights of its quantized linears, and what it may not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from qtool.artifacts.layout import TensorSlot
+from qtool.builtin.exporters.cache_scales import (
+    CACHE_ZEROS,
+    IN_ATTENTION,
+    cache_places,
+    has_zero_points,
+    zero_places,
+)
+from qtool.builtin.exporters.packed_layouts import INPUT_LEAVES, LEAVES
+from qtool.errors import ArtifactError
+from qtool.model.files import StoredTensor
+from qtool.model.graph import LinearSite
+from qtool.model.naming import Place, places_of
+from qtool.model.reading import read_place
+from qtool.model.source import Model
+from qtool.scheme import ModelScheme
+
+SCALE = ".weight_scale"
+_CODES = ("F8_E4M3", "U8", "I8", "I32")
+_OWN = frozenset({*LEAVES, *INPUT_LEAVES, *IN_ATTENTION.values(), "weight", "bias"})
+_INPUT_ZERO = "input_zero_point"
+
+
+@dataclass(frozen=True)
+class PackedModel(Model):
+    """What a packed checkpoint holds besides the weights of its quantized linears."""
+
+    @cached_property
+    def packed(self) -> Mapping[str, Place]:
+        """Where every tensor of the checkpoint lies, by the name that the graph knows."""
+        return places_of(self.stored, self.family)
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
+        leaves = (*LEAVES, *INPUT_LEAVES, "weight")
+        own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
+        own |= {name for name, _ in self.cached.values()} | {name for name in self.packed if _leaf(name) in CACHE_ZEROS}
+        places = {name: place for name, place in self.found_places().items() if name not in own}
+        return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
+
+    @cached_property
+    def coded(self) -> tuple[LinearSite, ...]:
+        """The linears that have scales; a head and an embedding that have some come last."""
+        linears = (*self.graph.linears, *self.graph.ends)
+        return tuple(linear for linear in linears if f"{linear.name}{SCALE}" in self.packed)
+
+    @cached_property
+    def cached(self) -> Mapping[str, tuple[str, Place]]:
+        """The names and places of static scales of keys and values, by their names in artifacts."""
+        return cache_places(self.graph, self.packed)
+
+    @cached_property
+    def cached_zeros(self) -> Mapping[str, tuple[str, Place]]:
+        """Those of their zero points, some of which may be 0 and belong to nothing."""
+        return zero_places(self.graph, self.packed)
+
+    def tensors(self, prefix: str, *, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Read the tensors below ``prefix``, keyed by the rest of their names; no weights that are codes."""
+        return super().tensors(prefix, without={*without, *self._weights})
+
+    @cached_property
+    def _weights(self) -> frozenset[str]:
+        return frozenset(f"{linear.name}.weight" for linear in self.coded)
+
+    def _placeholder(self, linear: LinearSite) -> Place:
+        """Return the place of a weight of as many rows as its codes have; there are no bytes in it."""
+        codes = self.packed.get(f"{linear.name}.weight_packed") or self.packed.get(f"{linear.name}.weight")
+        if codes is None or codes.expert is not None or codes.stored.slot.dtype not in _CODES:
+            raise ArtifactError(
+                f"`{linear.name}` of `{self.path}` has scales and no codes, or all experts are one tensor",
+                facts=(("weight", codes.stored.slot.dtype if codes else "none"), ("expected", ", ".join(_CODES))),
+                hint="save it compressed, with the tool that made it",
+            )
+        rows, columns = codes.shape[0], self.graph.width(linear.spec.reads)
+        said = getattr(self.config.get_text_config(), "dtype", None)
+        dtype = {torch.float16: "F16", torch.float32: "F32"}.get(said or torch.bfloat16, "BF16")
+        slot = TensorSlot(dtype, (rows, columns), 0, 0)
+        return Place(f"{codes.name.rpartition('.')[0]}.weight", StoredTensor(codes.stored.file, slot))
+
+
+def refuse_codes(model: PackedModel) -> None:
+    """Refuse codes of what is not transcoded.
+
+    Raises:
+        ArtifactError: Names the first.
+    """
+    _refuse_other_codes(model)
+    _refuse_shared_codes(model)
+
+
+def refuse_tensors(model: PackedModel, scheme: ModelScheme) -> None:
+    """Refuse what a scheme does not speak of.
+
+    Raises:
+        ArtifactError: Names the first.
+    """
+    _refuse_zero_points(model, scheme)
+    _refuse_other_tensors(model)
+
+
+def _refuse_other_codes(model: PackedModel) -> None:
+    """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a vision tower."""
+    coded = {linear.name for linear in model.coded}
+    leaves = {*LEAVES, *INPUT_LEAVES}
+    named = (name.rpartition(".") for name in model.packed)
+    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
+    if odd is not None:
+        raise ArtifactError(
+            "the checkpoint has codes of what qtool does not quantize",
+            facts=(("first", odd), ("family", model.family.name)),
+            hint="quantize the original model without it: qtool mitigate MODEL",
+        )
+
+
+def _refuse_shared_codes(model: PackedModel) -> None:
+    """Refuse an embedding of codes that a tied head would have to share."""
+    family, graph = model.family, model.graph
+    head = f"{family.head}.weight"
+    if graph.embedding in model.coded and graph.head not in model.coded and head not in model.packed:
+        raise ArtifactError(
+            "the embedding is quantized, and the head, which is tied to it, has no weights of its own",
+            facts=(("embedding", family.embedding), ("head", family.head)),
+            hint="quantize the original model: qtool mitigate MODEL, which gives the head weights of its own",
+        )
+
+
+def _refuse_zero_points(model: PackedModel, scheme: ModelScheme) -> None:
+    """Refuse a cache or inputs whose zero points are others than those of symmetric ones, and inputs that lack one."""
+    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in (*CACHE_ZEROS, _INPUT_ZERO)}
+    if has_zero_points(scheme):
+        zeros = {name: place for name, place in zeros.items() if _leaf(name) not in CACHE_ZEROS}
+    for linear in model.coded:
+        inputs, name = scheme.of(linear.name).activations, f"{linear.name}.{_INPUT_ZERO}"
+        if inputs is not None and inputs.static and not inputs.symmetric and zeros.pop(name, None) is None:
+            raise ArtifactError(
+                "the config says that inputs have calibrated zero points, and the checkpoint lacks one",
+                facts=(("first", name),),
+                hint="check that the download is complete",
+            )
+    odd = next((name for name, place in zeros.items() if read_place(place).float().any()), None)
+    if odd is not None:
+        what, option = ("inputs", "--activations") if _leaf(odd) == _INPUT_ZERO else ("a KV cache", "--kv")
+        raise ArtifactError(
+            f"the checkpoint has {what} with zero points, and its config says that there are none",
+            facts=(("first", odd),),
+            hint=f"quantize the original model again: qtool mitigate MODEL {option} fp8-tensor-static",
+        )
+
+
+def _refuse_other_tensors(model: PackedModel) -> None:
+    """Refuse what a linear has beside codes, scales and a bias, such as the order of its columns."""
+    coded = {linear.name for linear in model.coded}
+    named = (name.rpartition(".") for name in model.packed)
+    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if owner in coded and leaf not in _OWN), None)
+    if odd is not None:
+        raise ArtifactError(
+            "a linear of the checkpoint has more than codes and scales",
+            facts=(("first", odd),),
+            hint="quantize the original model again, without it: qtool mitigate MODEL",
+        )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
