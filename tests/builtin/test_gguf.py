@@ -210,6 +210,8 @@ def test_the_file_holds_what_was_quantized_with_rows_in_the_order_of_llama_cpp(
     assert exported.details["bytes"]["linears"] == linears
     assert exported.details["bytes"]["model"] == sum(tensor.n_bytes for tensor in tensors.values())
     assert f"as {kind}; activations are NOT quantized" in exported.consumers["llama.cpp"]
+    file_type = gguf.GGUFReader(tmp_path / "out" / FILE).fields["general.file_type"].contents()
+    assert gguf.LlamaFileType(file_type).name in (f"MOSTLY_{kind}", f"MOSTLY_{kind}_MOE")
 
 
 def rows(heads: int) -> list[tuple[int, int, int]]:

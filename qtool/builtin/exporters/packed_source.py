@@ -230,7 +230,7 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
     Raises:
         NumericalError: A weight would differ in bfloat16; names the linear.
     """
-    artifact, inexact, turned = subject.quantized, set[float](), list[Tensor | None]()
+    artifact, inexact = subject.quantized, set[float]()
     if not isinstance(artifact, PackedArtifact):
         return 0
     for linear in artifact.model.coded:
