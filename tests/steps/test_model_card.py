@@ -44,7 +44,8 @@ def test_it_tells_what_was_done_measured_and_typed(desk: Desk, monkeypatch: pyte
     (metric,) = values[0]
     ((_, found),) = [row for row in rows if row[0] == metric]  # of this artifact, and not of the other
     assert found.startswith(f"{values[0][metric]:.4g} ± ")
-    assert f"{checkpoint.manifest.details['bits']['linears']:.3f} bits a weight" in card
+    bits = checkpoint.manifest.details["bits"]
+    assert f"{bits['linears']:.3f} bits a weight in the linears of its blocks, {bits['model']:.3f} in the whole" in card
 
 
 def test_where_nothing_was_measured_it_says_so_and_identity_stays(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
