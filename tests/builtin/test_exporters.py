@@ -612,12 +612,14 @@ def test_one_wrong_bit_is_found_and_named(make: Make, tmp_path: Path, weights: s
         CompressedTensors().verify(subject, tmp_path / "out")
 
 
-def test_a_multiplier_that_was_not_inverted_is_found(make: Make, tmp_path: Path) -> None:
+def test_a_multiplier_that_was_not_inverted_or_is_a_little_off_is_found(make: Make, tmp_path: Path) -> None:
     subject, name = make("nvfp4"), "model.layers.0.mlp.down_proj"
     written(CompressedTensors(), subject, tmp_path / "out")
-    altered(tmp_path / "out", f"{name}.weight_global_scale", lambda scale: 1 / scale)
-    with pytest.raises(ArtifactError, match="global scale"):
-        CompressedTensors().verify(subject, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight_global_scale"]
+    for other in (1 / stored, stored * (1 + 2.0**-20)):
+        altered(tmp_path / "out", f"{name}.weight_global_scale", lambda _, other=other: other)
+        with pytest.raises(ArtifactError, match="global scale"):
+            CompressedTensors().verify(subject, tmp_path / "out")
 
 
 @pytest.mark.parametrize("exporter", [CompressedTensors(), HuggingFace()])

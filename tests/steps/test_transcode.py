@@ -199,6 +199,19 @@ def test_activations_are_read_as_consumers_quantize_them(
     assert str(read.activations) == str(open_subject(quantized, workspace).subject.scheme.activations)
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations"), [("fp8-channel", "fp8-token"), ("fp8-tensor", "fp8-tensor"), ("nvfp4", "")]
+)
+def test_modelopts_activations_are_read_as_its_algorithm_says(
+    quantize: Quantize, workspace: Workspace, weights: str, activations: str
+) -> None:
+    quantized = quantize(weights, activations)
+    packed = pack(PackRequest(quantized, "modelopt"), workspace)[0].path
+    read = open_packed(packed, workspace.plugins, cache=workspace.cache).scheme
+    ours = open_subject(quantized, workspace).subject.scheme
+    assert (str(read.weights), str(read.activations)) == (str(ours.weights), str(ours.activations))
+
+
 def test_scales_that_a_type_would_round_are_refused(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
     packed = pack(PackRequest(quantize("int4-sym-g32"), "compressed-tensors"), workspace)[0].path
     tiny = load_file(packed / "model.safetensors")[f"{NAME}.weight_scale"].clone()
