@@ -102,15 +102,18 @@ def _effective(default: TensorScheme | None, rules: Sequence[Rule], plugins: Plu
     found: list[Rule] = []
     for place, rule in enumerate(rules):
         again = any(later.pattern == rule.pattern for later in rules[place + 1 :])
-        if not again and (found or rule.scheme != (None if _names_end(rule, plugins) else default)):
+        if not again and (found or _changes(rule, default, plugins)):
             found.append(rule)
     return found
 
 
-def _names_end(rule: Rule, plugins: Plugins) -> bool:
-    """Say whether a rule is for the head or the embedding of some family."""
-    families = (plugins.load("families", name) for name in plugins.offers["families"])
-    return any(rule.matches(name) for family in families for name in (family.head, family.embedding))
+def _changes(rule: Rule, default: TensorScheme | None, plugins: Plugins) -> bool:
+    """Say whether a first rule says anything; `model.*` is for the embedding of some family and for its blocks."""
+    families = [plugins.load("families", name) for name in plugins.offers["families"]]
+    if not any(rule.matches(name) for family in families for name in (family.head, family.embedding)):
+        return rule.scheme != default
+    blocks = (f"{family.layers}.0.{linear.module}" for family in families for linear in family.linears)
+    return rule.scheme is not None or (default is not None and any(map(rule.matches, blocks)))
 
 
 def _named(rules: Sequence[Rule], plugins: Plugins) -> str:

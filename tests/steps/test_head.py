@@ -122,6 +122,8 @@ def test_only_exceptions_that_name_it_are_for_it(desk: Desk) -> None:
     assert scheme("int4,down_proj=int8,layers.0=int8").of("lm_head").weights is None
     assert scheme("int8,lm_head=int8").of("lm_head").weights == scheme("int8").weights
     assert scheme("int8,lm_head=none") == scheme("int8")
+    for alone in ("model.*", "*"):  # for blocks as well as for an end
+        assert scheme(f"int8,{alone}=none,lm_head=int8").of("model.layers.0.mlp.up_proj").weights is None
     assert scheme("int8,lm_head=int4").of("model.layers.0.mlp.up_proj").weights == scheme("int8").weights
     with pytest.raises(SchemeError, match="group size 16 does not divide the input of `lm_head`"):
         made(desk, f"{GROUPS},lm_head=int4-sym-g16")
