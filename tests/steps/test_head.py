@@ -103,6 +103,7 @@ def test_methods_of_all_kinds_leave_it_quantized(desk: Desk, method: str) -> Non
     ("method", "options", "message"),
     [
         ("autoround", {}, "`autoround` sees whole blocks, and `lm_head`, which is to be quantized, is in none"),
+        ("target+qwt", {}, "`qwt` sees whole blocks, .*\nhint: --method target\\+gptq\\+qwt, or"),
         ("guidedquant", {}, "nobody gathers gradients at the output of `lm_head`"),
         ("gptq", {"propagate": "none"}, "statistics hold nothing of the input of `lm_head`"),
     ],
