@@ -204,11 +204,7 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     scheme.check()
     graph, subject = subject.model.graph, replace(subject, scheme=scheme)
     check_rules(scheme, graph)
-    if scheme.of(graph.embedding.name).activations is not None:
-        raise SchemeError(
-            f"`{graph.embedding.name}` reads tokens, which are not rounded",
-            hint=f"--activations without {graph.embedding.name}=SCHEME",
-        )
+    _check_ends(scheme, graph)
     if not subject.coded:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     for linear in subject.coded:
@@ -222,6 +218,23 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     for part, width in parts:
         if part is not None:
             part.groups_of(width, layer="the KV cache")
+
+
+def _check_ends(scheme: ModelScheme, graph: ModelGraph) -> None:
+    """Refuse exceptions of activations for the embedding, and for a head whose weights stay in 16 bits."""
+    rules = [rule for rule in scheme.rules if rule.part == "activations" and rule.scheme is not None]
+    own = [rule for rule in rules if not any(rule.matches(linear.name) for linear in graph.linears)]
+    embedding, head = graph.embedding.name, graph.head.name
+    if scheme.of(embedding).activations is not None or any(rule.matches(embedding) for rule in own):
+        raise SchemeError(
+            f"`{embedding}` reads tokens, which are not rounded", hint=f"--activations without {embedding}=SCHEME"
+        )
+    if any(rule.matches(head) for rule in own) and scheme.of(head).activations is None:
+        raise SchemeError(
+            f"the input of `{head}` is not rounded where its weights stay in 16 bits",
+            facts=(("activations", own[-1].scheme),),
+            hint=f"--weights SCHEME,{head}=int8-sym-channel",
+        )
 
 
 def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:

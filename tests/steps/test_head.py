@@ -206,6 +206,15 @@ def test_blocks_see_the_embedding_as_it_is_quantized(desk: Desk, tmp_path: Path,
 def test_an_embedding_reads_tokens(desk: Desk) -> None:
     with pytest.raises(SchemeError, match="reads tokens, which are not rounded"):
         made(desk, f"{GROUPS},embed_tokens=int8", "rtn", "int8-token,embed_tokens=int8-token")
+    with pytest.raises(SchemeError, match="reads tokens, which are not rounded"):
+        made(desk, GROUPS, "rtn", "int8-token,embed_tokens=int8-token")
+
+
+def test_exceptions_of_activations_without_effect_are_refused(desk: Desk) -> None:
+    with pytest.raises(SchemeError, match="the input of `lm_head` is not rounded where its weights stay in 16 bits"):
+        made(desk, GROUPS, "rtn", "int8-token,lm_head=int4-token")
+    made(desk, BOTH, "rtn", "int8-token,lm_head=int4-token")
+    made(desk, GROUPS, "rtn", "int8-token,*=int4-token")
 
 
 @pytest.mark.parametrize("tied", [False, True])
