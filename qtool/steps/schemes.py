@@ -102,15 +102,18 @@ def _effective(default: TensorScheme | None, rules: Sequence[Rule], plugins: Plu
     found: list[Rule] = []
     for place, rule in enumerate(rules):
         again = any(later.pattern == rule.pattern for later in rules[place + 1 :])
-        if not again and (found or rule.scheme != (None if _names_end(rule, plugins) else default)):
+        if not again and (found or _changes(rule, default, plugins)):
             found.append(rule)
     return found
 
 
-def _names_end(rule: Rule, plugins: Plugins) -> bool:
-    """Say whether a rule is for the head or the embedding of some family."""
-    families = (plugins.load("families", name) for name in plugins.offers["families"])
-    return any(rule.matches(name) for family in families for name in (family.head, family.embedding))
+def _changes(rule: Rule, default: TensorScheme | None, plugins: Plugins) -> bool:
+    """Say whether a first rule says anything; `model.*` is for the embedding of some family and for its blocks."""
+    families = [plugins.load("families", name) for name in plugins.offers["families"]]
+    if not any(rule.matches(name) for family in families for name in (family.head, family.embedding)):
+        return rule.scheme != default
+    blocks = (f"{family.layers}.0.{linear.module}" for family in families for linear in family.linears)
+    return rule.scheme is not None or (default is not None and any(map(rule.matches, blocks)))
 
 
 def _named(rules: Sequence[Rule], plugins: Plugins) -> str:
@@ -201,11 +204,7 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     scheme.check()
     graph, subject = subject.model.graph, replace(subject, scheme=scheme)
     check_rules(scheme, graph)
-    if scheme.of(graph.embedding.name).activations is not None:
-        raise SchemeError(
-            f"`{graph.embedding.name}` reads tokens, which are not rounded",
-            hint=f"--activations without {graph.embedding.name}=SCHEME",
-        )
+    _check_ends(scheme, graph)
     if not subject.coded:
         raise UsageError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     for linear in subject.coded:
@@ -219,6 +218,23 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
     for part, width in parts:
         if part is not None:
             part.groups_of(width, layer="the KV cache")
+
+
+def _check_ends(scheme: ModelScheme, graph: ModelGraph) -> None:
+    """Refuse exceptions of activations for the embedding, and for a head whose weights stay in 16 bits."""
+    rules = [rule for rule in scheme.rules if rule.part == "activations" and rule.scheme is not None]
+    own = [rule for rule in rules if not any(rule.matches(linear.name) for linear in graph.linears)]
+    embedding, head = graph.embedding.name, graph.head.name
+    if scheme.of(embedding).activations is not None or any(rule.matches(embedding) for rule in own):
+        raise SchemeError(
+            f"`{embedding}` reads tokens, which are not rounded", hint=f"--activations without {embedding}=SCHEME"
+        )
+    if any(rule.matches(head) for rule in own) and scheme.of(head).activations is None:
+        raise SchemeError(
+            f"the input of `{head}` is not rounded where its weights stay in 16 bits",
+            facts=(("activations", own[-1].scheme),),
+            hint=f"--weights SCHEME,{head}=int8-sym-channel",
+        )
 
 
 def check_rules(scheme: ModelScheme, graph: ModelGraph) -> None:

@@ -103,11 +103,13 @@ def check_head(head: LinearSite, methods: Sequence[Configured], propagate: str, 
     Raises:
         UsageError: Names what to do.
     """
-    leading = takewhile(lambda one: not isinstance(one.method, BlockMitigator | ModelMitigator), methods)
-    if all(isinstance(one.method, Retargeter) for one in leading):
+    of_one = [*takewhile(lambda one: not isinstance(one.method, BlockMitigator | ModelMitigator), methods)]
+    if all(isinstance(one.method, Retargeter) for one in of_one):
+        others = methods[len(of_one) :]
+        names = (*(one.name for one in of_one), "gptq", *(one.name for one in others))
         raise UsageError(
-            f"`{methods[0].name}` sees whole blocks, and `{head.name}`, which is to be quantized, is in none",
-            hint=f"--method {'+'.join(('gptq', *(one.name for one in methods)))}",
+            f"`{others[0].name}` sees whole blocks, and `{head.name}`, which is to be quantized, is in none",
+            hint=f"--method {'+'.join(names)}, or --weights without {head.name}=SCHEME",
         )
     if SALIENCY in needs:
         raise UsageError(

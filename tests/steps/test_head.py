@@ -103,6 +103,7 @@ def test_methods_of_all_kinds_leave_it_quantized(desk: Desk, method: str) -> Non
     ("method", "options", "message"),
     [
         ("autoround", {}, "`autoround` sees whole blocks, and `lm_head`, which is to be quantized, is in none"),
+        ("target+qwt", {}, "`qwt` sees whole blocks, .*\nhint: --method target\\+gptq\\+qwt, or"),
         ("guidedquant", {}, "nobody gathers gradients at the output of `lm_head`"),
         ("gptq", {"propagate": "none"}, "statistics hold nothing of the input of `lm_head`"),
     ],
@@ -122,6 +123,8 @@ def test_only_exceptions_that_name_it_are_for_it(desk: Desk) -> None:
     assert scheme("int4,down_proj=int8,layers.0=int8").of("lm_head").weights is None
     assert scheme("int8,lm_head=int8").of("lm_head").weights == scheme("int8").weights
     assert scheme("int8,lm_head=none") == scheme("int8")
+    for alone in ("model.*", "*"):  # for blocks as well as for an end
+        assert scheme(f"int8,{alone}=none,lm_head=int8").of("model.layers.0.mlp.up_proj").weights is None
     assert scheme("int8,lm_head=int4").of("model.layers.0.mlp.up_proj").weights == scheme("int8").weights
     with pytest.raises(SchemeError, match="group size 16 does not divide the input of `lm_head`"):
         made(desk, f"{GROUPS},lm_head=int4-sym-g16")
@@ -203,6 +206,15 @@ def test_blocks_see_the_embedding_as_it_is_quantized(desk: Desk, tmp_path: Path,
 def test_an_embedding_reads_tokens(desk: Desk) -> None:
     with pytest.raises(SchemeError, match="reads tokens, which are not rounded"):
         made(desk, f"{GROUPS},embed_tokens=int8", "rtn", "int8-token,embed_tokens=int8-token")
+    with pytest.raises(SchemeError, match="reads tokens, which are not rounded"):
+        made(desk, GROUPS, "rtn", "int8-token,embed_tokens=int8-token")
+
+
+def test_exceptions_of_activations_without_effect_are_refused(desk: Desk) -> None:
+    with pytest.raises(SchemeError, match="the input of `lm_head` is not rounded where its weights stay in 16 bits"):
+        made(desk, GROUPS, "rtn", "int8-token,lm_head=int4-token")
+    made(desk, BOTH, "rtn", "int8-token,lm_head=int4-token")
+    made(desk, GROUPS, "rtn", "int8-token,*=int4-token")
 
 
 @pytest.mark.parametrize("tied", [False, True])

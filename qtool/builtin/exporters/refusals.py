@@ -62,12 +62,12 @@ def refuse_ends(subject: Subject, layout: str) -> None:
     Raises:
         SchemeError: Names the exporters that write its codes, or decode them.
     """
-    for name in (end.name for end in subject.coded_ends):
+    if names := [end.name for end in subject.coded_ends]:
         raise SchemeError(
             f"{layout} is written with head and embedding in 16 bits",
-            facts=((name, subject.scheme.of(name).weights),),
+            facts=tuple((name, subject.scheme.of(name).weights) for name in names),
             hint="qtool pack SOURCE --to compressed-tensors, or --to hf, which decodes; "
-            f"or qtool mitigate without {name}=SCHEME",
+            f"or qtool mitigate without {', '.join(f'{name}=SCHEME' for name in names)}",
         )
 
 
