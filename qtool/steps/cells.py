@@ -49,6 +49,8 @@ def _nothing_left(recipe: Recipe, only: Sequence[str]) -> UsageError:
         facts.append((axis, ", ".join(known)))
         if known and not hint and known.keys().isdisjoint(choice.partition("(")[0] for choice in asked):
             hint = f"--only {axis}={(difflib.get_close_matches(asked[0], known, 1, 0.3) or list(known))[0]}"
+    if only and not hint:  # each is there, and they are not together
+        hint = f"--only {only[0].partition('(')[0]}"
     return UsageError(f"no cell of the recipe `{recipe.name}` is left", facts=tuple(facts), hint=hint)
 
 

@@ -19,7 +19,7 @@ from qtool.engine.grid import Grid
 from qtool.engine.solve import Method
 from qtool.engine.stored import linear_tensors
 from qtool.engine.subject import Subject
-from qtool.model.graph import EXPERTS, ModelGraph
+from qtool.model.graph import EXPERTS, TOKENS, ModelGraph
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import BLOCKS, HESSIAN
@@ -210,7 +210,8 @@ def stored_bytes(subject: Subject, methods: Sequence[Method] = ()) -> dict[str, 
         key = (rows, n, subject.weight_grid(linear))
         if key not in known:
             known[key] = _code_bytes(*key)
-        beside = (one.bytes_beside(rows, n, expert=linear.expert is not None) for one in methods)
+        solving = () if linear.reads == TOKENS else methods  # an embedding is rounded to nearest by all
+        beside = (one.bytes_beside(rows, n, expert=linear.expert is not None) for one in solving)
         found[linear.name] = known[key] + sum(beside)
     return found
 

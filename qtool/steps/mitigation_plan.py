@@ -20,6 +20,7 @@ from qtool.engine.model_problem import ModelMitigator
 from qtool.engine.solve import MOST_ROWS, Method
 from qtool.engine.stream import default_batch
 from qtool.engine.subject import Subject
+from qtool.model.graph import TOKENS
 from qtool.model.statistics import HESSIAN
 from qtool.numerics.token_weights import parse_token_weight
 from qtool.scheme import ModelScheme
@@ -158,7 +159,8 @@ def _linears(step: _Foreseen) -> Table:
         kept = linear.name in step.subject.kept
         written = "16 bits" if kept else _written(step.subject.weight_grid(linear))
         key = (kinds[linear.name], shape, written, alike(linear.spec.reads))
-        found = rows.setdefault(key, [0, step.sizes.at(site) if step.sizes is not None and not kept else 0, 0])
+        gathered = step.sizes is not None and not kept and site != TOKENS
+        found = rows.setdefault(key, [0, step.sizes.at(site) if step.sizes is not None and gathered else 0, 0])
         found[0] += 1
         found[2] += 2 * _size(step.shape(linear.name)) if kept else nbytes[linear.name]
     cells = [

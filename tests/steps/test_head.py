@@ -232,3 +232,10 @@ def test_bits_count_an_embedding(desk: Desk, tmp_path: Path, *, tied: bool) -> N
     rows, columns = found.subject.shape(found.model.graph.embedding)
     shared = 0 if tied else 2 * rows * columns  # a tied head keeps the 16 bits that both had
     assert sum(after.model.values()) == sum(before.model.values()) + rows * columns + 2 * rows - shared
+
+
+def test_a_dry_run_counts_no_correction_of_an_embedding(desk: Desk) -> None:
+    artifact = made(desk, f"{BOTH},embed_tokens=int8-sym-channel-sbf16", "gptq+lorc", settings={"rank": "2"})
+    demand = demand_of(artifact.manifest, opened(desk, artifact).model, desk.workspace.plugins)
+    assert demand is not None
+    assert demand.disk == sum(slot.nbytes for slot in artifact.header.slots.values())

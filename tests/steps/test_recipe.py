@@ -131,7 +131,7 @@ def test_only_must_leave_something(tmp_path: Path, only: str) -> None:
         (("mitigate=gptq", "scheme=NVFP", "seed=3"), ("only", "mitigate", "scheme", "seed"), "--only scheme=NVFP4"),
         (("mitigate=awq",), ("only", "mitigate"), "--only mitigate=rtn"),
         (("scheme=NVFP4", "seed=9"), ("only", "scheme", "seed"), "--only seed=3"),
-        (("scheme=mine", "seed=4"), ("only", "scheme", "seed"), ""),
+        (("scheme=mine", "seed=4"), ("only", "scheme", "seed"), "--only scheme=mine"),  # each is there, not both
     ],
 )
 def test_what_left_nothing_is_told(tmp_path: Path, only: tuple[str, ...], facts: tuple[str, ...], hint: str) -> None:

@@ -20,7 +20,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import SchemeError
 from qtool.plugins import Plugins
 from qtool.scheme import VECTORS, ModelScheme, TensorScheme, parse_tensor_scheme
-from qtool.scheme_parts import Rule, RuledPart
+from qtool.scheme_parts import Rule, RuledPart, in_block
 
 Apart: TypeAlias = tuple[float, ...]
 """How far two schemes are apart in several ways, of which the first that differs decides."""
@@ -81,14 +81,15 @@ def _hint(subject: Subject, held: Callable[[ModelScheme], bool], decoded: str) -
         return kept
     parts = {part: _written(main, part, plugins) for part in get_args(RuledPart)}
     for pattern in dict.fromkeys(rule.pattern for rule in scheme.rules):
-        names = (linear.name for linear in subject.model.graph.linears)
+        names = (linear.name for linear in (*subject.model.graph.linears, *subject.model.graph.ends))
         first = next((name for name in names if Rule("weights", pattern, None).matches(name)), None)
         own = None if first is None else _nearest(scheme.of(first), plugins, held)
-        if own is None:
+        if first is None or own is None:
             continue
+        usual = main if in_block(first) else ModelScheme()
         for part in parts:
             follows = part == "activations" and own.weights is None  # inputs of what is in 16 bits are, too
-            if getattr(own, part) != getattr(main, part) and not follows:
+            if getattr(own, part) != getattr(usual, part) and not follows:
                 parts[part] += f",{pattern}={_written(own, part, plugins)}"
     options = [f"--{part} {text}" for part, text in parts.items() if text != "none"]
     options += [f"--kv {main.kv}"] if main.kv is not None else []

@@ -100,7 +100,8 @@ class PEFT:
         sizes = exported.details["bytes"]
         details["bytes"] = vars(Sizes.of({**sizes["parts"], "adapters": size}, sizes["model"] + size, sizes["ends"]))
         details["adapter"] = {"folder": FOLDER, "largest rank": max(ranks.values())}
-        return Exported(_consumers(exported.consumers, max(ranks.values())), details)
+        of_head = subject.model.family.head in ranks
+        return Exported(_consumers(exported.consumers, max(ranks.values()), of_head=of_head), details)
 
     def verify(self, subject: Subject, directory: Path) -> None:
         """Verify the base as its exporter does, and compare every factor bit for bit.
@@ -190,18 +191,20 @@ def _corrected(subject: Subject) -> list[LinearSite]:
     """Return the linears that have a correction."""
     slots = subject.quantized.header.slots if subject.quantized is not None else ()
     names = {name.partition(_MARK)[0] for name in slots if _MARK in name}
-    return [linear for linear in subject.model.graph.linears if linear.name in names]
+    return [linear for linear in subject.coded if linear.name in names]
 
 
 def _key(linear: LinearSite) -> str:
     return f"base_model.model.{linear.name}"
 
 
-def _consumers(base: Any, rank: int) -> dict[str, str]:  # noqa: ANN401 - a mapping of words
+def _consumers(base: Any, rank: int, *, of_head: bool) -> dict[str, str]:  # noqa: ANN401 - a mapping of words
     """Return what consumers execute, of the base and of the adapter."""
+    unknown = "; whether it takes that of the head is not known" if of_head else ""
     lost = f"{UNREADABLE} without the adapter, which from_pretrained leaves out"
     return {
         "peft": f"{base['transformers']}; the adapter in float32",
         "transformers": f"{lost}; with PeftModel.from_pretrained(model, FOLDER/{FOLDER}) after a forward pass as peft",
-        "vllm": f"{base['vllm']}; the adapter with --enable-lora --max-lora-rank {rank} and a request that names it",
+        "vllm": f"{base['vllm']}; the adapter with --enable-lora --max-lora-rank {rank} and a request that names it"
+        + unknown,
     }

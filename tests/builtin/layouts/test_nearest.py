@@ -140,6 +140,15 @@ def test_exceptions_are_kept_and_replaced_one_by_one(make: Make, plugins: Plugin
     assert error.hint.startswith(f"nearest that fits: {nearest}; or qtool pack SOURCE --to ")
 
 
+def test_exceptions_for_head_and_embedding_are_kept(make: Make, plugins: Plugins) -> None:
+    weights = "nf4-g32,lm_head=int8-sym-channel-sbf16,embed_tokens=nf4-g32"
+    scheme = read_scheme("", {"weights": weights}, plugins)
+    error = refusal(plugins, "compressed-tensors", replace(make("nf4-g32", name="block"), scheme=scheme))
+    assert error is not None
+    nearest = "--weights nvfp4,lm_head=int8-sym-channel-sbf16,embed_tokens=nvfp4"
+    assert error.hint.startswith(f"nearest that fits: {nearest}; or qtool pack SOURCE --to ")
+
+
 def test_a_cache_that_is_not_carried_has_static_scales_or_is_left_out(make: Make, plugins: Plugins) -> None:
     for exporter in ("modelopt", "gptq"):
         weights = "nvfp4" if exporter == "modelopt" else "int4-sym-g32"

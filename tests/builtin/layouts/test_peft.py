@@ -25,8 +25,8 @@ from qtool.errors import ArtifactError, UsageError
 from qtool.model.plan import Plan, Proposal
 from qtool.numerics.operators import Hadamard
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, parse_tensor_scheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
+from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from tests.builtin.layouts.conftest import SIZES
@@ -46,9 +46,9 @@ def corrected(plugins: Plugins, tmp_path_factory: pytest.TempPathFactory, cache:
 
     @lru_cache
     def made(weights: str, activations: str = "", *settings: str, method: str = "rtn+lorc") -> Subject:
-        parts = (parse_tensor_scheme(text, plugins.format) if text else None for text in (weights, activations))
+        scheme = read_scheme("", {"weights": weights, "activations": activations}, plugins)
         options = dict(text.split("=") for text in settings)
-        request = MitigateRequest(str(folder), method, ModelScheme(*parts), options, dtype="float32")
+        request = MitigateRequest(str(folder), method, scheme, options, dtype="float32")
         return open_subject(str(mitigate(request, workspace)[0].path), workspace).subject
 
     return made
@@ -87,6 +87,7 @@ def executed(directory: Path, *, adapter: bool) -> Tensor:
         ("int3-sym-g32", "", ("lorc.rank=5",)),
         ("int3-sym-g32", "", ("lorc.rank=8", "lorc.dtype=int8")),
         ("int4-sym-channel", INT8, ("lorc.rank=4", "lorc.reads=full")),
+        ("int4-sym-g32,lm_head=int2-sym-channel", "", ("lorc.rank=8",)),
     ],
 )
 def test_peft_computes_our_logits(
@@ -103,6 +104,7 @@ def test_peft_computes_our_logits(
         torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-6)
     assert exported.consumers["transformers"].startswith(UNREADABLE)
     assert f"--max-lora-rank {settings[0][-1]}" in exported.consumers["vllm"]
+    assert ("that of the head is not known" in exported.consumers["vllm"]) == ("lm_head" in weights)
 
 
 @pytest.mark.parametrize("settings", [("lorc.rank=5",), ("lorc.rank=8", "lorc.dtype=int8")])
