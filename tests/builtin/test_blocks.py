@@ -19,7 +19,7 @@ from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.stored import linear_tensors, read_linear
 from qtool.errors import SchemeError, UsageError
 from qtool.scheme import ModelScheme, parse_tensor_scheme
-from qtool.steps.demand import _stored_bytes
+from qtool.steps.demand import _code_bytes
 from tests.builtin.format_cases import FORMATS, values_of
 
 SHAPES = [(8, 8), (6, 10), (3, 4), (9, 2), (13, 21)]
@@ -67,7 +67,7 @@ def test_blocks_need_not_be_squares(rows: int, columns: int, shape: tuple[int, i
         (parameters,) = found.parameters
         tensors = linear_tensors("layer", found, of.grid)
         assert tensors["layer.scale"].shape == (-(-shape[0] // rows), -(-shape[1] // columns))
-        assert _stored_bytes(*shape, of.grid) == sum(tensor.nbytes for tensor in tensors.values())
+        assert _code_bytes(*shape, of.grid) == sum(tensor.nbytes for tensor in tensors.values())
         assert torch.equal(read_linear("layer", shape[1], tensors, of.grid).weight(of.grid), found.weight(of.grid))
         for row, column in ((row, column) for row in range(shape[0]) for column in range(shape[1])):
             stored = tensors["layer.scale"][row // rows, column // columns]
@@ -106,7 +106,7 @@ def test_one_scale_a_square_is_stored_and_read_back(shape: tuple[int, int], scal
     assert tensors["layer.scale"].shape == squares
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert total == shape[0] * shape[1] + squares[0] * squares[1] * {"fp32": 4, "bf16": 2, "e8m0": 1}[scale]
-    assert _stored_bytes(*shape, of.grid) == total
+    assert _code_bytes(*shape, of.grid) == total
     read = read_linear("layer", shape[1], tensors, of.grid)
     assert torch.equal(read.weight(of.grid), found.weight(of.grid))
 

@@ -458,7 +458,7 @@ def test_a_signal_leaves_nothing_behind(bench: Bench, monkeypatch: pytest.Monkey
 
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_DFL)
-    monkeypatch.setattr(Subject, "linear", stopped)
+    monkeypatch.setattr(Subject, "packed", stopped)
     try:
         ended = bench.run("pack @quantized --to hf")
         assert signal.getsignal(number) == signal.SIG_DFL

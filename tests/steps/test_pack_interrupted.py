@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
     artifact = quantized(quantize, to)
     before = everything(tmp_path)
-    target = "numpy.memmap" if to.startswith("gguf") else "qtool.builtin.exporters.shards.save_file"
+    target = "shutil.copyfileobj" if to.startswith("gguf") else "qtool.builtin.exporters.shards.save_file"
     monkeypatch.setattr(target, full)
     with pytest.raises(ResourceError, match="no space left on the disk"):
         pack(PackRequest(artifact, to, tmp_path / "out"), workspace)

@@ -261,7 +261,10 @@ def test_one_wrong_bit_is_found_and_named(
     subject = make(weights)
     written(exporter, subject, tmp_path / "out")
     altered(tmp_path / "out", f"{NAME}.{leaf}", flipped)
-    with pytest.raises(ArtifactError, match=f"the weight of `{NAME}` that was written is not"):
+    # A zero point that is not in the middle is no symmetric code at all.
+    symmetric_zero = isinstance(exporter, GPTQ) and leaf == "qzeros" and "-sym-" in weights
+    said = "cannot unpack `{}`" if symmetric_zero else "the weight of `{}` that was written is not"
+    with pytest.raises(ArtifactError, match=said.format(NAME)):
         exporter.verify(subject, tmp_path / "out")
 
 
