@@ -221,7 +221,8 @@ def test_an_embedding_of_codes_that_a_head_would_share_is_refused(make: Make, tm
     "exporter", [GPTQ(), AWQ(), ModelOpt(), GGUF(), GGUFHalf()], ids=lambda one: type(one).__name__
 )
 def test_layouts_without_a_place_for_it_refuse_a_quantized_head(make: Make, exporter: Exporter) -> None:
-    subject = make("int4-sym-g32,lm_head=int8-sym-channel", "", "gptq")
+    subject = make("int4-sym-g32,lm_head=int8-sym-channel,embed_tokens=int8-sym-channel", "", "gptq")
     with pytest.raises(SchemeError, match="head and embedding in 16 bits") as caught:
         exporter.check(subject)
     assert "--to compressed-tensors, or --to hf, which decodes" in str(caught.value)
+    assert "without lm_head=SCHEME, model.embed_tokens=SCHEME" in str(caught.value)
