@@ -53,24 +53,17 @@ class AlternatingConfig(JointConfig):
             raise UsageError(f"`iterations` is from 1 to 1000, not {self.iterations}", hint="--set iterations=10")
 
 
-def solve_in_turn(
-    problems: Sequence[LayerProblem],
-    config: AlternatingConfig,
-    method: str,
-    *,
-    codes_alone: Solve,
-    rounds: Callable[[Sequence[LayerProblem]], Iterable[Sequence[Iterate]]],
-    objective: Callable[[LayerProblem], Objective],
+def solve_corrected(
+    problems: Sequence[LayerProblem], config: JointConfig, method: str, *, codes_alone: Solve, together: Solve
 ) -> list[QuantizedLinear]:
-    """Solve the layers of one site, codes and corrections in turn; experts that get no correction have codes alone.
+    """Solve the layers of one site: experts that get no correction have codes alone, the others both together.
 
     Args:
         problems: They differ in name, weight and seed only.
         config: Says who gets a correction.
         method: What the user calls it.
-        codes_alone: Solves what gets none.
-        rounds: Yields codes and the correction beside them, as it is stored, of all the layers that it is given.
-        objective: Returns what is to be small of a layer.
+        codes_alone: Solves those that get none.
+        together: Solves the others.
 
     Raises:
         NumericalError: The weight or the Hessian is not finite, or a factor overflows its storage format.
@@ -81,15 +74,33 @@ def solve_in_turn(
         problem.need_hessian()
         if not is_left_out(problem, config):
             check_correction(problem, config)
-    plain = [problem for problem in problems if is_left_out(problem, config)]
-    corrected = [problem for problem in problems if not is_left_out(problem, config)]
     found: dict[str, QuantizedLinear] = {}
-    if plain:
-        found |= zip((problem.name for problem in plain), codes_alone(plain), strict=True)
-    if corrected:
-        best = keep_best(corrected, rounds(corrected), [objective(problem) for problem in corrected])
-        found |= zip((problem.name for problem in corrected), best, strict=True)
+    for left_out, solve in ((True, codes_alone), (False, together)):
+        own = [problem for problem in problems if is_left_out(problem, config) == left_out]
+        if own:
+            found |= zip((problem.name for problem in own), solve(own), strict=True)
     return [found[problem.name] for problem in problems]
+
+
+def solve_in_turn(
+    problems: Sequence[LayerProblem],
+    config: AlternatingConfig,
+    method: str,
+    *,
+    codes_alone: Solve,
+    rounds: Callable[[Sequence[LayerProblem]], Iterable[Sequence[Iterate]]],
+    objective: Callable[[LayerProblem], Objective],
+) -> list[QuantizedLinear]:
+    """Solve the layers of one site as ``solve_corrected`` does, codes and corrections in turn, and keep the best.
+
+    ``rounds`` yields codes and the correction beside them, as it is stored, of all the layers that it is given;
+    ``objective`` returns what is to be small of a layer.
+    """
+
+    def together(corrected: Sequence[LayerProblem]) -> list[QuantizedLinear]:
+        return keep_best(corrected, rounds(corrected), [objective(problem) for problem in corrected])
+
+    return solve_corrected(problems, config, method, codes_alone=codes_alone, together=together)
 
 
 def keep_best(

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.builtin.mitigators.alternation import JointConfig, solved_beside
+from qtool.builtin.mitigators.alternation import JointConfig, solve_corrected, solved_beside
 from qtool.builtin.mitigators.gptq import GPTQ
-from qtool.builtin.mitigators.lorc import check_correction, is_left_out, stored_adapter
-from qtool.builtin.mitigators.rtn import refuse_previous, refuse_unknown
+from qtool.builtin.mitigators.lorc import stored_adapter
+from qtool.builtin.mitigators.rtn import refuse_unknown
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.numerics.lowrank import leading_eigenvectors, projected_out, weighted_truncation
 
@@ -73,24 +74,21 @@ class Intrinsic:
 
     def quantize_siblings(self, problems: Sequence[LayerProblem], config: IntrinsicConfig) -> list[QuantizedLinear]:
         """Solve the layers of one site as one: they share the eigenvectors and the factor."""
-        for problem in problems:
-            refuse_previous(problem, "intrinsic")
-            problem.need_hessian()
-            if not is_left_out(problem, config):
-                check_correction(problem, config)
-        plain = [problem for problem in problems if is_left_out(problem, config)]
-        corrected = [problem for problem in problems if not is_left_out(problem, config)]
-        found: dict[str, QuantizedLinear] = {}
-        if plain:
-            solved = GPTQ().quantize_siblings(plain, config)
-            found |= {problem.name: one for problem, one in zip(plain, solved, strict=True)}
-        if corrected:
-            left = _downdated(corrected[0], config.rank)
-            apart = [replace(problem, hessian=left.hessian, memory=left.memory) for problem in corrected]
-            solved = GPTQ().quantize_siblings(apart, config)
-            for problem, one in zip(corrected, solved, strict=True):
-                found[problem.name] = _corrected(problem, config, one, left)
-        return [found[problem.name] for problem in problems]
+        return solve_corrected(
+            problems,
+            config,
+            "intrinsic",
+            codes_alone=partial(GPTQ().quantize_siblings, config=config),
+            together=partial(_together, config=config),
+        )
+
+
+def _together(problems: Sequence[LayerProblem], config: IntrinsicConfig) -> list[QuantizedLinear]:
+    """Choose the codes under what a correction leaves of the Hessian, then the corrections."""
+    left = _downdated(problems[0], config.rank)
+    apart = [replace(problem, hessian=left.hessian, memory=left.memory) for problem in problems]
+    solved = GPTQ().quantize_siblings(apart, config)
+    return [_corrected(problem, config, one, left) for problem, one in zip(problems, solved, strict=True)]
 
 
 def _corrected(
