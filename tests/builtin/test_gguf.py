@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import ArtifactWriter
 from qtool.builtin.exporters.gguf import FILE, GGUF, GGUFHalf
-from qtool.builtin.exporters.gguf_blocks import stored_blocks
+from qtool.builtin.exporters.gguf_blocks import one_of_each_scale, stored_blocks
 from qtool.builtin.exporters.gguf_types import choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary, split_name
 from qtool.engine.packed import PackedLinear
@@ -144,6 +144,16 @@ def test_the_bytes_of_one_block_of_each_type() -> None:
     nvfp4 = stored_blocks(linear_of([codes], [[0.5, 1.0, 1.5, 448.0]], global_scale=3.0), "NVFP4")
     nibbles = [codes[16 * s + i] | codes[16 * s + 8 + i] << 4 for s in range(4) for i in range(8)]
     assert bytes(nvfp4[0].tolist()) == bytes([0x30, 0x38, 0x3C, 0x7E, *nibbles])
+
+
+def test_one_block_of_each_scale_is_named_and_the_first_may_be_it() -> None:
+    q4_0 = stored_blocks(linear_of([ORDER] * 4, [[0.5], [0.25], [-0.25], [0.25]]), "Q4_0")
+    assert sorted(one_of_each_scale(q4_0, "Q4_0").tolist()) in ([0, 1, 2], [0, 2, 3])
+    scales = [[1.0, 0.5, 0.5, 0.5], [0.5, 0.5, 2.0, 0.5], [0.5] * 4]
+    nvfp4 = stored_blocks(linear_of([ORDER + ORDER] * 3, scales, global_scale=1.0), "NVFP4")
+    found = one_of_each_scale(nvfp4, "NVFP4").tolist()
+    assert len(found) == 3
+    assert {0, 1} <= set(found)
 
 
 @pytest.mark.parametrize("weights", [Q4_0, Q4_1, "int4-asym-g32-sfp16", HALF, "mxfp4", "nvfp4"])

@@ -28,12 +28,20 @@ from tests.steps.conftest import Desk
 
 GROUPS = "int4-sym-g8-sbf16"
 BOTH = f"{GROUPS},lm_head=int8-sym-channel-sbf16"
+GATHERED = ("hessian", "absmax", "saliency")
 
 
-def made(desk: Desk, weights: str, method: str = "gptq", activations: str = "", **options: Any) -> Artifact:  # noqa: ANN401
+def made(
+    desk: Desk,
+    weights: str,
+    method: str = "gptq",
+    activations: str = "",
+    token_weight: str = "uniform",
+    **options: Any,  # noqa: ANN401
+) -> Artifact:
     scheme = read_scheme("", {"weights": weights, "activations": activations}, desk.workspace.plugins)
-    source = str(desk.calibrate(gather=("hessian", "absmax")).path)
-    request = MitigateRequest(source, method, scheme, dtype="float32", token_weight="uniform", **options)
+    source = str(desk.calibrate(gather=GATHERED).path)
+    request = MitigateRequest(source, method, scheme, dtype="float32", token_weight=token_weight, **options)
     return mitigate(request, desk.workspace)[0]
 
 
@@ -41,20 +49,22 @@ def opened(desk: Desk, artifact: Artifact) -> Opened:
     return open_subject(str(artifact.path), desk.workspace)
 
 
-def test_it_is_solved_from_what_the_quantized_blocks_put_out(desk: Desk) -> None:
-    with_head, without = made(desk, BOTH), made(desk, GROUPS)
+@pytest.mark.parametrize("weight", ["uniform", "gradient"])  # gradients are known of the blocks' linears only
+def test_it_is_solved_from_what_the_quantized_blocks_put_out(desk: Desk, weight: str) -> None:
+    with_head, without = (made(desk, weights, token_weight=weight) for weights in (BOTH, GROUPS))
     for name in without.header.slots:
         assert torch.equal(with_head.tensor(name), without.tensor(name)), name
     subject = opened(desk, with_head).subject
     network = Network(opened(desk, without).subject, device=torch.device("cpu"), dtype=torch.float32)
     seen: list[Tensor] = []
     network.load_all().get_submodule("lm_head").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    windows = desk.calibrate(gather=("hessian", "absmax")).tensor(WINDOWS).long()
+    windows = desk.calibrate(gather=GATHERED).tensor(WINDOWS).long()
     network.module(windows, use_cache=False)
     x = torch.cat(seen).flatten(0, 1)
     head = subject.model.graph.head
-    weight = subject.stored("lm_head.weight").float()
-    problem = LayerProblem("lm_head", weight, subject.weight_grid(head), x.T @ x / len(x))
+    problem = LayerProblem(
+        "lm_head", subject.stored("lm_head.weight").float(), subject.weight_grid(head), x.T @ x / len(x)
+    )
     ours, oracle = subject.linear(head), GPTQ().quantize(problem, GPTQ.Config())
     assert (ours.codes == oracle.codes).float().mean() > 0.999
     nearest = opened(desk, made(desk, BOTH, "rtn")).subject.linear(head)
