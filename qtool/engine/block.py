@@ -14,6 +14,7 @@ from torch import Tensor
 from qtool.engine.block_problem import BlockResult, Compensation
 from qtool.engine.experts import Mode
 from qtool.engine.grid import Grid
+from qtool.engine.guided import own_name
 from qtool.engine.network import Network
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.saliency import SALIENCY
@@ -149,9 +150,11 @@ class BlockSolver:
             known = complete(statistics, linears, routing)
         if known.statistics:
             for linear in linears:
-                for need in (one for one in self.needs if one != SALIENCY):  # what becomes of it is each linear's own
+                for need in (one for one in self.needs if one != SALIENCY):
                     site = linear.observed if linear.observed in known.statistics else linear.spec.reads
-                    known.statistics[site].need(need, site=f"layers.{linear.layer}.{site}")
+                    found = known.statistics[site]
+                    if own_name(linear, need) not in found.entries:
+                        found.need(need, site=f"layers.{linear.layer}.{site}")
         self.solver.solve(self.leading, linears, state, known.statistics, block.solution)
         block.scales |= self._static_scales(linears, state, known.statistics)
         block.seen.append(replace(known, statistics={}))

@@ -96,6 +96,19 @@ class GradientStatistic(Protocol):
 
 
 @runtime_checkable
+class GuidedStatistic(Protocol):
+    """A statistic of what one linear multiplies, whose tokens count by the saliency of its outputs.
+
+    Only ``mitigate`` can gather it, for methods that need ``saliency`` as well. Each linear has its own.
+    """
+
+    version: int
+
+    def start_guided(self, n: int, saliency: Float[Tensor, "tokens groups"]) -> Accumulator:
+        """Return an accumulator for a linear with ``n`` inputs, on the device of what its groups of rows cost."""
+
+
+@runtime_checkable
 class PairedAccumulator(Protocol):
     """A statistic that compares what a site reads with what it would read in full precision."""
 
@@ -124,7 +137,7 @@ class ProductStatistic(Protocol):
 
 
 SiteStatistic = Statistic | PairedStatistic
-AnyStatistic = SiteStatistic | GradientStatistic
+AnyStatistic = SiteStatistic | GradientStatistic | GuidedStatistic
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from qtool.engine.block import needs_of, static_inputs
 from qtool.engine.carry import can_carry_hessians
 from qtool.engine.embedding import round_nearest
 from qtool.engine.experts import Mode
-from qtool.engine.gather import Gathering, GradientStatistic, SizedStatistic, sites_to_observe
+from qtool.engine.gather import Gathering, GuidedStatistic, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
 from qtool.engine.solve import Method
 from qtool.engine.stored import linear_tensors
@@ -29,11 +29,9 @@ from qtool.scheme import ModelScheme
 from qtool.steps.transform import gathered_behind
 
 _COUNT = 8
-_FLOAT = 4
 _TOKEN = 4
 _SCALE = 4
 _ZERO_POINT = 1
-_MANY = 1024
 
 
 @dataclass(frozen=True)
@@ -61,22 +59,14 @@ class StatisticSizes:
         statistics: Those that can tell.
         gathering: What their accumulators are told.
         routed: Whether experts have statistics of their own tokens.
-        groups: For how many groups of its rows each linear has a Hessian of its own.
+        own: Those that each linear has for itself.
     """
 
     graph: ModelGraph
     statistics: tuple[SizedStatistic, ...]
     gathering: Gathering
     routed: bool
-    groups: int = 0
-
-    @classmethod
-    def to_solve(
-        cls, graph: ModelGraph, config: Mapping[str, Any], names: Iterable[str], tokens: int, plugins: Plugins
-    ) -> StatisticSizes:
-        """Return the sizes of what solvers get, as ``of`` does: Hessians in place of what was gathered of gradients."""
-        names = tuple(names)
-        return replace(cls.of(graph, config, names, tokens, plugins), groups=_row_groups(names, plugins))
+    own: tuple[SizedStatistic, ...] = ()
 
     @classmethod
     def of(
@@ -89,8 +79,10 @@ class StatisticSizes:
         known = plugins.offers["statistics"]
         loaded = [plugins.load("statistics", name) for name in names if name in known]
         sized = tuple(one for one in loaded if isinstance(one, SizedStatistic))
+        own = tuple(one for one in sized if isinstance(one, GuidedStatistic))
         gathering = Gathering(tokens, TokenWeight(), sample_size=config["sample_size"])
-        return cls(graph, sized, gathering, config.get("experts") == "routed")
+        shared = tuple(one for one in sized if one not in own)
+        return cls(graph, shared, gathering, config.get("experts") == "routed", own)
 
     def at(self, site: str) -> int:
         """Return the bytes of all statistics of a site, by its name inside a block."""
@@ -98,7 +90,7 @@ class StatisticSizes:
         if self.routed and site.startswith(EXPERTS):  # an expert's share of the sampled tokens
             gathering = replace(gathering, sample_size=round(gathering.sample_size * dims.chosen / dims.experts))
         n, readers = self.graph.width(site), sum(one.spec.reads == site for one in self.graph.linears_of(0))
-        return sum(one.nbytes(n, gathering) for one in self.statistics) + _FLOAT * n * n * self.groups * readers
+        return sum(one.nbytes(n, gathering) for one in (*self.statistics, *self.own * readers))
 
     def of_layers(self) -> list[int]:
         """Return the bytes of the statistics of each layer."""
@@ -132,20 +124,8 @@ def demand_of(
     needs = needs_of(methods, static_inputs(subject))
     if gathered is not None and (known := known_of(needs, config["propagate"], gathered, subject)):
         told = {**gathered.step.config, **config}
-        layers = StatisticSizes.to_solve(graph, told, known, gathered.details["tokens"], plugins).of_layers()
+        layers = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins).of_layers()
     return _largest(layers, disk=sum(stored_bytes(subject, methods).values()) + _input_scale_bytes(subject))
-
-
-def _row_groups(names: Iterable[str], plugins: Plugins) -> int:
-    """Return how many groups of rows the statistics of gradients among some tell apart."""
-    loaded = [plugins.load("statistics", name) for name in names if name in plugins.offers["statistics"]]
-    groups = 0
-    for statistic in loaded:
-        if isinstance(statistic, GradientStatistic):
-            one = statistic.start_gradient(_MANY, Gathering(1, TokenWeight()), torch.device("cpu"))
-            one.update(torch.ones(1, _MANY))
-            groups += one.result().shape[-1]
-    return groups
 
 
 def methods_of(manifest: Manifest, plugins: Plugins) -> list[Method]:

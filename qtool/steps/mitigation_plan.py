@@ -104,7 +104,7 @@ class _Foreseen:
         if not self.known or self.gathered is None:
             return None
         told, tokens = {**self.gathered.step.config, **self.config}, self.gathered.details["tokens"]
-        return StatisticSizes.to_solve(self.subject.model.graph, told, self.known, tokens, self.subject.plugins)
+        return StatisticSizes.of(self.subject.model.graph, told, self.known, tokens, self.subject.plugins)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the rows and columns of a linear's weight."""
