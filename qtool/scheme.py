@@ -181,13 +181,11 @@ class ModelScheme:
         """
         if not self.rules and in_block(linear):
             return self
-        found: dict[str, Any] = {
-            part: getattr(self, part) if in_block(linear) else None for part in get_args(RuledPart)
-        }
+        found = {part: getattr(self, part) if in_block(linear) else None for part in get_args(RuledPart)}
         found |= {rule.part: rule.scheme for rule in self.rules if rule.matches(linear)}
         if found["weights"] is None and self.every("weights"):
             found = dict.fromkeys(found)
-        return replace(self, **found, name="", rules=())
+        return replace(self, **found, name="", rules=())  # type: ignore[arg-type]
 
     def every(self, part: str) -> tuple[TensorScheme, ...]:
         """Return the schemes of a part that some linear may have: the first for those without a rule, if any."""
