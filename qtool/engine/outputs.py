@@ -1,7 +1,8 @@
 """What is calibrated of the outputs of linears: static scales, and multipliers of scales.
 
 Both are of the range over all calibration tokens, as those of a KV cache are: what reads an output is not one linear
-whose error could be looked at, as it is for inputs (``qtool.engine.static_scales``). They are stored as
+whose error could be looked at, as it is for inputs (``qtool.engine.static_scales``). Linears that engines fuse (q, k
+and v; gate and up) have one for all, since vLLM has room for one. They are stored as
 ``layers.<i>.out.<module>.input_global_scale``, like those of any other site, and zero points likewise.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from qtool.engine.grid import Grid
@@ -39,9 +41,14 @@ def output_scales(subject: Subject, layer: int, statistics: Mapping[str, SiteSta
         layer: Block index.
         statistics: What was gathered of the block, by place.
     """
-    found: dict[str, Tensor] = {}
+    fused: dict[tuple[Grid, tuple[str, str]], list[LinearSite]] = {}
     for linear, grid in calibrated_outputs(subject, subject.model.graph.linears_of(layer)).items():
-        site, (part,) = f"layers.{layer}.{linear.puts_out}", grid.parts
-        scale, zero_point = part.shared(extremes_of(grid, statistics[linear.puts_out], site=site))
-        found |= input_scales(site, (scale,), (zero_point,))
+        fused.setdefault((grid, linear.fused_with), []).append(linear)
+    found: dict[str, Tensor] = {}
+    for (grid, _), linears in fused.items():
+        sites = {linear.puts_out: f"layers.{layer}.{linear.puts_out}" for linear in linears}
+        ranges = [extremes_of(grid, statistics[name], site=site) for name, site in sites.items()]
+        scale, zero_point = grid.parts[0].shared(torch.cat(ranges, dim=-1))
+        for site in sites.values():
+            found |= input_scales(site, (scale,), (zero_point,))
     return found

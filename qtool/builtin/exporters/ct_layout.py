@@ -76,6 +76,8 @@ def choose_layout(scheme: ModelScheme) -> Layout:
         raise SchemeError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     layout = _weight_layout(weights, activations)
     if activations is not None:
+        both = layout == "pack-quantized" and _is_static_int8(activations) and _is_static_int8(scheme.outputs)
+        _check_static(layout, activations, fits=both)
         _check_activations(layout, activations, weights.group_size if weights.strategy == "block" else None)
     _check_cache(scheme.kv)
     _check_outputs(scheme.outputs)
@@ -153,10 +155,6 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
     if activations.outlier_threshold is not None:
         nearest = replace(activations, outlier_threshold=None)
         raise _refusal("consumers quantize all columns of activations", "activations", activations, nearest)
-    if activations.static and layout not in ("int-quantized", "float-quantized"):
-        nearest = replace(activations, static=False, clip=1.0)
-        reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
-        raise _refusal(reason, "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
     if _is_fitted_fp8(layout, activations):
         return
@@ -179,6 +177,19 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
     elif element != "int":
         reason = "integer weights go with integer activations, or FP8 ones"
         raise _refusal(reason, "activations", activations, "fp8-token" if bits == 8 else "int8-sym-token")
+
+
+def _is_static_int8(scheme: TensorScheme | None) -> bool:
+    return scheme is not None and (scheme.format, scheme.strategy, scheme.static) == ("int8", "tensor", True)
+
+
+def _check_static(layout: Layout, activations: TensorScheme, *, fits: bool) -> None:
+    """Refuse static scales of inputs beside weights where no consumer reads them, unless outputs make them fit."""
+    if activations.static and layout not in ("int-quantized", "float-quantized") and not fits:
+        nearest = replace(activations, static=False, clip=1.0)
+        reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
+        reason += ", and for INT8 beside other integers where outputs have static ones of INT8 too"
+        raise _refusal(reason, "activations", activations, nearest)
 
 
 def _is_fitted_fp8(layout: Layout, activations: TensorScheme) -> bool:
