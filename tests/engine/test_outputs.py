@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def scheme_of(workspace: Workspace, outputs: str, **parts: str) -> ModelScheme:
 
 def made(tiny: TinyModel, outputs: str, method: str = "rtn", *, weights: str = WEIGHTS, **options: object) -> Subject:
     scheme = scheme_of(tiny.workspace, outputs, weights=weights)
-    request = MitigateRequest(str(tiny.statistics.path), method, scheme, dtype="float32", **options)  # type: ignore[arg-type]
+    request = MitigateRequest(str(tiny.statistics.path), method, scheme, dtype="float32", **options)
     return open_subject(str(mitigate(request, tiny.workspace)[0].path), tiny.workspace).subject
 
 
@@ -169,13 +170,41 @@ def test_what_propagates_is_rounded_where_that_is_asked_for(tiny: TinyModel, out
         assert torch.equal(unrounded.quantized.tensor(name), plain.quantized.tensor(name))
 
 
-def test_methods_that_see_whole_blocks_see_it(tiny: TinyModel) -> None:
-    options = {"settings": {"autoround.steps": "20"}, "weights": "int2-sym-g8"}
-    rounded, plain = (made(tiny, outputs, "autoround", **options) for outputs in ("int2-tensor-static", "none"))  # type: ignore[arg-type]
+def test_a_block_that_is_solved_passes_on_what_its_own_scales_make(tiny: TinyModel) -> None:
+    """The range of the second block's first outputs follows from the first block as it is executed in the end."""
+    subject = made(tiny, "int3-tensor-sfp32-static", round_activations=True)
+    network, seen = Network(subject, device=CPU, dtype=torch.float32), list[float]()
+    hidden, arguments = network.embed(tiny.statistics.tensor("windows").long())
+    network.load(0)
+    hidden = network.run(0, hidden, arguments[0])
+    network.load(1, BlockContent(subject.folded(1, torch.float32)))
+    for one in "qkv":
+        network.sites[1][f"out.self_attn.{one}_proj"].observer = lambda y: seen.append(float(y.abs().max()))
+    network.show(1, hidden, arguments[1])
+    assert subject.quantized is not None
+    scale = subject.quantized.tensor("layers.1.out.self_attn.q_proj.input_global_scale")
+    assert float(scale) == pytest.approx(max(seen) / 3, rel=1e-5)
+
+
+def test_methods_that_see_whole_blocks_see_it(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, rounded_by = list[Tensor | None](), Network.rounded_by
+
+    def told(network: Network, layer: int, rounding_of: Callable[[str], Rounding | None], cache: Any) -> Any:  # noqa: ANN401
+        rounding = rounding_of("out.self_attn.q_proj")
+        if rounding is not None and layer == 0:
+            found.append(rounding.global_scales[0])
+        return rounded_by(network, layer, rounding_of, cache)
+
+    monkeypatch.setattr(Network, "rounded_by", told)
+    options: dict[str, Any] = {"settings": {"autoround.steps": "20"}, "weights": "int2-sym-g8"}
+    rounded, plain = (made(tiny, outputs, "autoround", **options) for outputs in ("int2-tensor-static", "none"))
     assert rounded.quantized is not None
     assert plain.quantized is not None
     codes = [name for name in plain.quantized.header.slots if name.endswith(".codes")]
     assert any(not torch.equal(rounded.quantized.tensor(one), plain.quantized.tensor(one)) for one in codes)
+    (scale,) = found
+    assert scale is not None
+    assert torch.equal(scale, rounded.quantized.tensor("layers.0.out.self_attn.q_proj.input_global_scale"))
 
 
 def test_a_block_in_full_precision_rounds_nothing(tiny: TinyModel) -> None:
