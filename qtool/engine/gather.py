@@ -17,7 +17,7 @@ from qtool.engine.experts import Mode
 from qtool.engine.linear import SiteInput
 from qtool.engine.saliency import Saliencies
 from qtool.errors import NumericalError
-from qtool.model.graph import HEAD_IN, LinearSite
+from qtool.model.graph import HEAD_IN, OUTPUT, LinearSite
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import TokenWeight
 
@@ -47,7 +47,7 @@ class Gathering:
     def at(self, layer: int, site: str) -> Gathering:
         """Return what the accumulators of one site are told."""
         ungraded = site == HEAD_IN and self.token_weight.at(site).rule == "gradient"  # known of linears in blocks only
-        plain = site in (KEYS, VALUES, QUERIES) or ungraded
+        plain = site in (KEYS, VALUES, QUERIES) or site.startswith(f"{OUTPUT}.") or ungraded
         weight = TokenWeight() if plain else self.token_weight.at(site)
         if weight.rule != "gradient" or self.saliencies is None:
             return replace(self, token_weight=weight)

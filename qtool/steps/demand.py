@@ -16,6 +16,7 @@ from qtool.engine.embedding import round_nearest
 from qtool.engine.experts import Mode
 from qtool.engine.gather import Gathering, GuidedStatistic, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
+from qtool.engine.outputs import calibrated_outputs
 from qtool.engine.solve import Method
 from qtool.engine.stored import linear_tensors
 from qtool.engine.subject import Subject
@@ -221,7 +222,7 @@ def _code_bytes(rows: int, n: int, grid: Grid) -> int:
 
 
 def _input_scale_bytes(subject: Subject) -> int:
-    """Return the bytes of what is calibrated of activations, for each site and part, and of static caches."""
+    """Return the bytes of what is calibrated of activations and outputs, for each site and part, and of caches."""
     inputs = static_inputs(subject)
     if inputs is None:
         return 0
@@ -230,7 +231,8 @@ def _input_scale_bytes(subject: Subject) -> int:
     asymmetric = {place for place, needs in ({} if cache is None else cache.needs).items() if len(needs) > 1}
     found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.coded)
     grids = {site: grid for site, grid in found if grid is not None}
-    parts = [part for grid in grids.values() for part in grid.parts]
+    outputs = calibrated_outputs(subject, subject.linears).values()
+    parts = [part for grid in (*grids.values(), *outputs) for part in grid.parts]
     zeros = sum(part.scheme.static and not part.scheme.symmetric for part in parts)
     zeros += dims.num_layers * sum(prod(shape) for place, shape in shapes.items() if place in asymmetric)
     scales = dims.num_layers * sum(map(prod, shapes.values())) + sum(part.has_global_scale for part in parts)

@@ -167,7 +167,7 @@ def _refuse_unreadable(artifact: Artifact) -> None:
 def _batch_of(checkpoint: Artifact, asked: int) -> int:
     """Return how many windows a consumer may run at once: one where it takes a scale over all that it is given."""
     scheme = ModelScheme.from_json(checkpoint.manifest.schemes)
-    parts = (*scheme.every("activations"), *scheme.every("kv"))
+    parts = (one for name in ("activations", "outputs", "kv") for one in scheme.every(name))
     shared = any(part.strategy == "tensor" for part in parts)
     return 1 if shared else asked
 

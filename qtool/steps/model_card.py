@@ -11,12 +11,13 @@ from tabulate import tabulate
 from qtool.artifacts.manifest import Manifest
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.errors import ArtifactError
+from qtool.scheme import VECTORS
 from qtool.steps.measurement import Measurement, measurements_of
 from qtool.steps.workspace import Workspace
 
 CARD = "README.md"
 _MEASURED = "## What was measured"
-_RECIPE = ("transform", "mitigator", "weights", "activations", "kv", "calibration", "token_weight", "seed", "settings")
+_RECIPE = ("transform", "mitigator", *VECTORS, "calibration", "token_weight", "seed", "settings")
 
 
 def model_card(checkpoint: Manifest, makers: Sequence[Manifest], measured: str) -> str:

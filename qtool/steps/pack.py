@@ -143,9 +143,9 @@ def _labels(opened: Opened, workspace: Workspace) -> dict[str, str]:
     labels, scheme = labels_of(opened, workspace), opened.subject.scheme
     if opened.artifact is not None:
         return labels
-    parts = {"weights": scheme.weights, "activations": scheme.activations, "kv": scheme.kv}
-    known = {name: str(part) if part else "16 bits" for name, part in parts.items()}
-    return labels | known | {"transform": UNKNOWN, "mitigator": UNKNOWN, "scheme": str(scheme)}
+    return (
+        labels | replace(scheme, rules=()).parts() | {"transform": UNKNOWN, "mitigator": UNKNOWN, "scheme": str(scheme)}
+    )
 
 
 def _present(path: Path, key: str, *, force: bool) -> Artifact | None:

@@ -188,6 +188,8 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
     if kv is not None and (isinstance(kv, KeysAndValues) or (kv.format, kv.strategy, kv.static) != _FP8_CACHE):
         reason = "modelopt has an FP8 cache with static scales, one for keys and one for values, and no other"
         raise SchemeError(reason, facts=(("kv", kv),))
+    if scheme.outputs is not None:
+        raise SchemeError("modelopt does not say that outputs are rounded", facts=(("outputs", scheme.outputs),))
     block = ("group", _GROUP, "e4m3", True)
     if (weights.strategy, weights.group_size, weights.scale, weights.symmetric) == block:
         if activations is None:

@@ -64,6 +64,8 @@ _STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "token", "group", "blo
 _ONE_INPUT_SCALE = ("fp8", "int8")
 _SHORT_FLOATS = {4: "fp4", 6: "fp6_e2m3"}
 _STATIC_CACHES: Mapping[str, Strategy] = {"tensor": "tensor", "attn_head": "head"}
+_STATIC_OUTPUTS: Mapping[str, Strategy] = {"tensor": "tensor"}
+"""Of outputs the library makes no room for scales of channels, and applies those of groups along the tokens."""
 
 
 def packed_method(directory: Path) -> str | None:
@@ -108,6 +110,7 @@ def read_scheme(
         for name, (own, of) in others.items()
         if own.activations != of.activations
     ]
+    rules += [Rule("outputs", name, own.outputs) for name, (own, of) in others.items() if own.outputs != of.outputs]
     one = _cache_scheme(cache, lookup)
     lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
     if one is not None and (one.static or one.scale == "e4m3") and lacking:
@@ -120,20 +123,31 @@ def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup) -> TensorSchem
     """Return the scheme of a cache, with static scales or such as are fitted as the model runs, or None."""
     if not said:
         return None
+    found = _fitted_scheme(said, lookup, _STATIC_CACHES, "a quantized KV cache")
+    return replace(found, strategy="head") if found.strategy == "token" else found  # as ``ct_config`` says it
+
+
+def _fitted_scheme(said: Mapping[str, Any], lookup: Lookup, static: Mapping[str, Strategy], what: str) -> TensorScheme:
+    """Return the scheme of what is rounded beside weights and inputs, whatever the layout.
+
+    Args:
+        said: What ``QuantizationArgs`` say of it.
+        lookup: Finds a format by name.
+        static: What the strategies of calibrated scales are here.
+        what: A cache or outputs, in words.
+    """
     strategy = str(said.get("strategy") or ("group" if said.get("group_size") else "tensor"))
     short = _SHORT_FLOATS.get(said.get("num_bits", 8)) if said.get("type") == "float" else None
     if short is not None and not said.get("scale_dtype"):  # with floats for scales all floats are read alike
-        alike = _cache_scheme({**said, "num_bits": 8}, lookup)
-        return None if alike is None else replace(alike, format=short)
+        return replace(_fitted_scheme({**said, "num_bits": 8}, lookup, static, what), format=short)
     if said.get("dynamic") is True and strategy in ("tensor", "token", "group"):
-        found = _input_scheme(said, lookup)
-        return replace(found, strategy="head") if strategy == "token" else found  # as ``ct_config`` says it
+        return _input_scheme(said, lookup)
     if (said.get("dynamic"), strategy) == ("local", "tensor_group"):
         return _tensor_scheme(said, lookup, None)
-    static = _STATIC_CACHES.get(strategy)
-    if static is None or said.get("dynamic"):
-        raise _unread("a quantized KV cache with scales that qtool does not have there", said)
-    return replace(_tensor_scheme({**said, "strategy": "tensor"}, lookup, None), strategy=static, static=True)
+    if strategy not in static or said.get("dynamic"):
+        raise _unread(f"{what} with scales that qtool does not have there", said)
+    scheme = _tensor_scheme({**said, "strategy": "tensor"}, lookup, None)
+    return replace(scheme, strategy=static[strategy], static=True)
 
 
 def _compressed_schemes(
@@ -161,6 +175,9 @@ def _compressed_schemes(
         matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
         if not matched:
             raise _unread(f"codes of `{one.name}`, which no group names", list(targets))
+        outputs = groups[targets[matched[0]]].get("output_activations")
+        if outputs and not in_block(name):
+            raise _unread(f"quantized outputs of `{one.name}`", outputs)
         key = (targets[matched[0]], one._replace(name=""))
         if key not in schemes:
             schemes[key] = _group_scheme(groups[key[0]], one, lookup)
@@ -170,13 +187,13 @@ def _compressed_schemes(
 
 def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one group."""
-    if group.get("output_activations"):
-        raise _unread("quantized outputs", group["output_activations"])
-    weights, inputs = group["weights"], group.get("input_activations")
+    weights, inputs, outputs = group["weights"], group.get("input_activations"), group.get("output_activations")
     if weights.get("actorder") in ("group", "dynamic", True):
         raise _unread("columns in an order of their own (`actorder: group`)", weights)
     return ModelScheme(
-        _tensor_scheme(weights, lookup, seen.scale), None if not inputs else _input_scheme(inputs, lookup)
+        _tensor_scheme(weights, lookup, seen.scale),
+        None if not inputs else _input_scheme(inputs, lookup),
+        outputs=_fitted_scheme(outputs, lookup, _STATIC_OUTPUTS, "quantized outputs") if outputs else None,
     )
 
 

@@ -32,11 +32,12 @@ from qtool.builtin.exporters.cache_scales import (
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
+    OUTPUT_LEAVES,
     check_reciprocal,
     is_reciprocal,
-    read_input_zero_point,
     read_multiplier,
     read_packed,
+    read_zero_point,
 )
 from qtool.builtin.exporters.packed_model import SCALE, PackedModel, refuse_codes, refuse_tensors
 from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
@@ -86,6 +87,11 @@ class PackedArtifact(Artifact):
             inputs = self.scheme.of(linear.name).activations
             if inputs is not None and inputs.static and not inputs.symmetric:
                 slots[f"{linear.reads}{INPUT_ZERO_POINT}"] = TensorSlot("U8", (), 0, 1)
+            outputs, place = self.scheme.of(linear.name).outputs, f"layers.{linear.layer}.{linear.puts_out}"
+            if any(f"{linear.name}.{leaf}" in self.model.packed for leaf in OUTPUT_LEAVES[:2]):
+                slots[f"{place}{INPUT_GLOBAL_SCALE}"] = TensorSlot("F32", (), 0, 4)
+            if outputs is not None and outputs.static and not outputs.symmetric:
+                slots[f"{place}{INPUT_ZERO_POINT}"] = TensorSlot("U8", (), 0, 1)
         for names, dtype, size in ((self.model.cached, "F32", 4), (self.cached_zeros, "U8", 1)):
             shapes = {name: self.cached_shape(name) for name in names}
             slots |= {name: TensorSlot(dtype, shape, 0, size * prod(shape)) for name, shape in shapes.items()}
@@ -141,8 +147,14 @@ class PackedArtifact(Artifact):
     def stored_of(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a linear as the checkpoint has them, keyed by the last parts of their names."""
         places = self.model.packed
-        leaves = (leaf for leaf in (*LEAVES, *INPUT_LEAVES, "weight") if f"{name}.{leaf}" in places)
+        leaves = (leaf for leaf in (*LEAVES, *INPUT_LEAVES, *OUTPUT_LEAVES, "weight") if f"{name}.{leaf}" in places)
         return {leaf: read_place(places[f"{name}.{leaf}"]) for leaf in leaves}
+
+    def _bits_of(self, name: str, end: str) -> int:
+        """Return the bits of what a linear reads or puts out, 16 where that is not quantized."""
+        own = self.scheme.of(name)
+        scheme = own.activations if end == "input" else own.outputs
+        return 16 if scheme is None else self.plugins.format(scheme.format).bits
 
     def _global_leaf(self, name: str) -> bool:
         return any(f"{name}.{leaf}" in self.model.packed for leaf in ("weight_scale_2", "weight_global_scale"))
@@ -153,9 +165,14 @@ class PackedArtifact(Artifact):
 
     def _calibrated(self, site: str, *, zero_point: bool) -> Tensor:
         """Return the multiplier or zero point of a site's activations, on which the linears that read it must agree."""
-        stored = {linear.name: self.stored_of(linear.name) for linear in self.model.coded if linear.reads == site}
+        end, at_site = "input", [linear for linear in self.model.coded if linear.reads == site]
+        if not at_site:
+            outputs = (one for one in self.model.coded if f"layers.{one.layer}.{one.puts_out}" == site)
+            end, at_site = "output", list(outputs)
+        stored = {linear.name: self.stored_of(linear.name) for linear in at_site}
+        bits = {linear.name: self._bits_of(linear.name, end) for linear in at_site}
         found = {
-            name: read_input_zero_point(own) if zero_point else read_multiplier(self.method, own)
+            name: read_zero_point(own, bits[name], end) if zero_point else read_multiplier(own, end)
             for name, own in stored.items()
         }
         first, *others = found.values()
@@ -240,10 +257,10 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
         stored = artifact.stored_of(linear.name)
         if artifact.method == "compressed-tensors":
             check_reciprocal(linear.name, parameters, stored["weight_global_scale"])
-            turned = [stored.get("weight_global_scale"), stored.get("input_global_scale")]
+            turned = [stored.get(f"{part}_global_scale") for part in ("weight", "input", "output")]
         elif to == "compressed-tensors":
             check_reciprocal(linear.name, parameters)
-            turned = [parameters.global_scale, read_multiplier(artifact.method, stored)]
+            turned = [parameters.global_scale, read_multiplier(stored)]
         else:
             continue
         inexact |= {float(one) for one in turned if one is not None and not is_reciprocal(one.float().reshape(()))}

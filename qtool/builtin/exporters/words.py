@@ -233,7 +233,7 @@ class IntegerWords(ABC):
         weights = scheme.weights
         if weights is None:
             return
-        if scheme.activations is not None or scheme.kv is not None:
+        if any(part is not None for part in (scheme.activations, scheme.kv, scheme.outputs)):
             raise SchemeError(
                 f"{self.layout} is for weights only, and its consumers would run the rest in 16 bits",
                 facts=(("scheme", scheme),),
