@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from qtool.steps.verify import verify_files
 from qtool.steps.workspace import Workspace, measured
 
 UNKNOWN = "unknown"
-READERS = ("transformers", "compressed-tensors", "gguf", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -218,9 +216,9 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             with _digested(files) as digests:
                 with _shown(opened.subject, "read back", workspace) as subject:
-                    exporter.verify(subject, temporary)
+                    read_back = exporter.verify(subject, temporary)
                 named = {str(file.relative_to(temporary)): digest for file, digest in zip(files, digests, strict=True)}
-        final = replace(manifest, details={**manifest.details, **_details(exported, opened)}, about=about)
+        final = replace(manifest, details={**manifest.details, **_details(exported, opened, read_back)}, about=about)
         final = final.with_tensors(named)
         write_atomically(temporary / CHECKPOINT_MANIFEST, final.to_text())
         source = opened.artifact
@@ -329,20 +327,22 @@ def _manifest(request: PackRequest, exporter: Exporter, opened: Opened, workspac
     )
 
 
-def _details(exported: Exported, opened: Opened) -> dict[str, Any]:
+def _details(exported: Exported, opened: Opened, read_back: str) -> dict[str, Any]:
     """Return what is known once the checkpoint is written: its consumers, its size, and who read it back.
 
     Raises:
-        PluginError: The exporter does not say how many bytes it wrote.
+        PluginError: The exporter does not say how many bytes it wrote, or who read them back.
     """
     written = exported.details.get("bytes", {})
     if not {"linears", "model"} <= set(written):
         raise PluginError("the exporter does not say how many bytes of linears and of the model it wrote")
+    if not read_back:
+        raise PluginError("the exporter does not say who read back what it wrote")
     storage = written_storage(opened.model, written)
     return {
         "consumers": dict(exported.consumers),
         "bits": storage.bits,
         STORAGE: storage.to_json(),
         "written": dict(exported.details),
-        "read_back_with": {name: version(name) for name in READERS},
+        "read_back_with": read_back,
     }
