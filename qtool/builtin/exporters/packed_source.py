@@ -29,6 +29,7 @@ from qtool.builtin.exporters.cache_scales import (
     stored_shape,
     unsigned_zero_point,
 )
+from qtool.builtin.exporters.ct_rotations import matrix_modules, read_rotations
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -197,10 +198,12 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     if method is None:
         raise LookupError(directory)
     config = AutoConfig.from_pretrained(directory)
+    rotations = (getattr(config, "quantization_config", None) or {}).get("transform_config")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     families: dict[str, Family] = {name: plugins.load("families", name) for name in plugins.offers["families"]}
-    model = PackedModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
+    identity = identity or folder_digest(directory, cache)
+    model = PackedModel(directory, config, family_of(config, families), identity, apart=matrix_modules(rotations))
     seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
@@ -214,7 +217,7 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
-    return Subject(model, plugins, scheme=scheme, quantized=artifact)
+    return Subject(model, plugins, read_rotations(model, rotations), scheme, artifact)
 
 
 def check_global_scales_of(subject: Subject, to: str) -> int:
