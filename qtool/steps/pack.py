@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.artifacts.identity import digest_file
-from qtool.artifacts.manifest import Input, Manifest, Step
+from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import (
     CHECKPOINT_MANIFEST,
     Artifact,
@@ -25,7 +25,6 @@ from qtool.artifacts.store import (
     open_artifact,
     write_atomically,
 )
-from qtool.consumers.checkpoint import quant_method
 from qtool.engine.exporter import Exported, Exporter, PackedReader
 from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
@@ -36,6 +35,7 @@ from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.labels import labels_of, makers_of
 from qtool.steps.model_card import CARD, measured_section, model_card, with_measured
+from qtool.steps.packed import open_checkpoint, packed_reader
 from qtool.steps.storage import STORAGE, written_storage
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.verify import verify_files
@@ -74,7 +74,7 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     """
     exporter: Exporter = workspace.plugins.load("exporters", request.to)
     reader = _reader(request, workspace)
-    opened = _opened(request, workspace) if reader is None else _opened_checkpoint(request, reader, workspace)
+    opened = _opened(request, workspace) if reader is None else open_checkpoint(request.source, reader, workspace)
     exporter.check(opened.subject)
     inexact = 0 if reader is None else reader.check_scales(opened.subject, request.to)
     if inexact:
@@ -97,12 +97,8 @@ def _reader(request: PackRequest, workspace: Workspace) -> PackedReader | None:
     Raises:
         UsageError: It is the one that was asked to write it.
     """
-    method = quant_method(Path(request.source)) if request.source else ""
-    offered = method in workspace.plugins.offers["exporters"]
-    found = workspace.plugins.load("exporters", method) if offered else None
-    if not isinstance(found, PackedReader):
-        return None
-    if method == request.to:
+    method, found = packed_reader(request.source, workspace) or ("", None)
+    if found is not None and method == request.to:
         raise UsageError(f"`{request.source}` is laid out for {method} already", hint="--to another exporter")
     return found
 
@@ -122,18 +118,6 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
             else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
         )
     return opened
-
-
-def _opened_checkpoint(request: PackRequest, reader: PackedReader, workspace: Workspace) -> Opened:
-    """Open a packed checkpoint, qtool's own or another tool's; what is known of its making goes with it."""
-    source = Path(request.source)
-    made = open_artifact(source) if (source / CHECKPOINT_MANIFEST).is_file() else None
-    identity = "" if made is None else made.manifest.subject
-    subject = reader.open(source.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
-    if made is None:
-        here = Input(subject.model.id, str(source.resolve()))
-        return Opened(subject, {"model": here, "checkpoint": here})
-    return Opened(subject, {"model": made.manifest.inputs["model"], "checkpoint": workspace.named(made)}, made)
 
 
 def _labels(opened: Opened, workspace: Workspace) -> dict[str, str]:

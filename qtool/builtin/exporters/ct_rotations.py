@@ -2,8 +2,8 @@
 
 Its ``transform_config`` has groups, each with one kind of matrix, and says whose inputs ``x`` become ``x M / sqrt(b)``
 (``x M.T / sqrt(b)`` where it says ``inverse``), or whose queries and keys. What it says of weights is in the codes
-already. A matrix of a group is stored once for all modules of a size; Sylvester's need not be. One that is ``diag(signs)
-H_b`` is read as such, any other Hadamard matrix as it is.
+already. A matrix of a group is stored once for all modules of a size; Sylvester's need not be. One that is
+``diag(signs) H_b`` is read as such, any other Hadamard matrix as it is.
 """
 
 from __future__ import annotations
