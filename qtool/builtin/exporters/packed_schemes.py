@@ -36,13 +36,13 @@ class Seen(NamedTuple):
     """What the files say of a linear, and no config does.
 
     Attributes:
-        name: What they call it.
+        names: What they call it, and what the family's files do.
         scale: What its scales are stored in.
         calibrated: Whether a scale of its inputs is stored.
         looked_up: Whether it is the embedding.
     """
 
-    name: str
+    names: tuple[str, str]
     scale: torch.dtype
     calibrated: bool
     looked_up: bool = False
@@ -157,10 +157,10 @@ def _compressed_schemes(
     found = {}
     for name, one in seen.items():
         module = (nn.Embedding if one.looked_up else nn.Linear)(1, 1, device="meta")
-        matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
+        matched = next(filter(None, (match_targets(own, module, targets) for own in (*one.names, name))), None)
         if not matched:
-            raise unread(f"codes of `{one.name}`, which no group names", list(targets))
-        key = (targets[matched[0]], one._replace(name=""))
+            raise unread(f"codes of `{one.names[0]}`, which no group names", list(targets))
+        key = (targets[matched[0]], one._replace(names=("", "")))
         if key not in schemes:
             schemes[key] = _group_scheme(groups[key[0]], one, lookup)
         found[name] = schemes[key]
@@ -190,7 +190,7 @@ def _modelopt_schemes(
     if algorithm:
         cache = FP8_CACHE if algorithm == "FP8" else {"algorithm": algorithm}
     try:
-        algorithms = {name: algorithm_of(said, one.name) for name, one in seen.items()}
+        algorithms = {name: algorithm_of(said, one.names[0]) for name, one in seen.items()}
     except (KeyError, TypeError) as error:
         raise unread("linears whose algorithm it does not say", error) from error
     return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}, cache, False

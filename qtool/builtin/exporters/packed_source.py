@@ -48,7 +48,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.family import Family
 from qtool.model.files import folder_digest
-from qtool.model.naming import Place
+from qtool.model.naming import Place, stored_name
 from qtool.model.reading import read_place
 from qtool.model.source import family_of
 from qtool.plugins import Plugins
@@ -267,9 +267,8 @@ def _seen(model: PackedModel, name: str) -> Seen:
             facts=(("expected", ", ".join(_DTYPES)), ("received", place.stored.slot.dtype)),
             hint="quantize the original model: qtool mitigate MODEL",
         )
-    return Seen(
-        place.name.removesuffix(SCALE), dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding
-    )
+    names = (place.name.removesuffix(SCALE), stored_name(f"{name}.weight", model.family).removesuffix(".weight"))
+    return Seen(names, dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding)
 
 
 def _weights_of(scheme: ModelScheme, name: str) -> TensorScheme:
