@@ -21,8 +21,8 @@ UNREAD_KEYS: Mapping[str, frozenset[str]] = {
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that engines make one of, by the ends of their names."""
 _FUSED_NAMES = ("qkv_proj", "gate_up_proj")
-HEAD = "lm_head"
-"""What files call the head, by the end of its name."""
+HEADS = ("lm_head", "embed_out")
+"""What files and transformers call the head, by the end of its name."""
 EMBEDDINGS = ("embed_tokens", "embed_in")
 """What files call the embedding, likewise."""
 _OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
@@ -217,7 +217,7 @@ def is_of_attentions(group: Mapping[str, Any]) -> bool:
 def _ends(targets: Iterable[str], ignored: Iterable[str]) -> dict[str, Any]:
     """Return whether head and embedding are among the targets of a group."""
     named = {name.rpartition(".")[2] for name in targets} - {name.rpartition(".")[2] for name in ignored}
-    found = {"head": "named"} if HEAD in named else {}
+    found = {"head": "named"} if named & {*HEADS} else {}
     if named & {"Embedding", *EMBEDDINGS}:
         found["embedding"] = "class" if "Embedding" in named else "named"
     return found

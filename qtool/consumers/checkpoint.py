@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
-from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEAD, Case, cases_of, dynamic_apart
+from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEADS, Case, cases_of, dynamic_apart
 from qtool.consumers.presets import named_presets, with_presets
 from qtool.errors import ArtifactError
 from qtool.scheme import ModelScheme, TensorScheme
@@ -163,7 +163,7 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
         about["apart"] = dynamic_apart(quantization or {}, {name.rpartition(".")[0] for name in names})
     cases = cases_of(quantization, **about)
     coded = {name.removesuffix(end).rpartition(".")[2] for name in stored for end in ends if name.endswith(end)}
-    if HEAD in coded and not any(case.head for case in cases):
+    if coded & {*HEADS} and not any(case.head for case in cases):
         cases = tuple(replace(case, head="unnamed") for case in cases)
     if coded & {*EMBEDDINGS} and not any(case.embedding for case in cases):
         cases = tuple(replace(case, embedding="named") for case in cases)

@@ -146,10 +146,11 @@ class Subject:
 
     def block(self, layer: int, dtype: torch.dtype) -> BlockContent:
         """Return a block as it is executed in a dtype."""
-        state = self.folded(layer, dtype)
+        coded = self.quantized is not None and bool(self.scheme.every("weights"))
+        state = self.beside(layer, dtype) if coded else self.folded(layer, dtype)
         adapters: dict[str, Adapter] = {}
         compensation = None
-        if self.quantized is not None and self.scheme.every("weights"):
+        if self.quantized is not None and coded:
             block = self.model.graph.block_name(layer)
             prefix = f"{block}{COMPENSATION}"
             stored = {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}

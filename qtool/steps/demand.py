@@ -20,7 +20,7 @@ from qtool.engine.outputs import calibrated_outputs
 from qtool.engine.solve import Method
 from qtool.engine.stored import linear_tensors
 from qtool.engine.subject import Subject
-from qtool.model.graph import EXPERTS, TOKENS, ModelGraph
+from qtool.model.graph import EXPERTS, TOKENS, LinearSite, ModelGraph
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import BLOCKS, HESSIAN
@@ -93,11 +93,12 @@ class StatisticSizes:
         n, readers = self.graph.width(site), sum(one.spec.reads == site for one in self.graph.linears_of(0))
         return sum(one.nbytes(n, gathering) for one in (*self.statistics, *self.own * readers))
 
-    def of_layers(self) -> list[int]:
-        """Return the bytes of the statistics of each layer."""
+    def of_layers(self, *, head: LinearSite | None = None) -> list[int]:
+        """Return the bytes of the statistics of each layer, and behind them of what a head reads, if it is solved."""
         mode: Mode = "routed" if self.routed else "all"
         blocks = [self.graph.readers_of(layer) for layer in range(self.graph.dims.num_layers)]
-        return [sum(self.at(site) for site in sites_to_observe(linears, mode)) for linears in blocks]
+        solved = (*blocks, *([] if head is None else [(head,)]))
+        return [sum(self.at(site) for site in sites_to_observe(linears, mode)) for linears in solved]
 
 
 def demand_of(
@@ -125,7 +126,8 @@ def demand_of(
     needs = needs_of(methods, static_inputs(subject))
     if gathered is not None and (known := known_of(needs, config["propagate"], gathered, subject)):
         told = {**gathered.step.config, **config}
-        layers = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins).of_layers()
+        sizes = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins)
+        layers = sizes.of_layers(head=subject.head)
     return _largest(layers, disk=sum(stored_bytes(subject, methods).values()) + _input_scale_bytes(subject))
 
 

@@ -34,7 +34,7 @@ def model_card(checkpoint: Manifest, makers: Sequence[Manifest], measured: str) 
     made = {label: labels[label] for label in _RECIPE if labels.get(label)}
     sections = [
         f"---\ntags: [qtool, {checkpoint.step.method}]\n---",
-        f"# {name}, quantized to {scheme}\n\n{size}, as stored.",
+        f"# {name}, quantized to {scheme}\n\n{size}, as stored. Read back with {checkpoint.details['read_back_with']}.",
         _table("What was done", ("", ""), made.items()),
         _table("What executes it", ("with", "runs as"), checkpoint.details["consumers"].items()),
         measured,

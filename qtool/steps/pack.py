@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qtool.artifacts.identity import digest_file
-from qtool.artifacts.manifest import Input, Manifest, Step
+from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import (
     CHECKPOINT_MANIFEST,
     Artifact,
@@ -26,7 +25,6 @@ from qtool.artifacts.store import (
     open_artifact,
     write_atomically,
 )
-from qtool.consumers.checkpoint import quant_method
 from qtool.engine.exporter import Exported, Exporter, PackedReader
 from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
@@ -37,13 +35,13 @@ from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.labels import labels_of, makers_of
 from qtool.steps.model_card import CARD, measured_section, model_card, with_measured
+from qtool.steps.packed import open_checkpoint, packed_reader
 from qtool.steps.storage import STORAGE, written_storage
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.verify import verify_files
 from qtool.steps.workspace import Workspace, measured
 
 UNKNOWN = "unknown"
-READERS = ("transformers", "compressed-tensors", "gguf", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     """
     exporter: Exporter = workspace.plugins.load("exporters", request.to)
     reader = _reader(request, workspace)
-    opened = _opened(request, workspace) if reader is None else _opened_checkpoint(request, reader, workspace)
+    opened = _opened(request, workspace) if reader is None else open_checkpoint(request.source, reader, workspace)
     exporter.check(opened.subject)
     inexact = 0 if reader is None else reader.check_scales(opened.subject, request.to)
     if inexact:
@@ -99,12 +97,8 @@ def _reader(request: PackRequest, workspace: Workspace) -> PackedReader | None:
     Raises:
         UsageError: It is the one that was asked to write it.
     """
-    method = quant_method(Path(request.source)) if request.source else ""
-    offered = method in workspace.plugins.offers["exporters"]
-    found = workspace.plugins.load("exporters", method) if offered else None
-    if not isinstance(found, PackedReader):
-        return None
-    if method == request.to:
+    method, found = packed_reader(request.source, workspace) or ("", None)
+    if found is not None and method == request.to:
         raise UsageError(f"`{request.source}` is laid out for {method} already", hint="--to another exporter")
     return found
 
@@ -124,18 +118,6 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
             else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
         )
     return opened
-
-
-def _opened_checkpoint(request: PackRequest, reader: PackedReader, workspace: Workspace) -> Opened:
-    """Open a packed checkpoint, qtool's own or another tool's; what is known of its making goes with it."""
-    source = Path(request.source)
-    made = open_artifact(source) if (source / CHECKPOINT_MANIFEST).is_file() else None
-    identity = "" if made is None else made.manifest.subject
-    subject = reader.open(source.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
-    if made is None:
-        here = Input(subject.model.id, str(source.resolve()))
-        return Opened(subject, {"model": here, "checkpoint": here})
-    return Opened(subject, {"model": made.manifest.inputs["model"], "checkpoint": workspace.named(made)}, made)
 
 
 def _labels(opened: Opened, workspace: Workspace) -> dict[str, str]:
@@ -218,9 +200,9 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             with _digested(files) as digests:
                 with _shown(opened.subject, "read back", workspace) as subject:
-                    exporter.verify(subject, temporary)
+                    read_back = exporter.verify(subject, temporary)
                 named = {str(file.relative_to(temporary)): digest for file, digest in zip(files, digests, strict=True)}
-        final = replace(manifest, details={**manifest.details, **_details(exported, opened)}, about=about)
+        final = replace(manifest, details={**manifest.details, **_details(exported, opened, read_back)}, about=about)
         final = final.with_tensors(named)
         write_atomically(temporary / CHECKPOINT_MANIFEST, final.to_text())
         source = opened.artifact
@@ -329,20 +311,22 @@ def _manifest(request: PackRequest, exporter: Exporter, opened: Opened, workspac
     )
 
 
-def _details(exported: Exported, opened: Opened) -> dict[str, Any]:
+def _details(exported: Exported, opened: Opened, read_back: str) -> dict[str, Any]:
     """Return what is known once the checkpoint is written: its consumers, its size, and who read it back.
 
     Raises:
-        PluginError: The exporter does not say how many bytes it wrote.
+        PluginError: The exporter does not say how many bytes it wrote, or who read them back.
     """
     written = exported.details.get("bytes", {})
     if not {"linears", "model"} <= set(written):
         raise PluginError("the exporter does not say how many bytes of linears and of the model it wrote")
+    if not read_back:
+        raise PluginError("the exporter does not say who read back what it wrote")
     storage = written_storage(opened.model, written)
     return {
         "consumers": dict(exported.consumers),
         "bits": storage.bits,
         STORAGE: storage.to_json(),
         "written": dict(exported.details),
-        "read_back_with": {name: version(name) for name in READERS},
+        "read_back_with": read_back,
     }

@@ -108,7 +108,8 @@ def check_head(head: LinearSite, methods: Sequence[Configured], propagate: str, 
     of_one = [*takewhile(lambda one: not isinstance(one.method, BlockMitigator | ModelMitigator), methods)]
     if all(isinstance(one.method, Retargeter) for one in of_one):
         others = methods[len(of_one) :]
-        names = (*(one.name for one in of_one), "gptq", *(one.name for one in others))
+        nearest = any(getattr(one.method, "starts_nearest", False) for one in others)
+        names = (*(one.name for one in of_one), "rtn" if nearest else "gptq", *(one.name for one in others))
         raise UsageError(
             f"`{others[0].name}` sees whole blocks, and `{head.name}`, which is to be quantized, is in none",
             hint=f"--method {'+'.join(names)}, or --weights without {head.name}=SCHEME",

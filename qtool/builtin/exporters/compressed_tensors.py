@@ -46,6 +46,7 @@ from qtool.builtin.exporters.read_back import (
     compare_codes,
     empty_model,
     telling_rows,
+    versions,
     weight_difference,
     with_linear_experts,
 )
@@ -139,7 +140,7 @@ class CompressedTensors(PackedSource):
         return Exported(_consumers(subject, config, dtype, transforms), details)
 
     @one_thread()
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Compare every code, scale and zero point with ours, and decode rows of every linear with the library.
 
         It decodes as the written config says, to the dtype of the scales (FP4 to bfloat16), so ours are cast to that
@@ -172,6 +173,7 @@ class CompressedTensors(PackedSource):
             for leaf in sorted(_STATIC & inputs.keys()):
                 if tensors[leaf].dtype != inputs[leaf].dtype or not torch.equal(tensors[leaf], inputs[leaf]):
                     raise weight_difference(f"{linear.name} ({leaf.replace('_', ' ')})", tensors[leaf], inputs[leaf])
+        return versions("compressed-tensors", "transformers")
 
 
 def _consumers(

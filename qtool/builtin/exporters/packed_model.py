@@ -34,7 +34,13 @@ _ZEROS = ("input_zero_point", "output_zero_point")
 
 @dataclass(frozen=True)
 class PackedModel(Model):
-    """What a packed checkpoint holds besides the weights of its quantized linears."""
+    """What a packed checkpoint holds besides the weights of its quantized linears.
+
+    Attributes:
+        apart: What modules are called that hold matrices of rotations, which are no weights of the model.
+    """
+
+    apart: frozenset[str] = frozenset()
 
     @cached_property
     def packed(self) -> Mapping[str, Place]:
@@ -47,8 +53,14 @@ class PackedModel(Model):
         leaves = (*LEAVES, *INPUT_LEAVES, *OUTPUT_LEAVES, "weight")
         own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
         own |= {name for name, _ in self.cached.values()} | {name for name in self.packed if _leaf(name) in CACHE_ZEROS}
+        own |= self.matrices.keys()
         places = {name: place for name, place in self.found_places().items() if name not in own}
         return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
+
+    @cached_property
+    def matrices(self) -> Mapping[str, Place]:
+        """Where the matrices of rotations lie, by their names."""
+        return {name: place for name, place in self.packed.items() if self.apart.intersection(name.split(".")[-2:-1])}
 
     @cached_property
     def coded(self) -> tuple[LinearSite, ...]:

@@ -36,13 +36,13 @@ class Seen(NamedTuple):
     """What the files say of a linear, and no config does.
 
     Attributes:
-        name: What they call it.
+        names: What they call it, and what the family's files do.
         scale: What its scales are stored in.
         calibrated: Whether a scale of its inputs is stored.
         looked_up: Whether it is the embedding.
     """
 
-    name: str
+    names: tuple[str, str]
     scale: torch.dtype
     calibrated: bool
     looked_up: bool = False
@@ -114,7 +114,7 @@ def read_scheme(
     one = _cache_scheme(cache, lookup)
     lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
     if one is not None and (one.static or one.scale == "e4m3") and lacking:
-        raise _unread("a quantized KV cache without a stored scale for keys and one for values", cache)
+        raise unread("a quantized KV cache without a stored scale for keys and one for values", cache)
     kv = KeysAndValues(one, one, one) if rounds_queries else one
     return replace(main, kv=kv, rules=tuple(rules))
 
@@ -145,7 +145,7 @@ def _fitted_scheme(said: Mapping[str, Any], lookup: Lookup, static: Mapping[str,
     if (said.get("dynamic"), strategy) == ("local", "tensor_group"):
         return _tensor_scheme(said, lookup, None)
     if strategy not in static or said.get("dynamic"):
-        raise _unread(f"{what} with scales that qtool does not have there", said)
+        raise unread(f"{what} with scales that qtool does not have there", said)
     scheme = _tensor_scheme({**said, "strategy": "tensor"}, lookup, None)
     return replace(scheme, strategy=static[strategy], static=True)
 
@@ -155,9 +155,8 @@ def _compressed_schemes(
 ) -> tuple[dict[str, ModelScheme], Mapping[str, Any] | None, bool]:
     """Return what compressed-tensors' groups say of each linear, of the cache, and whether queries are as the cache."""
     del directory
-    for part in ("transform_config", "sparsity_config"):
-        if config.get(part):
-            raise _unread(f"a `{part}`", config[part])
+    if config.get("sparsity_config"):
+        raise unread("a `sparsity_config`", config["sparsity_config"])
     every = with_presets(config).get("config_groups", {})
     groups = {name: group for name, group in every.items() if group.get("weights")}
     cache = config.get("kv_cache_scheme")
@@ -166,19 +165,19 @@ def _compressed_schemes(
         inputs = group.get("input_activations")
         alike = inputs and cache and _cache_scheme(inputs, lookup) == _cache_scheme(cache, lookup)
         if not (alike and is_of_attentions(group)):
-            raise _unread("a group without weights", group)
+            raise unread("a group without weights", group)
     targets = {target: name for name, group in groups.items() for target in group.get("targets", ())}
     schemes: dict[tuple[str, Seen], ModelScheme] = {}
     found = {}
     for name, one in seen.items():
         module = (nn.Embedding if one.looked_up else nn.Linear)(1, 1, device="meta")
-        matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
+        matched = next(filter(None, (match_targets(own, module, targets) for own in (*one.names, name))), None)
         if not matched:
-            raise _unread(f"codes of `{one.name}`, which no group names", list(targets))
+            raise unread(f"codes of `{one.names[0]}`, which no group names", list(targets))
         outputs = groups[targets[matched[0]]].get("output_activations")
         if outputs and not in_block(name):
-            raise _unread(f"quantized outputs of `{one.name}`", outputs)
-        key = (targets[matched[0]], one._replace(name=""))
+            raise unread(f"quantized outputs of `{one.names[0]}`", outputs)
+        key = (targets[matched[0]], one._replace(names=("", "")))
         if key not in schemes:
             schemes[key] = _group_scheme(groups[key[0]], one, lookup)
         found[name] = schemes[key]
@@ -189,7 +188,7 @@ def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> Model
     """Return the scheme of linears of one group."""
     weights, inputs, outputs = group["weights"], group.get("input_activations"), group.get("output_activations")
     if weights.get("actorder") in ("group", "dynamic", True):
-        raise _unread("columns in an order of their own (`actorder: group`)", weights)
+        raise unread("columns in an order of their own (`actorder: group`)", weights)
     return ModelScheme(
         _tensor_scheme(weights, lookup, seen.scale),
         None if not inputs else _input_scheme(inputs, lookup),
@@ -208,23 +207,23 @@ def _modelopt_schemes(
     if algorithm:
         cache = FP8_CACHE if algorithm == "FP8" else {"algorithm": algorithm}
     try:
-        algorithms = {name: algorithm_of(said, one.name) for name, one in seen.items()}
+        algorithms = {name: algorithm_of(said, one.names[0]) for name, one in seen.items()}
     except (KeyError, TypeError) as error:
-        raise _unread("linears whose algorithm it does not say", error) from error
+        raise unread("linears whose algorithm it does not say", error) from error
     return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}, cache, False
 
 
 def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one algorithm."""
     if algorithm not in _MODELOPT:
-        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT), "read")
+        raise unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT), "read")
     weights, activations = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
     if weights is not None and weights.format == "fp8":
         weights = replace(weights, scale=_FLOATS[seen.scale])
     if activations is not None and activations.strategy == "tensor":
         activations = replace(activations, static=seen.calibrated)
     elif seen.calibrated and (activations is None or activations.format == "fp8"):
-        raise _unread("calibrated inputs beside the algorithm", algorithm)
+        raise unread("calibrated inputs beside the algorithm", algorithm)
     return ModelScheme(weights, activations)
 
 
@@ -258,7 +257,7 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
         rows, size = said.get("block_structure") or (0, 0)
         strategy = "block" if rows and size else ""
     if not name or strategy not in _STRATEGIES or stored is None:
-        raise _unread("a scheme that is not read back", said)
+        raise unread("a scheme that is not read back", said)
     scheme = TensorScheme(
         name,
         symmetric=bool(said.get("symmetric", True)),
@@ -279,14 +278,15 @@ def _input_scheme(said: Mapping[str, Any], lookup: Lookup) -> TensorScheme:
     half = scheme.format.startswith("int") and scheme.symmetric
     if not said.get("dynamic"):
         if scheme.format not in _ONE_INPUT_SCALE or scheme.strategy != "tensor":
-            raise _unread("inputs with calibrated scales", said)
+            raise unread("inputs with calibrated scales", said)
         return replace(scheme, static=True)
     return replace(scheme, range_rule="half") if half else scheme
 
 
-def _unread(what: str, said: object, label: str = "config") -> SchemeError:
+def unread(what: str, said: object, label: str = "config") -> SchemeError:
+    """Return the error that says what of a checkpoint is not read back."""
     return SchemeError(
-        f"the checkpoint has {what}, and only codes and scales are transcoded",
+        f"the checkpoint has {what}, and only codes, scales and Hadamard rotations are transcoded",
         facts=((label, said),),
         hint="pack it from the artifact that it came from, or quantize the original model: qtool mitigate MODEL",
     )

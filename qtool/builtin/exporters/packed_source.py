@@ -29,6 +29,7 @@ from qtool.builtin.exporters.cache_scales import (
     stored_shape,
     unsigned_zero_point,
 )
+from qtool.builtin.exporters.ct_rotations import matrix_modules, read_rotations
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -48,7 +49,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.family import Family
 from qtool.model.files import folder_digest
-from qtool.model.naming import Place
+from qtool.model.naming import Place, stored_name
 from qtool.model.reading import read_place
 from qtool.model.source import family_of
 from qtool.plugins import Plugins
@@ -214,10 +215,12 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     if method is None:
         raise LookupError(directory)
     config = AutoConfig.from_pretrained(directory)
+    rotations = (getattr(config, "quantization_config", None) or {}).get("transform_config")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     families: dict[str, Family] = {name: plugins.load("families", name) for name in plugins.offers["families"]}
-    model = PackedModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
+    identity = identity or folder_digest(directory, cache)
+    model = PackedModel(directory, config, family_of(config, families), identity, apart=matrix_modules(rotations))
     seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
@@ -231,7 +234,7 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
-    return Subject(model, plugins, scheme=scheme, quantized=artifact)
+    return Subject(model, plugins, read_rotations(model, rotations), scheme, artifact)
 
 
 def check_global_scales_of(subject: Subject, to: str) -> int:
@@ -281,9 +284,8 @@ def _seen(model: PackedModel, name: str) -> Seen:
             facts=(("expected", ", ".join(_DTYPES)), ("received", place.stored.slot.dtype)),
             hint="quantize the original model: qtool mitigate MODEL",
         )
-    return Seen(
-        place.name.removesuffix(SCALE), dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding
-    )
+    names = (place.name.removesuffix(SCALE), stored_name(f"{name}.weight", model.family).removesuffix(".weight"))
+    return Seen(names, dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding)
 
 
 def _weights_of(scheme: ModelScheme, name: str) -> TensorScheme:

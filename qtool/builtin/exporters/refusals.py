@@ -190,11 +190,15 @@ def _refuse_segments(subject: Subject, layout: str) -> None:
 
 def _refuse_online(subject: Subject) -> None:
     sites = ((subject.model.graph.site(site_id), plan) for site_id, plan in subject.plan.sites.items())
-    online = sorted({site.kind for site, plan in sites if plan.online or (site.kind == OUTPUT and plan.operators)})
+    online = {
+        site.kind: operator.kind
+        for site, plan in sites
+        for operator in (plan.operators if site.kind == OUTPUT else plan.online)
+    }
     if online:
         raise UsageError(
             "the plan runs operators in the forward pass, which these checkpoints do not carry",
-            facts=(("sites", ", ".join(online)),),
+            facts=tuple((site, kind) for site, kind in sorted(online.items())),
             hint="qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or pack --to hf",
         )
 
