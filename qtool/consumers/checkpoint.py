@@ -27,7 +27,7 @@ _STORED = {CT: (".weight_packed", ".weight_scale"), "gptq": (".qweight",), "awq"
 _STORED["modelopt"] = (".weight_scale",)
 _MODELOPT = "hf_quant_config.json"
 _INPUT_SCALE = ".input_scale"
-_BLOCK_BITS = {"F16": 16, "BF16": 16, "F32": 32, "Q4_0": 4, "Q4_1": 4, "Q8_0": 8, "MXFP4": 4, "NVFP4": 4}
+_WIDE = {"F16": 16, "BF16": 16, "F32": 32}
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _ENDS = ("activations", "outputs")
 _PLAIN = ("F32", "F16", "BF16")
@@ -250,7 +250,13 @@ def _read_gguf(path: Path) -> tuple[Case, ...]:
         raise ArtifactError(f"`{path}` holds no blocks of a model", hint="give a GGUF file of a whole model")
     embedding = matrices.get("token_embd.weight", "")
     dtype = _FLOATS.get(embedding, embedding)
-    return tuple(Case(GGUF_FILE, kind, bits=_BLOCK_BITS.get(kind, 0), dtype=dtype) for kind in kinds)
+    return tuple(Case(GGUF_FILE, kind, bits=_block_bits(kind), dtype=dtype) for kind in kinds)
+
+
+def _block_bits(kind: str) -> int:
+    """Return the bits of a code, which the name of the type says, without scales; 0 where it does not."""
+    digits = re.match(r"(?:I?Q|TQ|MXFP|NVFP)(\d)", kind)
+    return int(digits[1]) if digits else _WIDE.get(kind, 0)
 
 
 def _matrices(path: Path) -> Iterator[Any]:

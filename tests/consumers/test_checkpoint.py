@@ -212,23 +212,22 @@ def test_a_gguf_file_has_a_case_for_each_type_of_blocks(tmp_path: Path) -> None:
     writer.add_tensor("token_embd.weight", np.ones((4, 32), dtype=np.float16))
     writer.add_tensor("blk.0.attn_norm.weight", np.ones(32, dtype=np.float32))
     writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((2, 32), dtype=np.float32))
-    for name, kind in (("up", "Q4_0"), ("down", "Q6_K")):
-        size = 256 if kind == "Q6_K" else 32
+    for name, kind in (("up", "Q4_0"), ("down", "Q6_K"), ("gate", "Q8_K")):
         rows = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
         data = np.zeros((2, rows), dtype=np.uint8)
-        assert size
         writer.add_tensor(f"blk.0.ffn_{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     for path in (tmp_path / "some.gguf", tmp_path):
-        four, six = read_checkpoint(path, bits_of)
+        four, six, eight = read_checkpoint(path, bits_of)
         assert four == Case("gguf", "Q4_0", bits=4, dtype="float16")
-        assert six.layout == "Q6_K"
+        assert (six.layout, six.bits) == ("Q6_K", 6)
+        assert (eight.layout, eight.bits) == ("Q8_K", 8)
     _, answer = examine_checkpoint(tmp_path, Plugins.discover(), consumer="llama.cpp")
     assert answer is not None
-    assert answer.says == "unknown: no rule speaks of these linears in gguf Q6_K"
+    assert answer.says == "unknown: no rule speaks of these linears in gguf Q8_K"
 
 
 @pytest.mark.parametrize(
