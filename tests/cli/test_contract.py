@@ -311,3 +311,15 @@ def test_a_failure_at_the_head_of_a_pipe_is_told_at_every_place(tmp_path: Path) 
     )
     assert done.stdout == "3 2 2\n"
     assert done.stderr.count("the command before this one failed") == 2
+
+
+def test_packing_says_who_read_the_checkpoint_back(qtool: Run, made: Made, tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    ended = qtool("pack", made["quantized"], "--to", "hf", "-o", tmp_path / "packed")
+    assert (ended.code, ended.out) == (0, f"{tmp_path / 'packed'}\n")
+    said = ", ".join(f"{name} {version(name)}" for name in ("transformers", "safetensors"))
+    assert ended.err.count("read back with") == 1
+    assert f"note: read back with {said}\n" in ended.err
+    again = qtool("inspect", tmp_path / "packed", "--json")
+    assert json.loads(again.out)["read_back_with"] == said

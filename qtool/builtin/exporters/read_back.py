@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
 
 from qtool.builtin.exporters.stored_names import expected_shapes, stored_tensor_name
 from qtool.engine.packed import ROWS, PackedLinear
@@ -55,7 +57,8 @@ def loaded_model(directory: Path, model: Model) -> Any:  # noqa: ANN401 - a mode
     loader = getattr(transformers, model.family.loader)
     about = {"trust_remote_code": model.trust_remote_code, "ignore_mismatched_sizes": True}
     try:
-        module, found = loader.from_pretrained(directory, device_map="meta", output_loading_info=True, **about)
+        with _no_bars():
+            module, found = loader.from_pretrained(directory, device_map="meta", output_loading_info=True, **about)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
         raise ArtifactError("transformers cannot load the checkpoint", facts=(("reason", reason),)) from error
@@ -64,6 +67,18 @@ def loaded_model(directory: Path, model: Model) -> Any:  # noqa: ANN401 - a mode
             facts = ((fault.replace("_", " "), len(odd)), ("first", odd[0]))
             raise ArtifactError("transformers does not find in the checkpoint what its model has", facts=facts)
     return module
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from counting weights that it does not read."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def with_linear_experts(module: nn.Module, model: Model) -> nn.Module:
