@@ -13,10 +13,7 @@ every two blocks.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +39,11 @@ from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
 from tests.builtin.layouts.conftest import changed
+from tests.builtin.llama_cpp import divergence, executed, in_float32, log_probabilities
 from tests.builtin.packed import written
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
-SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
-PACKAGE = "node-llama-cpp@3.22.1"
 Q4_0 = "int4-sym-g32-sfp16-signed_full"
 Q4_1 = "int4-asym-g32-offset-sfp16"
 HALF = "int8-sym-g32-sfp16"
@@ -73,24 +69,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def node_llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the package with its prebuilt binary, installed unless QTOOL_NODE_LLAMA_CPP names one."""
-    given = os.environ.get("QTOOL_NODE_LLAMA_CPP")
-    if given:
-        return Path(given)
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("llama.cpp was not run: node and npm are not installed")
-    folder = tmp_path_factory.mktemp("node")
-    command = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", PACKAGE]
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=600)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"llama.cpp was not run: {PACKAGE} cannot be installed ({error})")
-    return folder / "node_modules" / "node-llama-cpp"
-
-
 @pytest.fixture
 def workspace(tmp_path: Path, cache: Path) -> Workspace:
     return Workspace(Plugins.discover(), tmp_path / "home", cache)
@@ -107,27 +85,9 @@ def packed(model: Path, weights: str, to: str, workspace: Workspace) -> tuple[Su
     return open_subject(str(artifact.path), workspace).subject, checkpoint.path / "model.gguf"
 
 
-def executed(folder: Path, file: Path, tokens: list[int], **more: object) -> dict[str, Any]:
-    request = json.dumps({"tokens": tokens, "texts": [], "generate": 0, "exact": False, **more})
-    command = ["node", str(SCRIPT), str(folder), str(file)]
-    done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    assert all(value is not None for row in answer["logits"] for value in row), "llama.cpp computed NaN"
-    return answer
-
-
-def log_probabilities(logits: object) -> Tensor:
-    return torch.as_tensor(logits, dtype=torch.float64).log_softmax(-1)
-
-
 def measured(subject: Subject, tokens: list[int]) -> Tensor:
     executable = BlockExecutable(subject, device=torch.device("cpu"), dtype=torch.float32, batch=1)
     return log_probabilities(torch.cat([logits for _, logits in executable.forward_windows(torch.tensor([tokens]))])[0])
-
-
-def divergence(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.exp() * (ours - theirs)).sum(-1).mean())
 
 
 @pytest.mark.parametrize(
@@ -157,23 +117,6 @@ def test_smollm2_has_the_probabilities_that_qtool_measures(
     assert answer["followed"][0] == int(theirs[-1].argmax())
     assert float((ours - theirs).abs().max()) < largest
     assert divergence(ours, theirs) < kl
-
-
-def in_float32(file: Path) -> Path:
-    """Copy a GGUF file with every tensor in float32, where no product of llama.cpp's rounds its inputs."""
-    reader, wide = gguf.GGUFReader(file), file.with_name("wide.gguf")
-    writer = gguf.GGUFWriter(wide, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return wide
 
 
 def save_model(folder: Path, name: str, **changes: object) -> None:
