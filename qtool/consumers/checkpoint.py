@@ -247,8 +247,13 @@ def _read_gguf(path: Path) -> tuple[Case, ...]:
     if not kinds:
         raise ArtifactError(f"`{path}` holds no blocks of a model", hint="give a GGUF file of a whole model")
     embedding = matrices.get("token_embd.weight", "")
-    dtype = _FLOATS.get(embedding, embedding)
+    dtype = types_in_words(embedding, matrices.get("output.weight", embedding))
     return tuple(Case(GGUF_FILE, kind, bits=_BLOCK_BITS.get(kind, 0), dtype=dtype) for kind in kinds)
+
+
+def types_in_words(embedding: str, head: str) -> str:
+    """Return what embedding and head of a GGUF file are stored as, in this order, or what both are."""
+    return " and ".join(dict.fromkeys(_FLOATS.get(kind, kind) for kind in (embedding, head)))
 
 
 def _matrices(path: Path) -> Iterator[Any]:

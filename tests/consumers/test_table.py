@@ -120,7 +120,7 @@ def cases() -> tuple[Case, ...]:
         for how, decoded in product(("class", "named"), (True, False))
     ]
     made += [replace(case, inputs=how) for case in plain if case.layout == "FP8" for how in ("dynamic", "static")]
-    made += [Case("gguf", kind, bits=4) for kind in ("F16", "Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4", "Q4_K")]
+    made += [Case("gguf", kind, bits=4) for kind in ("F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4", "Q4_K")]
     return tuple(dict.fromkeys(made))
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qtool.builtin.exporters.gguf_ends import shares_codes
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.naming import split_block
@@ -112,7 +113,9 @@ def check_architecture(subject: Subject) -> None:
         f"queries scaled by {scalar} ** -0.5 instead of {heads} ** -0.5": scalar != heads,
         "scores and logits without a cap": found.capped
         and not (config.attn_logit_softcapping and config.final_logit_softcapping),
-        "a head beside the embedding": not found.own_head and (not dims.tied or subject.unties_head),
+        "a head beside the embedding": not found.own_head
+        and (not dims.tied or subject.unties_head)
+        and not shares_codes(subject),
     }
     reason = next((words for words, holds in wrong.items() if holds), None)
     if reason is not None:
