@@ -94,19 +94,11 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
 
 
 def _reader(request: PackRequest, workspace: Workspace) -> PackedReader | None:
-    """Return the exporter that reads the source, if that is a packed checkpoint.
-
-    Raises:
-        UsageError: It is the one that was asked to write it.
-    """
+    """Return the exporter that reads the source, if that is a packed checkpoint."""
     method = quant_method(Path(request.source)) if request.source else ""
     offered = method in workspace.plugins.offers["exporters"]
     found = workspace.plugins.load("exporters", method) if offered else None
-    if not isinstance(found, PackedReader):
-        return None
-    if method == request.to:
-        raise UsageError(f"`{request.source}` is laid out for {method} already", hint="--to another exporter")
-    return found
+    return found if isinstance(found, PackedReader) else None
 
 
 def _opened(request: PackRequest, workspace: Workspace) -> Opened:
@@ -114,7 +106,7 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
     opened = open_subject(request.source, workspace)
     kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
     if kind != "quantized":
-        again = "the quantized artifact that it was packed from; compressed-tensors and modelopt are read themselves"
+        again = "the quantized artifact that it was packed from; packed checkpoints, of codes, are read themselves"
         decoded = request.source.endswith(".gguf") and read_card(opened.model.path).footnote
         raise ArtifactError(
             f"`{request.source}` holds nothing to pack",
@@ -127,11 +119,17 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
 
 
 def _opened_checkpoint(request: PackRequest, reader: PackedReader, workspace: Workspace) -> Opened:
-    """Open a packed checkpoint, qtool's own or another tool's; what is known of its making goes with it."""
+    """Open a packed checkpoint, qtool's own or another tool's; what is known of its making goes with it.
+
+    Raises:
+        UsageError: It is of the layout that was asked for.
+    """
     source = Path(request.source)
     made = open_artifact(source) if (source / CHECKPOINT_MANIFEST).is_file() else None
     identity = "" if made is None else made.manifest.subject
     subject = reader.open(source.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
+    if subject.quantized is not None and subject.quantized.manifest.step.method == request.to:
+        raise UsageError(f"`{request.source}` is laid out for {request.to} already", hint="--to another exporter")
     if made is None:
         here = Input(subject.model.id, str(source.resolve()))
         return Opened(subject, {"model": here, "checkpoint": here})

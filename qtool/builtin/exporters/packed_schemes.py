@@ -48,7 +48,7 @@ class Seen(NamedTuple):
     looked_up: bool = False
 
 
-_FLOATS: Mapping[torch.dtype, ScaleFormat] = {
+FLOATS: Mapping[torch.dtype, ScaleFormat] = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -97,6 +97,22 @@ def read_scheme(
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
     read = _modelopt_schemes if packed_method(directory) == "modelopt" else _compressed_schemes
     found, cache, rounds_queries = read(directory, config, seen, lookup)
+    main = scheme_of(found, plain)
+    one = _cache_scheme(cache, lookup)
+    lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
+    if one is not None and (one.static or one.scale == "e4m3") and lacking:
+        raise unread("a quantized KV cache without a stored scale for keys and one for values", cache)
+    kv = KeysAndValues(one, one, one) if rounds_queries else one
+    return replace(main, kv=kv)
+
+
+def scheme_of(found: Mapping[str, ModelScheme], plain: Collection[str]) -> ModelScheme:
+    """Return the scheme of most linears, with exceptions by name for the others, and for those in 16 bits.
+
+    Args:
+        found: The scheme of each linear that has one.
+        plain: The linears that have none.
+    """
     in_blocks = [own for name, own in found.items() if in_block(name)] or list(found.values())
     ((main, _), *_) = Counter(in_blocks).most_common(1)
     of_rest = ModelScheme()  # what linears outside of the blocks have without rules
@@ -108,12 +124,7 @@ def read_scheme(
         for name, (own, of) in others.items()
         if own.activations != of.activations
     ]
-    one = _cache_scheme(cache, lookup)
-    lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
-    if one is not None and (one.static or one.scale == "e4m3") and lacking:
-        raise _unread("a quantized KV cache without a stored scale for keys and one for values", cache)
-    kv = KeysAndValues(one, one, one) if rounds_queries else one
-    return replace(main, kv=kv, rules=tuple(rules))
+    return replace(main, rules=tuple(rules))
 
 
 def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup) -> TensorScheme | None:
@@ -132,7 +143,7 @@ def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup) -> TensorSchem
         return _tensor_scheme(said, lookup, None)
     static = _STATIC_CACHES.get(strategy)
     if static is None or said.get("dynamic"):
-        raise _unread("a quantized KV cache with scales that qtool does not have there", said)
+        raise unread("a quantized KV cache with scales that qtool does not have there", said)
     return replace(_tensor_scheme({**said, "strategy": "tensor"}, lookup, None), strategy=static, static=True)
 
 
@@ -143,7 +154,7 @@ def _compressed_schemes(
     del directory
     for part in ("transform_config", "sparsity_config"):
         if config.get(part):
-            raise _unread(f"a `{part}`", config[part])
+            raise unread(f"a `{part}`", config[part])
     every = with_presets(config).get("config_groups", {})
     groups = {name: group for name, group in every.items() if group.get("weights")}
     cache = config.get("kv_cache_scheme")
@@ -152,7 +163,7 @@ def _compressed_schemes(
         inputs = group.get("input_activations")
         alike = inputs and cache and _cache_scheme(inputs, lookup) == _cache_scheme(cache, lookup)
         if not (alike and is_of_attentions(group)):
-            raise _unread("a group without weights", group)
+            raise unread("a group without weights", group)
     targets = {target: name for name, group in groups.items() for target in group.get("targets", ())}
     schemes: dict[tuple[str, Seen], ModelScheme] = {}
     found = {}
@@ -160,7 +171,7 @@ def _compressed_schemes(
         module = (nn.Embedding if one.looked_up else nn.Linear)(1, 1, device="meta")
         matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
         if not matched:
-            raise _unread(f"codes of `{one.name}`, which no group names", list(targets))
+            raise unread(f"codes of `{one.name}`, which no group names", list(targets))
         key = (targets[matched[0]], one._replace(name=""))
         if key not in schemes:
             schemes[key] = _group_scheme(groups[key[0]], one, lookup)
@@ -171,10 +182,10 @@ def _compressed_schemes(
 def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one group."""
     if group.get("output_activations"):
-        raise _unread("quantized outputs", group["output_activations"])
+        raise unread("quantized outputs", group["output_activations"])
     weights, inputs = group["weights"], group.get("input_activations")
     if weights.get("actorder") in ("group", "dynamic", True):
-        raise _unread("columns in an order of their own (`actorder: group`)", weights)
+        raise unread("columns in an order of their own (`actorder: group`)", weights)
     return ModelScheme(
         _tensor_scheme(weights, lookup, seen.scale), None if not inputs else _input_scheme(inputs, lookup)
     )
@@ -193,21 +204,21 @@ def _modelopt_schemes(
     try:
         algorithms = {name: algorithm_of(said, one.name) for name, one in seen.items()}
     except (KeyError, TypeError) as error:
-        raise _unread("linears whose algorithm it does not say", error) from error
+        raise unread("linears whose algorithm it does not say", error) from error
     return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}, cache, False
 
 
 def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one algorithm."""
     if algorithm not in _MODELOPT:
-        raise _unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT), "read")
+        raise unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT), "read")
     weights, activations = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
     if weights is not None and weights.format == "fp8":
-        weights = replace(weights, scale=_FLOATS[seen.scale])
+        weights = replace(weights, scale=FLOATS[seen.scale])
     if activations is not None and activations.strategy == "tensor":
         activations = replace(activations, static=seen.calibrated)
     elif seen.calibrated and (activations is None or activations.format == "fp8"):
-        raise _unread("calibrated inputs beside the algorithm", algorithm)
+        raise unread("calibrated inputs beside the algorithm", algorithm)
     return ModelScheme(weights, activations)
 
 
@@ -236,12 +247,12 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
             return _plain(block[0], lookup)
     strategy = said.get("strategy") or ("group" if size > 0 else "channel" if said.get("group_size") else "tensor")
     name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
-    stored, rows = "fp32" if scale is None else _FLOATS.get(scale), 0
+    stored, rows = "fp32" if scale is None else FLOATS.get(scale), 0
     if strategy == "block":
         rows, size = said.get("block_structure") or (0, 0)
         strategy = "block" if rows and size else ""
     if not name or strategy not in _STRATEGIES or stored is None:
-        raise _unread("a scheme that is not read back", said)
+        raise unread("a scheme that is not read back", said)
     scheme = TensorScheme(
         name,
         symmetric=bool(said.get("symmetric", True)),
@@ -262,12 +273,13 @@ def _input_scheme(said: Mapping[str, Any], lookup: Lookup) -> TensorScheme:
     half = scheme.format.startswith("int") and scheme.symmetric
     if not said.get("dynamic"):
         if scheme.format not in _ONE_INPUT_SCALE or scheme.strategy != "tensor":
-            raise _unread("inputs with calibrated scales", said)
+            raise unread("inputs with calibrated scales", said)
         return replace(scheme, static=True)
     return replace(scheme, range_rule="half") if half else scheme
 
 
-def _unread(what: str, said: object, label: str = "config") -> SchemeError:
+def unread(what: str, said: object, label: str = "config") -> SchemeError:
+    """Return the error that names what a checkpoint says and qtool does not transcode."""
     return SchemeError(
         f"the checkpoint has {what}, and only codes and scales are transcoded",
         facts=((label, said),),
