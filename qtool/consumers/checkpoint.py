@@ -115,9 +115,14 @@ def _alike(
 
 
 def quant_method(folder: Path) -> str:
-    """Return how the config in a folder says that its linears are packed; empty where it does not."""
+    """Return how the config in a folder says that its linears are packed; empty where it does not.
+
+    That of a GGUF file, and of a folder with one and no config, is ``gguf``.
+    """
+    if folder.is_file():
+        return GGUF_FILE if folder.suffix == ".gguf" else ""
     if not (folder / "config.json").is_file():
-        return ""
+        return GGUF_FILE if len([*folder.glob("*.gguf")]) == 1 else ""
     config = _quantization(folder, _json(folder / "config.json"))
     return str(config.get("quant_method", "")) if isinstance(config, Mapping) else ""
 

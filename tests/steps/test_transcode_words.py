@@ -181,7 +181,7 @@ def test_what_makes_it_another_layout_is_refused(
 def test_columns_in_an_order_of_their_own_are_refused(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
     packed = foreign(pack(PackRequest(quantize("int4-sym-g32"), "gptq"), workspace)[0].path, tmp_path / "foreign")
     opened(configured(packed, desc_act=True), "gptq", workspace)  # and yet in the order of the groups
-    with pytest.raises(ArtifactError, match="columns of `model.layers.1.mlp.gate_proj` are in an order") as refused:
+    with pytest.raises(ArtifactError, match="are in an order of their own") as refused:
         opened(with_order(packed), "gptq", workspace)
     assert "qtool mitigate" in refused.value.hint
 

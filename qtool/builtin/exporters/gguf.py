@@ -37,6 +37,7 @@ from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
 from qtool.builtin.exporters.hf import code_bits, dense, offline
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.builtin.exporters.nearest import Check, check_schemes
+from qtool.builtin.exporters.packed_gguf import check_multipliers, open_gguf
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
@@ -47,6 +48,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.numerics.groups import each_parameter
+from qtool.plugins import Plugins
 from qtool.scheme import GroupParameters, ModelScheme
 
 FILE = "model.gguf"
@@ -70,6 +72,14 @@ class GGUF:
     """Writes Q4_0, Q4_1, Q8_0, MXFP4 or NVFP4, whichever holds the scheme; never rounds."""
 
     version = 1
+
+    def open(self, directory: Path, plugins: Plugins, *, cache: Path, identity: str = "") -> Subject:
+        """Open a GGUF file, or the folder of one, as what is to be packed."""
+        return open_gguf(directory, plugins, cache=cache, identity=identity)
+
+    def check_scales(self, subject: Subject, to: str) -> int:
+        """Refuse multipliers of NVFP4 weights that another exporter would turn into other weights."""
+        return check_multipliers(subject, to)
 
     @one_thread()
     def check(self, subject: Subject) -> None:

@@ -212,7 +212,7 @@ def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one algorithm."""
     if algorithm not in _MODELOPT:
         raise unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT), "read")
-    weights, activations = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
+    weights, activations = (None if text is None else plain_scheme(text, lookup) for text in _MODELOPT[algorithm])
     if weights is not None and weights.format == "fp8":
         weights = replace(weights, scale=FLOATS[seen.scale])
     if activations is not None and activations.strategy == "tensor":
@@ -222,7 +222,7 @@ def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
     return ModelScheme(weights, activations)
 
 
-def _plain(text: str, lookup: Lookup) -> TensorScheme:
+def plain_scheme(text: str, lookup: Lookup) -> TensorScheme:
     """Return the defaults of a format, with a strategy behind a dash."""
     name, _, strategy = text.partition("-")
     scheme = replace(lookup(name).defaults, format=name)
@@ -244,7 +244,7 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
         )
         block = BLOCKS.get((bits or 0, size, fitted if scale is None else _BLOCK_SCALES.get(scale, "fp32")))
         if block is not None:
-            return _plain(block[0], lookup)
+            return plain_scheme(block[0], lookup)
     strategy = said.get("strategy") or ("group" if size > 0 else "channel" if said.get("group_size") else "tensor")
     name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
     stored, rows = "fp32" if scale is None else FLOATS.get(scale), 0
