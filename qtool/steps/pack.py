@@ -32,7 +32,6 @@ from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, ResourceError, UsageError
-from qtool.model.card import read_card
 from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.labels import labels_of, makers_of
@@ -107,12 +106,11 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
     kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
     if kind != "quantized":
         again = "the quantized artifact that it was packed from; packed checkpoints, of codes, are read themselves"
-        decoded = request.source.endswith(".gguf") and read_card(opened.model.path).footnote
         raise ArtifactError(
             f"`{request.source}` holds nothing to pack",
             facts=(("expected", "quantized"), ("received", kind)),
             hint=again
-            if decoded or kind == "checkpoint"
+            if kind == "checkpoint"
             else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
         )
     return opened
