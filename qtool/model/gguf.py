@@ -100,6 +100,7 @@ def describe_gguf(path: Path, output: Path) -> None:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _name_tokenizer_class(folder)
+        write_card(folder, ModelCard(path.stem, ""))
 
 
 def _footnote(kinds: Iterable[str]) -> str:

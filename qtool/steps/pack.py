@@ -109,9 +109,7 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
         raise ArtifactError(
             f"`{request.source}` holds nothing to pack",
             facts=(("expected", "quantized"), ("received", kind)),
-            hint=again
-            if kind == "checkpoint"
-            else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
+            hint=again if kind == "checkpoint" else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
         )
     return opened
 

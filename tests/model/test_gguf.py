@@ -197,7 +197,6 @@ def test_a_file_of_codes_is_told_once_and_packed_without_rounding_again(
             assert all(torch.equal(stored[name], tensor.to(stored[name].dtype)) for name, tensor in decoded.items())
 
 
-
 def test_config_and_tied_head(write: Callable[..., Path]) -> None:
     path = write(random_weights(torch.bfloat16))
     convert_gguf(path, path.parent / "model")

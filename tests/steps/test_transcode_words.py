@@ -216,3 +216,18 @@ def test_scales_that_the_model_would_round_are_refused_and_no_others(
         pack(PackRequest(str(odd), "compressed-tensors", tmp_path / "refused"), workspace)
     pack(PackRequest(str(odd), "gptq-v2", tmp_path / "v2"), workspace)
     assert torch.equal(load_file(tmp_path / "v2" / "model.safetensors")[f"{NAME}.scales"], scales)
+
+
+def test_biases_of_0_that_the_model_does_not_have_are_left_out(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path
+) -> None:
+    """AutoGPTQ stored such."""
+    packed = foreign(pack(PackRequest(quantize("int4-sym-g32"), "gptq"), workspace)[0].path, tmp_path / "foreign")
+    pack(PackRequest(str(packed), "compressed-tensors", tmp_path / "direct"), workspace)
+    edited(packed, **{f"{NAME}.bias": torch.zeros(128, dtype=torch.float16)})
+    pack(PackRequest(str(packed), "compressed-tensors", tmp_path / "through"), workspace)
+    same(tmp_path / "through", tmp_path / "direct")
+    edited(packed, **{f"{NAME}.bias": torch.ones(128, dtype=torch.float16)})
+    with pytest.raises(QtoolError):
+        pack(PackRequest(str(packed), "compressed-tensors", tmp_path / "refused"), workspace)
+    assert not (tmp_path / "refused").exists()

@@ -169,7 +169,7 @@ def open_gguf(path: Path, plugins: Plugins, *, cache: Path, identity: str = "") 
         raise ArtifactError(
             f"`{path}` holds nothing to pack",
             facts=(("expected", "quantized"), ("received", "model")),
-            hint=f"qtool mitigate {path} --method rtn --scheme W4A16",
+            hint=f"qtool mitigate {file} --method rtn --scheme W4A16",
         )
     found = {name: ModelScheme(weights) for name, weights in _schemes(model, plugins).items()}
     scheme = scheme_of(found, [linear.name for linear in model.graph.linears if linear.name not in found])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,7 @@ from qtool.artifacts.manifest import Manifest, Step
 from qtool.builtin.exporters.packed_codes import CodesArtifact
 from qtool.builtin.exporters.packed_model import PackedModel, refuse_codes, refuse_tensors
 from qtool.builtin.exporters.packed_schemes import FLOATS, scheme_of, unread
+from qtool.builtin.exporters.read_back import empty_model
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
@@ -28,6 +30,7 @@ from qtool.errors import ArtifactError
 from qtool.model.family import Family
 from qtool.model.files import CONFIG, folder_digest
 from qtool.model.graph import LinearSite
+from qtool.model.naming import Place
 from qtool.model.reading import DTYPES, read_place
 from qtool.model.source import family_of
 from qtool.numerics.packing import packed_size
@@ -47,6 +50,16 @@ class WordsModel(PackedModel):
     leaves: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", _ORDER)
     scale: ClassVar[str] = "scales"
     codes: ClassVar[tuple[str, ...]] = ("qweight",)
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Where every tensor lies, but for biases of 0 that some tools store where the model has none."""
+        places, odd = super().places, set[str]()
+        biased = [f"{one.name}.bias" for one in self.coded if f"{one.name}.bias" in places]
+        if biased:
+            known = {name for name, _ in empty_model(deepcopy(self.config), self).named_parameters()}
+            odd = {name for name in biased if name not in known and not read_place(places[name]).any()}
+        return {name: place for name, place in places.items() if name not in odd}
 
     def rows(self, linear: LinearSite) -> int:
         """Return the outputs of a linear, of which each has a column of scales."""
