@@ -187,7 +187,10 @@ def test_zero_points_come_out_of_offsets_only_where_all_are_some(
     assert ours.quantized is not None
     held = {key: ours.quantized.tensor(key) for key in ours.quantized.names() if key.endswith(".scale")}
     scales = {key: (2.0 ** scale.float().log2().round()).half() for key, scale in held.items()}
-    subject = changed(ours, tmp_path / "changed", **scales)
+    name = "model.layers.0.mlp.up_proj.zero_point"
+    zeros = ours.quantized.tensor(name).clone()
+    zeros[0, 0] = 0xF0  # the least and the largest
+    subject = changed(ours, tmp_path / "changed", **scales, **{name: zeros})
     written(GGUF(), subject, tmp_path / "out")
     read = opened(tmp_path / "out" / FILE, workspace)
     assert str(read.scheme.weights) == "int4-asym-g32-sfp16"
@@ -195,11 +198,13 @@ def test_zero_points_come_out_of_offsets_only_where_all_are_some(
     pack(PackRequest(str(tmp_path / "out" / FILE), "gptq-v2", tmp_path / "gptq"), workspace)
     tensors = [one for one in gguf.GGUFReader(tmp_path / "out" / FILE).tensors if one.tensor_type.name == "Q4_1"]
     content = bytearray((tmp_path / "out" / FILE).read_bytes())
-    at = int(tensors[3].data_offset) + 20 * 5 + 2
-    content[at] ^= 1  # the last bit of an offset
-    (tmp_path / "out" / FILE).write_bytes(content)
-    read = opened(tmp_path / "out" / FILE, workspace)
-    assert {str(one) for one in read.scheme.every("weights")} == {Q4_1}
+    at = int(tensors[3].data_offset) + 20 * 5
+    scale = np.frombuffer(content[at : at + 2], np.float16)
+    for offset in (scale * np.float16(-16), scale * np.float16(1), scale * np.float16(-2.5)):
+        content[at + 2 : at + 4] = offset.astype(np.float16).tobytes()
+        (tmp_path / "out" / FILE).write_bytes(content)
+        read = opened(tmp_path / "out" / FILE, workspace)
+        assert {str(one) for one in read.scheme.every("weights")} == {Q4_1}
     for to in ("compressed-tensors", "gptq-v2", "awq"):
         with pytest.raises(QtoolError, match=r"zero points of .* are whole numbers") as refused:
             pack(PackRequest(str(tmp_path / "out" / FILE), to, tmp_path / "refused"), workspace)
@@ -308,3 +313,16 @@ def test_caps_and_frequencies_that_transformers_leaves_out_are_refused(
     with pytest.raises(ArtifactError, match="says what transformers does not read") as refused:
         opened(scaled, workspace)
     assert ("llama.attn_logit_softcapping", 3.0) in refused.value.facts
+
+
+def test_scales_that_a_bfloat16_model_would_round_are_refused_by_who_casts_them(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path
+) -> None:
+    file = foreign(file_of(quantize("int4-sym-g32-sfp16", "llama", torch.bfloat16), workspace), tmp_path / "foreign")
+    assert opened(file, workspace).model.dtype == torch.bfloat16
+    with pytest.raises(QtoolError, match="float16 scales would make a bfloat16 model compute in float16"):
+        pack(PackRequest(str(file), "compressed-tensors", tmp_path / "refused"), workspace)
+    out = pack(PackRequest(str(file), "gptq", tmp_path / "out"), workspace)[0].path
+    stored = load_file(out / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.scales"].dtype == torch.float16
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
