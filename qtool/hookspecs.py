@@ -79,7 +79,9 @@ def register_metrics() -> Sequence[Entry]:  # type: ignore[empty-body]
 def register_statistics() -> Sequence[Entry]:  # type: ignore[empty-body]
     """Offer statistics of a site's input, gathered by calibrate (see ``qtool.engine.gather.Statistic``).
 
-    ``GradientStatistic`` beside it is of the loss's gradients at the outputs of a linear.
+    Beside it there are ``GradientStatistic``, of the loss's gradients at the outputs of a linear, and what ``mitigate``
+    gathers for methods that need it: ``GuidedStatistic`` of inputs weighed by them, and ``PairedStatistic`` of inputs
+    beside those in full precision.
     """
 
 

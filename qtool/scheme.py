@@ -2,7 +2,7 @@
 
 A *format* (``int4``, ``fp4``, ``nvfp4``, …) is a plugin that turns values into codes and back. A *tensor scheme* is a
 format plus the choices that go with it: symmetric or not, how many values share a scale, how the scale is stored.
-A *model scheme* has one tensor scheme each for weights, activations and the KV cache, and rules for other linears.
+A *model scheme* has one each for weights, activations, the KV cache and outputs of linears, and rules for others.
 
 Written forms: ``int4-sym-g128``, ``int8-asym-token``, ``fp4-g16-se4m3``, ``nvfp4``; grammar::
 
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from qtool.errors import SchemeError
-from qtool.scheme_parts import KeysAndValues, Rule, RuledPart, check_cache, check_part, in_block
+from qtool.scheme_parts import KeysAndValues, Rule, RuledPart, check_cache, check_part, in_block, indivisible
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Integer, UInt8
@@ -29,9 +29,9 @@ ScaleFormat = Literal["fp32", "fp16", "bf16", "e4m3", "ue5m3", "e5m2", "e2m1", "
 RangeRule = Literal["tight", "full", "half", "signed_full", "narrow", "four_over_six"]
 ExponentRule = Literal["even", "floor", "rceil", "search"]
 
-VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token-head"}
+VECTORS: Mapping[str, Strategy] = {"weights": "channel", "activations": "token", "kv": "token-head", "outputs": "token"}
 """What a vector of the last axis is in each part of a model: an output row, what one token has, or a head of it."""
-_RARE = {**dict.fromkeys(("scale_bits", "scale_rows", "block_rows", "queries")), "static": False, "offset": False}
+_RARE = ("scale_bits", "scale_rows", "block_rows", "queries", "outputs", "static", "offset")
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,13 @@ class TensorScheme:
         parts += ["static"] if self.static else []
         return "-".join(parts)
 
-    def groups_of(self, n: int, *, layer: str) -> int:
+    def groups_of(self, n: int, *, layer: str, side: str = "input") -> int:
         """Return how many scales a vector of ``n`` values has: 1, or ``n / group_size``, rounded up for blocks.
 
         Args:
-            n: Length of the input axis, which the group, not a block, must divide.
+            n: Length of the axis, which the group, not a block, must divide.
             layer: Name of the layer, for the message.
+            side: Whether the axis is of its ``input`` or of its ``output``, likewise.
 
         Raises:
             SchemeError: ``group_size`` does not divide ``n``.
@@ -117,20 +118,13 @@ class TensorScheme:
         if self.strategy != "group":
             return 1
         if self.group_size is None or n % self.group_size:
-            fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if n % g == 0]
-            raise SchemeError(
-                f"group size {self.group_size} does not divide the input of `{layer}`",
-                facts=(("input size", n), ("scheme", self)),
-                hint=f"use a group size of {fits[0]}" if fits else "use -channel",
-            )
+            raise indivisible(self, n, layer, side)
         return n // self.group_size
 
 
 @dataclass(frozen=True)
 class ModelScheme:
-    """Schemes of a model's linear weights, of the inputs of its linears, and of its KV cache; None is 16 bits.
-
-    What a linear has is what ``of`` says, since rules may give some another scheme.
+    """Schemes of a model's linear weights, of what its linears read and put out, and of its KV cache; None is 16 bits.
 
     Attributes:
         weights: Linear weights, where no rule says otherwise.
@@ -139,7 +133,8 @@ class ModelScheme:
         name: What tables call it.
         scale_per_head: The input of the attention's output projection has a scale for each head, whatever the
             strategy of the other activations: what the code of arXiv:2507.17417 does.
-        rules: Exceptions; of several that match a linear the last holds.
+        rules: Exceptions; of several that match a linear the last holds. What a linear has is what ``of`` says.
+        outputs: Outputs of the linears of blocks, behind their biases, where no rule says otherwise.
     """
 
     weights: TensorScheme | None = None
@@ -148,10 +143,15 @@ class ModelScheme:
     name: str = ""
     scale_per_head: bool = False
     rules: tuple[Rule, ...] = ()
+    outputs: TensorScheme | None = None
 
     def __str__(self) -> str:
-        parts = [f"{part} {self.written(part)}" for part in VECTORS]
+        parts = [f"{part} {text}" for part, text in self.parts().items()]
         return ", ".join([*parts, "a scale per head at o_proj"] if self.scale_per_head else parts)
+
+    def parts(self) -> dict[str, str]:
+        """Return how each part is written; outputs only where any are quantized."""
+        return {part: self.written(part) for part in VECTORS if part != "outputs" or self.every(part)}
 
     def written(self, part: str) -> str:
         """Return how a part is written, with its exceptions."""
@@ -176,16 +176,16 @@ class ModelScheme:
     def of(self, linear: str) -> ModelScheme:
         """Return the scheme, without rules, of a linear by its full module name.
 
-        A linear whose weights stay in 16 bits, where those of others do not, reads its input as it is. Outside of the
-        blocks one stays in 16 bits unless a rule names it.
+        A linear whose weights stay in 16 bits, where those of others do not, rounds neither input nor output. Outside
+        of the blocks one stays in 16 bits unless a rule names it.
         """
         if not self.rules and in_block(linear):
             return self
         found = {part: getattr(self, part) if in_block(linear) else None for part in get_args(RuledPart)}
         found |= {rule.part: rule.scheme for rule in self.rules if rule.matches(linear)}
         if found["weights"] is None and self.every("weights"):
-            found["activations"] = None
-        return replace(self, weights=found["weights"], activations=found["activations"], name="", rules=())
+            found = dict.fromkeys(found)
+        return replace(self, **found, name="", rules=())  # type: ignore[arg-type]
 
     def every(self, part: str) -> tuple[TensorScheme, ...]:
         """Return the schemes of a part that some linear may have: the first for those without a rule, if any."""
@@ -206,7 +206,7 @@ class ModelScheme:
 
     def to_json(self) -> dict[str, Any]:
         """Return the scheme as plain JSON values; of rules, and of what few schemes have, nothing where it is not."""
-        data = asdict(self, dict_factory=lambda own: {key: of for key, of in own if _RARE.get(key, ...) is not of})
+        data = asdict(self, dict_factory=lambda own: {key: of for key, of in own if of or key not in _RARE})
         rules = list(data.pop("rules"))
         return {**data, "rules": rules} if rules else data
 

@@ -20,7 +20,7 @@ from qtool.errors import SchemeError
 if TYPE_CHECKING:
     from qtool.scheme import Strategy, TensorScheme
 
-RuledPart = Literal["weights", "activations"]
+RuledPart = Literal["weights", "activations", "outputs"]
 _NUMBERS = re.compile(r"(\d+)-(\d+)")
 _TOKENS = 32
 _TWO_LEVELS = "scales that are codes are of weights, whose rows share ranges"
@@ -31,7 +31,7 @@ class Rule:
     """What linears have in place of a model's scheme, by their names.
 
     Attributes:
-        part: Whether it is of weights or of activations.
+        part: Whether it is of weights, of activations or of outputs.
         pattern: Some neighbouring parts of a dotted name, as globs; ``N-M`` is every number from N to M. So
             ``down_proj``, ``layers.0-1`` and ``self_attn.[qk]_proj`` match what has them anywhere in its name.
         scheme: What the linears have; None is 16 bits.
@@ -89,8 +89,18 @@ def one_level(scheme: TensorScheme) -> TensorScheme:
     return replace(scheme, scale_bits=None, scale_rows=None)
 
 
+def indivisible(scheme: TensorScheme, n: int, layer: str, side: str) -> SchemeError:
+    """Return the refusal of groups that do not divide an axis of ``n`` values, the ``side`` of a layer."""
+    fits = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if n % g == 0]
+    return SchemeError(
+        f"group size {scheme.group_size} does not divide the {side} of `{layer}`",
+        facts=((f"{side} size", n), ("scheme", scheme)),
+        hint=f"use a group size of {fits[0]}" if fits else "use -channel",
+    )
+
+
 def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None:
-    """Refuse what means nothing for weights or for activations.
+    """Refuse what means nothing for weights, for activations or for outputs.
 
     Args:
         name: Which of them.
@@ -98,7 +108,7 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
         vector: What a vector of the last axis is called there.
 
     Raises:
-        SchemeError: Outliers of weights, or a scale for what there is none of; names the nearest.
+        SchemeError: Outliers of all but activations, or a scale for what there is none of; names the nearest.
     """
     if scheme is None:
         return
@@ -106,11 +116,11 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
     if scheme.scale_bits is not None and name != "weights":
         reasons.append(f"{_TWO_LEVELS}, and those of {name} are made anew for each token")
         nearest = one_level(nearest)
-    if scheme.outlier_threshold is not None and name == "weights":
-        reasons.append("weights have no outlier columns: those are of activations")
+    if scheme.outlier_threshold is not None and name != "activations":
+        reasons.append(f"{name} have no outlier columns: those are of activations")
         nearest = replace(nearest, outlier_threshold=None)
-    if scheme.static and name != "activations":
-        reasons.append(f"{name} have no static scales: those are of activations and of kv")
+    if scheme.static and name == "weights":
+        reasons.append("weights have no static scales: those are of activations, of outputs and of kv")
         nearest = replace(nearest, static=False)
     if scheme.strategy == "block" and name != "weights":
         reasons.append(f"blocks are of weights: of {name} a token has groups")
@@ -119,7 +129,7 @@ def check_part(name: str, scheme: TensorScheme | None, vector: Strategy) -> None
         reasons.append(f"`{scheme.strategy}` means nothing for {name}")
         nearest = replace(nearest, strategy=vector, group_size=None)
     elif scheme.strategy == vector and scheme.group_size is not None:
-        reasons.append(f"{name} have groups along their inputs")
+        reasons.append(f"{name} have groups along their {'vectors' if name == 'outputs' else 'inputs'}")
         nearest = replace(nearest, strategy="group")
     if reasons:
         hint = f"nearest that works: --{name} {nearest}"

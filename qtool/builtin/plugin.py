@@ -205,6 +205,9 @@ def register_statistics() -> Sequence[Entry]:
         _entry("mean_abs", f"{channel}:MeanAbs", "mean magnitude of each channel"),
         _entry("sample", "statistics.sample:Sample", "whole token rows drawn with a seed"),
         _entry("saliency", "statistics.saliency:Saliency", "squared gradients at the outputs of linears (2505.07004)"),
+        _entry(
+            "guided_hessians", "statistics.guided:GuidedHessians", "Hessians weighed by saliency; gathered by mitigate"
+        ),
         _entry("cross", "statistics.cross:Cross", "moment with the input in full precision; gathered by mitigate"),
         _entry("full_hessian", "statistics.cross:FullHessian", "moment in full precision; gathered by mitigate"),
         _entry("held_out", "statistics.cross:HeldOut", "part of the last tenth of the windows; gathered by mitigate"),

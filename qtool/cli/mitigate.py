@@ -46,6 +46,12 @@ def mitigate(
             metavar="SCHEME", help="Of the KV cache, or none; or keys=SCHEME,values=SCHEME, and queries=SCHEME."
         ),
     ] = "",
+    outputs: Annotated[
+        str,
+        typer.Option(
+            metavar="SCHEME[,LINEARS=SCHEME]", help="Of what linears put out, such as int8-sym-token-half, or none."
+        ),
+    ] = "",
     preset: Annotated[
         str, typer.Option(metavar="NAME", help="Protocol of a paper (survey) for whatever is not given here.")
     ] = "",
@@ -126,7 +132,7 @@ def mitigate(
         expert_share=expert_share,
         seed=seed,
     )
-    parts = {"weights": weights, "activations": activations, "kv": kv}
+    parts = {"weights": weights, "activations": activations, "kv": kv, "outputs": outputs}
     request = MitigateRequest(
         source=read_source(source),
         method=method,

@@ -143,6 +143,8 @@ class Session:
             say_values(metrics)
             for consumer, executes in sorted(artifact.manifest.details.get("consumers", {}).items()):
                 say("note", f"{consumer}: {executes}")
+            if read_back := artifact.manifest.details.get("read_back_with"):
+                say("note", f"read back with {read_back}")
         write_artifact(artifact, as_json=self.common.json, reused=reused, metrics=metrics)
 
 

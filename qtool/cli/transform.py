@@ -31,6 +31,7 @@ def transform(
     weights: Annotated[str, typer.Option(metavar="SCHEME[,LINEARS=SCHEME]", help="Such as int4-g128.")] = "",
     activations: Annotated[str, typer.Option(metavar="SCHEME[,LINEARS=SCHEME]", help="Such as int4-asym-token.")] = "",
     kv: Annotated[str, typer.Option(metavar="SCHEME", help="Of the KV cache; or keys=SCHEME,values=SCHEME.")] = "",
+    outputs: Annotated[str, typer.Option(metavar="SCHEME[,LINEARS=SCHEME]", help="Of what linears put out.")] = "",
     seed: Annotated[int, typer.Option(help="Seeds random signs and the like.")] = 0,
     output: Output = None,
 ) -> None:
@@ -43,7 +44,7 @@ def transform(
     from qtool.steps.transform import TransformRequest
     from qtool.steps.transform import transform as step
 
-    parts = {"weights": weights, "activations": activations, "kv": kv}
+    parts = {"weights": weights, "activations": activations, "kv": kv, "outputs": outputs}
     request = TransformRequest(
         source=read_source(source),
         method=method,

@@ -21,8 +21,8 @@ UNREAD_KEYS: Mapping[str, frozenset[str]] = {
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that engines make one of, by the ends of their names."""
 _FUSED_NAMES = ("qkv_proj", "gate_up_proj")
-HEAD = "lm_head"
-"""What files call the head, by the end of its name."""
+HEADS = ("lm_head", "embed_out")
+"""What files and transformers call the head, by the end of its name."""
 EMBEDDINGS = ("embed_tokens", "embed_in")
 """What files call the embedding, likewise."""
 _OVERRIDES = frozenset({"bits", "group_size", "sym", "desc_act"})
@@ -51,6 +51,12 @@ class Case:
         input_symmetric: As ``symmetric``.
         input_strategy: As ``strategy``; ``token`` too.
         input_group_size: As ``group_size``.
+        outputs: Whether what linears put out is quantized, and how the scales of that come about; and, as for inputs:
+        output_bits: Its bits.
+        output_type: As ``type``.
+        output_symmetric: As ``symmetric``.
+        output_strategy: As ``strategy``; ``token`` too.
+        output_group_size: As ``group_size``.
         cache: Whether keys and values are quantized, and how their scales come about.
         cache_format: As ``fp8`` or ``int4-asym``.
         cache_strategy: As ``strategy``; ``attn_head``, and ``token``, which of the library's caches is a head, too.
@@ -90,6 +96,12 @@ class Case:
     input_symmetric: bool = True
     input_strategy: str = ""
     input_group_size: int = -1
+    outputs: Calibrated = "none"
+    output_bits: int = 16
+    output_type: str = ""
+    output_symmetric: bool = True
+    output_strategy: str = ""
+    output_group_size: int = -1
     cache: Calibrated = "none"
     cache_format: str = ""
     cache_strategy: str = ""
@@ -112,8 +124,9 @@ class Case:
     lost: str = ""
 
     def facts(self) -> dict[str, Any]:
-        """Return the fields by name; ``rounding`` of inputs and ``caching`` in words too."""
-        return asdict(self) | {"rounding": self._rounding(), "caching": self._caching()}
+        """Return the fields by name; ``rounding`` of inputs, ``putting`` of outputs and ``caching`` in words too."""
+        words = {"rounding": self._rounding("input", "activations"), "putting": self._rounding("output", "outputs")}
+        return asdict(self) | words | {"caching": self._caching()}
 
     def _caching(self) -> str:
         """Return such as ``KV cache in INT4 with a dynamic scale per group of 32, asymmetric``."""
@@ -125,15 +138,16 @@ class Case:
         asymmetric = ", asymmetric" if self.cache_format.endswith("-asym") else ""
         return f"{'queries and ' if self.queries else ''}KV cache in {element} with {scale}{per}{asymmetric}"
 
-    def _rounding(self) -> str:
+    def _rounding(self, end: Literal["input", "output"], what: str) -> str:
         """Return such as ``dynamic INT4 activations per token, asymmetric``."""
-        when = "static" if self.inputs == "static" else "dynamic"
-        per = {"group": f"group of {self.input_group_size}", "tensor": "tensor"}
+        names = ("bits", "type", "symmetric", "strategy", "group_size")
+        bits, element, symmetric, strategy, size = (getattr(self, f"{end}_{name}") for name in names)
+        when = "static" if getattr(self, f"{end}s") == "static" else "dynamic"
+        per = {"group": f"group of {size}", "tensor": "tensor"}
         per["tensor_group"] = per["group"]
-        kind = {"int": "INT", "float": "FP"}.get(self.input_type, "")
-        asymmetric = "" if self.input_symmetric else ", asymmetric"
-        shared = per.get(self.input_strategy, "token")
-        return f"{when} {kind}{self.input_bits} activations per {shared}{asymmetric}"
+        kind = {"int": "INT", "float": "FP"}.get(element, "")
+        asymmetric = "" if symmetric else ", asymmetric"
+        return f"{when} {kind}{bits} {what} per {per.get(strategy, 'token')}{asymmetric}"
 
 
 def cases_of(config: Mapping[str, Any] | None, **about: Any) -> tuple[Case, ...]:  # noqa: ANN401 - fields of Case
@@ -173,7 +187,7 @@ def _compressed(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             **_weights(group["weights"]),
             "block": _block(group["weights"].get("block_structure")),
             **_inputs(group.get("input_activations")),
-            **({"unread": "output_activations"} if group.get("output_activations") else {}),
+            **_inputs(group.get("output_activations"), end="output"),
             **_ends(group.get("targets", ()), config.get("ignore", ())),
         }
         for group in config["config_groups"].values()
@@ -203,7 +217,7 @@ def is_of_attentions(group: Mapping[str, Any]) -> bool:
 def _ends(targets: Iterable[str], ignored: Iterable[str]) -> dict[str, Any]:
     """Return whether head and embedding are among the targets of a group."""
     named = {name.rpartition(".")[2] for name in targets} - {name.rpartition(".")[2] for name in ignored}
-    found = {"head": "named"} if HEAD in named else {}
+    found = {"head": "named"} if named & {*HEADS} else {}
     if named & {"Embedding", *EMBEDDINGS}:
         found["embedding"] = "class" if "Embedding" in named else "named"
     return found
@@ -362,10 +376,10 @@ def _block(sizes: Sequence[int] | str | None) -> str:
     return sizes if isinstance(sizes, str) else "x".join(map(str, sizes or ()))
 
 
-def _inputs(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+def _inputs(arguments: Mapping[str, Any] | None, end: Literal["input", "output"] = "input") -> dict[str, Any]:
     if not arguments:
         return {}
-    return {"inputs": _calibrated(arguments), **{f"input_{name}": of for name, of in _weights(arguments).items()}}
+    return {f"{end}s": _calibrated(arguments), **{f"{end}_{name}": of for name, of in _weights(arguments).items()}}
 
 
 def _cache(arguments: Mapping[str, Any] | None) -> dict[str, Any]:

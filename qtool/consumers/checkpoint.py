@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
-from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEAD, Case, cases_of, dynamic_apart
+from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEADS, Case, cases_of, dynamic_apart
 from qtool.consumers.presets import named_presets, with_presets
 from qtool.errors import ArtifactError
 from qtool.scheme import ModelScheme, TensorScheme
@@ -29,6 +29,7 @@ _MODELOPT = "hf_quant_config.json"
 _INPUT_SCALE = ".input_scale"
 _BLOCK_BITS = {"F16": 16, "BF16": 16, "F32": 32, "Q4_0": 4, "Q4_1": 4, "Q8_0": 8, "MXFP4": 4, "NVFP4": 4}
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+_ENDS = ("activations", "outputs")
 _PLAIN = ("F32", "F16", "BF16")
 
 
@@ -40,8 +41,8 @@ def artifact_facts(scheme: ModelScheme, *, dtype: torch.dtype | None = None) -> 
         dtype: What its checkpoint is stored in.
     """
     cache = scheme.keys or scheme.values
-    inputs = " and ".join(dict.fromkeys(part.format for part in scheme.every("activations")))
-    parts = [f"{inputs} activations"] if inputs else []
+    rounded = ((name, " and ".join(dict.fromkeys(part.format for part in scheme.every(name)))) for name in _ENDS)
+    parts = [f"{formats} {name}" for name, formats in rounded if formats]
     parts += [f"{cache.format} KV cache"] if cache is not None else []
     lost = " and ".join(parts)
     facts: dict[str, Any] = {
@@ -93,8 +94,9 @@ def _as_quantized(case: Case, scheme: ModelScheme, bits_of: Callable[[str], int]
     unsaid = case.method in (DENSE, GGUF_FILE)
     parts = (case.bits, case.symmetric, case.group_size)[: 1 if unsaid else None]
     inputs = (case.input_bits, case.input_symmetric, case.input_group_size)
-    whole = replace(scheme, rules=tuple(rule for rule in scheme.rules if rule.part == "activations"))
-    options: tuple[ModelScheme, ...] = (whole,) if case.method != CT else (replace(scheme, activations=None, rules=()),)
+    whole = replace(scheme, rules=tuple(rule for rule in scheme.rules if rule.part in _ENDS))
+    plain = replace(scheme, activations=None, outputs=None, rules=())
+    options: tuple[ModelScheme, ...] = (whole,) if case.method != CT else (plain,)
     if case.inputs != "none":
         found = _alike(scheme.every("activations"), inputs, bits_of)
         options = tuple(replace(scheme, activations=one, rules=()) for one in found) or options
@@ -166,7 +168,7 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
         about["apart"] = dynamic_apart(quantization or {}, {name.rpartition(".")[0] for name in names})
     cases = cases_of(quantization, **about)
     coded = {name.removesuffix(end).rpartition(".")[2] for name in stored for end in ends if name.endswith(end)}
-    if HEAD in coded and not any(case.head for case in cases):
+    if coded & {*HEADS} and not any(case.head for case in cases):
         cases = tuple(replace(case, head="unnamed") for case in cases)
     if coded & {*EMBEDDINGS} and not any(case.embedding for case in cases):
         cases = tuple(replace(case, embedding="named") for case in cases)

@@ -14,7 +14,9 @@ from torch import Tensor
 from qtool.engine.block_problem import BlockResult, Compensation
 from qtool.engine.experts import Mode
 from qtool.engine.grid import Grid
+from qtool.engine.guided import own_name
 from qtool.engine.network import Network
+from qtool.engine.outputs import calibrated_outputs
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.saliency import SALIENCY
 from qtool.engine.solve import Method, Solution, Solver
@@ -61,7 +63,7 @@ def needs_of(methods: Iterable[Method], inputs: InputGrids | None) -> tuple[str,
 
 
 def static_inputs(subject: Subject) -> InputGrids | None:
-    """Return what inputs are rounded to if anything is calibrated, of them or of the cache; None where nothing is."""
+    """Return what inputs are rounded to if anything is calibrated, of them, of outputs or of the cache; else None."""
     by_site = {
         (linear.reads, subject.scheme.of(linear.name).activations): linear
         for linear in (*subject.model.graph.linears, subject.model.graph.head)
@@ -70,6 +72,8 @@ def static_inputs(subject: Subject) -> InputGrids | None:
     grids = [grid for grid in found if any(part.has_global_scale for part in grid.parts)]
     needs = [] if subject.cache is None else [need for own in subject.cache.needs.values() for need in own]
     needs += [need for grid in grids for need in needs_of_range(grid)]
+    outputs = calibrated_outputs(subject, subject.linears)
+    needs += [need for grid in outputs.values() for need in needs_of_range(grid)]
     needs += [SAMPLE] if any(part.scheme.static for grid in grids for part in grid.parts) else []
     return InputGrids(subject.input_grid, tuple(dict.fromkeys(needs))) if needs else None
 
@@ -149,9 +153,11 @@ class BlockSolver:
             known = complete(statistics, linears, routing)
         if known.statistics:
             for linear in linears:
-                for need in (one for one in self.needs if one != SALIENCY):  # what becomes of it is each linear's own
+                for need in (one for one in self.needs if one != SALIENCY):
                     site = linear.observed if linear.observed in known.statistics else linear.spec.reads
-                    known.statistics[site].need(need, site=f"layers.{linear.layer}.{site}")
+                    found = known.statistics[site]
+                    if own_name(linear, need) not in found.entries:
+                        found.need(need, site=f"layers.{linear.layer}.{site}")
         self.solver.solve(self.leading, linears, state, known.statistics, block.solution)
         block.scales |= self._static_scales(linears, state, known.statistics)
         block.seen.append(replace(known, statistics={}))
@@ -249,7 +255,8 @@ class BlockSolver:
             target = network.linear(layer, linear.spec.module)
             target.weight.data = found.weight(self.solver.grid_of(linear)).to(target.weight)
             target.adapter = found.adapter
-            read |= {linear.spec.reads: linear.reads, linear.observed: linear.reads}
+            read |= dict.fromkeys((linear.spec.reads, linear.observed), linear.reads)
+            read[linear.puts_out] = f"layers.{layer}.{linear.puts_out}"
         for site, module in network.sites[layer].items():
             if module.rounding is not None and site in read:
                 module.rounding = module.rounding.calibrated(read[site], tensors.get, network.device)

@@ -102,7 +102,8 @@ class BlockResult:
 class BlockMitigator(Protocol):
     """Improves the linears of a block by looking at what the block puts out.
 
-    Class attributes as those of ``Mitigator``.
+    Class attributes as those of ``Mitigator``. One that starts from rounding to nearest, and takes no other codes, also
+    has ``starts_nearest = True``.
     """
 
     version: int

@@ -47,6 +47,8 @@ class Expert(nn.Module):
         for name, linear in (*first.items(), last):
             self.add_module(name, linear)
         self._first, self._last, self._gate = tuple(first), last[0], gate
+        self.outputs = tuple(linear.output for linear in (*first.values(), last[1]))
+        self.sites = (site, inner_site, *self.outputs)
 
     def inner(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows inner"]:
         """Return what the activation makes of some rows."""
@@ -60,12 +62,14 @@ class Expert(nn.Module):
 
     @property
     def observed(self) -> bool:
-        """Whether somebody wants to see its inputs."""
-        return self.site.observer is not None or self.inner_site.observer is not None
+        """Whether somebody wants to see its inputs, or what its linears put out."""
+        return any(site.observer is not None for site in self.sites)
 
     def show(self, x: Float[Tensor, "rows n"]) -> None:
-        """Show the expert's inputs for some rows to its observers; nothing else comes of it."""
-        if self.inner_site.observer is None:
+        """Show what runs inside for some rows to its observers; nothing else comes of it."""
+        if any(site.observer is not None for site in self.outputs):
+            self(x)
+        elif self.inner_site.observer is None:
             self.site.operated(x)
         else:
             self.inner_site.operated(self.inner(x))
@@ -73,25 +77,29 @@ class Expert(nn.Module):
 
     @property
     def shares_scales(self) -> bool:
-        """Whether a rounding of its inputs is fitted to all tokens of a window."""
-        return any(site.rounding is not None and site.rounding.shared for site in (self.site, self.inner_site))
+        """Whether a rounding inside is fitted to all tokens of a window."""
+        return any(site.rounding is not None and site.rounding.shared for site in self.sites)
+
+    def split_into(self, windows: list[int]) -> None:
+        """Take note of how many of the rows that come next are of each window."""
+        for site in self.sites:
+            site.windows = windows
 
     def forget(self) -> None:
         """Let go of remembered tensors."""
-        self.site.forget()
-        self.inner_site.forget()
+        for site in self.sites:
+            site.forget()
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
         """Hide what runs inside from the observers."""
-        sites = (self.site, self.inner_site)
-        observers = [site.observer for site in sites]
+        observers = [site.observer for site in self.sites]
         try:
-            for site in sites:
+            for site in self.sites:
                 site.observer = None
             yield
         finally:
-            for site, observer in zip(sites, observers, strict=True):
+            for site, observer in zip(self.sites, observers, strict=True):
                 site.observer = observer
 
 
@@ -179,13 +187,12 @@ class ExecutedExperts(nn.Module):
 
     def _show(self, expert: Expert, x: Float[Tensor, "tokens n"]) -> None:
         """Show an expert's inputs for every token to its observers."""
-        expert.site.windows = expert.inner_site.windows = self.windows
+        expert.split_into(self.windows)
         expert.show(x)
 
     def _run(self, expert: Expert, x: Float[Tensor, "sent n"], tokens: Int64[Tensor, " sent"]) -> Tensor:
         """Return an expert's output for the rows of the tokens that were sent to it."""
-        windows = self._split(tokens) if expert.shares_scales else []
-        expert.site.windows = expert.inner_site.windows = windows
+        expert.split_into(self._split(tokens) if expert.shares_scales else [])
         with expert.unobserved() if self.observed == "all" else nullcontext():
             found: Tensor = expert(x)
         expert.forget()

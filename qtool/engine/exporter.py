@@ -47,8 +47,11 @@ class Exporter(Protocol):
     def write(self, subject: Subject, directory: Path) -> Exported:
         """Write weights, config, tokenizer and whatever else the consumer expects into an empty directory."""
 
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Read back what was written: compare every code and scale, and rows that the consumer's own decoder reads.
+
+        Returns:
+            Whose code read it, in words: ``gptqmodel 7.7.0``, or ``qtool's own reader`` and why not the consumer's.
 
         Raises:
             ArtifactError: A weight that was written, or that the consumer reads, differs from ours; names it.

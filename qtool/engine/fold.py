@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool.errors import UsageError
 from qtool.model.family import Norm
-from qtool.model.graph import HEAD_IN, OUTPUT, RESIDUAL, LinearSite, ModelGraph
+from qtool.model.graph import HEAD_IN, RESIDUAL, LinearSite, ModelGraph
 from qtool.model.plan import Plan
 from qtool.numerics.operators import Operator
 
@@ -151,7 +151,7 @@ def written_operators(
 
 def output_operators(plan: Plan, linear: LinearSite) -> tuple[Operator, ...]:
     """Return what a linear's rows absorb for its own sake, and what is undone behind it."""
-    return plan.at(f"layers.{linear.layer}.{OUTPUT}.{linear.spec.module}").operators
+    return plan.at(f"layers.{linear.layer}.{linear.puts_out}").operators
 
 
 def fold_ends(

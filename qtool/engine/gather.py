@@ -17,7 +17,7 @@ from qtool.engine.experts import Mode
 from qtool.engine.linear import SiteInput
 from qtool.engine.saliency import Saliencies
 from qtool.errors import NumericalError
-from qtool.model.graph import HEAD_IN, LinearSite
+from qtool.model.graph import HEAD_IN, OUTPUT, LinearSite
 from qtool.model.statistics import SiteStatistics
 from qtool.numerics.token_weights import TokenWeight
 
@@ -47,7 +47,7 @@ class Gathering:
     def at(self, layer: int, site: str) -> Gathering:
         """Return what the accumulators of one site are told."""
         ungraded = site == HEAD_IN and self.token_weight.at(site).rule == "gradient"  # known of linears in blocks only
-        plain = site in (KEYS, VALUES, QUERIES) or ungraded
+        plain = site in (KEYS, VALUES, QUERIES) or site.startswith(f"{OUTPUT}.") or ungraded
         weight = TokenWeight() if plain else self.token_weight.at(site)
         if weight.rule != "gradient" or self.saliencies is None:
             return replace(self, token_weight=weight)
@@ -96,6 +96,19 @@ class GradientStatistic(Protocol):
 
 
 @runtime_checkable
+class GuidedStatistic(Protocol):
+    """A statistic of what one linear multiplies, whose tokens count by the saliency of its outputs.
+
+    Only ``mitigate`` can gather it, for methods that need ``saliency`` as well. Each linear has its own.
+    """
+
+    version: int
+
+    def start_guided(self, n: int, saliency: Float[Tensor, "tokens groups"]) -> Accumulator:
+        """Return an accumulator for a linear with ``n`` inputs, on the device of what its groups of rows cost."""
+
+
+@runtime_checkable
 class PairedAccumulator(Protocol):
     """A statistic that compares what a site reads with what it would read in full precision."""
 
@@ -124,7 +137,7 @@ class ProductStatistic(Protocol):
 
 
 SiteStatistic = Statistic | PairedStatistic
-AnyStatistic = SiteStatistic | GradientStatistic
+AnyStatistic = SiteStatistic | GradientStatistic | GuidedStatistic
 
 
 @runtime_checkable

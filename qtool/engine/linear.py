@@ -106,7 +106,7 @@ def _rounded_part(
 
 
 class SiteInput(nn.Module):
-    """The input of a site, shared by what reads it: operators, then an observer, then rounding.
+    """The values at a site, shared by what reads it: operators, then an observer, then rounding.
 
     The three projections of an attention are given one tensor; the work is done for the first and remembered until the
     last of its readers has had it, or another tensor comes, or that one is written to. A view of all of it is the same
@@ -234,6 +234,10 @@ class ExecutedLinear(nn.Module):
         bias: Its bias, if it has one.
         site: The input that it shares with its siblings.
         module: Its name inside the block.
+
+    Attributes:
+        output: What it puts out, bias and adapter included, before operators on it are undone: what observes and rounds
+            that.
     """
 
     def __init__(
@@ -250,6 +254,7 @@ class ExecutedLinear(nn.Module):
         self.adapter: Adapter | None = None
         self.replaced: Tensor | None = None
         self.undone: tuple[Acts, ...] = ()
+        self.output = SiteInput()
         self.output_observer: OutputObserver | None = None
 
     def replace(self, weight: Float[Tensor, "out in"], adapter: Adapter | None) -> None:
@@ -269,7 +274,10 @@ class ExecutedLinear(nn.Module):
             self.weight.data, self.adapter = found
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Return ``Ŵ x̂ + b``, with an adapter's ``up (down x̂)`` or ``up (down x)``, operators on the output undone."""
+        """Return ``Ŵ x̂ + b``, with an adapter's ``up (down x̂)`` or ``up (down x)``, rounded if outputs are.
+
+        Operators on the output are undone behind that, as hooks of the official library do.
+        """
         rounded, full = self.site.both(x)
         if self.site.rounding is not None and self.module in self.site.rounding.spared:
             rounded = full
@@ -280,6 +288,7 @@ class ExecutedLinear(nn.Module):
             y = y + torch.nn.functional.linear(torch.nn.functional.linear(read, down), up)
         if self.output_observer is not None:
             self.output_observer(y)
+        y = self.output(y)
         for operator in self.undone:
             y = operator.act(y)
         return y

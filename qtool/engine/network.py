@@ -51,9 +51,9 @@ class Network:
     Attributes:
         module: The whole model, as transformers builds it.
         sites: The inputs of each block by site name; an expert has ``experts.<e>.mlp_in`` of its own, whose operators
-            are those of ``mlp_in``, done there for all experts. ``keys`` and ``values`` are for observers only. Behind
-            those of the last block comes the input of the head, which counts as one more block for ``show``,
-            ``exact`` and ``rounded_by``.
+            are those of ``mlp_in``, done there for all experts. ``keys`` and ``values`` are for observers only. What a
+            linear puts out is ``out.<module>``. Behind those of the last block comes the input of the head, which
+            counts as one more block for ``show``, ``exact`` and ``rounded_by``.
         experts: The routed experts of each block that has any, by block.
     """
 
@@ -104,7 +104,8 @@ class Network:
         block.get_submodule(graph.family.attention).add_module(CHILD, path)
         release(block)
         block.register_forward_hook(partial(self._compensated, layer), with_kwargs=True)
-        return sites | {KEYS: path.keys, VALUES: path.values, QUERIES: path.queries}
+        outputs = {one.puts_out: self.linear(layer, one.spec.module).output for one in graph.linears_of(layer)}
+        return sites | {KEYS: path.keys, VALUES: path.values, QUERIES: path.queries} | outputs
 
     def _equip_head(self) -> dict[str, SiteInput]:
         """Replace the head, so that its input is rounded or observed where that is asked for."""

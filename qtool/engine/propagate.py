@@ -16,11 +16,12 @@ from qtool.engine.block_problem import BlockMitigator, BlockProblem, BlockResult
 from qtool.engine.gather import AnyStatistic, Gathering, PairedStatistic
 from qtool.engine.linear import Rounding
 from qtool.engine.network import Network
+from qtool.engine.outputs import output_needs, output_scales
 from qtool.engine.problem import LayerProblem
 from qtool.engine.solve import Method
 from qtool.engine.stream import Stream
 from qtool.engine.subject import BlockContent, Subject
-from qtool.model.graph import LinearSite
+from qtool.model.graph import EXPERTS, LinearSite
 from qtool.model.statistics import SiteStatistics
 
 
@@ -62,7 +63,7 @@ class Propagation:
         network.load(layer, BlockContent(state))
         linears = self.block.solver.linears_of(layer)
         solved, cache = SolvedBlock(), self.executed.cache
-        cached = {} if cache is None else cache.needs
+        cached = ({} if cache is None else cache.needs) | output_needs(self.executed, layer)
         stages = self._stages(linears) or ([[]] if cached else [])
         for stage in stages:
             gathered = self.stream.gather(
@@ -71,6 +72,7 @@ class Propagation:
             self.block.solve(stage, state, gathered.statistics, solved, gathered.tokens)
             if cache is not None:  # of several stages the last sees the keys and values of quantized projections
                 solved.scales |= cache.scales(layer, gathered.statistics, dims=self.executed.model.graph.dims)
+            solved.scales |= output_scales(self.executed, layer, gathered.statistics)
             if stage is not stages[-1] and solved.solution.linears:
                 self.block.replace(network, stage, solved.solution.linears)
         if self.exact is None:
@@ -163,7 +165,8 @@ class Propagation:
         shared, device = self.block.solver.graph.input_sites_of(layer), self.network.device
 
         def rounding_of(name: str) -> Rounding | None:
-            site = name if name in shared else name.rpartition(".")[2]
+            share = name.startswith(EXPERTS) and name not in shared
+            site = name.rpartition(".")[2] if share else name
             rounding = self.executed.rounding(layer, name, device)
             found = solved.scales.get
             return None if rounding is None else rounding.calibrated(f"layers.{layer}.{site}", found, device)

@@ -28,7 +28,7 @@ PARTS: Mapping[str, str] = {
     "compensations": "what is added to the outputs of blocks",
     "operators": "what runs in the forward pass",
     "layout": "shapes and group indexes that a layout wants",
-    "inputs": "calibrated scales of activations, keys and values; not counted as a linear's",
+    "inputs": "calibrated scales of activations, outputs, keys and values; not counted as a linear's",
     "unquantized": "embeddings, norms, biases, heads, and linears that are stored decoded",
 }
 """The parts of what is stored, in the order of tables."""

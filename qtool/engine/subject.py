@@ -146,10 +146,11 @@ class Subject:
 
     def block(self, layer: int, dtype: torch.dtype) -> BlockContent:
         """Return a block as it is executed in a dtype."""
-        state = self.folded(layer, dtype)
+        coded = self.quantized is not None and bool(self.scheme.every("weights"))
+        state = self.beside(layer, dtype) if coded else self.folded(layer, dtype)
         adapters: dict[str, Adapter] = {}
         compensation = None
-        if self.quantized is not None and self.scheme.every("weights"):
+        if self.quantized is not None and coded:
             block = self.model.graph.block_name(layer)
             prefix = f"{block}{COMPENSATION}"
             stored = {f"{prefix}{name}": tensor for name, tensor in self.quantized.tensors(prefix).items()}
@@ -225,14 +226,22 @@ class Subject:
             scheme = replace(scheme, strategy="group", group_size=self.model.graph.dims.head_dim)
         return Grid.segmented(scheme, self.plan.at(linear.reads).segments, self.plugins.format)
 
+    def output_grid(self, linear: LinearSite) -> Grid | None:
+        """Return what the output of a linear is rounded to, or None."""
+        scheme = self.scheme.of(linear.name).outputs
+        return None if scheme is None else Grid.of(scheme, self.plugins.format(scheme.format))
+
     def rounding(self, layer: int, site: str, device: torch.device) -> Rounding | None:
         """Return how the activations of a site are quantized, or None.
 
         Args:
             layer: Block index.
-            site: A site that linears read, or where an expert's own share of one is observed.
+            site: A site that linears read or put out, or where an expert's own share of one is observed.
             device: Where calibrated multipliers are to be.
         """
+        if (linear := self._writers.get((layer, site))) is not None:
+            grid, site_id = self.output_grid(linear), f"layers.{layer}.{site}"
+            return None if grid is None else Rounding(grid).calibrated(site_id, self._quantized_tensor, device)
         readers = self._readers.get((layer, site), ())
         grids = [(linear, self.input_grid(linear)) for linear in readers]
         found = next(((linear.reads, grid) for linear, grid in grids if grid is not None), None)
@@ -241,6 +250,11 @@ class Subject:
         site_id, used = found
         spared = frozenset(linear.spec.module for linear, grid in grids if grid is None)
         return Rounding(used, spared=spared).calibrated(site_id, self._quantized_tensor, device)
+
+    @cached_property
+    def _writers(self) -> dict[tuple[int, str], LinearSite]:
+        """The linears by layer and name of what they put out."""
+        return {(linear.layer, linear.puts_out): linear for linear in self.model.graph.linears}
 
     @cached_property
     def _readers(self) -> dict[tuple[int, str], list[LinearSite]]:

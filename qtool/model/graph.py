@@ -126,6 +126,11 @@ class LinearSite:
         return self.spec.reads if self.expert is None else f"{EXPERTS}{self.expert}.{kind}"
 
     @property
+    def puts_out(self) -> str:
+        """Name (without layer) of the site that its output is."""
+        return f"{OUTPUT}.{self.spec.module}"
+
+    @property
     def fused_with(self) -> tuple[str, str]:
         """What linears share that engines may fuse into one (q, k, v; gate, up): the site, and the module around."""
         return self.reads, self.name.rpartition(".")[0]
@@ -231,7 +236,7 @@ class ModelGraph:
     def _outputs(self) -> dict[str, Site]:
         """The outputs of the linears that are quantized, by id."""
         every = frozenset({"orthogonal", "diag", "signed_perm", "perm", "general"})
-        places = ((one.layer, f"{OUTPUT}.{one.spec.module}") for one in self.linears)
+        places = ((one.layer, one.puts_out) for one in self.linears)
         sites = (Site(f"layers.{layer}.{name}", name, layer, 0, 1, every, online=False) for layer, name in places)
         return {site.id: site for site in sites}
 

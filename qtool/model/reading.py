@@ -52,7 +52,11 @@ def read_tensors(places: Mapping[str, Place], dtype: torch.dtype, block: BlockSh
 
 def read_place(place: Place) -> Tensor:
     """Read one tensor as it is stored, or the transposed slice of one that belongs to an expert."""
-    whole = read_slot(place.stored.file, place.stored.slot)
+    return slice_of_expert(place, read_slot(place.stored.file, place.stored.slot))
+
+
+def slice_of_expert(place: Place, whole: Tensor) -> Tensor:
+    """Return of a stored tensor the transposed slice that belongs to a place's expert; the tensor if it is of none."""
     if place.expert is None:
         return whole
     part = whole[place.expert]

@@ -16,7 +16,14 @@ from torch import Tensor
 from qtool.artifacts.manifest import Manifest, Step, require_kind
 from qtool.artifacts.store import Artifact, ArtifactWriter
 from qtool.engine.experts import Mode
-from qtool.engine.gather import AnyStatistic, Gathering, GradientStatistic, PairedStatistic, Statistic
+from qtool.engine.gather import (
+    AnyStatistic,
+    Gathering,
+    GradientStatistic,
+    GuidedStatistic,
+    PairedStatistic,
+    Statistic,
+)
 from qtool.engine.gradients import BackwardPass
 from qtool.engine.network import Network
 from qtool.engine.saliency import Saliencies
@@ -85,7 +92,7 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
     loaded: dict[str, Statistic | GradientStatistic] = {
         name: workspace.plugins.load("statistics", name) for name in request.gather
     }
-    _refuse_pairs(loaded)
+    _refuse_later(loaded)
     parse_token_weight(request.token_weight)
     opened = open_subject(request.source, workspace)
     weight = token_weight_of(request.token_weight, opened.model.graph)
@@ -130,12 +137,14 @@ def calibrate(request: CalibrateRequest, workspace: Workspace) -> tuple[Artifact
         return writer.finish(replace(manifest, about=about)), False
 
 
-def _refuse_pairs(statistics: Mapping[str, object]) -> None:
-    """Refuse statistics of both streams: there is only one before anything is quantized."""
-    found = next((name for name, one in statistics.items() if isinstance(one, PairedStatistic)), None)
-    if found is not None:
+def _refuse_later(statistics: Mapping[str, object]) -> None:
+    """Refuse statistics of both streams, of which there is only one before anything is quantized, and guided ones."""
+    for name, one in statistics.items():
+        if not isinstance(one, PairedStatistic | GuidedStatistic):
+            continue
+        does = "compares with full precision" if isinstance(one, PairedStatistic) else "weighs inputs by saliency"
         raise UsageError(
-            f"`{found}` compares with full precision: mitigate gathers it for the methods that need it",
+            f"`{name}` {does}: mitigate gathers it for the methods that need it",
             hint=f"--gather {','.join(EVERYTHING)}",
         )
 

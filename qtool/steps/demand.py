@@ -14,12 +14,13 @@ from qtool.engine.block import needs_of, static_inputs
 from qtool.engine.carry import can_carry_hessians
 from qtool.engine.embedding import round_nearest
 from qtool.engine.experts import Mode
-from qtool.engine.gather import Gathering, GradientStatistic, SizedStatistic, sites_to_observe
+from qtool.engine.gather import Gathering, GuidedStatistic, SizedStatistic, sites_to_observe
 from qtool.engine.grid import Grid
+from qtool.engine.outputs import calibrated_outputs
 from qtool.engine.solve import Method
 from qtool.engine.stored import linear_tensors
 from qtool.engine.subject import Subject
-from qtool.model.graph import EXPERTS, TOKENS, ModelGraph
+from qtool.model.graph import EXPERTS, TOKENS, LinearSite, ModelGraph
 from qtool.model.plan import Plan
 from qtool.model.source import Model
 from qtool.model.statistics import BLOCKS, HESSIAN
@@ -29,11 +30,9 @@ from qtool.scheme import ModelScheme
 from qtool.steps.transform import gathered_behind
 
 _COUNT = 8
-_FLOAT = 4
 _TOKEN = 4
 _SCALE = 4
 _ZERO_POINT = 1
-_MANY = 1024
 
 
 @dataclass(frozen=True)
@@ -61,22 +60,14 @@ class StatisticSizes:
         statistics: Those that can tell.
         gathering: What their accumulators are told.
         routed: Whether experts have statistics of their own tokens.
-        groups: For how many groups of its rows each linear has a Hessian of its own.
+        own: Those that each linear has for itself.
     """
 
     graph: ModelGraph
     statistics: tuple[SizedStatistic, ...]
     gathering: Gathering
     routed: bool
-    groups: int = 0
-
-    @classmethod
-    def to_solve(
-        cls, graph: ModelGraph, config: Mapping[str, Any], names: Iterable[str], tokens: int, plugins: Plugins
-    ) -> StatisticSizes:
-        """Return the sizes of what solvers get, as ``of`` does: Hessians in place of what was gathered of gradients."""
-        names = tuple(names)
-        return replace(cls.of(graph, config, names, tokens, plugins), groups=_row_groups(names, plugins))
+    own: tuple[SizedStatistic, ...] = ()
 
     @classmethod
     def of(
@@ -89,8 +80,10 @@ class StatisticSizes:
         known = plugins.offers["statistics"]
         loaded = [plugins.load("statistics", name) for name in names if name in known]
         sized = tuple(one for one in loaded if isinstance(one, SizedStatistic))
+        own = tuple(one for one in sized if isinstance(one, GuidedStatistic))
         gathering = Gathering(tokens, TokenWeight(), sample_size=config["sample_size"])
-        return cls(graph, sized, gathering, config.get("experts") == "routed")
+        shared = tuple(one for one in sized if one not in own)
+        return cls(graph, shared, gathering, config.get("experts") == "routed", own)
 
     def at(self, site: str) -> int:
         """Return the bytes of all statistics of a site, by its name inside a block."""
@@ -98,13 +91,14 @@ class StatisticSizes:
         if self.routed and site.startswith(EXPERTS):  # an expert's share of the sampled tokens
             gathering = replace(gathering, sample_size=round(gathering.sample_size * dims.chosen / dims.experts))
         n, readers = self.graph.width(site), sum(one.spec.reads == site for one in self.graph.linears_of(0))
-        return sum(one.nbytes(n, gathering) for one in self.statistics) + _FLOAT * n * n * self.groups * readers
+        return sum(one.nbytes(n, gathering) for one in (*self.statistics, *self.own * readers))
 
-    def of_layers(self) -> list[int]:
-        """Return the bytes of the statistics of each layer."""
+    def of_layers(self, *, head: LinearSite | None = None) -> list[int]:
+        """Return the bytes of the statistics of each layer, and behind them of what a head reads, if it is solved."""
         mode: Mode = "routed" if self.routed else "all"
         blocks = [self.graph.readers_of(layer) for layer in range(self.graph.dims.num_layers)]
-        return [sum(self.at(site) for site in sites_to_observe(linears, mode)) for linears in blocks]
+        solved = (*blocks, *([] if head is None else [(head,)]))
+        return [sum(self.at(site) for site in sites_to_observe(linears, mode)) for linears in solved]
 
 
 def demand_of(
@@ -132,20 +126,9 @@ def demand_of(
     needs = needs_of(methods, static_inputs(subject))
     if gathered is not None and (known := known_of(needs, config["propagate"], gathered, subject)):
         told = {**gathered.step.config, **config}
-        layers = StatisticSizes.to_solve(graph, told, known, gathered.details["tokens"], plugins).of_layers()
+        sizes = StatisticSizes.of(graph, told, known, gathered.details["tokens"], plugins)
+        layers = sizes.of_layers(head=subject.head)
     return _largest(layers, disk=sum(stored_bytes(subject, methods).values()) + _input_scale_bytes(subject))
-
-
-def _row_groups(names: Iterable[str], plugins: Plugins) -> int:
-    """Return how many groups of rows the statistics of gradients among some tell apart."""
-    loaded = [plugins.load("statistics", name) for name in names if name in plugins.offers["statistics"]]
-    groups = 0
-    for statistic in loaded:
-        if isinstance(statistic, GradientStatistic):
-            one = statistic.start_gradient(_MANY, Gathering(1, TokenWeight()), torch.device("cpu"))
-            one.update(torch.ones(1, _MANY))
-            groups += one.result().shape[-1]
-    return groups
 
 
 def methods_of(manifest: Manifest, plugins: Plugins) -> list[Method]:
@@ -241,7 +224,7 @@ def _code_bytes(rows: int, n: int, grid: Grid) -> int:
 
 
 def _input_scale_bytes(subject: Subject) -> int:
-    """Return the bytes of what is calibrated of activations, for each site and part, and of static caches."""
+    """Return the bytes of what is calibrated of activations and outputs, for each site and part, and of caches."""
     inputs = static_inputs(subject)
     if inputs is None:
         return 0
@@ -250,7 +233,8 @@ def _input_scale_bytes(subject: Subject) -> int:
     asymmetric = {place for place, needs in ({} if cache is None else cache.needs).items() if len(needs) > 1}
     found = ((linear.reads, inputs.grid_of(linear)) for linear in subject.coded)
     grids = {site: grid for site, grid in found if grid is not None}
-    parts = [part for grid in grids.values() for part in grid.parts]
+    outputs = calibrated_outputs(subject, subject.linears).values()
+    parts = [part for grid in (*grids.values(), *outputs) for part in grid.parts]
     zeros = sum(part.scheme.static and not part.scheme.symmetric for part in parts)
     zeros += dims.num_layers * sum(prod(shape) for place, shape in shapes.items() if place in asymmetric)
     scales = dims.num_layers * sum(map(prod, shapes.values())) + sum(part.has_global_scale for part in parts)

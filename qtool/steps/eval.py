@@ -23,6 +23,8 @@ from qtool.model.text import token_digest
 from qtool.scheme import ModelScheme
 from qtool.steps.gates import Gate, read_gate
 from qtool.steps.labels import labels_of
+from qtool.steps.measurement import EMULATED
+from qtool.steps.packed import open_checkpoint, packed_reader
 from qtool.steps.storage import STORAGE, cache_bits, storage_of, stored_bits
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.text import evaluation_text, text_name
@@ -78,8 +80,10 @@ def evaluate(request: EvalRequest, workspace: Workspace) -> tuple[Artifact, bool
         raise UsageError("there is nothing to measure", hint="--perplexity wikitext2, or --tasks arc_easy,piqa")
     gates = _gates(request)
     opened = open_subject(request.source, workspace)
+    turned = None if opened.artifact is None else _with_rotations(opened.artifact, workspace)
     if opened.artifact is not None:
-        _refuse_unreadable(opened.artifact)
+        if turned is None:
+            _refuse_unreadable(opened.artifact)
         require_kind(opened.artifact.manifest, "quantized", "plan", "checkpoint", "statistics", path=request.source)
     seq_len, most = request.seq_len, request.max_windows
     windows = {
@@ -87,11 +91,12 @@ def evaluate(request: EvalRequest, workspace: Workspace) -> tuple[Artifact, bool
         for name, data in _texts(request).items()
     }
     dtype = compute_dtype(request.dtype, opened.model)
-    manifest = _manifest(request, opened, windows, dtype, workspace)
+    manifest = _manifest(request, opened, windows, dtype, workspace, turned)
     path = workspace.output(manifest, request.output)
     done = ArtifactWriter.finished(path, manifest.key)
     if done is None:
-        artifact = _measure(request, opened, {d: w for d, (w, _) in windows.items()}, dtype, manifest, path, workspace)
+        of_texts = {data: rows for data, (rows, _) in windows.items()}
+        artifact = _measure(request, opened, of_texts, dtype, manifest, path, workspace, turned)
     else:
         artifact = done
     _check(gates, artifact)
@@ -106,21 +111,21 @@ def _measure(
     manifest: Manifest,
     path: Path,
     workspace: Workspace,
+    turned: Subject | None,
 ) -> Artifact:
     """Run the metrics and write the artifact."""
 
     def shown(layers: Iterable[int], total: int) -> Iterable[int]:
         return workspace.progress(layers, total=total, label="eval")
 
-    checkpoint = (
-        opened.artifact if opened.artifact is not None and opened.artifact.manifest.kind == "checkpoint" else None
-    )
+    loaded = opened.artifact is not None and opened.artifact.manifest.kind == "checkpoint" and turned is None
+    checkpoint = opened.artifact if loaded else None
     batch = request.batch if checkpoint is None else _batch_of(checkpoint, request.batch)
 
     def blocks(subject: Subject) -> BlockExecutable:
         return BlockExecutable(subject, device=workspace.device, dtype=dtype, batch=batch, shown=shown)
 
-    subject: Executable = blocks(opened.subject)
+    subject: Executable = blocks(opened.subject if turned is None else turned)
     if checkpoint is not None:
         subject = LoadedExecutable(checkpoint.path, device=workspace.device, batch=batch)
     about: dict[str, object] = {}
@@ -150,11 +155,30 @@ def _measure(
         return writer.finish(final)
 
 
+def _with_rotations(artifact: Artifact, workspace: Workspace) -> Subject | None:
+    """Open a checkpoint whose online rotations transformers leaves out, to be run from its codes; or return None."""
+    manifest = artifact.manifest
+    if manifest.kind != "checkpoint" or not _loaded(artifact).startswith(UNREADABLE):
+        return None
+    if "transformers" not in manifest.details["consumers"]:  # which is not meant to load a GGUF file's folder
+        return None
+    method, reader = packed_reader(str(artifact.path), workspace) or ("", None)
+    if reader is None or method != manifest.step.method:
+        return None
+    subject = open_checkpoint(str(artifact.path), reader, workspace).subject
+    return None if subject.plan.empty else subject
+
+
+def _loaded(checkpoint: Artifact) -> str:
+    """Return what transformers makes of a checkpoint, in words."""
+    return str(checkpoint.manifest.details["consumers"].get("transformers", UNREADABLE))
+
+
 def _refuse_unreadable(artifact: Artifact) -> None:
     """Refuse a checkpoint that transformers, which is what it would be measured with, does not load as it is."""
     if artifact.manifest.kind != "checkpoint":
         return
-    text = str(artifact.manifest.details["consumers"].get("transformers", UNREADABLE))
+    text = _loaded(artifact)
     if text.startswith(UNREADABLE):
         whole = next(artifact.path.glob("*.gguf"), None)
         raise UsageError(
@@ -167,7 +191,7 @@ def _refuse_unreadable(artifact: Artifact) -> None:
 def _batch_of(checkpoint: Artifact, asked: int) -> int:
     """Return how many windows a consumer may run at once: one where it takes a scale over all that it is given."""
     scheme = ModelScheme.from_json(checkpoint.manifest.schemes)
-    parts = (*scheme.every("activations"), *scheme.every("kv"))
+    parts = (one for name in ("activations", "outputs", "kv") for one in scheme.every(name))
     shared = any(part.strategy == "tensor" for part in parts)
     return 1 if shared else asked
 
@@ -220,6 +244,7 @@ def _manifest(
     windows: Mapping[str, tuple[Tensor, str]],
     dtype: torch.dtype,
     workspace: Workspace,
+    turned: Subject | None,
 ) -> Manifest:
     texts = {data: {"tokens_digest": token_digest(rows), "windows": len(rows)} for data, (rows, _) in windows.items()}
     config = {
@@ -233,8 +258,11 @@ def _manifest(
         "metrics": {name: workspace.plugins.load("metrics", name).version for name in _wanted(request)},
     }
     storage, scheme = storage_of(opened), opened.subject.scheme
+    labels = labels_of(opened, workspace)
+    if turned is not None:
+        labels["executed"] = f"{EMULATED[0]}: {turned.scheme}, from the codes of the checkpoint"
     details = {
-        "labels": {**labels_of(opened, workspace), **request.labels},
+        "labels": {**labels, **request.labels},
         "bits": stored_bits(opened),
         **({} if storage is None else {STORAGE: storage.to_json()}),
         **({} if scheme.kv is None else {"cache_bits": cache_bits(scheme, opened.model, workspace.plugins)}),

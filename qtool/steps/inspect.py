@@ -173,7 +173,7 @@ def _describe_checkpoint(artifact: Artifact, opened: Opened | None) -> tuple[Fac
     del opened
     details = artifact.manifest.details
     facts: Facts = {f"bits_per_weight_{name}": bits for name, bits in details["bits"].items()}
-    facts |= {f"read_back_with_{name}": version for name, version in details.get("read_back_with", {}).items()}
+    facts["read_back_with"] = details["read_back_with"]
     consumers = _pairs(details["consumers"], "consumer", "executes")
     return facts, {**_storage(artifact), "consumers": consumers, "labels": _pairs(details["labels"], "label")}
 

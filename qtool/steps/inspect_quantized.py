@@ -43,7 +43,7 @@ def describe_quantized(artifact: Artifact, opened: Opened | None) -> tuple[Facts
     reports: Reports = manifest.details["layers"]
     facts: Facts = {
         "scheme": scheme.name or None,
-        **{part: scheme.written(part) for part in ("weights", "activations", "kv")},
+        **scheme.parts(),
         **options_of(config["methods"]),
         **{name: config[name] for name in _PROTOCOL if name in config},
     }

@@ -22,8 +22,8 @@ FULL = "full precision"
 def labels_of(opened: Opened, workspace: Workspace) -> dict[str, str]:
     """Return the labels of what is measured, all of them text.
 
-    ``transform``, ``mitigator``, ``scheme``, ``weights``, ``activations``, ``kv`` say what was asked for, and
-    ``settings`` every option that is not at its default; ``executed`` what the measurement ran; ``model``,
+    ``transform``, ``mitigator``, ``scheme``, ``weights``, ``activations``, ``kv``, ``outputs`` say what was asked for,
+    and ``settings`` every option that is not at its default; ``executed`` what the measurement ran; ``model``,
     ``calibration``, ``propagate``, ``token_weight`` and ``seed`` from what it was made; ``segments`` what channels are
     in a format of their own; ``footnote`` what must stand below a table with this model.
     """
@@ -111,7 +111,7 @@ def _quantized_labels(manifest: Manifest) -> dict[str, str]:
     return {
         "mitigator": manifest.step.method,
         "scheme": scheme.name or str(scheme),
-        **{part: scheme.written(part) for part in ("weights", "activations", "kv")},
+        **scheme.parts(),
         "executed": f"fake-quantized: {scheme}",
         "propagate": str(config["propagate"]),
         "token_weight": str(config["token_weight"]),

@@ -35,7 +35,7 @@ from qtool.steps.demand import known_of, told_in
 from qtool.steps.options import Configured, configure
 from qtool.steps.saliency import default_token_weight, saliencies_of
 from qtool.steps.schemes import check_scheme, warn_of_another_scheme
-from qtool.steps.solved import Found, check_counters, check_head, check_order, checked_share
+from qtool.steps.solved import Found, check_counters, check_head, check_order, check_passes, checked_share
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.token_weights import GRADIENT, token_weight_of
 from qtool.steps.transform import gathered_behind, statistics_of
@@ -191,12 +191,7 @@ class _Work:
             )
         if self.compares:
             self._check_comparison()
-        if request.propagate == "none" and subject.cache is not None and subject.cache.static:
-            raise UsageError(
-                "scales of a KV cache that are found once are found in passes over the text: no statistics hold keys",
-                facts=(("kv", request.scheme.kv),),
-                hint="--propagate quantized",
-            )
+        check_passes(subject, request.propagate, self.experts)
 
     def _check_comparison(self) -> None:
         """Refuse what excludes a second stream in full precision.

@@ -104,7 +104,7 @@ class _Foreseen:
         if not self.known or self.gathered is None:
             return None
         told, tokens = {**self.gathered.step.config, **self.config}, self.gathered.details["tokens"]
-        return StatisticSizes.to_solve(self.subject.model.graph, told, self.known, tokens, self.subject.plugins)
+        return StatisticSizes.of(self.subject.model.graph, told, self.known, tokens, self.subject.plugins)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the rows and columns of a linear's weight."""
@@ -184,6 +184,8 @@ def _memory(step: _Foreseen) -> dict[str, int]:
         sum(_size(step.shape(linear.name)) for linear in graph.linears_of(layer))
         for layer in range(graph.dims.num_layers)
     ]
+    ends = [_size(step.shape(end.name)) for end in step.subject.coded_ends]
+    held = "a block's weights" if max(ends, default=0) <= max(blocks) else "the weights of a head or embedding"
     (windows, seq_len), size = step.windows, dtype.itemsize
     batch = min(windows, default_batch(step.device, max(1, seq_len)))
     sites = sites_of(step.subject)
@@ -192,11 +194,11 @@ def _memory(step: _Foreseen) -> dict[str, int]:
     wide = graph.dims.hidden * 4 + max(site.width for site in sites) * 3
     memory = {
         "the process so far": _so_far(),
-        "a block's weights, before and after": max(blocks) * (_FLOAT + size + _FLOAT),
+        f"{held}, before and after": max(*blocks, *ends) * (_FLOAT + size + _FLOAT),
         "solving a site": _FLOAT * (_MATRICES * squares + _COPIES * largest),
     }
     if step.sizes is not None:
-        memory["statistics of a layer"] = max(step.sizes.of_layers(), default=0)
+        memory["statistics of a layer"] = max(step.sizes.of_layers(head=step.subject.head), default=0)
     if step.passes:
         memory["embedding"] = graph.dims.vocab * graph.dims.hidden * size
         streams = 1 + bool(step.exact_passes)

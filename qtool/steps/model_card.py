@@ -11,12 +11,13 @@ from tabulate import tabulate
 from qtool.artifacts.manifest import Manifest
 from qtool.artifacts.store import Artifact, open_artifact
 from qtool.errors import ArtifactError
+from qtool.scheme import VECTORS
 from qtool.steps.measurement import Measurement, measurements_of
 from qtool.steps.workspace import Workspace
 
 CARD = "README.md"
 _MEASURED = "## What was measured"
-_RECIPE = ("transform", "mitigator", "weights", "activations", "kv", "calibration", "token_weight", "seed", "settings")
+_RECIPE = ("transform", "mitigator", *VECTORS, "calibration", "token_weight", "seed", "settings")
 
 
 def model_card(checkpoint: Manifest, makers: Sequence[Manifest], measured: str) -> str:
@@ -33,7 +34,7 @@ def model_card(checkpoint: Manifest, makers: Sequence[Manifest], measured: str) 
     made = {label: labels[label] for label in _RECIPE if labels.get(label)}
     sections = [
         f"---\ntags: [qtool, {checkpoint.step.method}]\n---",
-        f"# {name}, quantized to {scheme}\n\n{size}, as stored.",
+        f"# {name}, quantized to {scheme}\n\n{size}, as stored. Read back with {checkpoint.details['read_back_with']}.",
         _table("What was done", ("", ""), made.items()),
         _table("What executes it", ("with", "runs as"), checkpoint.details["consumers"].items()),
         measured,

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qtool.artifacts.identity import digest_file
-from qtool.artifacts.manifest import Input, Manifest, Step
+from qtool.artifacts.manifest import Manifest, Step
 from qtool.artifacts.store import (
     CHECKPOINT_MANIFEST,
     Artifact,
@@ -26,7 +25,6 @@ from qtool.artifacts.store import (
     open_artifact,
     write_atomically,
 )
-from qtool.consumers.checkpoint import quant_method
 from qtool.engine.exporter import Exported, Exporter, PackedReader
 from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
@@ -36,13 +34,13 @@ from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.labels import labels_of, makers_of
 from qtool.steps.model_card import CARD, measured_section, model_card, with_measured
+from qtool.steps.packed import open_checkpoint, packed_reader
 from qtool.steps.storage import STORAGE, written_storage
 from qtool.steps.subjects import Opened, open_subject
 from qtool.steps.verify import verify_files
 from qtool.steps.workspace import Workspace, measured
 
 UNKNOWN = "unknown"
-READERS = ("transformers", "compressed-tensors", "gguf", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,8 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
 
 def _reader(request: PackRequest, workspace: Workspace) -> PackedReader | None:
     """Return the exporter that reads the source, if that is a packed checkpoint."""
-    method = quant_method(Path(request.source)) if request.source else ""
-    offered = method in workspace.plugins.offers["exporters"]
-    found = workspace.plugins.load("exporters", method) if offered else None
-    return found if isinstance(found, PackedReader) else None
+    _, found = packed_reader(request.source, workspace) or ("", None)
+    return found
 
 
 def _opened(request: PackRequest, workspace: Workspace) -> Opened:
@@ -115,21 +111,16 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
 
 
 def _opened_checkpoint(request: PackRequest, reader: PackedReader, workspace: Workspace) -> Opened:
-    """Open a packed checkpoint, qtool's own or another tool's; what is known of its making goes with it.
+    """Open a packed checkpoint of another layout than the one that was asked for.
 
     Raises:
-        UsageError: It is of the layout that was asked for.
+        UsageError: It is of that.
     """
-    source = Path(request.source)
-    made = open_artifact(source) if (source / CHECKPOINT_MANIFEST).is_file() else None
-    identity = "" if made is None else made.manifest.subject
-    subject = reader.open(source.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
-    if subject.quantized is not None and subject.quantized.manifest.step.method == request.to:
+    opened = open_checkpoint(request.source, reader, workspace)
+    source = opened.subject.quantized
+    if source is not None and source.manifest.step.method == request.to:
         raise UsageError(f"`{request.source}` is laid out for {request.to} already", hint="--to another exporter")
-    if made is None:
-        here = Input(subject.model.id, str(source.resolve()))
-        return Opened(subject, {"model": here, "checkpoint": here})
-    return Opened(subject, {"model": made.manifest.inputs["model"], "checkpoint": workspace.named(made)}, made)
+    return opened
 
 
 def _labels(opened: Opened, workspace: Workspace) -> dict[str, str]:
@@ -137,9 +128,9 @@ def _labels(opened: Opened, workspace: Workspace) -> dict[str, str]:
     labels, scheme = labels_of(opened, workspace), opened.subject.scheme
     if opened.artifact is not None:
         return labels
-    parts = {"weights": scheme.weights, "activations": scheme.activations, "kv": scheme.kv}
-    known = {name: str(part) if part else "16 bits" for name, part in parts.items()}
-    return labels | known | {"transform": UNKNOWN, "mitigator": UNKNOWN, "scheme": str(scheme)}
+    return (
+        labels | replace(scheme, rules=()).parts() | {"transform": UNKNOWN, "mitigator": UNKNOWN, "scheme": str(scheme)}
+    )
 
 
 def _present(path: Path, key: str, *, force: bool) -> Artifact | None:
@@ -212,9 +203,9 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             with _digested(files) as digests:
                 with _shown(opened.subject, "read back", workspace) as subject:
-                    exporter.verify(subject, temporary)
+                    read_back = exporter.verify(subject, temporary)
                 named = {str(file.relative_to(temporary)): digest for file, digest in zip(files, digests, strict=True)}
-        final = replace(manifest, details={**manifest.details, **_details(exported, opened)}, about=about)
+        final = replace(manifest, details={**manifest.details, **_details(exported, opened, read_back)}, about=about)
         final = final.with_tensors(named)
         write_atomically(temporary / CHECKPOINT_MANIFEST, final.to_text())
         source = opened.artifact
@@ -323,20 +314,22 @@ def _manifest(request: PackRequest, exporter: Exporter, opened: Opened, workspac
     )
 
 
-def _details(exported: Exported, opened: Opened) -> dict[str, Any]:
+def _details(exported: Exported, opened: Opened, read_back: str) -> dict[str, Any]:
     """Return what is known once the checkpoint is written: its consumers, its size, and who read it back.
 
     Raises:
-        PluginError: The exporter does not say how many bytes it wrote.
+        PluginError: The exporter does not say how many bytes it wrote, or who read them back.
     """
     written = exported.details.get("bytes", {})
     if not {"linears", "model"} <= set(written):
         raise PluginError("the exporter does not say how many bytes of linears and of the model it wrote")
+    if not read_back:
+        raise PluginError("the exporter does not say who read back what it wrote")
     storage = written_storage(opened.model, written)
     return {
         "consumers": dict(exported.consumers),
         "bits": storage.bits,
         STORAGE: storage.to_json(),
         "written": dict(exported.details),
-        "read_back_with": {name: version(name) for name in READERS},
+        "read_back_with": read_back,
     }

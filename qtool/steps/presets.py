@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from qtool.errors import UsageError
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme
+from qtool.scheme import VECTORS, ModelScheme
 from qtool.steps.schemes import read_scheme, with_default
 
 
@@ -23,6 +23,7 @@ class MitigateSettings:
         scale_per_head: See ``ModelScheme``; holds for the scheme as it is written here, not for one of the user's.
         activations: The same, of the inputs of linears.
         kv: The same, of the KV cache.
+        outputs: The same, of the outputs of linears.
         methods: Method to its options as text; those of methods that are not used count for nothing.
         propagate: See ``MitigateRequest``, as for the rest.
         true_sequential: Four passes a block; None for where a method compares the inputs of linears.
@@ -38,6 +39,7 @@ class MitigateSettings:
     scale_per_head: bool = False
     activations: str = ""
     kv: str = ""
+    outputs: str = ""
     methods: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     propagate: str = "quantized"
     true_sequential: bool | None = None
@@ -56,7 +58,7 @@ class MitigateSettings:
 
         Args:
             preset: Name of a scheme such as ``W4A16``, which takes the place of all parts of these settings.
-            given: ``weights``, ``activations`` and ``kv`` as users write them; one that is empty is not given.
+            given: Parts as users write them, as for ``read_scheme``; one that is empty is not given.
             plugins: Where formats and presets are found.
 
         Raises:
@@ -65,8 +67,7 @@ class MitigateSettings:
         if preset:
             return read_scheme(preset, given, plugins)
         parts = {
-            name: with_default(given.get(name) or "", getattr(self, name)) or getattr(self, name)
-            for name in ("weights", "activations", "kv")
+            name: with_default(given.get(name) or "", getattr(self, name)) or getattr(self, name) for name in VECTORS
         }
         scheme = read_scheme("", parts, plugins)
         if any(given.values()):

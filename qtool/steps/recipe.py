@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from qtool.errors import UsageError
+from qtool.scheme import VECTORS
 from qtool.steps.calibrate import EVERYTHING
 from qtool.steps.schema import Place, read_fields
 
@@ -48,6 +49,7 @@ class SchemeChoice:
         weights: Written tensor scheme in place of the preset's, with exceptions behind it, or exceptions alone.
         activations: The same, of the inputs of linears.
         kv: The same, of the KV cache.
+        outputs: The same, of the outputs of linears.
         name: What tables call it.
     """
 
@@ -55,12 +57,16 @@ class SchemeChoice:
     weights: str = ""
     activations: str = ""
     kv: str = ""
+    outputs: str = ""
     name: str = ""
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "activations": self.activations, "kv": self.kv}
-        written = (f"{part} {text}" for part, text in parts.items() if text)
+        written = (f"{part} {text}" for part, text in self.parts().items() if text)
         return self.name or ", ".join(filter(None, (self.scheme, *written)))
+
+    def parts(self) -> dict[str, str]:
+        """Return the parts as they are written; those that are not given are empty."""
+        return {part: getattr(self, part) for part in VECTORS}
 
     @classmethod
     def of_text(cls, text: str) -> SchemeChoice:

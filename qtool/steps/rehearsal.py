@@ -62,16 +62,20 @@ class Timed:
 
 
 def sites_of(subject: Subject) -> list[Rehearsed]:
-    """Return the sites that differ in shape or grid, each as often as it has grids; one expert stands for all."""
-    graph, places = subject.model.graph, subject.model.places
+    """Return the sites that differ in shape or grid, each as often as it has grids; one expert stands for all.
+
+    A quantized head comes last.
+    """
+    graph = subject.model.graph
     found: dict[object, Rehearsed] = {}
-    for layer in range(graph.dims.num_layers):
+    solved = [subject.linears_of(layer) for layer in range(graph.dims.num_layers)]
+    for together in (*solved, *([] if subject.head is None else [(subject.head,)])):
         groups: dict[object, list[LinearSite]] = {}
-        for linear in subject.linears_of(layer):
+        for linear in together:
             if linear.expert in (None, 0):
                 groups.setdefault((linear.observed, subject.scheme.of(linear.name).weights), []).append(linear)
         for linears in groups.values():
-            rows = tuple(places[f"{one.name}.weight"].shape[0] for one in linears)
+            rows = tuple(subject.shape(one)[0] for one in linears)
             width, times = graph.width(linears[0].spec.reads), 1 if linears[0].expert is None else graph.dims.experts
             key = (tuple(one.spec.module for one in linears), rows, width, subject.weight_grid(linears[0]))
             before = found[key].times if key in found else 0

@@ -27,9 +27,9 @@ def read_scheme(preset: str, parts: Mapping[str, str | None], plugins: Plugins) 
 
     Args:
         preset: Name such as ``W4A4-g128``; empty for none.
-        parts: ``weights``, ``activations`` and ``kv`` as written tensor schemes. One that is given takes the place
-            of the preset's; ``none`` means 16 bits, and None or empty that it is not given. Behind that of weights and
-            of activations come exceptions, ``int4-sym-g64,down_proj=int8,layers.0-1=none``, of which the last that
+        parts: ``weights``, ``activations``, ``kv`` and ``outputs`` as written tensor schemes. One that is given takes
+            the place of the preset's; ``none`` means 16 bits, and None or empty that it is not given. Behind those of
+            linears come exceptions, ``int4-sym-g64,down_proj=int8,layers.0-1=none``, of which the last that
             matches a linear holds; exceptions alone leave what the preset says of all other linears. Of a cache keys
             and values may be given apart, ``keys=SCHEME,values=SCHEME``, and ``queries=SCHEME`` with them.
         plugins: Where formats and presets are found.
@@ -65,7 +65,7 @@ def with_default(text: str, default: str) -> str:
 
 
 def read_part(name: str, text: str, plugins: Plugins) -> TensorScheme:
-    """Read the scheme of weights, of activations or of a cache; whether it means something there is not checked.
+    """Read the scheme of one part; whether it means something there is not checked.
 
     Where nothing is ``static`` the word is not shown to the format, so that no hint of it has it.
 
@@ -212,6 +212,8 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
         subject.weight_grid(linear).check(width, layer=linear.name)
         if inputs is not None:
             inputs.check(width, layer=linear.name)
+        if (outputs := scheme.of(linear.name).outputs) is not None:
+            outputs.groups_of(subject.shape(linear)[0], layer=linear.name, side="output")
     _check_inputs(scheme, graph)
     dims = graph.dims
     parts = ((scheme.keys, dims.head_dim), (scheme.values, dims.value_dim), (scheme.queries, dims.head_dim))
@@ -221,7 +223,17 @@ def check_scheme(scheme: ModelScheme, subject: Subject) -> None:
 
 
 def _check_ends(scheme: ModelScheme, graph: ModelGraph) -> None:
-    """Refuse exceptions of activations for the embedding, and for a head whose weights stay in 16 bits."""
+    """Refuse exceptions of activations for the embedding, and for a head whose weights stay in 16 bits; of outputs all.
+
+    Of outputs an exception for everything, blocks among it, is none for head and embedding where it says 16 bits.
+    """
+    for end in graph.ends:
+        if (outputs := scheme.of(end.name).outputs) is not None:
+            raise SchemeError(
+                f"what `{end.name}` puts out is not rounded: outputs are of the linears of blocks",
+                facts=(("outputs", outputs),),
+                hint=f"--outputs SCHEME,{end.name}=none",
+            )
     rules = [rule for rule in scheme.rules if rule.part == "activations" and rule.scheme is not None]
     own = [rule for rule in rules if not any(rule.matches(linear.name) for linear in graph.linears)]
     embedding, head = graph.embedding.name, graph.head.name

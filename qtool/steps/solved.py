@@ -10,9 +10,11 @@ from typing import Any
 
 from qtool.engine.block_problem import BlockMitigator
 from qtool.engine.model_problem import ModelMitigator
+from qtool.engine.outputs import calibrated_outputs
 from qtool.engine.problem import Retargeter
 from qtool.engine.saliency import SALIENCY
 from qtool.engine.starved import DEFAULT_SHARE
+from qtool.engine.subject import Subject
 from qtool.errors import NumericalError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.steps.options import Configured
@@ -106,7 +108,8 @@ def check_head(head: LinearSite, methods: Sequence[Configured], propagate: str, 
     of_one = [*takewhile(lambda one: not isinstance(one.method, BlockMitigator | ModelMitigator), methods)]
     if all(isinstance(one.method, Retargeter) for one in of_one):
         others = methods[len(of_one) :]
-        names = (*(one.name for one in of_one), "gptq", *(one.name for one in others))
+        nearest = any(getattr(one.method, "starts_nearest", False) for one in others)
+        names = (*(one.name for one in of_one), "rtn" if nearest else "gptq", *(one.name for one in others))
         raise UsageError(
             f"`{others[0].name}` sees whole blocks, and `{head.name}`, which is to be quantized, is in none",
             hint=f"--method {'+'.join(names)}, or --weights without {head.name}=SCHEME",
@@ -148,4 +151,36 @@ def check_counters(counters: Mapping[str, int], *, strict: bool) -> None:
             "something unusual happened and --strict was given",
             facts=facts,
             hint="without --strict the same command goes on from here, and qtool inspect says what each of these means",
+        )
+
+
+def check_passes(subject: Subject, propagate: str, experts: str) -> None:
+    """Refuse scales that are found once, of a KV cache and of outputs, where nothing that they are found in is seen.
+
+    Args:
+        subject: What is going to be executed.
+        propagate: ``none`` without passes.
+        experts: Which tokens the statistics of experts are of.
+
+    Raises:
+        UsageError: There are no passes, or experts may be sent no tokens in them.
+    """
+    outputs, passes = calibrated_outputs(subject, subject.linears), "--propagate quantized"
+    if propagate == "none" and subject.cache is not None and subject.cache.static:
+        raise UsageError(
+            "scales of a KV cache that are found once are found in passes over the text: no statistics hold keys",
+            facts=(("kv", subject.scheme.kv),),
+            hint=passes,
+        )
+    if propagate == "none" and outputs:
+        raise UsageError(
+            "scales of outputs that are found once are found in passes over the text: no statistics hold outputs",
+            facts=(("outputs", subject.scheme.written("outputs")),),
+            hint=passes,
+        )
+    if experts == "routed" and any(linear.expert is not None for linear in outputs):
+        raise UsageError(
+            "scales of outputs that are found once need tokens, and an expert may be sent none",
+            facts=(("outputs", subject.scheme.written("outputs")),),
+            hint="--experts all",
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
+from qtool.scheme import VECTORS
 from qtool.steps.fairness import PROTOCOL, Mixture, protocols, unlike
 from qtool.steps.intervals import quantile, standard_error
 from qtool.steps.measurement import Measurement, better
@@ -14,7 +15,7 @@ from qtool.steps.measurement import Measurement, better
 Spread = Literal["auto", "none", "stderr", "ci"]
 SPREADS: tuple[Spread, ...] = ("auto", "none", "stderr", "ci")
 ROWS = ("transform", "mitigator")
-SCHEMES = ("scheme", "weights", "activations", "kv")
+SCHEMES = ("scheme", *VECTORS)
 """Columns in which a full-precision value belongs to all."""
 
 Key = tuple[str, ...]

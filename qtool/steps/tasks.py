@@ -171,8 +171,7 @@ class _Expansion:
 
     def _scheme(self, cell: CellChoice) -> ModelScheme:
         choice = cell.scheme
-        parts = {"weights": choice.weights, "activations": choice.activations, "kv": choice.kv}
-        scheme = self._settings(cell).scheme(choice.scheme, parts, self.plugins)
+        scheme = self._settings(cell).scheme(choice.scheme, choice.parts(), self.plugins)
         return replace(scheme, name=choice.name or scheme.name)
 
     def _mitigated(self, words: str, cell: CellChoice, source: Task | None) -> Task:

@@ -14,7 +14,7 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, GPTNeoXConfig, LlamaConfig
 
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
@@ -22,6 +22,7 @@ from qtool.builtin.exporters.gptq import GPTQ
 from qtool.builtin.exporters.hf import HuggingFace
 from qtool.builtin.exporters.modelopt import ModelOpt
 from qtool.builtin.exporters.packed_source import open_packed
+from qtool.consumers.checkpoint import read_checkpoint
 from qtool.engine.exporter import Exporter
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError
@@ -223,3 +224,36 @@ def test_layouts_without_a_place_for_it_refuse_a_quantized_head(make: Make, expo
         exporter.check(subject)
     assert "--to compressed-tensors, or --to hf, which decodes" in str(caught.value)
     assert "without lm_head=SCHEME, model.embed_tokens=SCHEME" in str(caught.value)
+
+
+@pytest.mark.parametrize("named", [["lm_head"], ["embed_out"], ["re:.*lm_head$"], ["re:.*embed_out$"]])
+@pytest.mark.parametrize("files", ["embed_out.", "lm_head."])
+def test_the_head_of_gpt_neox_is_read_by_both_its_names(
+    tmp_path: Path, cache: Path, named: list[str], files: str
+) -> None:
+    """Files call it otherwise than transformers, and tools name it after either."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 24, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(GPTNeoXConfig(hidden_size=64, intermediate_size=64, **sizes))
+    module.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    plugins = Plugins.discover()
+    (tmp_path / "home").mkdir()
+    workspace = Workspace(plugins, tmp_path / "home", cache)
+    scheme = read_scheme("", {"weights": "int4-sym-g32,lm_head=int8-sym-channel"}, plugins)
+    artifact, _ = mitigate(MitigateRequest(str(tmp_path / "model"), "rtn", scheme, dtype="float32"), workspace)
+    subject = open_subject(str(artifact.path), workspace).subject
+    written(CompressedTensors(), subject, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert "embed_out.weight_packed" in tensors
+    renamed = {name.replace("embed_out.", files): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    of_head = next(group for group in groups if "lm_head" in group["targets"])
+    of_head["targets"] = named
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    again = open_packed(tmp_path / "out", plugins, cache=cache)
+    assert again.head is not None
+    assert torch.equal(again.packed(again.head).stream, subject.packed(again.head).stream)
+    heads = [case.head for case in read_checkpoint(tmp_path / "out", lambda name: plugins.format(name).bits)]
+    assert heads in (["", "named"], ["unnamed", "unnamed"])  # unnamed: by a pattern of the other name

@@ -34,8 +34,9 @@ def arguments(text: str) -> Config | None:
     }
 
 
-def compressed(layout: str, weights: str, inputs: str = "", cache: str = "") -> Config:
-    group = {"targets": ["Linear"], "weights": arguments(weights), "input_activations": arguments(inputs)}
+def compressed(layout: str, weights: str, inputs: str = "", cache: str = "", outputs: str = "") -> Config:
+    ends = {"input_activations": arguments(inputs), "output_activations": arguments(outputs)}
+    group = {"targets": ["Linear"], "weights": arguments(weights), **ends}
     return {
         "quant_method": "compressed-tensors",
         "format": layout,

@@ -74,6 +74,8 @@ from tests.consumers.known import (
     compressed,
 )
 
+STATIC_INT8 = "int8-sym-tensor-static"
+
 
 @pytest.mark.parametrize(
     ("config", "consumer", "device", "verdict", "says"),
@@ -373,9 +375,39 @@ def test_what_no_rule_speaks_of_makes_the_rest_unknown() -> None:
     assert asked(MODELOPT | {"quant_algo": "W4A16_NVFP4"}, "sglang", "sm100", experts=True).verdict == "unknown"
     turned = {**W4A16, "transform_config": {"config_groups": {"R4": {}}}}
     assert asked(turned, "vllm", "sm90").says == "unknown: no rule speaks of `transform_config`"
-    outputs = compressed("pack-quantized", "int4-sym-group64-static")
-    outputs["config_groups"]["group_0"]["output_activations"] = arguments("int8-sym-tensor-static")
-    assert asked(outputs, "vllm", "sm90").says == "unknown: no rule speaks of `output_activations`"
+    outputs = compressed("pack-quantized", "int4-sym-group64-static", outputs="int8-sym-tensor-static")
+    assert asked(outputs, "sglang", "sm90").says == "unknown: no rule speaks of outputs"
+    assert asked(outputs, "vllm", "sm90", experts=True).verdict == "unknown"
+
+
+def test_outputs_are_rounded_by_some_only() -> None:
+    static = compressed("pack-quantized", "int4-sym-group64-static", STATIC_INT8, outputs=STATIC_INT8)
+    for device in ("cpu", "sm75", "sm100"):
+        told = asked(static, "vllm", device)
+        assert told.verdict == "loads"
+        assert told.says.startswith("W4A8: static INT8 activations per tensor")
+        assert "; static INT8 outputs per tensor; of q, k and v, and of gate and up" in told.says
+    told = asked(static, "transformers", "any")
+    assert told.says.endswith("; static INT8 outputs per tensor, emulated in bfloat16")
+    in_bytes = compressed("int-quantized", "int8-sym-channel-static", STATIC_INT8, outputs=STATIC_INT8)
+    assert asked(in_bytes, "vllm", "sm100").verdict == "loads"  # where W8A8 alone has no kernel
+    assert asked(STATIC_W8A8, "vllm", "sm100").verdict == "refuses"
+    assert asked(in_bytes, "vllm", "cpu").says == "refused: it has a kernel for packed integers of 4 bits only"
+    asymmetric = compressed("pack-quantized", "int4-sym-group64-static", STATIC_INT8, outputs="int8-asym-tensor-static")
+    assert asked(asymmetric, "vllm", "sm90").says.startswith("refused: it has no room for zero points")
+    alone = compressed("pack-quantized", "int4-sym-group64-static", outputs=STATIC_INT8)
+    assert asked(alone, "vllm", "cpu").says.startswith("refused: it has room for a scale of outputs only where")
+    assert asked(alone, "vllm", "cpu").message == "There is no module or parameter named"
+    dynamic = compressed("pack-quantized", "int4-sym-group64-static", outputs="int8-sym-token-dynamic")
+    told = asked(dynamic, "vllm", "cpu")
+    assert (told.verdict, told.says) == (
+        "executes-other",
+        "W4A16: activations are not quantized; outputs are NOT rounded",
+    )
+    decoded = compressed("pack-quantized", "int4-asym-group64-static", outputs="int8-sym-token-dynamic")
+    told = asked({**decoded, "dequantize": True}, "transformers", "any")
+    assert told.verdict == "executes-other"
+    assert told.says.endswith("; outputs are NOT rounded")
 
 
 def test_texts_for_cards_say_from_which_device_on() -> None:

@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qtool.consumers.case import EMBEDDINGS, HEADS
 from qtool.consumers.checkpoint import read_checkpoint
+from qtool.model.family import Family
+from qtool.model.naming import stored_name
+from qtool.plugins import Plugins
 from tests.consumers.known import FP8_BLOCK, GPTQ, Config, asked, compressed
 
 W4A16 = compressed("pack-quantized", "int4-sym-group64-static")
@@ -64,6 +68,9 @@ def test_of_a_head_in_other_layouts_nothing_is_known() -> None:
         (["lm_head", "Linear"], "lm_head.weight_packed", "named"),
         (["re:.*lm_head$", "Linear"], "lm_head.weight_packed", "named"),
         (["Linear"], "lm_head.weight", ""),
+        (["Linear"], "embed_out.weight_packed", "unnamed"),
+        (["embed_out", "Linear"], "embed_out.weight_packed", "named"),
+        (["re:.*embed_out$", "Linear"], "embed_out.weight_packed", "named"),
     ],
 )
 def test_files_tell_whether_the_head_is_quantized(tmp_path: Path, targets: list[str], stored: str, head: str) -> None:
@@ -105,3 +112,12 @@ def test_files_tell_of_an_embedding_that_the_config_does_not_name(tmp_path: Path
     names = ("model.embed_tokens.weight_packed", "model.layers.0.mlp.up_proj.weight_packed")
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "model.safetensors")
     assert [case.embedding for case in read_checkpoint(tmp_path, lambda _: 4)] == ["named"]
+
+
+def test_the_ends_of_every_family_are_known_by_their_names() -> None:
+    plugins = Plugins.discover()
+    families: list[Family] = [plugins.load("families", name) for name in plugins.offers["families"]]
+    for family in families:
+        for known, name in ((HEADS, family.head), (EMBEDDINGS, family.embedding)):
+            names = {name, stored_name(f"{name}.weight", family).removesuffix(".weight")}
+            assert {one.rpartition(".")[2] for one in names} <= {*known}, family.name

@@ -33,6 +33,19 @@ def microscaled() -> Iterator[Config]:
         yield compressed("mxfp6-pack-quantized", "float6-sym-group32-static", given)
 
 
+def putting_out() -> Iterator[Config]:
+    """Yield linears whose outputs are quantized, with static INT8 inputs and without."""
+    ways = ("int8-sym-tensor-static", "int8-asym-tensor-static", "int8-sym-token-dynamic", "float8-sym-tensor-static")
+    ways = (*ways, "float4-sym-tensor_group16-local")
+    packed = [f"int{bits}-{sign}-group32-static" for bits in (3, 4, 8) for sign in ("sym", "asym")]
+    kinds = [("pack-quantized", one) for one in packed]
+    kinds += [("int-quantized", f"int8-sym-{how}-static") for how in ("channel", "tensor")]
+    kinds += [("float-quantized", "float8-sym-channel-static")]
+    for (layout, weights), way in product(kinds, ways):
+        for given in ("", "int8-sym-tensor-static", "int8-asym-tensor-static"):
+            yield compressed(layout, weights, given if layout != "float-quantized" else "", outputs=way)
+
+
 def configs() -> Iterator[Config | None]:
     """Yield what checkpoints of qtool's and of others' hold."""
     yield None
@@ -75,6 +88,7 @@ def configs() -> Iterator[Config | None]:
         compressed("pack-quantized", *both) for both in product((*integers, "int4-sym-group128-static"), fitted)
     )
     yield from microscaled()
+    yield from putting_out()
     yield compressed("int-quantized", "int8-sym-channel-static", "int8-sym-group32-dynamic")
     yield compressed("pack-quantized", "int4-sym-group96-static", "", "float8-sym-group32-dynamic")
     for bits, size, sym, order in product((2, 3, 4, 8), (-1, 16, 32, 128), (True, False), (True, False)):
@@ -189,7 +203,7 @@ def test_a_rule_is_well_formed(rule: Rule) -> None:
         assert set(condition) <= FIELDS
     assert rule.when.get("method")
     assert rule.part in (*PARTS, "kernel")
-    if rule.part in ("linears", "experts", "cache", "turned", "online", "groups", "head", "embedding"):
+    if rule.part in ("linears", "outputs", "experts", "cache", "turned", "online", "groups", "head", "embedding"):
         assert rule.verdict in VERDICTS
         assert rule.verdict != "unknown"
         assert (rule.verdict == "refuses") <= rule.says.startswith(("refused: ", UNREADABLE))

@@ -197,13 +197,25 @@ class TestStatistics:
         assert artifact.names() == ("windows",)
 
     def test_every_statistic_is_tested(self) -> None:
-        assert {entry.name for entry in register_statistics()} == {*EVERYTHING, "hessian_blocks", "saliency", *PAIRED}
+        assert {entry.name for entry in register_statistics()} == {
+            *EVERYTHING,
+            "hessian_blocks",
+            "saliency",
+            "guided_hessians",
+            *PAIRED,
+        }
 
-    @pytest.mark.parametrize("name", PAIRED)
-    def test_what_compares_with_full_precision_is_not_for_calibrate(
-        self, root: Path, workspace: Workspace, name: str
+    @pytest.mark.parametrize(
+        ("name", "does"),
+        [
+            *((name, "compares with full precision") for name in PAIRED),
+            ("guided_hessians", "weighs inputs by saliency"),
+        ],
+    )
+    def test_what_mitigate_gathers_is_not_for_calibrate(
+        self, root: Path, workspace: Workspace, name: str, does: str
     ) -> None:
-        with pytest.raises(UsageError, match=f"`{name}` compares with full precision: mitigate gathers it") as refused:
+        with pytest.raises(UsageError, match=f"`{name}` {does}: mitigate gathers it") as refused:
             calibrate(request(root, gather=("hessian", name)), workspace)
         assert refused.value.hint == f"--gather {','.join(EVERYTHING)}"
         assert not list(workspace.home.iterdir())

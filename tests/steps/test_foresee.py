@@ -15,8 +15,10 @@ from qtool.builtin.transforms.identity import Identity
 from qtool.engine.gather import Gathering
 from qtool.engine.stored import INPUT_GLOBAL_SCALE
 from qtool.errors import NumericalError, UsageError
+from qtool.model.graph import HEAD_IN
 from qtool.model.plan import Proposal, Segment
 from qtool.numerics.token_weights import TokenWeight
+from qtool.steps.demand import StatisticSizes
 from qtool.steps.foresee import foresee
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.rehearsal import Rehearsal, extrapolated, sites_of
@@ -262,3 +264,34 @@ class TestRehearsal:
             assert solved == widths
             assert timed.solve == pytest.approx(1)
             assert timed.gather == pytest.approx(0.25 * (9 if budget == 0 else 1))
+
+
+class TestHead:
+    HEAD = "int4-g8,lm_head=int8-sym-channel"
+
+    def parts(self, desk: Desk, weights: str, **options: Any) -> dict[str, Any]:  # noqa: ANN401
+        found = said(desk, asked(desk, desk.calibrate(), weights=weights, **options))
+        return {row["part"]: row for row in found["estimate"]}
+
+    def test_its_solve_is_timed_and_its_weight_is_held(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Rehearsal, "_solve", lambda *_: 1.0)
+        plain, found = (self.parts(desk, weights) for weights in ("int4-g8", self.HEAD))
+        sites = len({"attn_in", "o_in", "mlp_in", "up_down"})
+        assert plain["solving"]["seconds"] == 2 * sites
+        assert found["solving"]["seconds"] == 2 * sites + 1
+        model = open_subject(str(desk.model), desk.workspace).subject.model
+        size = model.graph.dims.vocab * model.graph.dims.hidden
+        held = found["the weights of a head or embedding, before and after"]["bytes"]
+        assert held == size * (4 + model.dtype.itemsize + 4)
+        assert found["solving a site"]["bytes"] > plain["solving a site"]["bytes"]
+
+    def test_a_head_alone_has_an_estimate(self, desk: Desk) -> None:
+        found = self.parts(desk, "none,lm_head=int8-sym-channel")
+        assert found["solving"]["seconds"] > 0
+        assert found["statistics of a layer"]["bytes"] > 0
+
+    def test_what_it_reads_counts_behind_the_blocks(self, desk: Desk) -> None:
+        graph = open_subject(str(desk.model), desk.workspace).subject.model.graph
+        sizes = StatisticSizes.of(graph, {"sample_size": 0}, ("hessian",), 10, desk.workspace.plugins)
+        assert sizes.of_layers(head=graph.head) == [*sizes.of_layers(), sizes.at(HEAD_IN)]
+        assert sizes.at(HEAD_IN) == 4 * graph.dims.hidden**2

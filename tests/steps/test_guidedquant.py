@@ -11,11 +11,10 @@ from torch import Tensor
 
 from qtool.artifacts.store import Artifact
 from qtool.builtin.mitigators.gptq import GPTQ
-from qtool.builtin.mitigators.guidedquant import GuidedQuant
+from qtool.builtin.mitigators.guidedquant import GUIDED, GuidedQuant
 from qtool.builtin.statistics.cross import Cross, FullHessian, HeldOut
 from qtool.builtin.statistics.hessian import Hessian
 from qtool.engine.gather import Gathering
-from qtool.engine.guided import GUIDED
 from qtool.engine.problem import LayerProblem
 from qtool.errors import ArtifactError, UsageError
 from qtool.numerics.token_weights import TokenWeight
@@ -86,6 +85,49 @@ def test_hessians_are_of_the_quantized_stream(desk: Desk, problems: Problems, ba
         entries = problems[f"model.layers.{layer}.{module}"].entries
         near(entries[GUIDED], guided_hessians_oracle(exact.tensor(f"layers.{layer}.{site}.sample"), saliency))
     assert all(report["loss_guided"] > 0 for report in quantized.manifest.details["layers"].values())
+
+
+class WeighedMean:
+    """A guided statistic of somebody else's: one row a group."""
+
+    version = 1
+
+    def start_guided(self, n: int, saliency: Tensor) -> Any:  # noqa: ANN401 - an accumulator
+        class Kept:
+            rows: list[Tensor]
+
+            def __init__(self) -> None:
+                self.rows = []
+
+            def update(self, x: Tensor) -> None:
+                assert x.shape[1] == n
+                self.rows.append(x)
+
+            def result(self) -> Tensor:
+                return saliency.T @ torch.cat(self.rows) / saliency.sum(0)[:, None]
+
+        return Kept()
+
+
+def test_methods_may_need_guided_statistics_of_their_own(
+    desk: Desk, problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offers, load = desk.workspace.plugins.offers["statistics"], type(desk.workspace.plugins).load
+    name = "weighed_mean"
+
+    def loaded(self: Any, kind: str, asked_for: str) -> Any:  # noqa: ANN401 - of plugins
+        return WeighedMean() if asked_for == name else load(self, kind, asked_for)
+
+    monkeypatch.setitem(offers, name, offers["saliency"])
+    monkeypatch.setattr(type(desk.workspace.plugins), "load", loaded)
+    monkeypatch.setattr(GuidedQuant, "needs", (*GuidedQuant.needs, name))
+    statistics = desk.calibrate(gather=("hessian", "saliency"))
+    mitigate(asked(desk, statistics), desk.workspace)
+    x = samples(desk, statistics).tensor("layers.0.attn_in.sample").float()
+    for module in ("q_proj", "k_proj"):
+        saliency = statistics.tensor(f"layers.0.self_attn.{module}.saliency").float()
+        found = problems[f"model.layers.0.self_attn.{module}"].entries[name]
+        near(found, (saliency.T @ x / saliency.sum(0)[:, None]).double())
 
 
 def test_constant_saliency_gives_the_codes_of_gptq(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

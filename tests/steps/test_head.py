@@ -92,7 +92,7 @@ def test_its_input_is_rounded_as_the_scheme_says(desk: Desk) -> None:
     assert network.sites[-1][HEAD_IN].rounding is not None
 
 
-@pytest.mark.parametrize("method", ["gptq+lorc", "rtn+e2e-qp", "gptq+autoround", "target+gptq"])
+@pytest.mark.parametrize("method", ["gptq+lorc", "rtn+e2e-qp", "gptq+autoround", "target+gptq", "rtn+lwc"])
 def test_methods_of_all_kinds_leave_it_quantized(desk: Desk, method: str) -> None:
     artifact = made(desk, BOTH, method, settings={"rank": "4"} if "lorc" in method else {})
     subject = opened(desk, artifact).subject
@@ -113,6 +113,7 @@ def test_methods_of_all_kinds_leave_it_quantized(desk: Desk, method: str) -> Non
     ("method", "options", "message"),
     [
         ("autoround", {}, "`autoround` sees whole blocks, and `lm_head`, which is to be quantized, is in none"),
+        ("lwc", {}, "`lwc` sees whole blocks, .*\nhint: --method rtn\\+lwc, or"),
         ("target+qwt", {}, "`qwt` sees whole blocks, .*\nhint: --method target\\+gptq\\+qwt, or"),
         ("guidedquant", {}, "nobody gathers gradients at the output of `lm_head`"),
         ("gptq", {"propagate": "none"}, "statistics hold nothing of the input of `lm_head`"),

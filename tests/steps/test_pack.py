@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,9 @@ class Faulty:
         self._step("write")
         return Exported({}, {})
 
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         self._step("verify")
+        return "a test"
 
 
 def using(workspace: Workspace, exporter: object) -> Workspace:
@@ -91,7 +93,9 @@ def test_a_checkpoint_says_what_it_is(quantize: Quantize, workspace: Workspace, 
     assert details["labels"]["mitigator"] == "rtn"
     assert details["labels"]["weights"] == "int4-sym-g16-sbf16"
     assert details["consumers"]["transformers"].startswith("W4A16")
-    assert set(details["read_back_with"]) == {"transformers", "compressed-tensors", "gguf", "safetensors"}
+    library = {"hf": "safetensors"}.get(to, to)
+    assert f"{library} {version(library)}" in details["read_back_with"].split(", ")
+    assert f"Read back with {details['read_back_with']}." in (checkpoint.path / "README.md").read_text()
 
 
 def test_bits_are_counted_from_the_bytes_that_were_written(quantize: Quantize, workspace: Workspace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ calibrate: {data: speeches, num_samples: 4, seq_len: 64, gather: [absmax], token
 matrix:
   transform: [identity, {method: smoothquant, set: {alpha: 0.25}}]
   mitigate: [rtn, {method: gptq, set: {order: natural, dampening_frac: 1e-2}}]
-  scheme: [W4A4, {name: mine, weights: int4-asym-g32, kv: int8-asym-token-head}]
+  scheme: [W4A4, {name: mine, weights: int4-asym-g32, kv: int8-asym-token-head, outputs: fp8-token}]
   seed: [3, 4]
 exclude: [{transform: smoothquant, mitigate: rtn}, {scheme: mine, seed: 4}]
 include: [{mitigate: rtn, scheme: NVFP4}]
@@ -62,7 +63,10 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert recipe.calibrate == CalibrateOptions("speeches", 4, 64, None, ("absmax",), "uniform", 8)
     assert recipe.matrix.transform == (Choice("identity"), Choice("smoothquant", {"alpha": "0.25"}))
     assert recipe.matrix.mitigate[1] == Choice("gptq", {"order": "natural", "dampening_frac": "1e-2"})
-    assert recipe.matrix.scheme[1] == SchemeChoice(weights="int4-asym-g32", kv="int8-asym-token-head", name="mine")
+    assert recipe.matrix.scheme[1] == SchemeChoice(
+        weights="int4-asym-g32", kv="int8-asym-token-head", outputs="fp8-token", name="mine"
+    )
+    assert str(replace(recipe.matrix.scheme[1], name="")).endswith("kv int8-asym-token-head, outputs fp8-token")
     assert recipe.exclude[1] == Match(scheme=SchemeChoice("mine"), seed=4)
     assert (recipe.mitigate.preset, recipe.mitigate.propagate) == ("survey", "none")
     assert (recipe.eval.max_windows, recipe.eval.kl, recipe.eval.limit) == (2, True, None)

@@ -136,10 +136,11 @@ def test_the_table_ends_the_run(recipe: Path, workspace: Workspace, finished: Ru
 
 
 def test_a_transform_is_told_the_scheme_of_its_cell(recipe: Path, workspace: Workspace) -> None:
-    edit(recipe, "scheme: [W4A4]", "scheme: [W4A4, {name: mine, weights: int4-g8, kv: int8-asym-token-head}]")
+    mine = "{name: mine, weights: int4-g8, kv: int8-asym-token-head, outputs: int8-token}"
+    edit(recipe, "scheme: [W4A4]", f"scheme: [W4A4, {mine}]")
     result = run(RunRequest(recipe, only=("transform=smoothquant", "mitigate=rtn")), workspace)
     plans = [open_artifact(Path(one.path)) for one in result.outcomes if one.title.startswith("transform")]
-    parts = {"weights": "int4-g8", "kv": "int8-asym-token-head"}
+    parts = {"weights": "int4-g8", "kv": "int8-asym-token-head", "outputs": "int8-token"}
     schemes = [
         read_scheme("W4A4", {}, workspace.plugins),
         replace(read_scheme("", parts, workspace.plugins), name="mine"),

@@ -63,8 +63,8 @@ COPIED = (
 LinearTensors = Callable[[LinearSite, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Makes what is stored of a linear, named below it, from the linear and its block's folded tensors.
 
-All of it but ``bias…`` and ``input_…`` counts as the quantized linear's bytes; a ``bias`` replaces the folded one. Of a
-linear that is not quantized, what it makes replaces the folded tensors, and is cast like all others.
+All of it but ``bias…``, ``input_…`` and ``output_…`` counts as the quantized linear's bytes; a ``bias`` replaces the
+folded one. Of a linear that is not quantized, what it makes replaces the folded tensors, and is cast like all others.
 """
 
 
@@ -73,9 +73,9 @@ class Sizes:
     """Bytes of tensors in a checkpoint.
 
     Attributes:
-        linears: Of the quantized linears, without biases and scales of inputs.
+        linears: Of the quantized linears, without biases and scales of inputs and outputs.
         model: Of everything.
-        parts: Of the quantized linears and the scales of their inputs, by part; see ``qtool.engine.storage``.
+        parts: Of the quantized linears, and the scales of their inputs and outputs; see ``qtool.engine.storage``.
         ends: Of a quantized head or embedding, likewise; they are none of those linears.
     """
 
@@ -162,8 +162,8 @@ def write_checkpoint(
 
 def _part_of(name: str, tensor: Tensor) -> str:
     """Return the part that a tensor of a quantized linear is of, by its name below it."""
-    if name.startswith(("input_", "hadamard_")):
-        return "inputs" if name.startswith("input_") else "operators"
+    if name.startswith(("input_", "output_", "hadamard_")):
+        return "operators" if name.startswith("hadamard_") else "inputs"
     return "unquantized" if name == "weight" and tensor.dtype in _DENSE else _PARTS.get(name, "layout")
 
 

@@ -46,6 +46,7 @@ from qtool.builtin.exporters.read_back import (
     compare_codes,
     empty_model,
     telling_rows,
+    versions,
     weight_difference,
     with_linear_experts,
 )
@@ -53,6 +54,8 @@ from qtool.builtin.exporters.refusals import (
     check_global_scales,
     input_multiplier,
     input_zero_point,
+    output_multiplier,
+    output_zero_point,
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.stored_names import stored_tensor_name
@@ -69,7 +72,7 @@ from qtool.scheme import ModelScheme
 
 # The library does not pack the zero points of a model without weights; their shapes show when they are decoded.
 _ZERO_POINT = ".weight_zero_point"
-_STATIC = frozenset({"input_scale", "input_zero_point"})
+_STATIC = frozenset({"input_scale", "input_zero_point", "output_scale", "output_zero_point", "output_global_scale"})
 # A float32 division, and the product that stands for it, are each half a unit in the last place off.
 _RECIPROCAL_ERROR = 2.0**-23
 _UNREADABLE = (KeyError, IndexError, ValueError, RuntimeError)
@@ -137,7 +140,7 @@ class CompressedTensors(PackedSource):
         return Exported(_consumers(subject, config, dtype, transforms), details)
 
     @one_thread()
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Compare every code, scale and zero point with ours, and decode rows of every linear with the library.
 
         It decodes as the written config says, to the dtype of the scales (FP4 to bfloat16), so ours are cast to that
@@ -170,6 +173,7 @@ class CompressedTensors(PackedSource):
             for leaf in sorted(_STATIC & inputs.keys()):
                 if tensors[leaf].dtype != inputs[leaf].dtype or not torch.equal(tensors[leaf], inputs[leaf]):
                     raise weight_difference(f"{linear.name} ({leaf.replace('_', ' ')})", tensors[leaf], inputs[leaf])
+        return versions("compressed-tensors", "transformers")
 
 
 def _consumers(
@@ -204,15 +208,24 @@ def _check_scheme(subject: Subject) -> Check:
 
 
 def _calibrated(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
-    """Return what is stored of the input of a linear: zero points are signed, as codes are."""
-    multiplier, inputs = input_multiplier(subject, linear), subject.scheme.of(linear.name).activations
-    if multiplier is None or inputs is None:
-        return {}
-    if not inputs.static:
-        return {"input_global_scale": global_divisor(multiplier)}
-    zero, middle = input_zero_point(subject, linear), 1 << subject.plugins.format(inputs.format).bits - 1
-    zeros = {} if zero is None else {"input_zero_point": (zero.short() - middle).to(torch.int8).reshape(1)}
-    return {"input_scale": multiplier.float().reshape(1), **zeros}
+    """Return what is stored of the input and of the output of a linear: zero points are signed, as codes are."""
+    own = subject.scheme.of(linear.name)
+    ends = (
+        ("input", own.activations, input_multiplier(subject, linear), input_zero_point(subject, linear)),
+        ("output", own.outputs, output_multiplier(subject, linear), output_zero_point(subject, linear)),
+    )
+    found: dict[str, Tensor] = {}
+    for end, scheme, multiplier, zero in ends:
+        if multiplier is None or scheme is None:
+            continue
+        if not scheme.static:
+            found[f"{end}_global_scale"] = global_divisor(multiplier)
+            continue
+        found[f"{end}_scale"] = multiplier.float().reshape(1)
+        if zero is not None:
+            middle = 1 << subject.plugins.format(scheme.format).bits - 1
+            found[f"{end}_zero_point"] = (zero.short() - middle).to(torch.int8).reshape(1)
+    return found
 
 
 def _dtype(subject: Subject) -> torch.dtype:

@@ -33,7 +33,7 @@ def quantization_config(
     decode them on loading; ``dequantize`` tells it to. Other consumers do not know the key.
 
     Args:
-        scheme: Weights, activations, KV cache.
+        scheme: Weights, activations, KV cache, outputs.
         layout: Written for the whole and for the group, so that no reader has to infer it.
         ignore: Linears that are not quantized.
         others: Other schemes with their layouts and their linears.
@@ -69,13 +69,13 @@ def _group(scheme: ModelScheme, layout: Layout, targets: Sequence[str]) -> dict[
         "targets": list(targets),
         "weights": _arguments(scheme.weights, dynamic=False),
         "input_activations": None if scheme.activations is None else _activations(scheme.activations),
-        "output_activations": None,
+        "output_activations": None if scheme.outputs is None else _activations(scheme.outputs),
         "format": layout,
     }
 
 
 def _activations(scheme: TensorScheme) -> dict[str, Any]:
-    """Return arguments of activations or of a cache; dynamic ones with a calibrated multiplier are so within it."""
+    """Return arguments of inputs, outputs or a cache; dynamic ones with a calibrated multiplier are so within it."""
     return _arguments(scheme, dynamic="local" if scheme.scale == "e4m3" else not scheme.static)
 
 

@@ -76,8 +76,11 @@ def choose_layout(scheme: ModelScheme) -> Layout:
         raise SchemeError("the scheme leaves the weights as they are", hint="--weights int4-sym-g128")
     layout = _weight_layout(weights, activations)
     if activations is not None:
+        both = layout == "pack-quantized" and _is_static_int8(activations) and _is_static_int8(scheme.outputs)
+        _check_static(layout, activations, fits=both)
         _check_activations(layout, activations, weights.group_size if weights.strategy == "block" else None)
     _check_cache(scheme.kv)
+    _check_outputs(scheme.outputs)
     return layout
 
 
@@ -152,10 +155,6 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
     if activations.outlier_threshold is not None:
         nearest = replace(activations, outlier_threshold=None)
         raise _refusal("consumers quantize all columns of activations", "activations", activations, nearest)
-    if activations.static and layout not in ("int-quantized", "float-quantized"):
-        nearest = replace(activations, static=False, clip=1.0)
-        reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
-        raise _refusal(reason, "activations", activations, nearest)
     element, bits = ELEMENTS.get(activations.format, ("", 0))
     if _is_fitted_fp8(layout, activations):
         return
@@ -178,6 +177,19 @@ def _check_activations(layout: Layout, activations: TensorScheme, block: int | N
     elif element != "int":
         reason = "integer weights go with integer activations, or FP8 ones"
         raise _refusal(reason, "activations", activations, "fp8-token" if bits == 8 else "int8-sym-token")
+
+
+def _is_static_int8(scheme: TensorScheme | None) -> bool:
+    return scheme is not None and (scheme.format, scheme.strategy, scheme.static) == ("int8", "tensor", True)
+
+
+def _check_static(layout: Layout, activations: TensorScheme, *, fits: bool) -> None:
+    """Refuse static scales of inputs beside weights where no consumer reads them, unless outputs make them fit."""
+    if activations.static and layout not in ("int-quantized", "float-quantized") and not fits:
+        nearest = replace(activations, static=False, clip=1.0)
+        reason = "static scales are written for INT8 beside INT8 weights with a scale a row, and for FP8 beside FP8"
+        reason += ", and for INT8 beside other integers where outputs have static ones of INT8 too"
+        raise _refusal(reason, "activations", activations, nearest)
 
 
 def _is_fitted_fp8(layout: Layout, activations: TensorScheme) -> bool:
@@ -206,7 +218,7 @@ def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
     if one is None or one.strategy == "channel" or set(others) - {one}:
         reason = "a checkpoint's KV cache has one scheme, which queries may share, and scales of one token"
         raise _refusal(reason, "kv", kv, _alike(kv, nearest))
-    reason, fits = _fault_of_cache(one)
+    reason, fits = _fault_of_fitted(one, "a KV cache")
     if len(each) > 2 and each[2] is not None and one.static and not one.symmetric:
         reason = "the library makes the scales of queries float16 where zero points are stored, and fails on them"
         fits = replace(one, symmetric=True)
@@ -214,31 +226,44 @@ def _check_cache(kv: TensorScheme | KeysAndValues | None) -> None:
         raise _refusal(reason, "kv", kv, _alike(kv, nearest if fits is None else fits))
 
 
-def _fault_of_cache(kv: TensorScheme) -> tuple[str, TensorScheme | None]:
-    """Return why a cache cannot be said, empty if it can, and what can."""
-    element, _ = ELEMENTS.get(kv.format, ("", 0))
-    if kv.clip != 1 and not kv.static:
-        return _WHOLE, replace(kv, clip=1.0)
+def _check_outputs(outputs: TensorScheme | None) -> None:
+    """Refuse quantized outputs of other elements than the library's, or such as it does not fit."""
+    if outputs is not None:
+        reason, fits = _fault_of_fitted(outputs, "outputs")
+        if reason:
+            raise _refusal(reason, "outputs", outputs, "fp8-tensor-static" if fits is None else fits)
+
+
+def _fault_of_fitted(own: TensorScheme, what: str) -> tuple[str, TensorScheme | None]:
+    """Return why what the library rounds beside weights and inputs cannot be said, empty if it can, and what can.
+
+    Args:
+        own: Of a cache or of outputs.
+        what: Which, in words.
+    """
+    element, _ = ELEMENTS.get(own.format, ("", 0))
+    if own.clip != 1 and not own.static:
+        return _WHOLE, replace(own, clip=1.0)
     if not element:
-        return "a checkpoint's KV cache is FP8, FP6 (E2M3), FP4 or integers, or 16 bits", None
-    if kv.static:
-        narrow = "consumers use all codes of a KV cache" if kv.range_rule == "narrow" else ""
-        return narrow, replace(kv, range_rule="full")
-    block = _block(kv)
-    if block is not None and kv.scale == "e4m3":
-        other = "consumers put the largest value of each group of a cache at 6" if kv.range_rule != "tight" else ""
-        return other, replace(kv, range_rule="tight")
-    if block is not None and kv.scale == "e8m0":
+        return f"what a checkpoint says of {what} is FP8, FP6 (E2M3), FP4 or integers, or 16 bits", None
+    if own.static:
+        narrow = f"consumers use all codes of {what}" if own.range_rule == "narrow" else ""
+        return narrow, replace(own, range_rule="full")
+    block = _block(own)
+    if block is not None and own.scale == "e4m3":
+        other = f"consumers put the largest value of each group of {what} at 6" if own.range_rule != "tight" else ""
+        return other, replace(own, range_rule="tight")
+    if block is not None and own.scale == "e8m0":
         rule: ExponentRule = "rceil" if block[0] == "mxfp8" else "even"
-        other = f"consumers round the powers of two of a cache as `{rule}` does" if kv.exponent_rule != rule else ""
-        return other, replace(kv, exponent_rule=rule)
-    if kv.scale != "fp32":
-        plain = replace(kv, scale="fp32", real=False, offset=False)
-        return "consumers fit the scales of a KV cache as they run, and do not round them", plain
-    if kv.real or kv.offset:
-        return "consumers fit zero points of a KV cache that are codes", replace(kv, real=False, offset=False)
-    if element == "int" and kv.symmetric and kv.range_rule != "half":
-        return "consumers spread the range of a symmetric KV cache over all codes", replace(kv, range_rule="half")
+        other = f"consumers round the powers of two of {what} as `{rule}` does" if own.exponent_rule != rule else ""
+        return other, replace(own, exponent_rule=rule)
+    if own.scale != "fp32":
+        plain = replace(own, scale="fp32", real=False, offset=False)
+        return f"consumers fit the scales of {what} as they run, and do not round them", plain
+    if own.real or own.offset:
+        return f"consumers fit zero points of {what} that are codes", replace(own, real=False, offset=False)
+    if element == "int" and own.symmetric and own.range_rule != "half":
+        return f"consumers spread the range of {what} over all codes", replace(own, range_rule="half")
     return "", None
 
 

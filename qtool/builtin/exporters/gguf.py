@@ -38,6 +38,7 @@ from qtool.builtin.exporters.hf import code_bits, dense, offline
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.builtin.exporters.nearest import Check, check_schemes
 from qtool.builtin.exporters.packed_gguf import check_multipliers, open_gguf
+from qtool.builtin.exporters.read_back import versions
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
@@ -112,7 +113,7 @@ class GGUF:
         sizes = _write(subject, directory, _codes(subject), dtype=dtype, file_type=_file_type(subject, dtype))
         return _exported(subject, kinds, dtype, sizes)
 
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Compare every tensor with ours, bit for bit: codes and scales as they are stored, floats decoded.
 
         The official package reads the file, and decodes one block of each scale that a tensor has. The scale of an
@@ -121,7 +122,7 @@ class GGUF:
         Raises:
             ArtifactError: Names the first tensor that differs.
         """
-        _compare(subject, directory, _codes(subject), _dtype(subject))
+        return _compare(subject, directory, _codes(subject), _dtype(subject))
 
 
 class GGUFHalf:
@@ -147,13 +148,13 @@ class GGUFHalf:
         sizes = _write(subject, directory, _half(subject), dtype=torch.float16, file_type=file_type)
         return _exported(subject, ["F16"] * len(groups_of(subject)), torch.float16, sizes)
 
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Read every tensor back with the official package and compare it with ours in float16, bit for bit.
 
         Raises:
             ArtifactError: Names the first tensor that differs.
         """
-        _compare(subject, directory, _half(subject), torch.float16)
+        return _compare(subject, directory, _half(subject), torch.float16)
 
 
 _FILE_TYPES = {
@@ -256,8 +257,8 @@ def _part_of(name: str) -> str:
     return {"scale": "scales", "input_scale": "inputs"}.get(leaf, "unquantized")
 
 
-def _compare(subject: Subject, directory: Path, made: Made, dtype: torch.dtype) -> None:
-    """Compare a file with what it was made from.
+def _compare(subject: Subject, directory: Path, made: Made, dtype: torch.dtype) -> str:
+    """Compare a file with what it was made from, and return whose code read it.
 
     Raises:
         ArtifactError: Names the first tensor that differs, is missing or too many.
@@ -270,6 +271,7 @@ def _compare(subject: Subject, directory: Path, made: Made, dtype: torch.dtype) 
             raise _difference(name, kind, _values(item, dtype), found)
     if (more := next(read, None)) is not None:
         raise ArtifactError("the file has tensors that nobody wrote", facts=(("first", more.name),))
+    return versions("gguf")
 
 
 def _same(found: Stored, item: Item, dtype: torch.dtype) -> bool:

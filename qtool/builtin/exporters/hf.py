@@ -13,7 +13,14 @@ from transformers import AutoConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
-from qtool.builtin.exporters.read_back import CheckpointReader, empty_model, same_bytes, with_linear_experts
+from qtool.builtin.exporters.read_back import (
+    CheckpointReader,
+    empty_model,
+    loaded_model,
+    same_bytes,
+    versions,
+    with_linear_experts,
+)
 from qtool.consumers.case import DENSE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
@@ -61,10 +68,11 @@ class HuggingFace:
         ]
         return Exported(mixed_consumers(each), details)
 
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Read every linear back and compare it with ours, cast to the dtype of the checkpoint, bit for bit.
 
-        Names and shapes are compared with the model that transformers builds from the config.
+        transformers loads it without a byte of its weights, and says whether names, shapes and dtype fit; safetensors,
+        with which it reads, gives the values. Tensors that it would leave out are found by comparison with its model.
 
         Raises:
             ArtifactError: Names the first weight that differs.
@@ -73,9 +81,13 @@ class HuggingFace:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
         reader = CheckpointReader(directory, model)
         reader.compare(with_linear_experts(empty_model(config, model), model))
+        loaded = loaded_model(directory, model)
+        if loaded.dtype != dtype:
+            facts = (("written", dtype), ("loaded", loaded.dtype))
+            raise ArtifactError("transformers would load the checkpoint in another dtype", facts=facts)
         for linear in subject.coded:
             try:
-                read = reader.module(linear.name)["weight"]
+                read = reader.weight(linear.name)
             except (OSError, SafetensorError) as error:
                 raise ArtifactError(f"cannot read `{linear.name}` back", facts=(("reason", error),)) from error
             if read.dtype == dtype and _same_weight(read, subject, linear):
@@ -86,6 +98,7 @@ class HuggingFace:
                 facts=(("values that differ", int((read != ours).sum())),),
                 hint="pack again; if it happens again, report it",
             )
+        return versions("transformers", "safetensors")
 
 
 def _same_weight(read: Float[Tensor, "out in"], subject: Subject, linear: LinearSite) -> bool:

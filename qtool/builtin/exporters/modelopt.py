@@ -29,6 +29,7 @@ from qtool.builtin.exporters.cache_scales import (
 )
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
 from qtool.builtin.exporters.compressed_tensors import not_quantized
+from qtool.builtin.exporters.consumer_process import consumer_reader
 from qtool.builtin.exporters.ct_layout import checkpoint_dtype
 from qtool.builtin.exporters.mixed import (
     fused_apart,
@@ -142,10 +143,10 @@ class ModelOpt(PackedSource):
         return Exported(mixed_consumers(each), details)
 
     @one_thread()
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Compare every code and scale with ours, and decode rows of every linear by ModelOpt's formula.
 
-        It is applied as the written config says.
+        It is applied as the written config says. Where ModelOpt is installed it decodes those rows too.
 
         Raises:
             ArtifactError: Names the first weight, or input scale, that differs.
@@ -167,12 +168,15 @@ class ModelOpt(PackedSource):
         cached = _cache_scales(subject)
         reader.compare(with_cache_scales(with_stored_shapes(module, subject.linears, shapes), cached))
         compare_cache_scales(cached, reader)
-        for linear in subject.linears:
-            ours, tensors = subject.packed(linear), reader.module(linear.name)
-            _compare(linear.name, tensors, algorithm_at(linear), ours, subject.weight_grid(linear))
-            multiplier = input_multiplier(subject, linear)
-            if multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
-                raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], multiplier)
+        with consumer_reader("nvidia-modelopt", directory) as theirs:
+            for linear in subject.linears:
+                ours, tensors, grid = subject.packed(linear), reader.module(linear.name), subject.weight_grid(linear)
+                _compare(linear.name, tensors, algorithm_at(linear), ours, grid)
+                theirs.compare_rows(linear.name, reader.name(linear.name), ours, grid)
+                multiplier = input_multiplier(subject, linear)
+                if multiplier is not None and float(multiplier) != float(tensors["input_scale"]):
+                    raise weight_difference(f"{linear.name} (input scale)", tensors["input_scale"], multiplier)
+        return theirs.said
 
 
 def choose_algorithm(scheme: ModelScheme) -> Algorithm:
@@ -188,6 +192,8 @@ def choose_algorithm(scheme: ModelScheme) -> Algorithm:
     if kv is not None and (isinstance(kv, KeysAndValues) or (kv.format, kv.strategy, kv.static) != _FP8_CACHE):
         reason = "modelopt has an FP8 cache with static scales, one for keys and one for values, and no other"
         raise SchemeError(reason, facts=(("kv", kv),))
+    if scheme.outputs is not None:
+        raise SchemeError("modelopt does not say that outputs are rounded", facts=(("outputs", scheme.outputs),))
     block = ("group", _GROUP, "e4m3", True)
     if (weights.strategy, weights.group_size, weights.scale, weights.symmetric) == block:
         if activations is None:

@@ -43,6 +43,7 @@ _CARRIED: Mapping[str, tuple[str, ...]] = {
         *("fp8-token", "fp8-tensor", "fp8-g*"),
         *("int8-tensor-static", "int8-asym-tensor-static", "fp8-tensor-static"),
     ),
+    "outputs": (),  # as they are asked for, or none
 }
 """What checkpoints carry, as users write it; a star is the group size of the weights that are asked for."""
 _VALUES: Mapping[str, int] = {"channel": 2**20, "token": 2**20, "token-head": 2**10, "head": 2**30, "tensor": 2**40}
@@ -88,7 +89,7 @@ def _hint(subject: Subject, held: Callable[[ModelScheme], bool], decoded: str) -
             continue
         usual = main if in_block(first) else ModelScheme()
         for part in parts:
-            follows = part == "activations" and own.weights is None  # inputs of what is in 16 bits are, too
+            follows = part != "weights" and own.weights is None  # what is read by what is in 16 bits is, too
             if getattr(own, part) != getattr(usual, part) and not follows:
                 parts[part] += f",{pattern}={_written(own, part, plugins)}"
     options = [f"--{part} {text}" for part, text in parts.items() if text != "none"]
@@ -101,10 +102,14 @@ def _nearest(own: ModelScheme, plugins: Plugins, held: Callable[[ModelScheme], b
     if own.weights is None or held(own):
         return own
     static = parse_tensor_scheme("fp8-tensor-static", plugins.format, vector=VECTORS["kv"])
-    caches = list(enumerate((None,) if own.kv is None else (own.kv, static, None)))
-    options = product(_apart_each(own, "weights", plugins), _apart_each(own, "activations", plugins), caches)
+    caches = (None,) if own.kv is None else (own.kv, static, None)
+    rest = list(enumerate(product((None,) if own.outputs is None else (own.outputs, None), caches)))
+    options = product(_apart_each(own, "weights", plugins), _apart_each(own, "activations", plugins), rest)
     nearest = sorted(options, key=lambda one: (one[2][0], one[0][0], one[1][0], one[0][1], one[1][1]))
-    schemes = (replace(own, weights=one[2], activations=other[2], kv=kv) for one, other, (_, kv) in nearest)
+    schemes = (
+        replace(own, weights=one[2], activations=other[2], outputs=outputs, kv=kv)
+        for one, other, (_, (outputs, kv)) in nearest
+    )
     return next(filter(held, schemes), None)
 
 

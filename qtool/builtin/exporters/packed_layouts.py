@@ -23,6 +23,8 @@ from qtool.scheme import GroupParameters, TensorScheme
 
 LEAVES = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape")
 INPUT_LEAVES = ("input_scale", "input_global_scale", "input_zero_point")
+OUTPUT_LEAVES = ("output_scale", "output_global_scale", "output_zero_point")
+OUTPUT_LEAVES = ("output_scale", "output_global_scale", "output_zero_point")
 _WORD, _BYTE = 32, 8
 _E2M1 = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -76,18 +78,18 @@ def read_packed(
     return PackedLinear(stream, bits, n_in, parameters)
 
 
-def read_multiplier(method: str, tensors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:
-    """Return the calibrated multiplier of a linear's inputs, None without one."""
-    found = tensors.get("input_scale")
+def read_multiplier(tensors: Mapping[str, Tensor], end: str = "input") -> Float[Tensor, ""] | None:
+    """Return the calibrated multiplier of a linear's ``input`` or ``output``, None without one."""
+    found = tensors.get(f"{end}_scale")
     if found is not None:
         return found.float().reshape(())
-    return _reciprocal(tensors.get("input_global_scale"))
+    return _reciprocal(tensors.get(f"{end}_global_scale"))
 
 
-def read_input_zero_point(tensors: Mapping[str, Tensor]) -> UInt8[Tensor, ""] | None:
-    """Return the code that stands for zero in a linear's inputs of 8 bits, None without one."""
-    found = tensors.get("input_zero_point")
-    return None if found is None else _unsigned(found.reshape(1, 1), _BYTE).reshape(())
+def read_zero_point(tensors: Mapping[str, Tensor], bits: int, end: str = "input") -> UInt8[Tensor, ""] | None:
+    """Return the code that stands for zero in a linear's ``input`` or ``output``, None without one."""
+    found = tensors.get(f"{end}_zero_point")
+    return None if found is None else _unsigned(found.reshape(1, 1), bits).reshape(())
 
 
 def check_reciprocal(name: str, parameters: GroupParameters, divisor: Tensor | None = None) -> None:

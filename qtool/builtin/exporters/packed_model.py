@@ -18,7 +18,7 @@ from qtool.builtin.exporters.cache_scales import (
     has_zero_points,
     zero_places,
 )
-from qtool.builtin.exporters.packed_layouts import INPUT_LEAVES, LEAVES
+from qtool.builtin.exporters.packed_layouts import INPUT_LEAVES, LEAVES, OUTPUT_LEAVES
 from qtool.errors import ArtifactError
 from qtool.model.files import StoredTensor
 from qtool.model.graph import LinearSite
@@ -29,7 +29,7 @@ from qtool.scheme import ModelScheme
 
 _CODES = ("F8_E4M3", "U8", "I8", "I32")
 _OWN = frozenset({*IN_ATTENTION.values(), "weight", "bias"})
-_INPUT_ZERO = "input_zero_point"
+_ZEROS = ("input_zero_point", "output_zero_point")
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,16 @@ class PackedModel(Model):
 
     Class attributes: ``leaves`` (what a layout calls the tensors of a quantized linear), and of them ``scale`` and
     ``codes``.
+
+    Attributes:
+        apart: What modules are called that hold matrices of rotations, which are no weights of the model.
     """
 
-    leaves: ClassVar[tuple[str, ...]] = (*LEAVES, *INPUT_LEAVES)
+    leaves: ClassVar[tuple[str, ...]] = (*LEAVES, *INPUT_LEAVES, *OUTPUT_LEAVES)
     scale: ClassVar[str] = "weight_scale"
     codes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight")
+
+    apart: frozenset[str] = frozenset()
 
     @cached_property
     def packed(self) -> Mapping[str, Place]:
@@ -54,8 +59,14 @@ class PackedModel(Model):
         """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
         own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in (*self.leaves, "weight")}
         own |= {name for name, _ in self.cached.values()} | {name for name in self.packed if _leaf(name) in CACHE_ZEROS}
+        own |= self.matrices.keys()
         places = {name: place for name, place in self.found_places().items() if name not in own}
         return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
+
+    @cached_property
+    def matrices(self) -> Mapping[str, Place]:
+        """Where the matrices of rotations lie, by their names."""
+        return {name: place for name, place in self.packed.items() if self.apart.intersection(name.split(".")[-2:-1])}
 
     @cached_property
     def coded(self) -> tuple[LinearSite, ...]:
@@ -121,7 +132,7 @@ def refuse_tensors(model: PackedModel, scheme: ModelScheme) -> None:
         ArtifactError: Names the first.
     """
     _refuse_zero_points(model, scheme)
-    _refuse_other_tensors(model)
+    _refuse_other_tensors(model, scheme)
 
 
 def _refuse_other_codes(model: PackedModel) -> None:
@@ -150,21 +161,24 @@ def _refuse_shared_codes(model: PackedModel) -> None:
 
 
 def _refuse_zero_points(model: PackedModel, scheme: ModelScheme) -> None:
-    """Refuse a cache or inputs whose zero points are others than those of symmetric ones, and inputs that lack one."""
-    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in (*CACHE_ZEROS, _INPUT_ZERO)}
+    """Refuse zero points of what is symmetric that are others than 0, and inputs or outputs that lack one."""
+    zeros = {name: place for name, place in model.packed.items() if _leaf(name) in (*CACHE_ZEROS, *_ZEROS)}
     if has_zero_points(scheme):
         zeros = {name: place for name, place in zeros.items() if _leaf(name) not in CACHE_ZEROS}
     for linear in model.coded:
-        inputs, name = scheme.of(linear.name).activations, f"{linear.name}.{_INPUT_ZERO}"
-        if inputs is not None and inputs.static and not inputs.symmetric and zeros.pop(name, None) is None:
-            raise ArtifactError(
-                "the config says that inputs have calibrated zero points, and the checkpoint lacks one",
-                facts=(("first", name),),
-                hint="check that the download is complete",
-            )
+        own = scheme.of(linear.name)
+        for leaf, part in zip(_ZEROS, (own.activations, own.outputs), strict=True):
+            name, end = f"{linear.name}.{leaf}", leaf.partition("_")[0]
+            if part is not None and part.static and not part.symmetric and zeros.pop(name, None) is None:
+                raise ArtifactError(
+                    f"the config says that {end}s have calibrated zero points, and the checkpoint lacks one",
+                    facts=(("first", name),),
+                    hint="check that the download is complete",
+                )
     odd = next((name for name, place in zeros.items() if read_place(place).float().any()), None)
     if odd is not None:
-        what, option = ("inputs", "--activations") if _leaf(odd) == _INPUT_ZERO else ("a KV cache", "--kv")
+        named = dict(zip(_ZEROS, (("inputs", "--activations"), ("outputs", "--outputs")), strict=True))
+        what, option = named.get(_leaf(odd), ("a KV cache", "--kv"))
         raise ArtifactError(
             f"the checkpoint has {what} with zero points, and its config says that there are none",
             facts=(("first", odd),),
@@ -172,11 +186,15 @@ def _refuse_zero_points(model: PackedModel, scheme: ModelScheme) -> None:
         )
 
 
-def _refuse_other_tensors(model: PackedModel) -> None:
-    """Refuse what a linear has beside codes, scales and a bias, such as the order of its columns."""
-    coded, own = {linear.name for linear in model.coded}, {*model.leaves, *_OWN}
+def _refuse_other_tensors(model: PackedModel, scheme: ModelScheme) -> None:
+    """Refuse what a linear has beside codes, scales and a bias, such as the order of its columns.
+
+    Scales of outputs are such, too, where the config does not say that they are quantized: nothing reads them then.
+    """
+    own = {*_OWN, *model.leaves} - {*OUTPUT_LEAVES}
+    known = {one.name: own | {*(OUTPUT_LEAVES if scheme.of(one.name).outputs else ())} for one in model.coded}
     named = (name.rpartition(".") for name in model.packed)
-    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if owner in coded and leaf not in own), None)
+    odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf not in known.get(owner, (leaf,))), None)
     if odd is not None:
         raise ArtifactError(
             "a linear of the checkpoint has more than codes and scales",

@@ -36,13 +36,13 @@ class Seen(NamedTuple):
     """What the files say of a linear, and no config does.
 
     Attributes:
-        name: What they call it.
+        names: What they call it, and what the family's files do.
         scale: What its scales are stored in.
         calibrated: Whether a scale of its inputs is stored.
         looked_up: Whether it is the embedding.
     """
 
-    name: str
+    names: tuple[str, str]
     scale: torch.dtype
     calibrated: bool
     looked_up: bool = False
@@ -64,6 +64,8 @@ _STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "token", "group", "blo
 _ONE_INPUT_SCALE = ("fp8", "int8")
 _SHORT_FLOATS = {4: "fp4", 6: "fp6_e2m3"}
 _STATIC_CACHES: Mapping[str, Strategy] = {"tensor": "tensor", "attn_head": "head"}
+_STATIC_OUTPUTS: Mapping[str, Strategy] = {"tensor": "tensor"}
+"""Of outputs the library makes no room for scales of channels, and applies those of groups along the tokens."""
 
 
 def packed_method(directory: Path) -> str | None:
@@ -124,6 +126,7 @@ def scheme_of(found: Mapping[str, ModelScheme], plain: Collection[str]) -> Model
         for name, (own, of) in others.items()
         if own.activations != of.activations
     ]
+    rules += [Rule("outputs", name, own.outputs) for name, (own, of) in others.items() if own.outputs != of.outputs]
     return replace(main, rules=tuple(rules))
 
 
@@ -131,20 +134,31 @@ def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup) -> TensorSchem
     """Return the scheme of a cache, with static scales or such as are fitted as the model runs, or None."""
     if not said:
         return None
+    found = _fitted_scheme(said, lookup, _STATIC_CACHES, "a quantized KV cache")
+    return replace(found, strategy="head") if found.strategy == "token" else found  # as ``ct_config`` says it
+
+
+def _fitted_scheme(said: Mapping[str, Any], lookup: Lookup, static: Mapping[str, Strategy], what: str) -> TensorScheme:
+    """Return the scheme of what is rounded beside weights and inputs, whatever the layout.
+
+    Args:
+        said: What ``QuantizationArgs`` say of it.
+        lookup: Finds a format by name.
+        static: What the strategies of calibrated scales are here.
+        what: A cache or outputs, in words.
+    """
     strategy = str(said.get("strategy") or ("group" if said.get("group_size") else "tensor"))
     short = _SHORT_FLOATS.get(said.get("num_bits", 8)) if said.get("type") == "float" else None
     if short is not None and not said.get("scale_dtype"):  # with floats for scales all floats are read alike
-        alike = _cache_scheme({**said, "num_bits": 8}, lookup)
-        return None if alike is None else replace(alike, format=short)
+        return replace(_fitted_scheme({**said, "num_bits": 8}, lookup, static, what), format=short)
     if said.get("dynamic") is True and strategy in ("tensor", "token", "group"):
-        found = _input_scheme(said, lookup)
-        return replace(found, strategy="head") if strategy == "token" else found  # as ``ct_config`` says it
+        return _input_scheme(said, lookup)
     if (said.get("dynamic"), strategy) == ("local", "tensor_group"):
         return _tensor_scheme(said, lookup, None)
-    static = _STATIC_CACHES.get(strategy)
-    if static is None or said.get("dynamic"):
-        raise unread("a quantized KV cache with scales that qtool does not have there", said)
-    return replace(_tensor_scheme({**said, "strategy": "tensor"}, lookup, None), strategy=static, static=True)
+    if strategy not in static or said.get("dynamic"):
+        raise unread(f"{what} with scales that qtool does not have there", said)
+    scheme = _tensor_scheme({**said, "strategy": "tensor"}, lookup, None)
+    return replace(scheme, strategy=static[strategy], static=True)
 
 
 def _compressed_schemes(
@@ -152,9 +166,8 @@ def _compressed_schemes(
 ) -> tuple[dict[str, ModelScheme], Mapping[str, Any] | None, bool]:
     """Return what compressed-tensors' groups say of each linear, of the cache, and whether queries are as the cache."""
     del directory
-    for part in ("transform_config", "sparsity_config"):
-        if config.get(part):
-            raise unread(f"a `{part}`", config[part])
+    if config.get("sparsity_config"):
+        raise unread("a `sparsity_config`", config["sparsity_config"])
     every = with_presets(config).get("config_groups", {})
     groups = {name: group for name, group in every.items() if group.get("weights")}
     cache = config.get("kv_cache_scheme")
@@ -169,10 +182,13 @@ def _compressed_schemes(
     found = {}
     for name, one in seen.items():
         module = (nn.Embedding if one.looked_up else nn.Linear)(1, 1, device="meta")
-        matched = match_targets(one.name, module, targets) or match_targets(name, module, targets)
+        matched = next(filter(None, (match_targets(own, module, targets) for own in (*one.names, name))), None)
         if not matched:
-            raise unread(f"codes of `{one.name}`, which no group names", list(targets))
-        key = (targets[matched[0]], one._replace(name=""))
+            raise unread(f"codes of `{one.names[0]}`, which no group names", list(targets))
+        outputs = groups[targets[matched[0]]].get("output_activations")
+        if outputs and not in_block(name):
+            raise unread(f"quantized outputs of `{one.names[0]}`", outputs)
+        key = (targets[matched[0]], one._replace(names=("", "")))
         if key not in schemes:
             schemes[key] = _group_scheme(groups[key[0]], one, lookup)
         found[name] = schemes[key]
@@ -181,13 +197,13 @@ def _compressed_schemes(
 
 def _group_scheme(group: Mapping[str, Any], seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one group."""
-    if group.get("output_activations"):
-        raise unread("quantized outputs", group["output_activations"])
-    weights, inputs = group["weights"], group.get("input_activations")
+    weights, inputs, outputs = group["weights"], group.get("input_activations"), group.get("output_activations")
     if weights.get("actorder") in ("group", "dynamic", True):
         raise unread("columns in an order of their own (`actorder: group`)", weights)
     return ModelScheme(
-        _tensor_scheme(weights, lookup, seen.scale), None if not inputs else _input_scheme(inputs, lookup)
+        _tensor_scheme(weights, lookup, seen.scale),
+        None if not inputs else _input_scheme(inputs, lookup),
+        outputs=_fitted_scheme(outputs, lookup, _STATIC_OUTPUTS, "quantized outputs") if outputs else None,
     )
 
 
@@ -202,7 +218,7 @@ def _modelopt_schemes(
     if algorithm:
         cache = FP8_CACHE if algorithm == "FP8" else {"algorithm": algorithm}
     try:
-        algorithms = {name: algorithm_of(said, one.name) for name, one in seen.items()}
+        algorithms = {name: algorithm_of(said, one.names[0]) for name, one in seen.items()}
     except (KeyError, TypeError) as error:
         raise unread("linears whose algorithm it does not say", error) from error
     return {name: _modelopt_linear(algorithms[name], one, lookup) for name, one in seen.items()}, cache, False
@@ -279,9 +295,9 @@ def _input_scheme(said: Mapping[str, Any], lookup: Lookup) -> TensorScheme:
 
 
 def unread(what: str, said: object, label: str = "config") -> SchemeError:
-    """Return the error that names what a checkpoint says and qtool does not transcode."""
+    """Return the error that says what of a checkpoint is not read back."""
     return SchemeError(
-        f"the checkpoint has {what}, and only codes and scales are transcoded",
+        f"the checkpoint has {what}, and only codes, scales and Hadamard rotations are transcoded",
         facts=((label, said),),
         hint="pack it from the artifact that it came from, or quantize the original model: qtool mitigate MODEL",
     )

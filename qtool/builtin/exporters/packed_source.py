@@ -29,15 +29,17 @@ from qtool.builtin.exporters.cache_scales import (
     stored_shape,
     unsigned_zero_point,
 )
+from qtool.builtin.exporters.ct_rotations import matrix_modules, read_rotations
 from qtool.builtin.exporters.packed_codes import unreadable, weights_of
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
+    OUTPUT_LEAVES,
     check_reciprocal,
     is_reciprocal,
-    read_input_zero_point,
     read_multiplier,
     read_packed,
+    read_zero_point,
 )
 from qtool.builtin.exporters.packed_model import PackedModel, refuse_codes, refuse_tensors
 from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
@@ -48,7 +50,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
 from qtool.model.family import Family
 from qtool.model.files import folder_digest
-from qtool.model.naming import Place
+from qtool.model.naming import Place, stored_name
 from qtool.model.reading import read_place
 from qtool.model.source import family_of
 from qtool.plugins import Plugins
@@ -87,6 +89,11 @@ class PackedArtifact(Artifact):
             inputs = self.scheme.of(linear.name).activations
             if inputs is not None and inputs.static and not inputs.symmetric:
                 slots[f"{linear.reads}{INPUT_ZERO_POINT}"] = TensorSlot("U8", (), 0, 1)
+            outputs, place = self.scheme.of(linear.name).outputs, f"layers.{linear.layer}.{linear.puts_out}"
+            if any(f"{linear.name}.{leaf}" in self.model.packed for leaf in OUTPUT_LEAVES[:2]):
+                slots[f"{place}{INPUT_GLOBAL_SCALE}"] = TensorSlot("F32", (), 0, 4)
+            if outputs is not None and outputs.static and not outputs.symmetric:
+                slots[f"{place}{INPUT_ZERO_POINT}"] = TensorSlot("U8", (), 0, 1)
         for names, dtype, size in ((self.model.cached, "F32", 4), (self.cached_zeros, "U8", 1)):
             shapes = {name: self.cached_shape(name) for name in names}
             slots |= {name: TensorSlot(dtype, shape, 0, size * prod(shape)) for name, shape in shapes.items()}
@@ -139,8 +146,14 @@ class PackedArtifact(Artifact):
     def stored_of(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a linear as the checkpoint has them, keyed by the last parts of their names."""
         places = self.model.packed
-        leaves = (leaf for leaf in (*LEAVES, *INPUT_LEAVES, "weight") if f"{name}.{leaf}" in places)
+        leaves = (leaf for leaf in (*LEAVES, *INPUT_LEAVES, *OUTPUT_LEAVES, "weight") if f"{name}.{leaf}" in places)
         return {leaf: read_place(places[f"{name}.{leaf}"]) for leaf in leaves}
+
+    def _bits_of(self, name: str, end: str) -> int:
+        """Return the bits of what a linear reads or puts out, 16 where that is not quantized."""
+        own = self.scheme.of(name)
+        scheme = own.activations if end == "input" else own.outputs
+        return 16 if scheme is None else self.plugins.format(scheme.format).bits
 
     def _global_leaf(self, name: str) -> bool:
         return any(f"{name}.{leaf}" in self.model.packed for leaf in ("weight_scale_2", "weight_global_scale"))
@@ -151,9 +164,14 @@ class PackedArtifact(Artifact):
 
     def _calibrated(self, site: str, *, zero_point: bool) -> Tensor:
         """Return the multiplier or zero point of a site's activations, on which the linears that read it must agree."""
-        stored = {linear.name: self.stored_of(linear.name) for linear in self.model.coded if linear.reads == site}
+        end, at_site = "input", [linear for linear in self.model.coded if linear.reads == site]
+        if not at_site:
+            outputs = (one for one in self.model.coded if f"layers.{one.layer}.{one.puts_out}" == site)
+            end, at_site = "output", list(outputs)
+        stored = {linear.name: self.stored_of(linear.name) for linear in at_site}
+        bits = {linear.name: self._bits_of(linear.name, end) for linear in at_site}
         found = {
-            name: read_input_zero_point(own) if zero_point else read_multiplier(self.method, own)
+            name: read_zero_point(own, bits[name], end) if zero_point else read_multiplier(own, end)
             for name, own in stored.items()
         }
         first, *others = found.values()
@@ -195,10 +213,12 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     if method is None:
         raise LookupError(directory)
     config = AutoConfig.from_pretrained(directory)
+    rotations = (getattr(config, "quantization_config", None) or {}).get("transform_config")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     families: dict[str, Family] = {name: plugins.load("families", name) for name in plugins.offers["families"]}
-    model = PackedModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
+    identity = identity or folder_digest(directory, cache)
+    model = PackedModel(directory, config, family_of(config, families), identity, apart=matrix_modules(rotations))
     seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
@@ -212,7 +232,7 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     step = Step("pack", method, 1, "checkpoint")
     manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     artifact = PackedArtifact(directory, manifest, model, scheme, plugins, method)
-    return Subject(model, plugins, scheme=scheme, quantized=artifact)
+    return Subject(model, plugins, read_rotations(model, rotations), scheme, artifact)
 
 
 def check_global_scales_of(subject: Subject, to: str) -> int:
@@ -238,10 +258,10 @@ def check_global_scales_of(subject: Subject, to: str) -> int:
         stored = artifact.stored_of(linear.name)
         if artifact.method == "compressed-tensors":
             check_reciprocal(linear.name, parameters, stored["weight_global_scale"])
-            turned = [stored.get("weight_global_scale"), stored.get("input_global_scale")]
+            turned = [stored.get(f"{part}_global_scale") for part in ("weight", "input", "output")]
         elif to == "compressed-tensors":
             check_reciprocal(linear.name, parameters)
-            turned = [parameters.global_scale, read_multiplier(artifact.method, stored)]
+            turned = [parameters.global_scale, read_multiplier(stored)]
         else:
             continue
         inexact |= {float(one) for one in turned if one is not None and not is_reciprocal(one.float().reshape(()))}
@@ -262,9 +282,6 @@ def _seen(model: PackedModel, name: str) -> Seen:
             facts=(("expected", ", ".join(_DTYPES)), ("received", place.stored.slot.dtype)),
             hint="quantize the original model: qtool mitigate MODEL",
         )
-    return Seen(
-        place.name.removesuffix(f".{model.scale}"),
-        dtype,
-        f"{name}.input_scale" in model.packed,
-        name == model.family.embedding,
-    )
+    own = place.name.removesuffix(f".{model.scale}")
+    names = (own, stored_name(f"{name}.weight", model.family).removesuffix(".weight"))
+    return Seen(names, dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding)

@@ -23,6 +23,7 @@ from qtool.artifacts.layout import Header
 from qtool.artifacts.store import Artifact, disk_errors
 from qtool.builtin.exporters.checkpoint import Sizes
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
+from qtool.builtin.exporters.consumer_process import consumer_reader
 from qtool.builtin.exporters.refusals import quantized_weights
 from qtool.builtin.exporters.shards import write_json
 from qtool.engine.exporter import UNREADABLE, Exported
@@ -34,6 +35,7 @@ from qtool.model.graph import LinearSite
 FOLDER = "adapter"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _MARK = ".adapter."
+_LOADED = ("lora_A", "lora_B", "scale")
 
 
 class PEFT:
@@ -103,31 +105,45 @@ class PEFT:
         of_head = subject.model.family.head in ranks
         return Exported(_consumers(exported.consumers, max(ranks.values()), of_head=of_head), details)
 
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Verify the base as its exporter does, and compare every factor bit for bit.
+
+        Where PEFT is installed it loads the adapter, and factors and scale are those that it has then.
 
         Raises:
             ArtifactError: Names the first weight or factor that differs.
         """
-        self._base.verify(_without_corrections(subject), directory)
+        base = self._base.verify(_without_corrections(subject), directory)
         try:
             stored = load_file(directory / FOLDER / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise ArtifactError("the adapter cannot be read back", facts=(("reason", error),)) from error
-        corrected = _corrected(subject)
+        corrected, model = _corrected(subject), subject.model
         wanted = {f"{_key(linear)}.lora_{side}.weight" for linear in corrected for side in "AB"}
         if stored.keys() != wanted:
             odd = sorted(stored.keys() ^ wanted)
             raise ArtifactError("the adapter has other tensors than the corrections", facts=(("first", odd[0]),))
-        for linear in corrected:
-            for side, ours in zip("AB", factors(subject, linear), strict=True):
-                read = stored[f"{_key(linear)}.lora_{side}.weight"]
-                if read.dtype != ours.dtype or not torch.equal(read, ours):
-                    raise ArtifactError(
-                        f"the correction of `{linear.name}` that was written is not the one that was made",
-                        facts=(("factor", f"lora_{side}"),),
-                        hint="pack again; if it happens again, report it",
-                    )
+        about: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+        with consumer_reader("peft", directory, FOLDER, model.family.loader, **about) as theirs:
+            for linear in corrected:
+                down, up = factors(subject, linear)
+                for side, ours in (("A", down), ("B", up)):
+                    read = stored[f"{_key(linear)}.lora_{side}.weight"]
+                    if read.dtype != ours.dtype or not torch.equal(read, ours):
+                        raise _difference(linear, f"lora_{side}")
+                loaded = [down.float(), up.float(), torch.tensor(1.0)]
+                for part, one, ours in zip(_LOADED, theirs.ask(linear.name), loaded, strict=True) if theirs.ask else ():
+                    if not torch.equal(one, ours):
+                        raise _difference(linear, f"{part}, as PEFT loads it")
+        return f"{base}; the adapter with {theirs.said}"
+
+
+def _difference(linear: LinearSite, part: str) -> ArtifactError:
+    return ArtifactError(
+        f"the correction of `{linear.name}` that was written is not the one that was made",
+        facts=(("part", part),),
+        hint="pack again; if it happens again, report it",
+    )
 
 
 def factors(subject: Subject, linear: LinearSite) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from jaxtyping import UInt8
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
@@ -19,8 +22,13 @@ from qtool.errors import ArtifactError
 from qtool.model.files import stored_tensors
 from qtool.model.graph import LinearSite
 from qtool.model.naming import places_of
-from qtool.model.reading import read_place
+from qtool.model.reading import read_place, slice_of_expert
 from qtool.model.source import Model
+
+
+def versions(*packages: str) -> str:
+    """Return packages with their versions, in words."""
+    return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def empty_model(config: Any, model: Model) -> nn.Module:  # noqa: ANN401 - each family has its config
@@ -28,6 +36,33 @@ def empty_model(config: Any, model: Model) -> nn.Module:  # noqa: ANN401 - each 
     loader = getattr(transformers, model.family.loader)
     with init_empty_weights(include_buffers=False), no_init_weights():
         module: nn.Module = loader.from_config(config, trust_remote_code=model.trust_remote_code)
+    return module
+
+
+def loaded_model(directory: Path, model: Model) -> Any:  # noqa: ANN401 - a model of transformers
+    """Have transformers load a checkpoint without reading weights.
+
+    Args:
+        directory: The checkpoint.
+        model: The original model.
+
+    Returns:
+        The model, without values.
+
+    Raises:
+        ArtifactError: It misses a tensor, or finds one of another shape.
+    """
+    loader = getattr(transformers, model.family.loader)
+    about = {"trust_remote_code": model.trust_remote_code, "ignore_mismatched_sizes": True}
+    try:
+        module, found = loader.from_pretrained(directory, device_map="meta", output_loading_info=True, **about)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        raise ArtifactError("transformers cannot load the checkpoint", facts=(("reason", reason),)) from error
+    for fault in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if odd := sorted(map(str, found[fault])):
+            facts = ((fault.replace("_", " "), len(odd)), ("first", odd[0]))
+            raise ArtifactError("transformers does not find in the checkpoint what its model has", facts=facts)
     return module
 
 
@@ -153,6 +188,7 @@ class CheckpointReader:
         self.model = model
         self.stored = stored_tensors(directory)
         self._places = places_of(self.stored, model.family)
+        self._opened: Callable[[Path], Any] = lru_cache(1)(partial(safe_open, framework="pt"))
         self._leaves: dict[str, list[str]] = {}
         for name in self._places:
             module, _, leaf = name.rpartition(".")
@@ -161,6 +197,15 @@ class CheckpointReader:
     def module(self, name: str) -> dict[str, Tensor]:
         """Return a module's own tensors, keyed by the last part of their names."""
         return {leaf: read_place(self._places[f"{name}.{leaf}"]) for leaf in self._leaves.get(name, ())}
+
+    def name(self, module: str) -> str:
+        """Return what files call a module, by the first of its own tensors."""
+        return self._places[f"{module}.{self._leaves[module][0]}"].name.rpartition(".")[0]
+
+    def weight(self, module: str) -> Tensor:
+        """Return a module's weight as safetensors reads it; the file that was read last stays open."""
+        place = self._places[f"{module}.weight"]
+        return slice_of_expert(place, self._opened(place.stored.file).get_tensor(place.name))
 
     def compare(self, module: nn.Module, *, any_shape: str = "") -> None:
         """Compare names and shapes with those that a model asks for.

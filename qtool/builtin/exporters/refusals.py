@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qtool.builtin.exporters.checkpoint import refuse_compensation
 from qtool.builtin.exporters.mixed import groups_of
+from qtool.engine.outputs import calibrated_outputs
 from qtool.engine.static_scales import needs_of_range
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, OUTLIERS
 from qtool.engine.subject import Subject
@@ -72,7 +73,7 @@ def refuse_ends(subject: Subject, layout: str) -> None:
 
 
 def check_global_scales(subject: Subject) -> None:
-    """Refuse siblings with different multipliers, which fused layers would share, and inputs without one.
+    """Refuse siblings with different multipliers, which fused layers would share, and inputs and outputs without one.
 
     Raises:
         UsageError: Names the first.
@@ -87,6 +88,13 @@ def check_global_scales(subject: Subject) -> None:
                     facts=(("input", linear.reads), ("linear", linear.name)),
                     hint="use a mitigator that keeps the global scale it is given",
                 )
+        outputs = calibrated_outputs(subject, [linear]).get(linear)
+        if outputs is not None and output_multiplier(subject, linear) is None:
+            raise UsageError(
+                "the outputs were not calibrated, and these need a scale for each",
+                facts=(("linear", linear.name), ("outputs", outputs.parts[0].scheme)),
+                hint="qtool mitigate again, with --propagate quantized",
+            )
         inputs = subject.input_grid(linear)
         if inputs is None or not any(part.has_global_scale for part in inputs.parts):
             continue
@@ -99,6 +107,20 @@ def check_global_scales(subject: Subject) -> None:
                 facts=(("input", linear.reads),),
                 hint=f"qtool calibrate MODEL --gather hessian,{','.join(ends)},sample, then mitigate again",
             )
+
+
+def output_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
+    """Return what was calibrated of what a linear puts out: a static scale, or what multiplies scales; or None."""
+    if subject.output_grid(linear) is None:
+        return None
+    return _multiplier(subject, f"layers.{linear.layer}.{linear.puts_out}{INPUT_GLOBAL_SCALE}")
+
+
+def output_zero_point(subject: Subject, linear: LinearSite) -> Tensor | None:
+    """Return the code that stands for zero in what a linear puts out, None where it is none that was calibrated."""
+    if subject.output_grid(linear) is None:
+        return None
+    return _multiplier(subject, f"layers.{linear.layer}.{linear.puts_out}{INPUT_ZERO_POINT}")
 
 
 def input_multiplier(subject: Subject, linear: LinearSite) -> Tensor | None:
@@ -168,11 +190,15 @@ def _refuse_segments(subject: Subject, layout: str) -> None:
 
 def _refuse_online(subject: Subject) -> None:
     sites = ((subject.model.graph.site(site_id), plan) for site_id, plan in subject.plan.sites.items())
-    online = sorted({site.kind for site, plan in sites if plan.online or (site.kind == OUTPUT and plan.operators)})
+    online = {
+        site.kind: operator.kind
+        for site, plan in sites
+        for operator in (plan.operators if site.kind == OUTPUT else plan.online)
+    }
     if online:
         raise UsageError(
             "the plan runs operators in the forward pass, which these checkpoints do not carry",
-            facts=(("sites", ", ".join(online)),),
+            facts=tuple((site, kind) for site, kind in sorted(online.items())),
             hint="qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or pack --to hf",
         )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from qtool.builtin.exporters.checkpoint import left_alone_counts, write_checkpoint
+from qtool.builtin.exporters.consumer_process import consumer_reader
 from qtool.builtin.exporters.mixed import (
     fused_apart,
     groups_of,
@@ -181,10 +182,11 @@ class IntegerWords(ABC):
         return Exported(self._consumers(subject), details)
 
     @one_thread()
-    def verify(self, subject: Subject, directory: Path) -> None:
+    def verify(self, subject: Subject, directory: Path) -> str:
         """Unpack every linear as the written config says and compare codes, zero points, scales and groups with ours.
 
-        Names and shapes are compared with the model of the config with such linears.
+        Names and shapes are compared with the model of the config with such linears. Where GPTQModel is installed it
+        decodes rows of every linear, by the config as it reads it.
 
         Raises:
             ArtifactError: Names the first weight that differs.
@@ -200,9 +202,12 @@ class IntegerWords(ABC):
             return self.shapes(child.out_features, child.in_features, self.config_of(linear.name, stated))
 
         reader.compare(with_stored_shapes(module, subject.linears, shapes))
-        for linear in subject.linears:
-            said = self.config_of(linear.name, stated)
-            self._compare(linear.name, reader.module(linear.name), said, subject.packed(linear))
+        with consumer_reader("gptqmodel", directory) as theirs:
+            for linear in subject.linears:
+                said, ours = self.config_of(linear.name, stated), subject.packed(linear)
+                self._compare(linear.name, reader.module(linear.name), said, ours)
+                theirs.compare_rows(linear.name, reader.name(linear.name), ours, subject.weight_grid(linear))
+        return theirs.said
 
     def _compare(self, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, Any], ours: PackedLinear) -> None:
         """Compare what is stored of a linear with what was packed: all codes packed, telling rows unpacked as well."""
@@ -252,7 +257,7 @@ class IntegerWords(ABC):
         weights = scheme.weights
         if weights is None:
             return
-        if scheme.activations is not None or scheme.kv is not None:
+        if any(part is not None for part in (scheme.activations, scheme.kv, scheme.outputs)):
             raise SchemeError(
                 f"{self.layout} is for weights only, and its consumers would run the rest in 16 bits",
                 facts=(("scheme", scheme),),

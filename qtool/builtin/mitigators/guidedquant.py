@@ -14,7 +14,6 @@ import torch
 
 from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
 from qtool.builtin.mitigators.rtn import check_problem, loss_report, refuse_previous, round_nearest, tensor_multipliers
-from qtool.engine.guided import GUIDED
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import SchemeError, ShapeError, UsageError
 from qtool.numerics.groups import combine_parameters
@@ -22,12 +21,14 @@ from qtool.numerics.losses import loss_ratio, output_energy
 from qtool.numerics.saliency import row_groups
 from qtool.scheme import GroupParameters
 
+GUIDED = "guided_hessians"
+
 
 class GuidedQuant:
     """Solve groups of rows one by one, each with the Hessian of its tokens' saliency."""
 
     version = 1
-    needs: tuple[str, ...] = ("hessian", "saliency")
+    needs: tuple[str, ...] = ("hessian", "saliency", GUIDED)
     Config = GPTQConfig
 
     def quantize(self, problem: LayerProblem, config: GPTQConfig) -> QuantizedLinear:

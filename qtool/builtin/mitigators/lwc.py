@@ -2,7 +2,8 @@
 
 Each group keeps the fractions ``sigmoid(γ)`` and ``sigmoid(β)`` of the upper and the lower end of its range, and
 weights are rounded to nearest in what is left; γ and β, 4 at first, are learned by Adam from the squared error of the
-block's output. A symmetric group has one fraction. Where rounding on the whole range was better, that stays.
+block's output. A symmetric group has one fraction. Where rounding on the whole range was better, that stays. Left of it
+may stand ``rtn``, for what is in no block: a quantized head.
 
 OmniQuant trains 20 epochs of single windows; here a step has several, and there are fewer. Its learnable transformation
 is no part of this.
@@ -17,9 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qtool.builtin.mitigators.rtn import round_nearest
 from qtool.builtin.mitigators.whole_blocks import LearningOptions, reported, starts_of
 from qtool.engine.block_problem import BlockProblem, BlockResult
 from qtool.engine.learned_block import LearnedBlock
+from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.tuning import block_loss, judged_windows, tune, windows_run
 from qtool.errors import UsageError
 
@@ -54,6 +57,7 @@ class LWC:
 
     version = 1
     needs: tuple[str, ...] = ("hessian",)
+    starts_nearest = True
     Config = LWCConfig
 
     def windows_run(self, windows: int, config: LWCConfig) -> int:
@@ -67,10 +71,12 @@ class LWC:
             NumericalError: A weight, a statistic or an output of the block is not finite.
             UsageError: A method that chose codes came first: clipping would choose them again.
         """
-        if any(problem.previous is not None for problem in block.problems.values()):
-            given = "`lwc` rounds to nearest in the ranges that it learns, so it has to come first"
-            raise UsageError(given, hint="--method lwc+…")
         starts = starts_of(block)
+        if not all(_is_nearest(block.problems[name], start) for name, start in starts.items()):
+            given = (
+                "`lwc` rounds to nearest in the ranges that it learns, so it has to come first, or behind plain `rtn`"
+            )
+            raise UsageError(given, hint="--method lwc+…")
         if not config.steps:
             return BlockResult(reported(block.problems, starts, starts))
         schedule = config.schedule
@@ -84,6 +90,14 @@ class LWC:
         kept = report if better else {"block_loss": before, "best_step": 0.0}
         report = {**report, **kept, "block_loss_before": before}
         return BlockResult(reported(block.problems, found, starts), report=report)
+
+
+def _is_nearest(problem: LayerProblem, start: QuantizedLinear) -> bool:
+    """Say whether what clipping would start from is rounding to nearest on the whole range."""
+    if problem.previous is None:
+        return True
+    same = torch.equal(start.weight(problem.grid), round_nearest(problem).weight(problem.grid))
+    return same and start.adapter is None
 
 
 class _Clipping:

@@ -18,12 +18,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from qtool.builtin.exporters import modelopt
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.gptq import GPTQ, GPTQv2
 from qtool.builtin.exporters.modelopt import ModelOpt
+from qtool.builtin.exporters.read_back import telling_rows
+from qtool.builtin.exporters.words import IntegerWords
 from qtool.engine.exporter import Exporter
-from tests.builtin.layouts.conftest import Make
+from qtool.errors import ArtifactError
+from tests.builtin.layouts.conftest import NAME, Make, altered
 from tests.builtin.packed import written
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -242,3 +247,49 @@ def test_what_another_library_packs_is_read_code_for_code(
         assert torch.equal(ours.parameters.scale, found.parameters.scale), linear.name
         zeros = ours.parameters.zero_point
         assert found.parameters.zero_point is None if zeros is None else torch.equal(zeros, found.parameters.zero_point)
+
+
+@pytest.mark.parametrize(
+    ("library", "exporter", "weights", "leaf"),
+    [
+        ("gptqmodel", GPTQ(), "int4-sym-g32-signed_full", "qweight"),
+        ("gptqmodel", GPTQv2(), "int3-asym-g32", "scales"),
+        ("gptqmodel", GPTQv2(), "int8-sym-channel", "qweight"),
+        ("gptqmodel", AWQ(), "int4-asym-g32", "qzeros"),
+        ("gptqmodel", AWQ(), "int4-sym-channel", "qweight"),
+        ("modelopt", ModelOpt(), "nvfp4", "weight"),
+        ("modelopt", ModelOpt(), "nvfp4", "weight_scale"),
+        ("modelopt", ModelOpt(), "fp8-channel", "weight"),
+        ("gptqmodel", GPTQv2(), "int4-sym-g32,*.down_proj=int8-sym-g32", "qweight"),
+        ("modelopt", ModelOpt(), "fp8-tensor", "weight"),
+    ],
+)
+def test_packing_has_it_read_back_and_a_wrong_byte_is_found_by_it(
+    make: Make,
+    peer: Peer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    library: str,
+    exporter: Exporter,
+    weights: str,
+    leaf: str,
+) -> None:
+    subject = make(weights, {"fp8-c": "fp8-token", "fp8-t": "fp8-tensor"}.get(weights[:5], ""))
+    written(exporter, subject, tmp_path / "out")
+    monkeypatch.syspath_prepend(str(peer(library)))
+    monkeypatch.setattr(IntegerWords, "_compare", lambda *_: None)  # not our own reader
+    monkeypatch.setattr(modelopt, "_compare", lambda *_: None)
+    name, _, release = PEERS[library][0].partition("==")
+    assert exporter.verify(subject, tmp_path / "out") == f"{name} {release}"
+    ours = subject.packed(subject.model.graph.linear(NAME))
+    row, rows = telling_rows(ours, 1)[-1].start, len(ours.stream)
+
+    def change(tensor: Tensor) -> Tensor:
+        across = not isinstance(exporter, ModelOpt)
+        along = tensor.T.contiguous() if across else tensor
+        along[row * len(along) // rows].view(torch.uint8)[..., 0] ^= 3
+        return along.T.contiguous() if across else along
+
+    altered(tmp_path / "out", f"{NAME}.{leaf}", change)
+    with pytest.raises(ArtifactError, match=f"`{NAME}` that was written is not"):
+        exporter.verify(subject, tmp_path / "out")

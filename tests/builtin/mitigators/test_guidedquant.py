@@ -14,16 +14,14 @@ from qtool.builtin.formats.fp4 import MXFP4, NVFP4
 from qtool.builtin.formats.fp8 import E4M3
 from qtool.builtin.formats.integer import Int2, Int3, Int4, Int8
 from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
-from qtool.builtin.mitigators.guidedquant import GuidedQuant
+from qtool.builtin.mitigators.guidedquant import GUIDED, GuidedQuant
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions
-from qtool.engine.gather import Gathering
+from qtool.builtin.statistics.guided import GuidedHessians
 from qtool.engine.grid import Grid
-from qtool.engine.guided import GUIDED, GuidedHessians
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import NumericalError, SchemeError, ShapeError, UsageError
 from qtool.model.plan import Segment
 from qtool.numerics.losses import relative_loss
-from qtool.numerics.token_weights import TokenWeight
 from qtool.scheme import Format, TensorScheme, parse_tensor_scheme
 from qtool.testing import check_mitigator
 from qtool.testing.mitigators import correlated_problem
@@ -52,7 +50,7 @@ def saliency(tokens: int, groups: int = 4) -> Tensor:
 
 
 def gathered(x: Tensor, rows: Tensor, *, batch: int = 100) -> Tensor:
-    accumulator = GuidedHessians(rows).start(x.shape[1], Gathering(len(x), TokenWeight()), torch.device("cpu"))
+    accumulator = GuidedHessians().start_guided(x.shape[1], rows)
     for part in torch.split(x, batch):
         accumulator.update(part)
     return accumulator.result()

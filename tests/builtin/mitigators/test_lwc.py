@@ -188,15 +188,26 @@ def test_blocks_of_models(
 
 
 def test_has_to_come_first(tinies: Tinies) -> None:
+    def clipped(of: LayerProblem) -> QuantizedLinear:
+        return RTN().quantize(of, ClipOptions(clip="search"))
+
+    with pytest.raises(
+        UsageError, match=r"`lwc` rounds to nearest in the ranges .* so it has to come first, .*\nhint: --method lwc"
+    ):
+        LWC().refine(HandBlock("int4", clipped).problem(), FEW)
+    with pytest.raises(UsageError, match="so it has to come first"):
+        tinies.solved("gptq+lwc", {"weights": "int4"})
+
+
+def test_behind_plain_rounding_it_does_what_it_does_alone() -> None:
     def rtn(of: LayerProblem) -> QuantizedLinear:
         return RTN().quantize(of, ClipOptions())
 
-    with pytest.raises(
-        UsageError, match=r"`lwc` rounds to nearest in the ranges .* so it has to come first\nhint: --method lwc"
-    ):
-        LWC().refine(HandBlock("int4", rtn).problem(), FEW)
-    with pytest.raises(UsageError, match="so it has to come first"):
-        tinies.solved("gptq+lwc", {"weights": "int4"})
+    behind, alone = (LWC().refine(HandBlock("int3-g16", *before).problem(), FEW) for before in ((rtn,), ()))
+    assert behind.report == alone.report
+    for name, linear in alone.linears.items():
+        assert torch.equal(behind.linears[name].codes, linear.codes)
+        assert torch.equal(behind.linears[name].parameters[0].scale, linear.parameters[0].scale)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,37 @@
+"""Packed checkpoints, qtool's own or another tool's, opened as what is executed or packed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qtool.artifacts.manifest import Input
+from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
+from qtool.consumers.checkpoint import quant_method
+from qtool.engine.exporter import PackedReader
+from qtool.steps.subjects import Opened
+from qtool.steps.workspace import Workspace
+
+
+def packed_reader(source: str, workspace: Workspace) -> tuple[str, PackedReader] | None:
+    """Return the exporter that reads a packed checkpoint, with its name; None for anything else.
+
+    Args:
+        source: What a user named.
+        workspace: Where exporters are found.
+    """
+    method = quant_method(Path(source)) if source else ""
+    offered = method in workspace.plugins.offers["exporters"]
+    found = workspace.plugins.load("exporters", method) if offered else None
+    return (method, found) if isinstance(found, PackedReader) else None
+
+
+def open_checkpoint(source: str, reader: PackedReader, workspace: Workspace) -> Opened:
+    """Open a packed checkpoint; what is known of its making goes with it."""
+    path = Path(source)
+    made = open_artifact(path) if (path / CHECKPOINT_MANIFEST).is_file() else None
+    identity = "" if made is None else made.manifest.subject
+    subject = reader.open(path.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
+    if made is None:
+        here = Input(subject.model.id, str(path.resolve()))
+        return Opened(subject, {"model": here, "checkpoint": here})
+    return Opened(subject, {"model": made.manifest.inputs["model"], "checkpoint": workspace.named(made)}, made)
