@@ -117,9 +117,14 @@ def _alike(
 
 
 def quant_method(folder: Path) -> str:
-    """Return how the config in a folder says that its linears are packed; empty where it does not."""
+    """Return how the config in a folder says that its linears are packed; empty where it does not.
+
+    That of a GGUF file, and of a folder with one and no config, is ``gguf``.
+    """
+    if folder.is_file():
+        return GGUF_FILE if folder.suffix == ".gguf" else ""
     if not (folder / "config.json").is_file():
-        return ""
+        return GGUF_FILE if len([*folder.glob("*.gguf")]) == 1 else ""
     config = _quantization(folder, _json(folder / "config.json"))
     return str(config.get("quant_method", "")) if isinstance(config, Mapping) else ""
 
@@ -249,7 +254,7 @@ def _read_gguf(path: Path) -> tuple[Case, ...]:
     if not kinds:
         raise ArtifactError(f"`{path}` holds no blocks of a model", hint="give a GGUF file of a whole model")
     embedding = matrices.get("token_embd.weight", "")
-    dtype = _FLOATS.get(embedding, embedding)
+    dtype = types_in_words(embedding, matrices.get("output.weight", embedding))
     return tuple(Case(GGUF_FILE, kind, bits=_block_bits(kind), dtype=dtype) for kind in kinds)
 
 
@@ -257,6 +262,11 @@ def _block_bits(kind: str) -> int:
     """Return the bits of a code, which the name of the type says, without scales; 0 where it does not."""
     digits = re.match(r"(?:I?Q|TQ|MXFP|NVFP)(\d)", kind)
     return int(digits[1]) if digits else _WIDE.get(kind, 0)
+
+
+def types_in_words(embedding: str, head: str) -> str:
+    """Return what embedding and head of a GGUF file are stored as, in this order, or what both are."""
+    return " and ".join(dict.fromkeys(_FLOATS.get(kind, kind) for kind in (embedding, head)))
 
 
 def _matrices(path: Path) -> Iterator[Any]:

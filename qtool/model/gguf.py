@@ -71,6 +71,38 @@ def convert_gguf(path: Path, output: Path) -> None:
         write_card(folder, ModelCard(path.stem, _footnote(kinds)))
 
 
+def describe_gguf(path: Path, output: Path) -> None:
+    """Write the config and the tokenizer of a GGUF file as a folder of transformers', without weights.
+
+    Args:
+        path: The GGUF file.
+        output: Folder to make; its parents are made too.
+
+    Raises:
+        UsageError: Something is at ``output`` already.
+        ModelError: As ``convert_gguf`` does, but for the weights, which are not looked at.
+        ResourceError: The disk is full or may not be written.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    keys, _, _ = _read_gguf(path)
+    with staged_folder(output) as folder:
+        with _reading(path), redirect_stderr(io.StringIO()):
+            tokenizer = _tokenizer(path, keys)
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        _check_config(path, keys, config)
+        tokenizer.model_max_length = config.max_position_embeddings
+        length = keys.get(f"{keys['general.architecture']}.attention.key_length")
+        if length is not None and hasattr(config, "head_dim"):  # which transformers leaves at the family's usual
+            config.head_dim = length
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        _name_tokenizer_class(folder)
+        write_card(folder, ModelCard(path.stem, ""))
+
+
 def _footnote(kinds: Iterable[str]) -> str:
     """Return what stands below tables with a model whose weights were of these types; nothing of floats."""
     codes = sorted(set(kinds) - _PLAIN)
@@ -188,7 +220,12 @@ def _model(path: Path, keys: Mapping[str, Any], num_values: int) -> Any:  # noqa
             facts=(("weights in the file", num_values), ("weights placed", placed), ("first odd one", odd[:1])),
             hint="use the folder of the original transformers model",
         )
-    config = model.config
+    _check_config(path, keys, model.config)
+    return model
+
+
+def _check_config(path: Path, keys: Mapping[str, Any], config: Any) -> None:  # noqa: ANN401 - as above
+    """Refuse a config that lacks something of a file's, and shorten its epsilons."""
     scaling = keys.get(f"{keys['general.architecture']}.rope.scaling.type", "none")
     if scaling != "none" and (config.rope_parameters or {}).get("rope_type", "default") == "default":
         raise ModelError(
@@ -199,7 +236,6 @@ def _model(path: Path, keys: Mapping[str, Any], num_values: int) -> Any:  # noqa
     for name, value in config.to_dict().items():
         if isinstance(value, float) and name.endswith(("_eps", "_epsilon")):
             setattr(config, name, float(str(np.float32(value))))  # the shortest decimal that gives the same float32
-    return model
 
 
 @contextmanager

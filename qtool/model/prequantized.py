@@ -31,8 +31,7 @@ _ENDINGS: Mapping[str, str] = {
 _SIZES = (("bits", "{} bits"), ("w_bit", "{} bits"), ("group_size", "groups of {}"), ("format", "{}"))
 _DECODE = "start from the original model in 16 bits, or decode the weights: qtool pack {path} --to hf"
 _HINTS: Mapping[str, str] = {
-    "compressed-tensors": _DECODE,
-    "modelopt": _DECODE,
+    **dict.fromkeys(("compressed-tensors", "modelopt", "gptq", "awq"), _DECODE),
     "mxfp4": "dequantise it once: AutoModelForCausalLM.from_pretrained(MODEL, "
     "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(FOLDER)",
 }

@@ -160,6 +160,8 @@ def _with_rotations(artifact: Artifact, workspace: Workspace) -> Subject | None:
     manifest = artifact.manifest
     if manifest.kind != "checkpoint" or not _loaded(artifact).startswith(UNREADABLE):
         return None
+    if "transformers" not in manifest.details["consumers"]:  # which is not meant to load a GGUF file's folder
+        return None
     method, reader = packed_reader(str(artifact.path), workspace) or ("", None)
     if reader is None or method != manifest.step.method:
         return None

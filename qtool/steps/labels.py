@@ -121,5 +121,6 @@ def _quantized_labels(manifest: Manifest) -> dict[str, str]:
 def _checkpoint_labels(manifest: Manifest) -> dict[str, str]:
     """A checkpoint carries the labels of what it was packed from, and what its loader executes."""
     labels = dict(manifest.details["labels"])
-    labels["executed"] = str(manifest.details["consumers"]["transformers"])
+    consumers = manifest.details["consumers"]
+    labels["executed"] = str(consumers.get("transformers") or next(iter(consumers.values())))
     return labels

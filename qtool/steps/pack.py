@@ -30,7 +30,6 @@ from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, ResourceError, UsageError
-from qtool.model.card import read_card
 from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.labels import labels_of, makers_of
@@ -74,7 +73,7 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     """
     exporter: Exporter = workspace.plugins.load("exporters", request.to)
     reader = _reader(request, workspace)
-    opened = _opened(request, workspace) if reader is None else open_checkpoint(request.source, reader, workspace)
+    opened = _opened(request, workspace) if reader is None else _opened_checkpoint(request, reader, workspace)
     exporter.check(opened.subject)
     inexact = 0 if reader is None else reader.check_scales(opened.subject, request.to)
     if inexact:
@@ -92,14 +91,8 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
 
 
 def _reader(request: PackRequest, workspace: Workspace) -> PackedReader | None:
-    """Return the exporter that reads the source, if that is a packed checkpoint.
-
-    Raises:
-        UsageError: It is the one that was asked to write it.
-    """
-    method, found = packed_reader(request.source, workspace) or ("", None)
-    if found is not None and method == request.to:
-        raise UsageError(f"`{request.source}` is laid out for {method} already", hint="--to another exporter")
+    """Return the exporter that reads the source, if that is a packed checkpoint."""
+    _, found = packed_reader(request.source, workspace) or ("", None)
     return found
 
 
@@ -108,15 +101,25 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
     opened = open_subject(request.source, workspace)
     kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
     if kind != "quantized":
-        again = "the quantized artifact that it was packed from; compressed-tensors and modelopt are read themselves"
-        decoded = request.source.endswith(".gguf") and read_card(opened.model.path).footnote
+        again = "the quantized artifact that it was packed from; packed checkpoints, of codes, are read themselves"
         raise ArtifactError(
             f"`{request.source}` holds nothing to pack",
             facts=(("expected", "quantized"), ("received", kind)),
-            hint=again
-            if decoded or kind == "checkpoint"
-            else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
+            hint=again if kind == "checkpoint" else f"qtool mitigate {request.source} --method rtn --scheme W4A16",
         )
+    return opened
+
+
+def _opened_checkpoint(request: PackRequest, reader: PackedReader, workspace: Workspace) -> Opened:
+    """Open a packed checkpoint of another layout than the one that was asked for.
+
+    Raises:
+        UsageError: It is of that.
+    """
+    opened = open_checkpoint(request.source, reader, workspace)
+    source = opened.subject.quantized
+    if source is not None and source.manifest.step.method == request.to:
+        raise UsageError(f"`{request.source}` is laid out for {request.to} already", hint="--to another exporter")
     return opened
 
 

@@ -63,6 +63,11 @@ def open_subject(reference: str, workspace: Workspace) -> Opened:
     if not is_artifact(reference):
         model = workspace.model(reference)
         require_complete(model)
+        if model.float8 is not None:
+            rows, columns = model.float8
+            workspace.warn(
+                f"float8 weights with a scale for each {rows} by {columns} are decoded: no step keeps their codes"
+            )
         return Opened(Subject(model, workspace.plugins), {"model": Input(model.id, str(model.path))})
     artifact = open_artifact(Path(reference))
     model = workspace.model_of(artifact)

@@ -32,9 +32,11 @@ from qtool.engine.execute import BlockExecutable
 from qtool.engine.subject import Subject
 from qtool.errors import ResourceError
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, parse_tensor_scheme
+from qtool.scheme import parse_tensor_scheme
+from qtool.scheme_parts import Rule
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
+from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from qtool.testing.tiny_models import save_tiny_model
@@ -75,7 +77,7 @@ def workspace(tmp_path: Path, cache: Path) -> Workspace:
 
 
 def quantized(model: Path, weights: str, workspace: Workspace) -> Artifact:
-    scheme = ModelScheme(weights=parse_tensor_scheme(weights, workspace.plugins.format))
+    scheme = read_scheme("", {"weights": weights}, workspace.plugins)
     return mitigate(MitigateRequest(str(model), "rtn", scheme, dtype="float32"), workspace)[0]
 
 
@@ -149,8 +151,37 @@ def assert_blocks(subject: Subject, file: Path, folder: Path, tokens: list[int])
     """Say that llama.cpp is as far away as 8 bits of inputs in groups of 32 are, which it rounds to."""
     eight = parse_tensor_scheme("int8-sym-g32-sfp16-full", subject.plugins.format, vector="token")
     theirs, ours = log_probabilities(executed(folder, file, tokens)["logits"]), measured(subject, tokens)
-    rounded = measured(replace(subject, scheme=replace(subject.scheme, activations=eight)), tokens)
+    rules = (*subject.scheme.rules, Rule("activations", "lm_head", eight))
+    rounded = measured(replace(subject, scheme=replace(subject.scheme, activations=eight, rules=rules)), tokens)
     assert divergence(ours, theirs) < 2 * divergence(ours, rounded)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "changes"),
+    [
+        ("llama", f"{Q4_0},lm_head={HALF}", {}),
+        ("llama", f"{Q4_0},lm_head=mxfp4,embed_tokens={Q4_1}", {"tie_word_embeddings": True}),
+        ("llama", f"none,lm_head={Q4_0},embed_tokens=mxfp4", {}),
+        ("llama", f"{HALF},lm_head={HALF},embed_tokens={HALF}", {"tie_word_embeddings": True}),
+        ("llama 3", f"nvfp4,lm_head=nvfp4,embed_tokens={Q4_0}", {}),
+        ("qwen3", f"{HALF},lm_head=nvfp4,embed_tokens={HALF}", {}),
+        ("qwen2", f"{Q4_0},lm_head={Q4_1},embed_tokens={HALF}", {}),
+        ("gemma", f"{Q4_0},lm_head={HALF},embed_tokens={HALF}", {}),
+        ("gemma3_text", f"{Q4_0},lm_head=mxfp4", {"tie_word_embeddings": False}),
+    ],
+)
+def test_heads_and_embeddings_in_blocks_are_computed_as_qtool_does(
+    node_llama_cpp: Path, workspace: Workspace, tmp_path: Path, name: str, weights: str, changes: dict[str, Any]
+) -> None:
+    save_model(tmp_path / "model", name, **changes)
+    tokens = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(3)).tolist()
+    subject, file = packed(tmp_path / "model", weights, "gguf", workspace)
+    assert_blocks(subject, file, node_llama_cpp, tokens)
+    _, half = packed(tmp_path / "model", weights, "gguf-f16", workspace)
+    limits = {half: 1e-5} if "nvfp4" in weights else {half: 1e-5, file: 1e-5 if name.startswith("gemma") else 1e-11}
+    for each, limit in limits.items():
+        theirs = log_probabilities(executed(node_llama_cpp, in_float32(each), tokens, exact=True)["logits"])
+        assert divergence(measured(subject, tokens), theirs) < limit
 
 
 @pytest.mark.parametrize("name", ["llama with biases", "gemma"])

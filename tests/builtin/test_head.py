@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConf
 
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.compressed_tensors import CompressedTensors
-from qtool.builtin.exporters.gguf import GGUF, GGUFHalf
 from qtool.builtin.exporters.gptq import GPTQ
 from qtool.builtin.exporters.hf import HuggingFace
 from qtool.builtin.exporters.modelopt import ModelOpt
@@ -218,9 +217,7 @@ def test_an_embedding_of_codes_that_a_head_would_share_is_refused(make: Make, tm
         open_packed(tmp_path / "out", subject.plugins, cache=cache)
 
 
-@pytest.mark.parametrize(
-    "exporter", [GPTQ(), AWQ(), ModelOpt(), GGUF(), GGUFHalf()], ids=lambda one: type(one).__name__
-)
+@pytest.mark.parametrize("exporter", [GPTQ(), AWQ(), ModelOpt()], ids=lambda one: type(one).__name__)
 def test_layouts_without_a_place_for_it_refuse_a_quantized_head(make: Make, exporter: Exporter) -> None:
     subject = make("int4-sym-g32,lm_head=int8-sym-channel,embed_tokens=int8-sym-channel", "", "gptq")
     with pytest.raises(SchemeError, match="head and embedding in 16 bits") as caught:

@@ -136,7 +136,20 @@ def cases() -> tuple[Case, ...]:
     made += [replace(case, inputs=how) for case in plain if case.layout == "FP8" for how in ("dynamic", "static")]
     made += [
         Case("gguf", kind, bits=4)
-        for kind in ("F16", "Q4_0", "Q4_1", "Q8_0", "MXFP4", "NVFP4", "Q4_K", "IQ4_NL", "IQ3_S", "TQ1_0", "Q8_K")
+        for kind in (
+            "F16",
+            "BF16",
+            "Q4_0",
+            "Q4_1",
+            "Q8_0",
+            "MXFP4",
+            "NVFP4",
+            "Q4_K",
+            "IQ4_NL",
+            "IQ3_S",
+            "TQ1_0",
+            "Q8_K",
+        )
     ]
     return tuple(dict.fromkeys(made))
 

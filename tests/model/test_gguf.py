@@ -170,23 +170,31 @@ def test_quantized_weights_are_dequantized_once(write: Callable[..., Path]) -> N
     assert read_card(path.parent / "model") == ModelCard("tiny", said)
 
 
-def test_a_file_of_codes_is_told_once_and_never_packed_by_rounding_again(
+def test_a_file_of_codes_is_told_once_and_packed_without_rounding_again(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     told: list[str] = []
     workspace = Workspace(Plugins.discover(), tmp_path / "home", tmp_path / "cache", warn=told.append)
     for kind, codes in ((gguf.GGMLQuantizationType.Q4_0, True), (gguf.GGMLQuantizationType.F16, False)):
         path = write(random_weights(torch.float16), kind)
-        with pytest.raises(ArtifactError, match="holds nothing to pack") as refused:
-            pack(PackRequest(str(path), "hf"), workspace)
-        assert refused.value.hint.startswith("the quantized artifact" if codes else "qtool mitigate")
+        if codes:
+            packed = pack(PackRequest(str(path), "hf", tmp_path / "hf"), workspace)[0].path
+            assert told == []
+        else:
+            with pytest.raises(ArtifactError, match="holds nothing to pack") as refused:
+                pack(PackRequest(str(path), "hf"), workspace)
+            assert refused.value.hint.startswith("qtool mitigate")
         folder = open_subject(str(path), workspace).model.path
         assert all("dequantized from Q4_0" in one for one in told)
-        assert len(told) == (2 if codes else 0)
+        assert len(told) == codes
         open_subject(str(folder), workspace)
-        assert len(told) == (2 if codes else 0)
+        assert len(told) == codes
         assert read_card(folder).name == "tiny"
         told.clear()
+        if codes:
+            decoded, stored = load_file(folder / "model.safetensors"), load_file(packed / "model.safetensors")
+            assert stored.keys() >= decoded.keys()
+            assert all(torch.equal(stored[name], tensor.to(stored[name].dtype)) for name, tensor in decoded.items())
 
 
 def test_config_and_tied_head(write: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -233,3 +234,20 @@ def test_a_model_without_its_weights(desk: Desk, tmp_path: Path, library: Worksp
     (model / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="holds no safetensors weights"):
         desk.calibrate(source=str(model))
+
+
+def test_decoded_float8_is_told_once(desk: Desk, tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            rows, columns = tensors[name].shape
+            codes, scale = tensors[name].to(torch.float8_e4m3fn), torch.ones(-(-rows // 8), -(-columns // 8))
+            tensors |= {name: codes, f"{name}_scale_inv": scale}
+
+    folder = desk.copied(tmp_path / "float8", edit)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (folder / "config.json").write_text(json.dumps(config))
+    statistics = desk.calibrate(source=str(folder))
+    assert desk.told == ["float8 weights with a scale for each 8 by 8 are decoded: no step keeps their codes"]
+    desk.calibrate(source=str(statistics.path), seed=1)
+    assert len(desk.told) == 1

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qtool.builtin.exporters.compressed_tensors import not_quantized
+from qtool.builtin.exporters.packed_schemes import unread
 from qtool.builtin.exporters.words import IntegerWords, group_size
 from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
@@ -55,6 +56,21 @@ class AWQ(IntegerWords):
         """Return zero points and the group of each input."""
         n_in, size = len(tensors["qweight"]), config["group_size"]
         return _outputs(tensors["qzeros"].T), torch.arange(n_in) // (n_in if size == -1 else size)
+
+    def read_config(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a ``quantization_config`` says, under either of the names that it has for sizes.
+
+        Raises:
+            SchemeError: Codes are laid out for another kernel, or have no zero points, of which readers differ.
+        """
+        names = {"bits": ("bits", "w_bit"), "group_size": ("group_size", "q_group_size")}
+        config = {name: next((said[one] for one in either if one in said), None) for name, either in names.items()}
+        config |= {"version": str(said.get("version", "gemm")).lower(), "zero_point": said.get("zero_point", True)}
+        if config["version"] != "gemm" or not config["zero_point"]:
+            raise unread("a layout of AWQ that is not read", dict(said))
+        if config["bits"] not in self.bits or not config["group_size"]:
+            raise unread(f"codes of {config['bits']} bits in groups of {config['group_size']}", dict(said))
+        return config
 
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""

@@ -1,7 +1,8 @@
 """GGUF files for llama.cpp: codes and scales transcoded as they are, or everything dequantized to float16.
 
-Norms and biases are float32, as llama.cpp wants them; embedding and head are bfloat16 for a model in bfloat16 and
-float16 for any other. Beside an NVFP4 weight lie its tensor's scale and, of calibrated inputs, theirs.
+Norms and biases are float32, as llama.cpp wants them; embedding and head are in blocks where they are quantized, else
+bfloat16 for a model in bfloat16 and float16 for any other. Beside an NVFP4 weight lie its tensor's scale and, of
+calibrated inputs, theirs.
 """
 
 from __future__ import annotations
@@ -28,28 +29,30 @@ from qtool.builtin.exporters.gguf_architecture import (
     tensor_names,
 )
 from qtool.builtin.exporters.gguf_blocks import bytes_by_part, same_blocks, stored_blocks
+from qtool.builtin.exporters.gguf_ends import check_embedding, stored_codes, types_of_ends
 from qtool.builtin.exporters.gguf_file import FLOATS, Stored, TensorFile, read_tensors
+from qtool.builtin.exporters.gguf_refusals import refuse_beside_codes, refuse_cache, refuse_online, refuse_segments
 from qtool.builtin.exporters.gguf_types import Kind, check_values, choose_type
 from qtool.builtin.exporters.gguf_vocabulary import add_vocabulary
 from qtool.builtin.exporters.hf import code_bits, dense, offline
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.builtin.exporters.nearest import Check, check_schemes
+from qtool.builtin.exporters.packed_gguf import check_multipliers, open_gguf
 from qtool.builtin.exporters.read_back import versions
-from qtool.builtin.exporters.refusals import refuse_ends
 from qtool.consumers.case import GGUF_FILE, Case
 from qtool.consumers.checkpoint import artifact_facts
 from qtool.engine.exporter import Exported
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear, one_thread
-from qtool.engine.stored import INPUT_GLOBAL_SCALE, OUTLIERS
+from qtool.engine.stored import INPUT_GLOBAL_SCALE
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, SchemeError, UsageError
-from qtool.model.graph import OUTPUT, LinearSite
+from qtool.model.graph import LinearSite
 from qtool.numerics.groups import each_parameter
+from qtool.plugins import Plugins
 from qtool.scheme import GroupParameters, ModelScheme
 
 FILE = "model.gguf"
-_FOLDED = "qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or qtool pack SOURCE --to gguf-f16"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class GGUF:
 
     version = 1
 
+    def open(self, directory: Path, plugins: Plugins, *, cache: Path, identity: str = "") -> Subject:
+        """Open a GGUF file, or the folder of one, as what is to be packed."""
+        return open_gguf(directory, plugins, cache=cache, identity=identity)
+
+    def check_scales(self, subject: Subject, to: str) -> int:
+        """Refuse multipliers of NVFP4 weights that another exporter would turn into other weights."""
+        return check_multipliers(subject, to)
+
     @one_thread()
     def check(self, subject: Subject) -> None:
         """Refuse schemes that no type holds, values that it would round, and whatever llama.cpp does not run.
@@ -79,18 +90,18 @@ class GGUF:
             UsageError: Names what does not fit and the nearest that does.
             ModelError: llama.cpp cannot read text as the model does.
         """
-        _refuse_cache(subject)
-        refuse_ends(subject, "a GGUF file")
+        refuse_cache(subject)
         check_schemes(subject, _check_scheme(subject), decoded="gguf-f16")
         kinds = {scheme.weights: _kind(scheme) for scheme, _ in groups_of(subject)}
-        _refuse_online(subject)
-        _refuse_segments(subject)
+        refuse_online(subject)
+        refuse_segments(subject)
         refuse_compensation(subject)
-        _refuse_beside_codes(subject)
+        refuse_beside_codes(subject)
         _check_model(subject)
         if "NVFP4" in kinds.values():
             check_tensor_scales(subject)
-        for linear in subject.linears:
+            check_embedding(subject)
+        for linear in subject.coded:
             weights = subject.scheme.of(linear.name).weights
             if weights is not None:
                 check_values(linear.name, subject.packed(linear), weights, kinds[weights])
@@ -99,7 +110,7 @@ class GGUF:
         """Write the file into an empty folder."""
         kinds = [_kind(scheme) for scheme, _ in groups_of(subject)]
         dtype = _dtype(subject)
-        sizes = _write(subject, directory, _codes(subject), dtype=dtype, file_type=_FILE_TYPES[kinds[0]])
+        sizes = _write(subject, directory, _codes(subject), dtype=dtype, file_type=_file_type(subject, dtype))
         return _exported(subject, kinds, dtype, sizes)
 
     def verify(self, subject: Subject, directory: Path) -> str:
@@ -127,8 +138,7 @@ class GGUFHalf:
             ModelError: llama.cpp cannot read text as the model does.
         """
         groups_of(subject)
-        _refuse_cache(subject)
-        refuse_ends(subject, "a GGUF file")
+        refuse_cache(subject)
         refuse_compensation(subject)
         _check_model(subject)
 
@@ -156,6 +166,14 @@ _FILE_TYPES = {
 }
 
 
+def _file_type(subject: Subject, dtype: torch.dtype) -> int:
+    """Return what llama.cpp calls a file by the type of most linears of its blocks."""
+    of_blocks = (scheme for scheme, linears in groups_of(subject) if linears[0] in subject.linears)
+    most = next(of_blocks, None)
+    floats = gguf.LlamaFileType.MOSTLY_BF16 if dtype == torch.bfloat16 else gguf.LlamaFileType.MOSTLY_F16
+    return int(floats if most is None else _FILE_TYPES[_kind(most)])
+
+
 def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple[str, Item, LinearSite | None]]:
     """Yield every tensor as the file has it: its name there, what it holds, and the linear whose weight it is."""
     model, graph = subject.model, subject.model.graph
@@ -163,6 +181,10 @@ def _tensors(subject: Subject, made: Made, dtype: torch.dtype) -> Iterator[tuple
     for name, tensor in (stored_ends(subject, torch.float32) | rope_factors(model)).items():
         module, _, leaf = name.rpartition(".")
         yield f"{names.get(module, module)}.{leaf}", _float(subject, name, tensor, dtype), None
+    for end in stored_codes(subject):
+        for leaf, item in made(end, {}).items():
+            full = item if isinstance(item, Codes) else _float(subject, f"{end.name}.{leaf}", item, dtype)
+            yield f"{names[end.name]}.{leaf}", full, end
     for layer in range(graph.dims.num_layers):
         state = subject.beside(layer, torch.float32)
         check_biases(found, list(state))
@@ -210,22 +232,23 @@ def _reordered(item: Item, order: Tensor | None) -> Item:
 
 
 def _write(subject: Subject, directory: Path, made: Made, *, dtype: torch.dtype, file_type: int) -> Sizes:
-    model, parts = subject.model, Counter[str]()
+    model, parts, of_ends = subject.model, Counter[str](), Counter[str]()
     with TensorFile(directory / FILE, architecture_of(model).name) as file:
         add_keys(file.keys, model)
         file.keys.add_file_type(file_type)
         file.keys.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_vocabulary(file.keys, model)
         for name, item, of_linear in _tensors(subject, made, dtype):
+            counted = of_ends if of_linear in subject.coded_ends else parts
             if isinstance(item, Codes):
                 blocks = (stored_blocks(item.packed.take(rows), item.kind) for rows in item.packed.pieces())
-                parts.update(bytes_by_part(item.kind, file.add(name, blocks, item.kind)))
+                counted.update(bytes_by_part(item.kind, file.add(name, blocks, item.kind)))
                 continue
             size = file.add(name, [item])
             if of_linear is not None:
-                parts[_part_of(name)] += size
+                counted[_part_of(name)] += size
         file.finish()
-    return Sizes.of(parts, file.total)
+    return Sizes.of(parts, file.total, of_ends)
 
 
 def _part_of(name: str) -> str:
@@ -315,9 +338,12 @@ def _scales(subject: Subject, linear: LinearSite, parameters: GroupParameters) -
 
 
 def _exported(subject: Subject, kinds: Sequence[str], dtype: torch.dtype, sizes: Sizes) -> Exported:
+    groups = groups_of(subject)
+    types = {one.name: kind for kind, (_, linears) in zip(kinds, groups, strict=True) for one in linears}
+    ends = types_of_ends(subject, {} if "F16" in kinds else types, dtype)
     each = [
-        (linears, Case(GGUF_FILE, kind, bits=code_bits(subject, scheme), **artifact_facts(scheme, dtype=dtype)))
-        for kind, (scheme, linears) in zip(kinds, groups_of(subject), strict=True)
+        (linears, Case(GGUF_FILE, kind, bits=code_bits(subject, scheme), dtype=ends, **artifact_facts(scheme)))
+        for kind, (scheme, linears) in zip(kinds, groups, strict=True)
     ]
     details: dict[str, object] = {"layout": ", ".join(dict.fromkeys(kinds)), "dtype": str(dtype).removeprefix("torch.")}
     details |= {"bytes": vars(sizes), "left_out": left_alone_counts(subject.model)}
@@ -350,47 +376,3 @@ def _kind(scheme: ModelScheme) -> Kind:
 def _check_model(subject: Subject) -> None:
     check_architecture(subject)
     add_vocabulary(gguf.GGUFWriter(None, architecture_of(subject.model).name), subject.model)
-
-
-def _refuse_cache(subject: Subject) -> None:
-    kv = subject.scheme.kv
-    if kv is not None:
-        raise SchemeError(
-            "a GGUF file does not say how its KV cache is quantized: that is an option of llama.cpp",
-            facts=(("kv", kv),),
-            hint="qtool mitigate without --kv, and llama.cpp with --cache-type-k and --cache-type-v",
-        )
-
-
-def _refuse_online(subject: Subject) -> None:
-    sites = ((subject.model.graph.site(site_id), plan) for site_id, plan in subject.plan.sites.items())
-    online = sorted({site.kind for site, plan in sites if plan.online or (site.kind == OUTPUT and plan.operators)})
-    if online:
-        raise UsageError(
-            "the plan runs operators in the forward pass, which llama.cpp does not",
-            facts=(("sites", ", ".join(online)),),
-            hint=_FOLDED,
-        )
-
-
-def _refuse_segments(subject: Subject) -> None:
-    apart = next((site for site, plan in subject.plan.sites.items() if plan.segments), None)
-    if apart is not None:
-        raise UsageError(
-            "the plan sets channels apart, and a tensor of GGUF has one type",
-            facts=(("first", apart),),
-            hint="qtool pack SOURCE --to gguf-f16",
-        )
-
-
-def _refuse_beside_codes(subject: Subject) -> None:
-    """Refuse adapters and outliers, which lie beside the codes of a linear."""
-    slots = subject.quantized.header.slots if subject.quantized is not None else ()
-    for mark, what in ((".adapter.", "low-rank corrections"), (f"{OUTLIERS}.", "outliers in front of codes")):
-        found = next((name for name in slots if mark in name), None)
-        if found is not None:
-            raise UsageError(
-                f"a GGUF model has no {what}",
-                facts=(("first", found.partition(mark)[0]),),
-                hint="qtool mitigate with another method, or qtool pack SOURCE --to gguf-f16, which merges them",
-            )

@@ -6,7 +6,7 @@ whatever a config may change and a file cannot say is refused here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qtool.builtin.exporters.gguf_ends import shares_codes
 from qtool.engine.subject import Subject
 from qtool.errors import UsageError
 from qtool.model.naming import split_block
@@ -112,7 +113,9 @@ def check_architecture(subject: Subject) -> None:
         f"queries scaled by {scalar} ** -0.5 instead of {heads} ** -0.5": scalar != heads,
         "scores and logits without a cap": found.capped
         and not (config.attn_logit_softcapping and config.final_logit_softcapping),
-        "a head beside the embedding": not found.own_head and (not dims.tied or subject.unties_head),
+        "a head beside the embedding": not found.own_head
+        and (not dims.tied or subject.unties_head)
+        and not shares_codes(subject),
     }
     reason = next((words for words, holds in wrong.items() if holds), None)
     if reason is not None:
@@ -154,10 +157,14 @@ def check_biases(found: Architecture, names: list[str]) -> None:
 
 def tensor_names(model: Model) -> Mapping[str, str]:
     """Return what llama.cpp calls modules, by the names that the graph knows."""
+    return names_of(model, {name.rpartition(".")[0] for name in model.places} | {model.family.head})
+
+
+def names_of(model: Model, modules: Collection[str]) -> Mapping[str, str]:
+    """Return what llama.cpp calls some modules, without those that it does not know."""
     wanted = architecture_of(model).name
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
     table = gguf.get_tensor_name_map(kind, model.graph.dims.num_layers)
-    modules = {name.rpartition(".")[0] for name in model.places} | {model.family.head}
     named = {module: table.get_name(module) for module in modules}
     return {module: str(name) for module, name in named.items() if name is not None}
 

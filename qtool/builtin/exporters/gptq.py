@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qtool.builtin.exporters.ct_tensors import as_words, pack_words
 from qtool.builtin.exporters.mixed import groups_of
+from qtool.builtin.exporters.packed_schemes import unread
 from qtool.builtin.exporters.stored_names import stored_tensor_name
 from qtool.builtin.exporters.words import IntegerWords, group_size
 from qtool.engine.packed import PackedLinear
@@ -99,10 +100,26 @@ class GPTQv2(IntegerWords):
             "pack_dtype": "int32",
         }
 
+    def read_config(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a ``quantization_config`` says, with what it leaves unsaid.
+
+        Raises:
+            SchemeError: Codes are in words of another size, or laid out for one kernel.
+        """
+        config = {"sym": True, "group_size": 128, **said}
+        config["checkpoint_format"] = said.get("checkpoint_format") or GPTQ.layout
+        words = str(said.get("pack_dtype") or "int32").removeprefix("torch.")
+        if config["checkpoint_format"] not in (GPTQ.layout, _V2) or said.get("is_marlin_format") or words != "int32":
+            raise unread("a layout of GPTQ that is not read", dict(said))
+        if config["bits"] not in self.bits:
+            raise unread(f"codes of {config['bits']} bits", dict(said))
+        return config
+
     def config_of(self, linear: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the config with what the first rule that matches a linear says, as GPTQModel and vLLM read it."""
-        rules = {pattern[2:]: choices for pattern, choices in config.get("dynamic", {}).items() if pattern[0] == "+"}
-        return {**config, **next((own for pattern, own in rules.items() if re.match(pattern, linear)), {})}
+        rules = (config.get("dynamic") or {}).items()
+        found = (own for pattern, own in rules if re.match(pattern.removeprefix("+:").removeprefix("-:"), linear))
+        return {**config, **next(found, {})}
 
     def check_linear(self, linear: LinearSite, zeros: UInt8[Tensor, "out groups"], n_in: int, bits: int) -> None:
         """Refuse a linear whose inputs or outputs do not fill whole words."""

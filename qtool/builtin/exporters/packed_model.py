@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,9 +27,8 @@ from qtool.model.reading import read_place
 from qtool.model.source import Model
 from qtool.scheme import ModelScheme
 
-SCALE = ".weight_scale"
 _CODES = ("F8_E4M3", "U8", "I8", "I32")
-_OWN = frozenset({*LEAVES, *INPUT_LEAVES, *IN_ATTENTION.values(), "weight", "bias"})
+_OWN = frozenset({*IN_ATTENTION.values(), "weight", "bias"})
 _ZEROS = ("input_zero_point", "output_zero_point")
 
 
@@ -36,9 +36,16 @@ _ZEROS = ("input_zero_point", "output_zero_point")
 class PackedModel(Model):
     """What a packed checkpoint holds besides the weights of its quantized linears.
 
+    Class attributes: ``leaves`` (what a layout calls the tensors of a quantized linear), and of them ``scale`` and
+    ``codes``.
+
     Attributes:
         apart: What modules are called that hold matrices of rotations, which are no weights of the model.
     """
+
+    leaves: ClassVar[tuple[str, ...]] = (*LEAVES, *INPUT_LEAVES, *OUTPUT_LEAVES)
+    scale: ClassVar[str] = "weight_scale"
+    codes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight")
 
     apart: frozenset[str] = frozenset()
 
@@ -50,8 +57,7 @@ class PackedModel(Model):
     @cached_property
     def places(self) -> Mapping[str, Place]:
         """Where every tensor lies that is not a linear's codes or scales, and a place for each linear's weight."""
-        leaves = (*LEAVES, *INPUT_LEAVES, *OUTPUT_LEAVES, "weight")
-        own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in leaves}
+        own = {f"{linear.name}.{leaf}" for linear in self.coded for leaf in (*self.leaves, "weight")}
         own |= {name for name, _ in self.cached.values()} | {name for name in self.packed if _leaf(name) in CACHE_ZEROS}
         own |= self.matrices.keys()
         places = {name: place for name, place in self.found_places().items() if name not in own}
@@ -66,7 +72,7 @@ class PackedModel(Model):
     def coded(self) -> tuple[LinearSite, ...]:
         """The linears that have scales; a head and an embedding that have some come last."""
         linears = (*self.graph.linears, *self.graph.ends)
-        return tuple(linear for linear in linears if f"{linear.name}{SCALE}" in self.packed)
+        return tuple(linear for linear in linears if f"{linear.name}.{self.scale}" in self.packed)
 
     @cached_property
     def cached(self) -> Mapping[str, tuple[str, Place]]:
@@ -86,16 +92,23 @@ class PackedModel(Model):
     def _weights(self) -> frozenset[str]:
         return frozenset(f"{linear.name}.weight" for linear in self.coded)
 
+    def rows(self, linear: LinearSite) -> int:
+        """Return the outputs of a linear that has codes."""
+        return next(self.packed[name].shape[0] for name in self._codes_of(linear) if name in self.packed)
+
+    def _codes_of(self, linear: LinearSite) -> tuple[str, ...]:
+        return tuple(f"{linear.name}.{leaf}" for leaf in self.codes)
+
     def _placeholder(self, linear: LinearSite) -> Place:
         """Return the place of a weight of as many rows as its codes have; there are no bytes in it."""
-        codes = self.packed.get(f"{linear.name}.weight_packed") or self.packed.get(f"{linear.name}.weight")
+        codes = next((self.packed[name] for name in self._codes_of(linear) if name in self.packed), None)
         if codes is None or codes.expert is not None or codes.stored.slot.dtype not in _CODES:
             raise ArtifactError(
                 f"`{linear.name}` of `{self.path}` has scales and no codes, or all experts are one tensor",
                 facts=(("weight", codes.stored.slot.dtype if codes else "none"), ("expected", ", ".join(_CODES))),
                 hint="save it compressed, with the tool that made it",
             )
-        rows, columns = codes.shape[0], self.graph.width(linear.spec.reads)
+        rows, columns = self.rows(linear), self.graph.width(linear.spec.reads)
         said = getattr(self.config.get_text_config(), "dtype", None)
         dtype = {torch.float16: "F16", torch.float32: "F32"}.get(said or torch.bfloat16, "BF16")
         slot = TensorSlot(dtype, (rows, columns), 0, 0)
@@ -124,8 +137,7 @@ def refuse_tensors(model: PackedModel, scheme: ModelScheme) -> None:
 
 def _refuse_other_codes(model: PackedModel) -> None:
     """Refuse a checkpoint with codes outside of the linears that are transcoded, such as a vision tower."""
-    coded = {linear.name for linear in model.coded}
-    leaves = {*LEAVES, *INPUT_LEAVES, *OUTPUT_LEAVES}
+    coded, leaves = {linear.name for linear in model.coded}, {*model.leaves}
     named = (name.rpartition(".") for name in model.packed)
     odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf in leaves and owner not in coded), None)
     if odd is not None:
@@ -179,7 +191,8 @@ def _refuse_other_tensors(model: PackedModel, scheme: ModelScheme) -> None:
 
     Scales of outputs are such, too, where the config does not say that they are quantized: nothing reads them then.
     """
-    known = {one.name: {*_OWN, *(OUTPUT_LEAVES if scheme.of(one.name).outputs else ())} for one in model.coded}
+    own = {*_OWN, *model.leaves} - {*OUTPUT_LEAVES}
+    known = {one.name: own | {*(OUTPUT_LEAVES if scheme.of(one.name).outputs else ())} for one in model.coded}
     named = (name.rpartition(".") for name in model.packed)
     odd = next((f"{owner}.{leaf}" for owner, _, leaf in named if leaf not in known.get(owner, (leaf,))), None)
     if odd is not None:

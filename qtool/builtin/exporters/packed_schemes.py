@@ -48,7 +48,7 @@ class Seen(NamedTuple):
     looked_up: bool = False
 
 
-_FLOATS: Mapping[torch.dtype, ScaleFormat] = {
+FLOATS: Mapping[torch.dtype, ScaleFormat] = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -99,6 +99,22 @@ def read_scheme(
     config = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config") or {}
     read = _modelopt_schemes if packed_method(directory) == "modelopt" else _compressed_schemes
     found, cache, rounds_queries = read(directory, config, seen, lookup)
+    main = scheme_of(found, plain)
+    one = _cache_scheme(cache, lookup)
+    lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
+    if one is not None and (one.static or one.scale == "e4m3") and lacking:
+        raise unread("a quantized KV cache without a stored scale for keys and one for values", cache)
+    kv = KeysAndValues(one, one, one) if rounds_queries else one
+    return replace(main, kv=kv)
+
+
+def scheme_of(found: Mapping[str, ModelScheme], plain: Collection[str]) -> ModelScheme:
+    """Return the scheme of most linears, with exceptions by name for the others, and for those in 16 bits.
+
+    Args:
+        found: The scheme of each linear that has one.
+        plain: The linears that have none.
+    """
     in_blocks = [own for name, own in found.items() if in_block(name)] or list(found.values())
     ((main, _), *_) = Counter(in_blocks).most_common(1)
     of_rest = ModelScheme()  # what linears outside of the blocks have without rules
@@ -111,12 +127,7 @@ def read_scheme(
         if own.activations != of.activations
     ]
     rules += [Rule("outputs", name, own.outputs) for name, (own, of) in others.items() if own.outputs != of.outputs]
-    one = _cache_scheme(cache, lookup)
-    lacking = {KEYS, VALUES, *((QUERIES,) if rounds_queries else ())} - set(cached)
-    if one is not None and (one.static or one.scale == "e4m3") and lacking:
-        raise unread("a quantized KV cache without a stored scale for keys and one for values", cache)
-    kv = KeysAndValues(one, one, one) if rounds_queries else one
-    return replace(main, kv=kv, rules=tuple(rules))
+    return replace(main, rules=tuple(rules))
 
 
 def _cache_scheme(said: Mapping[str, Any] | None, lookup: Lookup) -> TensorScheme | None:
@@ -217,9 +228,9 @@ def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
     """Return the scheme of linears of one algorithm."""
     if algorithm not in _MODELOPT:
         raise unread(f"the algorithm `{algorithm}`", ", ".join(_MODELOPT), "read")
-    weights, activations = (None if text is None else _plain(text, lookup) for text in _MODELOPT[algorithm])
+    weights, activations = (None if text is None else plain_scheme(text, lookup) for text in _MODELOPT[algorithm])
     if weights is not None and weights.format == "fp8":
-        weights = replace(weights, scale=_FLOATS[seen.scale])
+        weights = replace(weights, scale=FLOATS[seen.scale])
     if activations is not None and activations.strategy == "tensor":
         activations = replace(activations, static=seen.calibrated)
     elif seen.calibrated and (activations is None or activations.format == "fp8"):
@@ -227,7 +238,7 @@ def _modelopt_linear(algorithm: str, seen: Seen, lookup: Lookup) -> ModelScheme:
     return ModelScheme(weights, activations)
 
 
-def _plain(text: str, lookup: Lookup) -> TensorScheme:
+def plain_scheme(text: str, lookup: Lookup) -> TensorScheme:
     """Return the defaults of a format, with a strategy behind a dash."""
     name, _, strategy = text.partition("-")
     scheme = replace(lookup(name).defaults, format=name)
@@ -249,10 +260,10 @@ def _tensor_scheme(said: Mapping[str, Any], lookup: Lookup, scale: torch.dtype |
         )
         block = BLOCKS.get((bits or 0, size, fitted if scale is None else _BLOCK_SCALES.get(scale, "fp32")))
         if block is not None:
-            return _plain(block[0], lookup)
+            return plain_scheme(block[0], lookup)
     strategy = said.get("strategy") or ("group" if size > 0 else "channel" if said.get("group_size") else "tensor")
     name = f"int{bits}" if element == "int" else "fp8" if (element, bits) == ("float", 8) else ""
-    stored, rows = "fp32" if scale is None else _FLOATS.get(scale), 0
+    stored, rows = "fp32" if scale is None else FLOATS.get(scale), 0
     if strategy == "block":
         rows, size = said.get("block_structure") or (0, 0)
         strategy = "block" if rows and size else ""

@@ -30,6 +30,7 @@ from qtool.builtin.exporters.cache_scales import (
     unsigned_zero_point,
 )
 from qtool.builtin.exporters.ct_rotations import matrix_modules, read_rotations
+from qtool.builtin.exporters.packed_codes import unreadable, weights_of
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -40,7 +41,7 @@ from qtool.builtin.exporters.packed_layouts import (
     read_packed,
     read_zero_point,
 )
-from qtool.builtin.exporters.packed_model import SCALE, PackedModel, refuse_codes, refuse_tensors
+from qtool.builtin.exporters.packed_model import PackedModel, refuse_codes, refuse_tensors
 from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
@@ -53,7 +54,7 @@ from qtool.model.naming import Place, stored_name
 from qtool.model.reading import read_place
 from qtool.model.source import family_of
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, TensorScheme
+from qtool.scheme import ModelScheme
 
 _DTYPES = {
     "F32": torch.float32,
@@ -79,7 +80,7 @@ class PackedArtifact(Artifact):
         """The names of all tensors; shapes and places are those of the checkpoint's own."""
         slots: dict[str, TensorSlot] = {}
         for linear in self.model.coded:
-            symmetric = _weights_of(self.scheme, linear.name).symmetric
+            symmetric = weights_of(self.scheme, linear.name).symmetric
             leaves = ["codes", "scale", *([] if symmetric else ["zero_point"])]
             leaves += ["global_scale"] if self._global_leaf(linear.name) else []
             slots |= dict.fromkeys((f"{linear.name}.{leaf}" for leaf in leaves), TensorSlot("U8", (), 0, 0))
@@ -134,16 +135,13 @@ class PackedArtifact(Artifact):
         Raises:
             ArtifactError: They do not fit the config.
         """
-        linear, weights = self.model.graph.linear(name), _weights_of(self.scheme, name)
+        linear, weights = self.model.graph.linear(name), weights_of(self.scheme, name)
         try:
             return read_packed(
                 self.method, self.stored_of(name), self.model.graph.width(linear.spec.reads), weights, self._grid(name)
             )
         except (*_UNREADABLE, ArtifactError) as error:
-            reason = str(error).split("\n")[0]
-            raise ArtifactError(
-                f"cannot read the codes of `{name}`", facts=(("checkpoint", self.path), ("reason", reason))
-            ) from error
+            raise unreadable(self, name, error) from error
 
     def stored_of(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a linear as the checkpoint has them, keyed by the last parts of their names."""
@@ -161,7 +159,7 @@ class PackedArtifact(Artifact):
         return any(f"{name}.{leaf}" in self.model.packed for leaf in ("weight_scale_2", "weight_global_scale"))
 
     def _grid(self, name: str) -> Grid:
-        weights = _weights_of(self.scheme, name)
+        weights = weights_of(self.scheme, name)
         return Grid.of(weights, self.plugins.format(weights.format))
 
     def _calibrated(self, site: str, *, zero_point: bool) -> Tensor:
@@ -276,7 +274,7 @@ def _seen(model: PackedModel, name: str) -> Seen:
     Raises:
         ArtifactError: They are of a type that no layout has.
     """
-    place = model.packed[f"{name}{SCALE}"]
+    place = model.packed[f"{name}.{model.scale}"]
     dtype = _DTYPES.get(place.stored.slot.dtype)
     if dtype is None:
         raise ArtifactError(
@@ -284,12 +282,6 @@ def _seen(model: PackedModel, name: str) -> Seen:
             facts=(("expected", ", ".join(_DTYPES)), ("received", place.stored.slot.dtype)),
             hint="quantize the original model: qtool mitigate MODEL",
         )
-    names = (place.name.removesuffix(SCALE), stored_name(f"{name}.weight", model.family).removesuffix(".weight"))
+    own = place.name.removesuffix(f".{model.scale}")
+    names = (own, stored_name(f"{name}.weight", model.family).removesuffix(".weight"))
     return Seen(names, dtype, f"{name}.input_scale" in model.packed, name == model.family.embedding)
-
-
-def _weights_of(scheme: ModelScheme, name: str) -> TensorScheme:
-    weights = scheme.of(name).weights
-    if weights is None:
-        raise LookupError(name)
-    return weights

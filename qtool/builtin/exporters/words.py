@@ -30,6 +30,7 @@ from qtool.builtin.exporters.mixed import (
     refuse_several,
 )
 from qtool.builtin.exporters.nearest import check_schemes
+from qtool.builtin.exporters.packed_words import open_words
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
     empty_model,
@@ -55,6 +56,7 @@ from qtool.errors import ArtifactError, NumericalError, SchemeError, UsageError
 from qtool.model.graph import LinearSite
 from qtool.numerics.packing import unpack_codes
 from qtool.numerics.scales import decode_scale
+from qtool.plugins import Plugins
 from qtool.scheme import GroupParameters, ModelScheme, TensorScheme
 
 _SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,6 +101,14 @@ class IntegerWords(ABC):
         """Return zero points and the group of each input, likewise."""
 
     @abstractmethod
+    def read_config(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a ``quantization_config``, whoever wrote it, says, in the words of ``config``.
+
+        Raises:
+            SchemeError: Something that makes the tensors another layout, or that readers understand differently.
+        """
+
+    @abstractmethod
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
 
@@ -109,6 +119,15 @@ class IntegerWords(ABC):
         Raises:
             UsageError: Names the linear.
         """
+
+    def open(self, directory: Path, plugins: Plugins, *, cache: Path, identity: str = "") -> Subject:
+        """Open a checkpoint of such a layout, of either version, as what is to be packed."""
+        return open_words(self, directory, plugins, cache=cache, identity=identity)
+
+    def check_scales(self, subject: Subject, to: str) -> int:
+        """Say that no scale is turned into another: there are none that others divide by."""
+        del subject, to
+        return 0
 
     @one_thread()
     def check(self, subject: Subject) -> None:

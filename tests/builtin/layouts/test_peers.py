@@ -7,6 +7,7 @@ their unpackers need torch, which is there.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtool.builtin.exporters import modelopt
@@ -112,6 +113,48 @@ for name in [name.removesuffix(".qweight") for name in stored if name.endswith("
 save_file(read, sys.argv[2])
 """
 
+# What they pack of decoded weights, scales and zero points, given by name as ``weight``, ``scales`` and ``zeros``.
+WRITER = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+given, said, made = load_file(sys.argv[1]), json.loads(sys.argv[3]), dict()
+bits, size = said["bits"], said["group_size"]
+{setup}
+for name in [name.removesuffix(".weight") for name in given if name.endswith(".weight")]:
+    weight, scales, zeros = (given[name + "." + leaf] for leaf in ("weight", "scales", "zeros"))
+    n_out, n_in = weight.shape
+    linear = torch.nn.Linear(n_in, n_out, bias=False)
+    linear.weight.data = weight
+    order = (torch.arange(n_in) // size).int()
+    {pack}
+    made |= {{name + "." + leaf: own.contiguous() for leaf, own in packed.state_dict().items()}}
+save_file(made, sys.argv[2])
+"""
+WRITERS = {
+    "auto-round": WRITER.format(
+        setup="""if said["checkpoint_format"] == "gptq":
+    from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
+else:
+    from auto_round_extension.torch.qlinear_torch import QuantLinear""",
+        pack="""packed = QuantLinear(bits, size, n_in, n_out, bias=False)
+    packed.device = "cpu"
+    packed.pack(linear, scales, zeros, order, device="cpu")""",
+    ),
+    "gptqmodel": WRITER.format(
+        setup="""from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module""",
+        pack="""packed = TorchLinear(bits, size, said["sym"], False, n_in, n_out, bias=False)
+    packed.pack_original(linear, scales, zeros, order)
+    if said["checkpoint_format"] == "gptq":
+        convert_gptq_v2_to_v1_format_module(packed, said)""",
+    ),
+    "autoawq": WRITER.format(
+        setup="from awq.modules.linear.gemm import WQLinear_GEMM",
+        pack="packed = WQLinear_GEMM.from_linear(linear, bits, size, scales=scales.T, zeros=zeros.T)",
+    ),
+}
+
 
 Peer = Callable[[str], Path]
 GPTQ_CASES = [
@@ -164,6 +207,46 @@ def test_another_library_reads_our_values(
     assert read.keys() == {linear.name for linear in linears}
     for linear in linears:
         assert torch.equal(read[linear.name], subject.linear(linear).weight(subject.weight_grid(linear))), linear.name
+
+
+@pytest.mark.parametrize(
+    ("library", "exporter", "weights"),
+    [
+        *(("auto-round", *case) for case in GPTQ_CASES if "channel" not in case[1]),
+        *(("gptqmodel", *case) for case in GPTQ_CASES if "channel" not in case[1] and case[0].layout == "gptq_v2"),
+        *(("autoawq", *case) for case in AWQ_CASES if "channel" not in case[1]),
+    ],
+)
+def test_what_another_library_packs_is_read_code_for_code(
+    make: Make, peer: Peer, tmp_path: Path, cache: Path, library: str, exporter: GPTQv2 | AWQ, weights: str
+) -> None:
+    subject = make(weights)
+    written(exporter, subject, tmp_path / "out")
+    given: dict[str, torch.Tensor] = {}
+    for linear in subject.model.graph.linears:
+        own = subject.packed(linear).parameters
+        middle = torch.full_like(own.scale, 2 ** (subject.packed(linear).bits - 1))
+        given[f"{linear.name}.weight"] = subject.linear(linear).weight(subject.weight_grid(linear))
+        given[f"{linear.name}.scales"] = own.scale.clone()
+        given[f"{linear.name}.zeros"] = middle if own.zero_point is None else own.zero_point
+    save_file(given, tmp_path / "given.safetensors")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    environment = {**os.environ, "PYTHONPATH": str(peer(library))}
+    files = (tmp_path / "given.safetensors", tmp_path / "made.safetensors")
+    command = (sys.executable, "-c", WRITERS[library], *files, json.dumps(said))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    theirs, parts = load_file(files[1]), (".qweight", ".qzeros", ".scales", ".g_idx")
+    kept = {name: tensor for name, tensor in stored.items() if not name.endswith(parts)}
+    save_file(kept | theirs, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    read = exporter.open(tmp_path / "out", subject.plugins, cache=cache)
+    for linear in subject.model.graph.linears:
+        ours, found = subject.packed(linear), read.packed(linear)
+        assert torch.equal(ours.stream, found.stream), linear.name
+        assert torch.equal(ours.parameters.scale, found.parameters.scale), linear.name
+        zeros = ours.parameters.zero_point
+        assert found.parameters.zero_point is None if zeros is None else torch.equal(zeros, found.parameters.zero_point)
 
 
 @pytest.mark.parametrize(
