@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qtool.builtin.formats.integer import Int8
 from qtool.engine.execute import BlockExecutable
+from qtool.engine.gather import Gathering
 from qtool.engine.grid import Grid
 from qtool.engine.linear import ExecutedLinear, Rounding, SiteInput
 from qtool.engine.network import Network
@@ -20,6 +21,7 @@ from qtool.engine.storage import stored_bytes
 from qtool.engine.subject import BlockContent, Subject
 from qtool.errors import SchemeError, UsageError
 from qtool.model.plan import Plan
+from qtool.numerics.token_weights import TokenWeight, parse_token_weight
 from qtool.scheme import ModelScheme, TensorScheme
 from qtool.steps.demand import demand_of
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -289,3 +291,10 @@ def test_a_linear_in_16_bits_rounds_no_output(tiny: TinyModel) -> None:
     subject = Subject(tiny.subject.model, tiny.workspace.plugins, Plan(), scheme)
     assert subject.rounding(0, "out.mlp.down_proj", CPU) is None
     assert subject.rounding(0, "out.self_attn.q_proj", CPU) is not None
+
+
+def test_ranges_weigh_no_tokens() -> None:
+    """What errors cost is known of what linears read, and the range of an output is of all tokens alike."""
+    gathering = Gathering(8, parse_token_weight("inverse-norm:0.5"))
+    assert gathering.at(0, "attn_in").token_weight != TokenWeight()
+    assert gathering.at(0, "out.self_attn.q_proj").token_weight == TokenWeight()

@@ -61,6 +61,7 @@ class Scheme(NamedTuple):
     kv: str
     to: str
     plan: str = ""  # what transforms the model first
+    outputs: str = ""
 
 
 class Result(NamedTuple):
@@ -81,12 +82,12 @@ def packed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Packed:
     workspace = Workspace(plugins, tmp_path_factory.mktemp("home"), cache)
 
     def made(scheme: Scheme, model: str = "tiny") -> tuple[Subject, Path]:
-        parts = zip(("weights", "activations", "kv"), scheme[:3], strict=True)
-        whole, source = read_scheme("", dict(parts), plugins), model
+        parts = {name: getattr(scheme, name) for name in ("weights", "activations", "kv", "outputs")}
+        whole, source = read_scheme("", parts, plugins), model
         if scheme.plan:
             plan, _ = transform(TransformRequest(model, scheme.plan, scheme=whole), workspace)
             source = str(plan.path)
-        if any(part.endswith("-static") for part in scheme[:3]):
+        if scheme.outputs == "nvfp4" or any(part.endswith("-static") for part in parts.values()):
             gather = ("absmax",) if scheme.activations.endswith("-static") else ()
             asked = CalibrateRequest(model, "sotu", num_samples=8, seq_len=128, gather=gather, dtype="float32")
             source = str(calibrate(asked, workspace)[0].path)
@@ -362,6 +363,47 @@ def test_vllm_rounds_inputs_per_token_where_the_config_says_per_tensor(packed: P
     assert told(per_tensor).says.startswith("W8A8: dynamic FP8 activations per token")
     assert found[str(per_tensor)].values == found[str(per_token)].values != []
     assert found[str(per_tensor)].kernels == [told(per_tensor).kernel] == [FLOATS]
+
+
+def test_vllm_rounds_outputs_that_have_a_stored_scale_beside_inputs_that_do(
+    packed: Packed, read: Read, tmp_path: Path
+) -> None:
+    """Fused linears have room for one scale: that of the one which is loaded last."""
+    static = "int8-tensor-static"
+    plain = packed(Scheme("int4-sym-g32", "", "", CT))[1]
+    dynamic = packed(Scheme("int4-sym-g32", "", "", CT, outputs="int8-sym-token-sfp32-half"))[1]
+    both = packed(Scheme("int4-sym-g32", static, "", CT, outputs=static))[1]
+    refused = {
+        packed(Scheme(weights, activations, "", CT, outputs=outputs))[1]: reason
+        for weights, activations, outputs, reason in (
+            ("int4-sym-g32", "", static, "output_scale"),
+            ("int4-sym-g32", "", "nvfp4", "output_global_scale"),
+            ("int4-sym-g32", static, "int8-asym-tensor-static", "output_zero_point"),
+            ("fp8-channel", "fp8-token", "fp8-tensor-static", "output_scale"),
+            ("int8-sym-channel", static, static, "Failed to find a kernel"),
+        )
+    }
+    scaled = {}
+    for name in ("k_proj", "v_proj", "o_proj"):
+        shutil.copytree(both, tmp_path / name)
+        tensors = load_file(both / "model.safetensors")
+        tensors |= {key: one * 30 for key, one in tensors.items() if key.endswith(f"{name}.output_scale")}
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        scaled[name] = tmp_path / name
+    found = read([plain, dynamic, both, *scaled.values(), *refused])
+    assert (told(dynamic).verdict, told(both).verdict) == ("executes-other", "loads")
+    assert told(both).known == told(dynamic).known == "run on a CPU"
+    assert found[str(dynamic)].values == found[str(plain)].values != []
+    assert found[str(both)].kernels == [told(both).kernel] == [INTEGERS]
+    values = {name: found[str(folder)].values for name, folder in scaled.items()}
+    assert values["k_proj"] == found[str(both)].values != []
+    for name in ("v_proj", "o_proj"):
+        assert (torch.tensor(values[name]) - torch.tensor(found[str(both)].values)).abs().mean() > 0.1
+    for folder, reason in refused.items():
+        result, said = found[str(folder)], told(folder)
+        assert reason in result.message, folder
+        assert (said.verdict, said.known, result.values) == ("refuses", "run on a CPU", []), folder
+        assert said.message in result.message, (folder, result.message)
 
 
 EXPERTS = (
