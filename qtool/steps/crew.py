@@ -81,7 +81,6 @@ def crew_of(jobs: int, workspace: Workspace) -> Iterator[Crew]:
         processes = set(active_children()) - others
         for process in processes:
             process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.join(_PATIENCE)
             process.kill()
@@ -91,7 +90,9 @@ def crew_of(jobs: int, workspace: Workspace) -> Iterator[Crew]:
 
 
 def worked(labels: Mapping[Task, str], model: str, crew: Crew) -> Iterator[tuple[Task, Outcome, float]]:
-    """Have tasks done as their inputs come, those in front first; yield each as it ends, with its seconds.
+    """Have tasks done as their inputs come; yield each as it ends, with its seconds.
+
+    What measures goes first, so that a run that is stopped has measured what it made; then what is in front.
 
     Args:
         labels: The tasks in an order in which inputs come first, and what their progress is called.
@@ -106,7 +107,8 @@ def worked(labels: Mapping[Task, str], model: str, crew: Crew) -> Iterator[tuple
     waiting = list(labels)
     running: dict[Future[Outcome], tuple[Task, Workspace, float]] = {}
     while waiting or running:
-        for task in [one for one in waiting if one.source is None or one.source in outcomes]:
+        ready = [one for one in waiting if one.source is None or one.source in outcomes]
+        for task in sorted(ready, key=lambda one: not one.measures):
             source = model if task.source is None else outcomes[task.source].path
             if not source:
                 outcomes[task] = Outcome(task.title, "skipped")

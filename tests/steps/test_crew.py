@@ -167,6 +167,22 @@ def test_tasks_start_when_their_input_is_there_the_first_of_the_recipe_first(pla
     }
 
 
+def test_what_was_made_is_measured_before_more_is_made(workspace: Workspace) -> None:
+    made = [Task(f"make {name}", None, counts) for name in "abc"]
+    measured = [Task(f"measure {one.title[-1]}", one, counts, measures=True) for one in made]
+    started: list[str] = []
+
+    def submit(task: Task, source: str, at: Workspace) -> Future[Outcome]:
+        del source, at
+        started.append(task.title)
+        future: Future[Outcome] = Future()
+        future.set_result(Outcome(task.title, "done", path="made"))
+        return future
+
+    list(worked(labels(*made, *measured), "model", Crew((workspace,), submit)))
+    assert started == ["make a", "measure a", "make b", "measure b", "make c", "measure c"]
+
+
 def test_errors_and_warnings_come_back_from_a_process(workspace: Workspace, capfd: pytest.CaptureFixture[str]) -> None:
     one, other = Task("one", None, warns_and_fails), Task("other", None, fails_peculiarly)
     with crew_of(2, workspace) as crew:
