@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qtool.builtin.exporters import packed_words
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.gptq import GPTQ
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, QtoolError, SchemeError, UsageError
+from qtool.model.naming import Place
+from qtool.model.reading import read_place
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
@@ -242,3 +245,22 @@ def test_biases_of_0_that_the_model_does_not_have_are_left_out(
     with pytest.raises(QtoolError):
         pack(PackRequest(str(packed), "compressed-tensors", tmp_path / "refused"), workspace)
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_codes_are_not_read_before_they_are_asked_for(
+    quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    packed = pack(PackRequest(quantize("int4-sym-g32"), layout), workspace)[0].path
+    read: list[str] = []
+
+    def reading(place: Place) -> Tensor:
+        read.append(place.name.rpartition(".")[2])
+        return read_place(place)
+
+    monkeypatch.setattr(packed_words, "read_place", reading)
+    subject = opened(packed, layout, workspace)
+    assert "qzeros" in read
+    assert "qweight" not in read
+    subject.packed(subject.linears[0])
+    assert read.count("qweight") == 1
