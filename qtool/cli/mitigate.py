@@ -48,9 +48,7 @@ def mitigate(
     ] = "",
     outputs: Annotated[
         str,
-        typer.Option(
-            metavar="SCHEME[,LINEARS=SCHEME]", help="Of what linears put out, such as int8-sym-token-half, or none."
-        ),
+        typer.Option(metavar="SCHEME[,LINEARS=SCHEME]", help="Of what linears put out, such as fp8-token, or none."),
     ] = "",
     preset: Annotated[
         str, typer.Option(metavar="NAME", help="Protocol of a paper (survey) for whatever is not given here.")

@@ -5,7 +5,7 @@ is handled here; for SmolLM2 this was compared with a second reading of the file
 
 - a byte-level vocabulary whose split into words it does not know is split as GPT-2's is. For ``smollm`` and its
   kin, which also separate digits, the right split is put in; for a split that nobody here knows the file is refused;
-- tensors that it has no place for, and RoPE scaling of Llama files, are dropped; such a file is refused;
+- tensors that it has no place for, and keys that it does not know, are dropped; such a file is refused;
 - a norm's epsilon comes out as ``9.999999747378752e-06``, and the context length is not told to the tokenizer.
 
 Weights are stored in the first of bfloat16, float16 and float32 that holds every one of them exactly, so the folder
@@ -35,6 +35,7 @@ from qtool.artifacts.store import disk_errors
 from qtool.errors import ModelError, ResourceError, UsageError
 from qtool.model.card import ModelCard, write_card
 from qtool.model.files import share
+from qtool.model.gguf_keys import refuse_other_keys
 
 # Values of `tokenizer.ggml.pre`: the digits apart, then GPT-2's split; and GPT-2's split alone.
 DIGITS_THEN_WORDS = ("smollm", "starcoder")
@@ -62,7 +63,7 @@ def convert_gguf(path: Path, output: Path) -> None:
     with staged_folder(output) as folder:
         with _reading(path), redirect_stderr(io.StringIO()):  # transformers' progress bars
             tokenizer = _tokenizer(path, keys)
-            model = _model(path, keys, num_values)
+            model = _model(path, _config(path, keys), num_values)
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.to(exact_dtype(model.state_dict().values()))
         _save(model, folder)
@@ -83,19 +84,14 @@ def describe_gguf(path: Path, output: Path) -> None:
         ModelError: As ``convert_gguf`` does, but for the weights, which are not looked at.
         ResourceError: The disk is full or may not be written.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     keys, _, _ = _read_gguf(path)
     with staged_folder(output) as folder:
         with _reading(path), redirect_stderr(io.StringIO()):
             tokenizer = _tokenizer(path, keys)
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        _check_config(path, keys, config)
+            config = _config(path, keys)
         tokenizer.model_max_length = config.max_position_embeddings
-        length = keys.get(f"{keys['general.architecture']}.attention.key_length")
-        if length is not None and hasattr(config, "head_dim"):  # which transformers leaves at the family's usual
-            config.head_dim = length
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -200,7 +196,26 @@ def _tokenizer(path: Path, keys: Mapping[str, Any]) -> Any:  # noqa: ANN401 - tr
     return tokenizer
 
 
-def _model(path: Path, keys: Mapping[str, Any], num_values: int) -> Any:  # noqa: ANN401 - as above
+def _config(path: Path, keys: Mapping[str, Any]) -> Any:  # noqa: ANN401 - as above
+    """Return the config that transformers makes of a file, with what it leaves at the family's usual.
+
+    Raises:
+        ModelError: It lacks something else of the file's.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    length = keys.get(f"{keys['general.architecture']}.attention.key_length")
+    if length is not None and hasattr(config, "head_dim"):
+        config.head_dim = length
+    refuse_other_keys(path, keys, config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and name.endswith(("_eps", "_epsilon")):
+            setattr(config, name, float(str(np.float32(value))))  # the shortest decimal that gives the same float32
+    return config
+
+
+def _model(path: Path, config: Any, num_values: int) -> Any:  # noqa: ANN401 - as above
     """Load the weights in float32 and check that every one found its place."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -208,6 +223,7 @@ def _model(path: Path, keys: Mapping[str, Any], num_values: int) -> Any:  # noqa
     model, report = loader.from_pretrained(
         path.parent,
         gguf_file=path.name,
+        config=config,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
@@ -220,22 +236,7 @@ def _model(path: Path, keys: Mapping[str, Any], num_values: int) -> Any:  # noqa
             facts=(("weights in the file", num_values), ("weights placed", placed), ("first odd one", odd[:1])),
             hint="use the folder of the original transformers model",
         )
-    _check_config(path, keys, model.config)
     return model
-
-
-def _check_config(path: Path, keys: Mapping[str, Any], config: Any) -> None:  # noqa: ANN401 - as above
-    """Refuse a config that lacks something of a file's, and shorten its epsilons."""
-    scaling = keys.get(f"{keys['general.architecture']}.rope.scaling.type", "none")
-    if scaling != "none" and (config.rope_parameters or {}).get("rope_type", "default") == "default":
-        raise ModelError(
-            f"`{path}` scales RoPE, which transformers does not read",
-            facts=(("rope.scaling.type", scaling),),
-            hint="use the folder of the original transformers model",
-        )
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and name.endswith(("_eps", "_epsilon")):
-            setattr(config, name, float(str(np.float32(value))))  # the shortest decimal that gives the same float32
 
 
 @contextmanager

@@ -227,15 +227,16 @@ def _check_ends(scheme: ModelScheme, graph: ModelGraph) -> None:
 
     Of outputs an exception for everything, blocks among it, is none for head and embedding where it says 16 bits.
     """
+    of_ends = [rule for rule in scheme.rules if not any(rule.matches(linear.name) for linear in graph.linears)]
     for end in graph.ends:
-        if (outputs := scheme.of(end.name).outputs) is not None:
+        named = (rule.scheme for rule in reversed(of_ends) if rule.part == "outputs" and rule.matches(end.name))
+        if (outputs := scheme.of(end.name).outputs or next(named, None)) is not None:
             raise SchemeError(
                 f"what `{end.name}` puts out is not rounded: outputs are of the linears of blocks",
                 facts=(("outputs", outputs),),
                 hint=f"--outputs SCHEME,{end.name}=none",
             )
-    rules = [rule for rule in scheme.rules if rule.part == "activations" and rule.scheme is not None]
-    own = [rule for rule in rules if not any(rule.matches(linear.name) for linear in graph.linears)]
+    own = [rule for rule in of_ends if rule.part == "activations" and rule.scheme is not None]
     embedding, head = graph.embedding.name, graph.head.name
     if scheme.of(embedding).activations is not None or any(rule.matches(embedding) for rule in own):
         raise SchemeError(

@@ -264,11 +264,12 @@ class TestReading:
 @pytest.mark.parametrize(
     ("outputs", "nearest"),
     [
-        ("int8-token", "int8-sym-token-sfp32"),
+        ("int8-token", "int8-sym-token-sfp32-half"),
         ("int8-token-sfp32", "int8-sym-token-sfp32-half"),
         ("int8-asym-token-sfp32-real", "int8-asym-token-sfp32"),
         ("nf4-g16", "fp8-tensor-static"),
         ("int8-token-sfp32-half-c0.9", "int8-sym-token-sfp32-half"),
+        ("int8-token-c0.9", "int8-sym-token-sfp32-half"),
         ("int8-tensor-static-narrow", "int8-sym-tensor-sbf16-full-static"),
     ],
 )
@@ -276,6 +277,7 @@ def test_what_the_library_does_not_fit_names_the_nearest(made: Made, outputs: st
     with pytest.raises(SchemeError) as refused:
         CompressedTensors().check(made(FOUR, "none", outputs))
     assert refused.value.hint == f"nearest that fits: --outputs {nearest}"
+    CompressedTensors().check(made(FOUR, "none", nearest))
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
         pre: str = "smollm",
         extra: dict[str, np.ndarray] | None = None,
-        rope_scaling: str = "",
+        keys: dict[str, Any] | None = None,
     ) -> Path:
         path = tmp_path / "tiny.gguf"
         writer = gguf.GGUFWriter(path, "llama")
@@ -104,8 +104,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         writer.add_eos_token_id(2)
         writer.add_add_bos_token(False)
         writer.add_chat_template("{{ messages[0]['content'] }}")
-        if rope_scaling:
-            writer.add_string("llama.rope.scaling.type", rope_scaling)
+        for key, value in (keys or {}).items():
+            writer.add_key_value(f"llama.{key}", value, gguf.GGUFValueType.get_type(value))
         for name, weight in (gguf_names(weights) | (extra or {})).items():
             if weight.ndim == 1:
                 writer.add_tensor(name, weight)
@@ -267,7 +267,11 @@ def test_special_tokens_and_chat_template(write: Callable[..., Path]) -> None:
     ("options", "message"),
     [
         ({"pre": "unheard-of"}, "splits text into words in a way that is not known"),
-        ({"rope_scaling": "linear"}, "scales RoPE"),
+        ({"keys": {"rope.scaling.type": "linear"}}, r"does not read\n  llama.rope.scaling.type +linear\n  read +none"),
+        ({"keys": {"attn_logit_softcapping": 3.0}}, r"does not read\n  llama.attn_logit_softcapping +3.0\n"),
+        ({"keys": {"attention.sliding_window": 64}}, r"does not read\n  llama.attention.sliding_window +64\n"),
+        ({"keys": {"attention.scale": 0.5}}, r"does not read\n  llama.attention.scale +0.5\n"),
+        ({"keys": {"expert_count": 4}}, r"does not read\n  llama.expert_count +4\n"),
         ({"extra": {"rope_freqs.weight": np.ones(8, np.float32)}}, "do not hold the same weights"),
     ],
 )
@@ -278,6 +282,13 @@ def test_what_cannot_be_carried_over_exactly_is_refused(
     with pytest.raises(ModelError, match=message):
         convert_gguf(path, path.parent / "model")
     assert_nothing_left(path.parent, path.name)
+
+
+def test_keys_that_change_nothing_are_left_out(write: Callable[..., Path]) -> None:
+    neutral = {"rope.scaling.type": "none", "rope.scaling.finetuned": False, "expert_count": 0, "attention.scale": 1.0}
+    path = write(random_weights(torch.bfloat16), keys=neutral)
+    convert_gguf(path, path.parent / "model")
+    assert "scaling" not in (path.parent / "model" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("fraction", [0.0005, 0.01, 0.6, 0.999])

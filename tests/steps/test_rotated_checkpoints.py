@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from qtool.artifacts.store import CHECKPOINT_MANIFEST
+from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.errors import UsageError
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -65,3 +66,15 @@ def test_it_becomes_what_the_artifact_becomes_or_is_refused_by_name(
         with pytest.raises(UsageError) as refused:
             pack(PackRequest(str(checkpoint), to), library)
         assert to == "modelopt" or ("up_down", "hadamard") in refused.value.facts
+
+
+def test_what_is_not_for_transformers_is_not_opened_but_refused(
+    library: Workspace, rotated: tuple[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(rotated[1], tmp_path / "other")
+    about = open_artifact(tmp_path / "other").manifest
+    unread = {name: words for name, words in about.details["consumers"].items() if name != "transformers"}
+    text = replace(about, details={**about.details, "consumers": unread}).to_text()
+    (tmp_path / "other" / CHECKPOINT_MANIFEST).write_text(text)
+    with pytest.raises(UsageError, match="transformers does not read it"):
+        evaluate(EvalRequest(str(tmp_path / "other"), perplexity=("speeches",), seq_len=64, max_windows=1), library)

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtool.builtin.exporters.gguf import FILE, GGUF
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, QtoolError, UsageError
+from qtool.errors import ArtifactError, ModelError, QtoolError, UsageError
+from qtool.model.gguf import convert_gguf, describe_gguf
 from qtool.plugins import Plugins
 from qtool.scheme import TensorScheme
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -229,7 +230,7 @@ def rewritten(file: Path, folder: Path, *, kinds: dict[str, gguf.GGMLQuantizatio
     """Copy a file as others write it, with some tensors quantized by the official package and some keys changed."""
     reader, path = gguf.GGUFReader(file), folder / "theirs.gguf"
     folder.mkdir()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -310,9 +311,24 @@ def test_caps_and_frequencies_that_transformers_leaves_out_are_refused(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ArtifactError, match="says what transformers does not read") as refused:
+    with pytest.raises(ModelError, match="says what transformers does not read") as refused:
         opened(scaled, workspace)
     assert ("llama.attn_logit_softcapping", 3.0) in refused.value.facts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_of_files_that_are_decoded_are_compared_too(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path, family: str
+) -> None:
+    file = file_of(quantize(Q4_0, family), workspace)
+    convert_gguf(file, tmp_path / "model")
+    for name, cap in CAPS.items() if family == "gemma2" else ():
+        odd = rewritten(file, tmp_path / name, kinds={}, **{f"gemma2_{name}": 20.0})
+        for read in (convert_gguf, describe_gguf):
+            with pytest.raises(ModelError, match="says what transformers does not read") as refused:
+                read(odd, tmp_path / name / "model")
+            assert refused.value.facts == ((f"gemma2.{name}", 20.0), ("read", cap))
+            assert [*(tmp_path / name).iterdir()] == [odd]
 
 
 def test_scales_that_a_bfloat16_model_would_round_are_refused_by_who_casts_them(

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qtool.builtin.exporters import packed_words
 from qtool.builtin.exporters.awq import AWQ
 from qtool.builtin.exporters.gptq import GPTQ
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, QtoolError, SchemeError, UsageError
+from qtool.model.naming import Place
+from qtool.model.reading import read_place
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
 from qtool.steps.schemes import read_scheme
@@ -115,7 +118,7 @@ def test_several_schemes_and_linears_in_16_bits_are_read(source: Path, workspace
     assert again.scheme == read.scheme
 
 
-def test_older_words_for_the_same_are_understood(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
+def test_other_words_for_the_same_are_understood(quantize: Quantize, workspace: Workspace, tmp_path: Path) -> None:
     packed = foreign(pack(PackRequest(quantize("int4-asym-g32"), "awq"), workspace)[0].path, tmp_path / "awq")
     before = opened(packed, "awq", workspace).scheme
     older = configured(packed, bits=None, group_size=None, w_bit=4, q_group_size=32, version="GEMM")
@@ -127,6 +130,14 @@ def test_older_words_for_the_same_are_understood(quantize: Quantize, workspace: 
     older = configured(packed, checkpoint_format=None, pack_dtype=None, dynamic=None, lm_head=None)
     assert opened(older, "gptq", workspace).scheme == before
     pack(PackRequest(str(older), "compressed-tensors", tmp_path / "out"), workspace)
+    packed = foreign(pack(PackRequest(quantize("int4-asym-g32"), "gptq-v2"), workspace)[0].path, tmp_path / "v2")
+    first, newer = opened(packed, "gptq-v2", workspace), {"checkpoint_format": None, "format": "gptq_v2"}
+    again = opened(configured(packed, **newer), "gptq-v2", workspace)
+    for linear in first.linears:
+        zeros, known = (one.packed(linear).parameters.zero_point for one in (again, first))
+        assert zeros is not None
+        assert known is not None
+        assert torch.equal(zeros, known)
 
 
 def test_zero_points_in_the_middle_are_symmetric_only_where_all_are(
@@ -160,11 +171,14 @@ def with_zeros(packed: Path, word: int) -> Path:
     [
         ("gptq", {"pack_dtype": "int8"}, "a layout of GPTQ that is not read"),
         ("gptq", {"checkpoint_format": "marlin"}, "a layout of GPTQ that is not read"),
+        ("gptq", {"format": "marlin", "checkpoint_format": None}, "a layout of GPTQ that is not read"),
+        ("gptq", {"format": "gptq_v2"}, "a layout of GPTQ that is not read"),
         ("gptq", {"is_marlin_format": True}, "a layout of GPTQ that is not read"),
         ("gptq", {"bits": 5}, "codes of 5 bits"),
         ("gptq", {"bits": 8}, "do not fit the config"),
         ("gptq", {"group_size": 64}, "do not fit the config"),
         ("awq", {"version": "gemv"}, "a layout of AWQ that is not read"),
+        ("awq", {"format": "gemv", "version": None}, "a layout of AWQ that is not read"),
         ("awq", {"zero_point": False}, "a layout of AWQ that is not read"),
         ("awq", {"group_size": 16}, "do not fit the config"),
     ],
@@ -231,3 +245,22 @@ def test_biases_of_0_that_the_model_does_not_have_are_left_out(
     with pytest.raises(QtoolError):
         pack(PackRequest(str(packed), "compressed-tensors", tmp_path / "refused"), workspace)
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_codes_are_not_read_before_they_are_asked_for(
+    quantize: Quantize, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    packed = pack(PackRequest(quantize("int4-sym-g32"), layout), workspace)[0].path
+    read: list[str] = []
+
+    def reading(place: Place) -> Tensor:
+        read.append(place.name.rpartition(".")[2])
+        return read_place(place)
+
+    monkeypatch.setattr(packed_words, "read_place", reading)
+    subject = opened(packed, layout, workspace)
+    assert "qzeros" in read
+    assert "qweight" not in read
+    subject.packed(subject.linears[0])
+    assert read.count("qweight") == 1

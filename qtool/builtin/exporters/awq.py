@@ -58,15 +58,16 @@ class AWQ(IntegerWords):
         return _outputs(tensors["qzeros"].T), torch.arange(n_in) // (n_in if size == -1 else size)
 
     def read_config(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a ``quantization_config`` says, under either of the names that it has for sizes.
+        """Return what a ``quantization_config`` says, under any of the names that it has for sizes and version.
 
         Raises:
             SchemeError: Codes are laid out for another kernel, or have no zero points, of which readers differ.
         """
         names = {"bits": ("bits", "w_bit"), "group_size": ("group_size", "q_group_size")}
         config = {name: next((said[one] for one in either if one in said), None) for name, either in names.items()}
-        config |= {"version": str(said.get("version", "gemm")).lower(), "zero_point": said.get("zero_point", True)}
-        if config["version"] != "gemm" or not config["zero_point"]:
+        versions = {str(one).lower() for name in ("version", "format", "checkpoint_format") if (one := said.get(name))}
+        config |= {"version": "gemm", "zero_point": said.get("zero_point", True)}
+        if versions - {"gemm"} or not config["zero_point"]:
             raise unread("a layout of AWQ that is not read", dict(said))
         if config["bits"] not in self.bits or not config["group_size"]:
             raise unread(f"codes of {config['bits']} bits in groups of {config['group_size']}", dict(said))

@@ -28,6 +28,8 @@ from qtool.errors import ArtifactError
 
 _PROGRAM = "qtool.builtin.exporters.consumer_code"
 _OWN = "qtool's own reader"
+_PATIENCE = 900.0
+"""Seconds; importing takes 10, and an answer less than one."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,11 @@ def consumer_reader(package: str, directory: Path, *arguments: object, **options
         def ask(linear: str, *further: object) -> list[Tensor]:
             answer = _answer(connection, linear, *further)
             if isinstance(answer, str):
-                raise ArtifactError(f"{installed} cannot read `{linear}` back", facts=(("reason", answer),))
+                raise ArtifactError(
+                    f"{installed} cannot read `{linear}` back",
+                    facts=(("reason", answer),),
+                    hint=f"pack again; where {package} is not installed qtool reads it back alone",
+                )
             return answer
 
         yield ConsumerReader(installed, ask)
@@ -120,6 +126,8 @@ def _answer(connection: Connection, *arguments: object, **options: object) -> li
     """Return what the process answers, or why it does not."""
     try:
         connection.send((arguments, options))
+        if not connection.poll(_PATIENCE):
+            return f"it did not answer for {_PATIENCE:g} s"
         answer = connection.recv()
     except (OSError, EOFError):
         return "its process ended"

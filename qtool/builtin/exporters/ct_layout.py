@@ -241,6 +241,14 @@ def _fault_of_fitted(own: TensorScheme, what: str) -> tuple[str, TensorScheme | 
         own: Of a cache or of outputs.
         what: Which, in words.
     """
+    reason, fits = _first_fault(own, what)
+    while fits is not None and (further := _first_fault(fits, what))[0]:
+        fits = further[1]
+    return reason, fits
+
+
+def _first_fault(own: TensorScheme, what: str) -> tuple[str, TensorScheme | None]:
+    """Return what ``_fault_of_fitted`` does, but what lacks that one fault only."""
     element, _ = ELEMENTS.get(own.format, ("", 0))
     if own.clip != 1 and not own.static:
         return _WHOLE, replace(own, clip=1.0)

@@ -103,13 +103,17 @@ class GPTQv2(IntegerWords):
     def read_config(self, said: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a ``quantization_config`` says, with what it leaves unsaid.
 
+        The version is its ``format``, as GPTQModel and transformers name it now, or ``checkpoint_format``.
+
         Raises:
-            SchemeError: Codes are in words of another size, or laid out for one kernel.
+            SchemeError: Codes are in words of another size, or laid out for one kernel, or it names two versions.
         """
         config = {"sym": True, "group_size": 128, **said}
-        config["checkpoint_format"] = said.get("checkpoint_format") or GPTQ.layout
+        formats = {str(one).lower() for name in ("format", "checkpoint_format") if (one := said.get(name))}
+        config["checkpoint_format"] = next(iter(formats), GPTQ.layout)
         words = str(said.get("pack_dtype") or "int32").removeprefix("torch.")
-        if config["checkpoint_format"] not in (GPTQ.layout, _V2) or said.get("is_marlin_format") or words != "int32":
+        known = len(formats) < 2 and formats <= {GPTQ.layout, _V2}
+        if not known or said.get("is_marlin_format") or words != "int32":
             raise unread("a layout of GPTQ that is not read", dict(said))
         if config["bits"] not in self.bits:
             raise unread(f"codes of {config['bits']} bits", dict(said))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import cast
 
 import gguf
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,7 +24,7 @@ from transformers import AutoConfig
 from qtool.artifacts.identity import digest_file
 from qtool.artifacts.layout import TensorSlot
 from qtool.artifacts.manifest import Manifest, Step
-from qtool.builtin.exporters.gguf_architecture import add_keys, architecture_of, names_of, row_order
+from qtool.builtin.exporters.gguf_architecture import names_of, row_order
 from qtool.builtin.exporters.gguf_blocks import read_blocks
 from qtool.builtin.exporters.gguf_file import FLOATS
 from qtool.builtin.exporters.gguf_types import BLOCKS, SCALED, Kind
@@ -50,8 +49,6 @@ from qtool.scheme import GroupParameters, ModelScheme, TensorScheme
 
 _ORIGINAL = "qtool mitigate FILE, which decodes it and quantizes it again, or the original model"
 _HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
-_CHANGING = ("scaling", "softcapping", "sliding_window", "swa", "expert", "embedding_scale", "logit_scale")
-"""What names of keys have in them that change a model where it lacks them."""
 _SCALE, _INPUT_SCALE = "scale", "input_scale"
 
 
@@ -163,7 +160,6 @@ def open_gguf(path: Path, plugins: Plugins, *, cache: Path, identity: str = "") 
     config = AutoConfig.from_pretrained(folder)
     families: dict[str, Family] = {each: plugins.load("families", each) for each in plugins.offers["families"]}
     model = GGUFModel(folder, config, family_of(config, families), identity or digest, file=file)
-    _refuse_other_keys(model)
     _refuse_other_tensors(model)
     if not model.coded:
         raise ArtifactError(
@@ -252,27 +248,6 @@ def _scheme(model: GGUFModel, kind: Kind, linears: Iterable[LinearSite], plugins
     )
     plugins.format(scheme.format).check(scheme)
     return scheme
-
-
-def _refuse_other_keys(model: GGUFModel) -> None:
-    """Refuse files that say something of the model which transformers did not understand, or left out.
-
-    Raises:
-        ArtifactError: Names the first key.
-    """
-    name = architecture_of(model).name
-    writer = gguf.GGUFWriter(None, name)
-    add_keys(writer, model)
-    ours = {key: value.value for key, value in writer.kv_data[0].items()}
-    for key, field in gguf.GGUFReader(model.file, "c").fields.items():
-        told = key.startswith(f"{name}.") and (key in ours or any(word in key for word in _CHANGING))
-        own, there = ours.get(key), field.contents() if told else None
-        if told and not (own == there or (isinstance(own, float) and np.float32(own) == np.float32(there))):
-            raise ArtifactError(
-                f"`{model.file}` says what transformers does not read",
-                facts=((key, there), ("read", own)),
-                hint="pack it from the artifact that it came from, or quantize the original model",
-            )
 
 
 def _refuse_other_tensors(model: GGUFModel) -> None:

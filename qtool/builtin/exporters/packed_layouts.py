@@ -24,7 +24,6 @@ from qtool.scheme import GroupParameters, TensorScheme
 LEAVES = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape")
 INPUT_LEAVES = ("input_scale", "input_global_scale", "input_zero_point")
 OUTPUT_LEAVES = ("output_scale", "output_global_scale", "output_zero_point")
-OUTPUT_LEAVES = ("output_scale", "output_global_scale", "output_zero_point")
 _WORD, _BYTE = 32, 8
 _E2M1 = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 

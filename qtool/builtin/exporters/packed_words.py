@@ -65,9 +65,9 @@ class WordsModel(PackedModel):
         """Return the outputs of a linear, of which each has a column of scales."""
         return self.packed[f"{linear.name}.scales"].shape[-1]
 
-    def stored_of(self, linear: LinearSite) -> dict[str, torch.Tensor]:
-        """Read the tensors of a linear as the checkpoint has them, keyed by the last parts of their names."""
-        names = {leaf: f"{linear.name}.{leaf}" for leaf in self.leaves}
+    def stored_of(self, linear: LinearSite, *leaves: str) -> dict[str, torch.Tensor]:
+        """Read tensors of a linear as the checkpoint has them, keyed by the last parts of their names: some, or all."""
+        names = {leaf: f"{linear.name}.{leaf}" for leaf in leaves or self.leaves}
         return {leaf: read_place(self.packed[name]) for leaf, name in names.items() if name in self.packed}
 
 
@@ -134,7 +134,7 @@ def _schemes(
         else:
             symmetric.discard(own)
         if scale == "fp16" and model.dtype == torch.bfloat16 and (first or own in short):
-            scales = model.stored_of(linear)["scales"].float()
+            scales = model.stored_of(linear, "scales")["scales"].float()
             (short.add if torch.equal(scales.bfloat16().float(), scales) else short.discard)(own)
         found[linear.name] = own
     return {
@@ -178,7 +178,8 @@ def _checked_zeros(
             ("expected", wanted.get(odd or "", f"groups of {size}")),
         )
         raise ArtifactError(f"the tensors of `{linear.name}` do not fit the config", facts=facts)
-    tensors = model.stored_of(linear)
+    unread = {"qweight": torch.empty(there["qweight"], device="meta")}
+    tensors = model.stored_of(linear, "qzeros", _ORDER) | unread
     group = n_in if size == -1 else size
     try:
         zeros, order = layout.read_groups(_with_order(tensors, n_in, size), said)

@@ -191,14 +191,14 @@ def _refuse_segments(subject: Subject, layout: str) -> None:
 def _refuse_online(subject: Subject) -> None:
     sites = ((subject.model.graph.site(site_id), plan) for site_id, plan in subject.plan.sites.items())
     online = {
-        site.kind: operator.kind
+        (site.kind, operator.kind)
         for site, plan in sites
         for operator in (plan.operators if site.kind == OUTPUT else plan.online)
     }
     if online:
         raise UsageError(
             "the plan runs operators in the forward pass, which these checkpoints do not carry",
-            facts=tuple((site, kind) for site, kind in sorted(online.items())),
+            facts=tuple(sorted(online)),
             hint="qtool transform STATISTICS --method quarot --set r4=false --set r3=off, or pack --to hf",
         )
 

@@ -108,8 +108,8 @@ def test_a_package_decodes_what_is_on_disk_and_nothing_of_it_reaches_this_proces
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("raise TypeError('scale is\\nnot its name')", "TypeError: scale is$"),
-        ("os._exit(3)", "its process ended$"),
+        ("raise TypeError('scale is\\nnot its name')", "(?m)TypeError: scale is$"),
+        ("os._exit(3)", "(?m)its process ended$"),
         ("return (self.weight.to(dtype) * scale).T", "read back +"),
     ],
 )
@@ -123,6 +123,7 @@ def test_a_package_that_cannot_read_it_is_an_error(
     with pytest.raises(ArtifactError, match=reason) as refused:
         ModelOpt().verify(subject, tmp_path / "out")
     assert "`model.layers.0.self_attn.q_proj`" in refused.value.message
+    assert refused.value.hint.startswith("pack again; ")
 
 
 def test_a_package_that_does_not_start_leaves_it_to_our_reader(
@@ -137,6 +138,18 @@ def test_a_package_that_does_not_start_leaves_it_to_our_reader(
         "qtool's own reader: nvidia-modelopt 9.8.7 did not open it"
         " (ModuleNotFoundError: No module named 'nowhere_to_be_found')"
     )
+
+
+def test_a_package_that_hangs_leaves_it_to_our_reader(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    subject = make("fp8-channel", "fp8-token")
+    written(ModelOpt(), subject, tmp_path / "out")
+    install(tmp_path / "site", "return")
+    (tmp_path / "site" / "modelopt" / "torch" / "quantization" / "qtensor.py").write_text("import time; time.sleep(99)")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(consumer_process, "_PATIENCE", 0.5)
+    assert ModelOpt().verify(subject, tmp_path / "out").endswith(" did not open it (it did not answer for 0.5 s)")
 
 
 def test_the_scale_of_an_adapter_is_what_peft_loads(make: Make, tmp_path: Path) -> None:

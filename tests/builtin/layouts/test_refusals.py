@@ -206,6 +206,7 @@ def test_real_zero_points_of_inputs_are_refused(make: Make, plugins: Plugins, wo
     ("kv", "nearest"),
     [
         ("int4-asym-token-head", "int4-asym-token-head-sfp32"),
+        ("int4-sym-token-head", "int4-sym-token-head-sfp32-half"),
         ("int4-asym-token-head-real-sfp32", "int4-asym-token-head-sfp32"),
         ("int4-asym-token-head-offset-sfp32", "int4-asym-token-head-sfp32"),
         ("keys=fp8-channel-g32,values=fp8-tensor", "fp8-tensor"),
