@@ -66,7 +66,9 @@ def test_values_by_hand(text: str, plugins: Plugins) -> None:
 
 
 def test_weights_have_none(plugins: Plugins) -> None:
-    with pytest.raises(SchemeError, match="no static scales: those are of activations and of kv") as refused:
+    with pytest.raises(
+        SchemeError, match="no static scales: those are of activations, of outputs and of kv"
+    ) as refused:
         read_scheme("", {"weights": STATIC}, plugins)
     assert refused.value.hint == "nearest that works: --weights fp8-sym-tensor-sfp32"
 

@@ -86,8 +86,8 @@ def test_files_with_another_number_of_stacked_experts_are_refused(save: Save, co
 @pytest.mark.parametrize(
     ("entry", "said", "hint"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits, groups of 128", "before gptq"),
-        ({"quant_method": "awq", "w_bit": 4}, "awq, 4 bits", "before awq"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits, groups of 128", "qtool pack"),
+        ({"quant_method": "awq", "w_bit": 4}, "awq, 4 bits", "qtool pack"),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
             "compressed-tensors, pack-quantized",
