@@ -18,13 +18,13 @@ from qtool.engine.execute import BlockExecutable, LoadedExecutable
 from qtool.engine.exporter import UNREADABLE
 from qtool.engine.metric import Evaluation, Executable
 from qtool.engine.subject import Subject
-from qtool.errors import GateError, NumericalError, UsageError
+from qtool.errors import ArtifactError, GateError, NumericalError, UsageError
 from qtool.model.text import token_digest
 from qtool.scheme import ModelScheme
 from qtool.steps.gates import Gate, read_gate
 from qtool.steps.labels import labels_of
 from qtool.steps.measurement import EMULATED
-from qtool.steps.packed import open_checkpoint, packed_reader
+from qtool.steps.packed import open_alone, open_checkpoint, packed_reader
 from qtool.steps.storage import STORAGE, cache_bits, storage_of, stored_bits
 from qtool.steps.subjects import Opened, compute_dtype, dtype_name, open_subject
 from qtool.steps.text import evaluation_text, text_name
@@ -79,7 +79,7 @@ def evaluate(request: EvalRequest, workspace: Workspace) -> tuple[Artifact, bool
     if not request.perplexity and not request.tasks:
         raise UsageError("there is nothing to measure", hint="--perplexity wikitext2, or --tasks arc_easy,piqa")
     gates = _gates(request)
-    opened = open_subject(request.source, workspace)
+    opened = _open(request, workspace)
     turned = None if opened.artifact is None else _with_rotations(opened.artifact, workspace)
     if opened.artifact is not None:
         if turned is None:
@@ -153,6 +153,18 @@ def _measure(
     with writer.working():
         writer.add("metrics", tensors)
         return writer.finish(final)
+
+
+def _open(request: EvalRequest, workspace: Workspace) -> Opened:
+    """Open what is measured; a checkpoint whose model is not at hand by itself, where nothing is compared with that."""
+    try:
+        return open_subject(request.source, workspace)
+    except ArtifactError:
+        alone = None if request.kl else open_alone(request.source, workspace)
+        if alone is None:
+            raise
+        workspace.warn(f"the model behind `{Path(request.source).name}` is not at hand: its own tokenizer is taken")
+        return alone
 
 
 def _with_rotations(artifact: Artifact, workspace: Workspace) -> Subject | None:

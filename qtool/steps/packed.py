@@ -8,6 +8,7 @@ from qtool.artifacts.manifest import Input
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.consumers.checkpoint import quant_method
 from qtool.engine.exporter import PackedReader
+from qtool.engine.subject import Subject
 from qtool.steps.subjects import Opened
 from qtool.steps.workspace import Workspace
 
@@ -35,3 +36,17 @@ def open_checkpoint(source: str, reader: PackedReader, workspace: Workspace) -> 
         here = Input(subject.model.id, str(path.resolve()))
         return Opened(subject, {"model": here, "checkpoint": here})
     return Opened(subject, {"model": made.manifest.inputs["model"], "checkpoint": workspace.named(made)}, made)
+
+
+def open_alone(source: str, workspace: Workspace) -> Opened | None:
+    """Open a checkpoint of qtool's whose model is not at hand, as that of what was another tool's never is.
+
+    Returns:
+        It, with a model that has its tokenizer and is not to be executed; None for anything else.
+    """
+    if not (Path(source) / CHECKPOINT_MANIFEST).is_file():
+        return None
+    artifact, found = open_artifact(Path(source)), packed_reader(source, workspace)
+    model = workspace.model(source) if found is None else open_checkpoint(source, found[1], workspace).model
+    inputs = {"model": artifact.manifest.inputs["model"], "checkpoint": workspace.named(artifact)}
+    return Opened(Subject(model, workspace.plugins), inputs, artifact)

@@ -11,14 +11,19 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.builtin.exporters.packed_layouts import check_reciprocal, is_reciprocal
 from qtool.builtin.exporters.packed_source import open_packed
 from qtool.errors import NumericalError, QtoolError, UsageError
 from qtool.scheme import GroupParameters
+from qtool.steps.eval import EvalRequest, evaluate
+from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.pack import PackRequest, pack
+from qtool.steps.schemes import read_scheme
 from qtool.steps.subjects import open_subject
 from qtool.steps.workspace import Workspace
 from tests.steps.conftest import Quantize, save_llama
@@ -93,6 +98,38 @@ def test_a_checkpoint_gives_what_its_artifact_gives(
     assert said["weights"].partition("-")[0] == weights.partition("-")[0]
     assert through.manifest.inputs.keys() == {"model", "checkpoint"}
     assert through.manifest.details["bits"] == direct.manifest.details["bits"]
+
+
+@pytest.mark.parametrize(("between", "to"), [("compressed-tensors", "hf"), ("gptq", "compressed-tensors")])
+def test_what_is_made_of_anothers_checkpoint_is_measured(
+    workspace: Workspace, tmp_path: Path, between: str, to: str
+) -> None:
+    """With its own tokenizer, as there is no model in 16 bits behind it, and so nothing to compare it with."""
+    source = save_llama(tmp_path / "model", hidden=64, inner=128)
+    letters = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvw ")}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(source)
+    (tmp_path / "text.txt").write_text("to be or not to be that is the question " * 4, encoding="utf-8")
+    told: list[str] = []
+    workspace = replace(workspace, warn=told.append)
+    scheme = read_scheme("", {"weights": "int4-sym-g32"}, workspace.plugins)
+    quantized = str(mitigate(MitigateRequest(str(source), "rtn", scheme), workspace)[0].path)
+
+    def measured(checkpoint: Path, **options: bool) -> float:
+        request = EvalRequest(str(checkpoint), perplexity=(str(tmp_path / "text.txt"),), seq_len=16, **options)
+        (found,) = evaluate(request, workspace)[0].manifest.details["values"].values()
+        return float(found)
+
+    direct = measured(pack(PackRequest(quantized, to), workspace)[0].path)
+    assert not told
+    theirs = foreign(pack(PackRequest(quantized, between), workspace)[0].path, tmp_path / "foreign")
+    made = pack(PackRequest(str(theirs), to, tmp_path / "made"), workspace)[0].path
+    told.clear()
+    assert measured(made) == direct
+    assert told == ["the model behind `made` is not at hand: its own tokenizer is taken"]
+    with pytest.raises(QtoolError, match="cannot be found"):
+        measured(made, kl=True)
+    with pytest.raises(QtoolError, match="nothing"):
+        measured(tmp_path / "nothing.safetensors")
 
 
 def with_invertible_scales(quantized: str, workspace: Workspace, folder: Path) -> str:
