@@ -123,7 +123,12 @@ class _Clipping:
         for grid, (high, low) in zip(self.block.grids.values(), self._ends, strict=True):
             grid.high = torch.sigmoid(high)
             grid.low = grid.high if low is high else torch.sigmoid(low)
-        return self.block.weights()
+        weights = self.block.weights()
+        for grid in self.block.grids.values():  # a graph that is kept would reach into the next step, on its stream
+            high = grid.high.detach()
+            grid.low = high if grid.low is grid.high else grid.low.detach()
+            grid.high = high
+        return weights
 
     def update(self, gradients: Sequence[Tensor], left: Float[Tensor, ""]) -> None:
         """Take a step of Adam; its size does not fall."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from qtool.builtin.mitigators.lwc import LWC, LWCConfig
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions, round_nearest
 from qtool.engine.block_problem import BlockProblem, BlockResult
+from qtool.engine.learned_block import LearnedBlock
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
 from tests.builtin.mitigators.block_cases import HandBlock, Tinies, by_hand, decoded, measured_loss, tiny_models, watch
@@ -123,6 +124,23 @@ def test_a_symmetric_group_has_one_fraction_and_another_group_two() -> None:
     low, high = own.zero_point * own.scale, (15 - own.zero_point) * own.scale
     parts = low / (whole.zero_point * whole.scale), high / ((15 - whole.zero_point) * whole.scale)
     assert (parts[0] - parts[1]).abs().max() > 0.1
+
+
+def test_a_step_keeps_nothing_of_the_graph_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches over into the next step is on the stream of the one before, which torch warns of on CUDA."""
+    seen: list[LearnedBlock] = []
+    started = LearnedBlock.__init__
+
+    def start(self: LearnedBlock, *arguments: Any) -> None:  # noqa: ANN401 - its own
+        started(self, *arguments)
+        seen.append(self)
+
+    monkeypatch.setattr(LearnedBlock, "__init__", start)
+    for text in ("int3-g16", "int4-asym-g16"):
+        LWC().refine(HandBlock(text).problem(), LWCConfig(steps=2, batch=4, rate=0.5))
+    ends = [end for block in seen for grid in block.grids.values() for end in (grid.high, grid.low)]
+    assert len(ends) == 4
+    assert not any(end.requires_grad for end in ends)
 
 
 def test_no_steps_leave_everything_as_it_is() -> None:
