@@ -152,6 +152,7 @@ def test_a_package_that_hangs_leaves_it_to_our_reader(
     assert ModelOpt().verify(subject, tmp_path / "out").endswith(" did not open it (it did not answer for 0.5 s)")
 
 
+@pytest.mark.slow
 def test_the_scale_of_an_adapter_is_what_peft_loads(make: Make, tmp_path: Path) -> None:
     subject = make("int3-sym-g32", method="rtn+lorc")
     pytest.importorskip("peft")

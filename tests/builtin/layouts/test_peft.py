@@ -81,6 +81,7 @@ def executed(directory: Path, *, adapter: bool) -> Tensor:
         return torch.cat([model(window[None]).logits for window in tokens()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "activations", "settings"),
     [
