@@ -135,6 +135,10 @@ class Plugins:
                 ) from error
         return self._instances[kind, name]
 
+    def every(self, kind: str) -> dict[str, Any]:
+        """Return all that is offered of a kind, by name; raises as ``load`` does."""
+        return {name: self.load(kind, name) for name in self.offers[kind]}
+
     def format(self, name: str) -> Format:
         """Return the format of this name."""
         found: Format = self.load("formats", name)

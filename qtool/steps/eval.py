@@ -18,7 +18,7 @@ from qtool.engine.execute import BlockExecutable, LoadedExecutable
 from qtool.engine.exporter import UNREADABLE
 from qtool.engine.metric import Evaluation, Executable
 from qtool.engine.subject import Subject
-from qtool.errors import ArtifactError, GateError, NumericalError, UsageError
+from qtool.errors import ArtifactError, GateError, NumericalError, QtoolError, UsageError
 from qtool.model.text import token_digest
 from qtool.scheme import ModelScheme
 from qtool.steps.gates import Gate, read_gate
@@ -159,8 +159,11 @@ def _open(request: EvalRequest, workspace: Workspace) -> Opened:
     """Open what is measured; a checkpoint whose model is not at hand by itself, where nothing is compared with that."""
     try:
         return open_subject(request.source, workspace)
-    except ArtifactError:
-        alone = None if request.kl else open_alone(request.source, workspace)
+    except ArtifactError as error:
+        try:
+            alone = None if request.kl else open_alone(request.source, workspace)
+        except QtoolError:  # nor is it read by itself: what is missing tells more
+            raise error from None
         if alone is None:
             raise
         workspace.warn(f"the model behind `{Path(request.source).name}` is not at hand: its own tokenizer is taken")

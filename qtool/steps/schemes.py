@@ -109,7 +109,7 @@ def _effective(default: TensorScheme | None, rules: Sequence[Rule], plugins: Plu
 
 def _changes(rule: Rule, default: TensorScheme | None, plugins: Plugins) -> bool:
     """Say whether a first rule says anything; `model.*` is for the embedding of some family and for its blocks."""
-    families = [plugins.load("families", name) for name in plugins.offers["families"]]
+    families = plugins.every("families").values()
     if not any(rule.matches(name) for family in families for name in (family.head, family.embedding)):
         return rule.scheme != default
     blocks = (f"{family.layers}.0.{linear.module}" for family in families for linear in family.linears)

@@ -74,7 +74,7 @@ class Workspace:
             ModelError: There is no such model.
             ResourceError: It would have to be fetched and the network cannot be reached.
         """
-        families = {name: self.plugins.load("families", name) for name in self.plugins.offers["families"]}
+        families = self.plugins.every("families")
         return open_model(self._folder(reference), families, cache=self.cache, trust_remote_code=self.trust_remote_code)
 
     def _folder(self, reference: str) -> Path:

@@ -140,7 +140,7 @@ def _family(model_type: str, plugins: Plugins) -> Family:
     Raises:
         UsageError: None does.
     """
-    families: list[Family] = [plugins.load("families", name) for name in plugins.offers["families"]]
+    families: list[Family] = list(plugins.every("families").values())
     found = next((family for family in families if model_type in family.model_types), None)
     if found is None:
         known = sorted({name for family in families for name in family.model_types})

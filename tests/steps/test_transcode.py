@@ -128,6 +128,12 @@ def test_what_is_made_of_anothers_checkpoint_is_measured(
     assert told == ["the model behind `made` is not at hand: its own tokenizer is taken"]
     with pytest.raises(QtoolError, match="cannot be found"):
         measured(made, kl=True)
+    told.clear()
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "unheard of"}}))
+    with pytest.raises(QtoolError, match="cannot be found"):
+        measured(made)
+    assert not told
     with pytest.raises(QtoolError, match="nothing"):
         measured(tmp_path / "nothing.safetensors")
 

@@ -36,7 +36,6 @@ from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError
-from qtool.model.family import Family
 from qtool.model.files import CONFIG, StoredTensor
 from qtool.model.gguf import describe_gguf, exact_dtype
 from qtool.model.graph import LinearSite
@@ -158,8 +157,7 @@ def open_gguf(path: Path, plugins: Plugins, *, cache: Path, identity: str = "") 
     if not (folder / CONFIG).is_file():
         describe_gguf(file, folder)
     config = AutoConfig.from_pretrained(folder)
-    families: dict[str, Family] = {each: plugins.load("families", each) for each in plugins.offers["families"]}
-    model = GGUFModel(folder, config, family_of(config, families), identity or digest, file=file)
+    model = GGUFModel(folder, config, family_of(config, plugins.every("families")), identity or digest, file=file)
     _refuse_other_tensors(model)
     if not model.coded:
         raise ArtifactError(
@@ -169,7 +167,8 @@ def open_gguf(path: Path, plugins: Plugins, *, cache: Path, identity: str = "") 
         )
     found = {name: ModelScheme(weights) for name, weights in _schemes(model, plugins).items()}
     scheme = scheme_of(found, [linear.name for linear in model.graph.linears if linear.name not in found])
-    manifest = Manifest("quantized", Step("pack", "gguf", 1, "checkpoint"), {}, model.id, model.family.name)
+    step = Step("pack", "gguf", 1, "checkpoint")
+    manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     scaled = [linear.name for linear in model.coded if model.kind(linear) == "NVFP4"]
     artifact = CodesArtifact(file, manifest, scheme, plugins, model.coded, partial(_read, model), scaled)
     return Subject(model, plugins, scheme=scheme, quantized=artifact)

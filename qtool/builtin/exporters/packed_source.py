@@ -48,7 +48,6 @@ from qtool.engine.packed import PackedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, packed_tensors
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, UsageError
-from qtool.model.family import Family
 from qtool.model.files import folder_digest
 from qtool.model.naming import Place, stored_name
 from qtool.model.reading import read_place
@@ -216,9 +215,8 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     rotations = (getattr(config, "quantization_config", None) or {}).get("transform_config")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    families: dict[str, Family] = {name: plugins.load("families", name) for name in plugins.offers["families"]}
-    identity = identity or folder_digest(directory, cache)
-    model = PackedModel(directory, config, family_of(config, families), identity, apart=matrix_modules(rotations))
+    family, identity = family_of(config, plugins.every("families")), identity or folder_digest(directory, cache)
+    model = PackedModel(directory, config, family, identity, apart=matrix_modules(rotations))
     seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")

@@ -27,7 +27,6 @@ from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError
-from qtool.model.family import Family
 from qtool.model.files import CONFIG, folder_digest
 from qtool.model.graph import LinearSite
 from qtool.model.naming import Place
@@ -88,8 +87,9 @@ def open_words(layout: IntegerWords, directory: Path, plugins: Plugins, *, cache
     said = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
     config, own = AutoConfig.from_pretrained(directory), layout.read_config(said)
     del config.quantization_config
-    families: dict[str, Family] = {each: plugins.load("families", each) for each in plugins.offers["families"]}
-    model = WordsModel(directory, config, family_of(config, families), identity or folder_digest(directory, cache))
+    model = WordsModel(
+        directory, config, family_of(config, plugins.every("families")), identity or folder_digest(directory, cache)
+    )
     if not model.coded:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
     refuse_codes(model)
@@ -100,9 +100,8 @@ def open_words(layout: IntegerWords, directory: Path, plugins: Plugins, *, cache
         plugins.format(weights.format).check(weights)
     scheme = scheme_of(found, [linear.name for linear in model.graph.linears if linear.name not in found])
     refuse_tensors(model, scheme)
-    manifest = Manifest(
-        "quantized", Step("pack", _exporter(own, layout), 1, "checkpoint"), {}, model.id, model.family.name
-    )
+    step = Step("pack", _exporter(own, layout), 1, "checkpoint")
+    manifest = Manifest("quantized", step, {}, model.id, model.family.name, scheme.to_json())
     reads = partial(_read, layout, model, configs)
     artifact = CodesArtifact(directory, manifest, scheme, plugins, model.coded, reads)
     return Subject(model, plugins, scheme=scheme, quantized=artifact)
