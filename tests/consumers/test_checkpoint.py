@@ -212,7 +212,7 @@ def test_a_gguf_file_has_a_case_for_each_type_of_blocks(tmp_path: Path) -> None:
     writer.add_tensor("token_embd.weight", np.ones((4, 32), dtype=np.float16))
     writer.add_tensor("blk.0.attn_norm.weight", np.ones(32, dtype=np.float32))
     writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((2, 32), dtype=np.float32))
-    for name, kind in (("up", "Q4_0"), ("down", "Q6_K"), ("gate", "Q8_K")):
+    for name, kind in (("up", "Q4_0"), ("down", "Q6_K"), ("gate", "IQ4_XS"), ("odd", "Q8_K")):
         rows = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
         data = np.zeros((2, rows), dtype=np.uint8)
         writer.add_tensor(f"blk.0.ffn_{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
@@ -221,9 +221,10 @@ def test_a_gguf_file_has_a_case_for_each_type_of_blocks(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     for path in (tmp_path / "some.gguf", tmp_path):
-        four, six, eight = read_checkpoint(path, bits_of)
+        four, six, fourth, eight = read_checkpoint(path, bits_of)
         assert four == Case("gguf", "Q4_0", bits=4, dtype="float16")
         assert (six.layout, six.bits) == ("Q6_K", 6)
+        assert (fourth.layout, fourth.bits) == ("IQ4_XS", 4)
         assert (eight.layout, eight.bits) == ("Q8_K", 8)
     _, answer = examine_checkpoint(tmp_path, Plugins.discover(), consumer="llama.cpp")
     assert answer is not None
