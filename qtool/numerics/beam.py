@@ -12,17 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from qtool.errors import ShapeError
 from qtool.numerics.frozen_grid import FrozenColumns
 from qtool.numerics.groups import each_parameter
 from qtool.numerics.levels import second_nearest
+from qtool.numerics.recorded import pays, recorded
 from qtool.numerics.triangular import InverseFactor
+from qtool.numerics.updates import RoundColumns
 from qtool.scheme import GroupParameters
+
+Decode: TypeAlias = Callable[[Tensor, GroupParameters], Tensor]
 
 _BYTES_AT_ONCE = 1 << 27
 
@@ -33,11 +40,13 @@ class BranchingColumns:
 
     Attributes:
         frozen: Rounds them.
-        levels: ``levels(parameters [out])`` returns the values of the grid in ascending order, ``[out, levels]``.
+        codes: Those of the grid, one a level.
+        decode: ``decode(codes [out, levels], parameters [out])`` returns their values.
     """
 
     frozen: FrozenColumns
-    levels: Callable[[GroupParameters], Tensor]
+    codes: UInt8[Tensor, " levels"]
+    decode: Decode
 
 
 def beam_round(
@@ -105,38 +114,91 @@ def _search(
     scores[:, 0] = 0.0
     trail: list[tuple[Tensor, Tensor]] = []
     for start in range(0, n_in, block_size):
-        stop = min(start + block_size, n_in)
-        now = later[start:stop]
-        chosen, made = torch.zeros_like(now), torch.zeros_like(now)
-        origins = torch.arange(beams, device=columns.device).repeat(rows, 1)
-        for place in range(stop - start):
-            col = start + place
-            branches, residuals = _branches(now[place], *where[col])
-            both = scores.repeat(1, 2) + (residuals / factor.upper[col, col]).square()
-            # Stable, so that of branches that are equally good the nearest value is taken.
-            ranked, picked = both.sort(dim=1, stable=True)
-            scores, picked = ranked[:, :beams], picked[:, :beams]
-            parents = picked % beams
-            for held in (chosen[:place], made[:place], now[place + 1 :]):
-                held.copy_(_followed(held, parents))
-            origins = origins.gather(1, parents)
-            chosen[place], made[place] = branches.gather(1, picked), residuals.gather(1, picked)
-            now[place + 1 :].sub_(feedback[col, col + 1 : stop].view(-1, 1, 1) * made[place])
+        block = slice(start, min(start + block_size, n_in))
+        given = later[block], scores, feedback[block, block], factor.upper.diagonal()[block]
+        scores, chosen, origins, made = _searched(given, where[block])
         trail.append((chosen, origins))
-        rest = _followed(later[stop:], origins)
-        made_up = feedback[start:stop, stop:].T @ made.view(stop - start, -1)
-        later[stop:] = rest - made_up.view_as(rest)
+        rest = _followed(later[block.stop :], origins)
+        made_up = feedback[block, block.stop :].T @ made.flatten(1)
+        later[block.stop :] = rest - made_up.view_as(rest)
     values = _traced(trail)
     return values if factor.order is None else values.index_select(0, torch.argsort(factor.order))
 
 
+def _searched(
+    given: tuple[Tensor, Tensor, Tensor, Tensor], where: Sequence[tuple[BranchingColumns, int]]
+) -> tuple[Tensor, ...]:
+    """Return what ``_search_block`` does of columns in groups of parts of the grid."""
+    parts = [part for part, _ in where]
+    parameters = [each_parameter(part.frozen.parameters, itemgetter((slice(None), group))) for part, group in where]
+    first = parts[0]
+    if pays(given[0]) and all(part is first for part in parts):
+        found = recorded(_search_recorded, first.frozen.round, first.decode)(parameters, first.codes, *given)
+        return tuple(one.clone() for one in found)
+    branch = [partial(_branches, part.frozen.round, part.decode, part.codes) for part in parts]
+    return _search_block(branch, parameters, *given)
+
+
+def _search_recorded(
+    rounded: RoundColumns,
+    decode: Decode,
+    parameters: Sequence[GroupParameters],
+    codes: UInt8[Tensor, " levels"],
+    *given: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return what ``_search_block`` does of columns in one part of the grid."""
+    return _search_block([partial(_branches, rounded, decode, codes)] * len(parameters), parameters, *given)
+
+
+def _search_block(
+    branch: Sequence[Callable[[Tensor, GroupParameters], tuple[Tensor, Tensor]]],
+    parameters: Sequence[GroupParameters],
+    now: Float[Tensor, "columns rows beams"],
+    scores: Float[Tensor, "rows beams"],
+    feedback: Float[Tensor, "columns columns"],
+    pivots: Float[Tensor, " columns"],
+) -> tuple[
+    Float[Tensor, "rows beams"],
+    Float[Tensor, "columns rows beams"],
+    Int[Tensor, "rows beams"],
+    Float[Tensor, "columns rows beams"],
+]:
+    """Search a block of columns, which are changed in place.
+
+    Returns:
+        Of the candidates that stay: their loss so far, the values chosen, which of the candidates before the block they
+        come from, and what is left of the columns.
+    """
+    beams = now.shape[-1]
+    chosen, made = torch.zeros_like(now), torch.zeros_like(now)
+    origins = torch.arange(beams, device=now.device).repeat(now.shape[1], 1)
+    for place, (branches_of, own) in enumerate(zip(branch, parameters, strict=True)):
+        branches, residuals = branches_of(now[place], own)
+        both = scores.repeat(1, 2) + (residuals / pivots[place]).square()
+        # Stable, so that of branches that are equally good the nearest value is taken.
+        ranked, picked = both.sort(dim=1, stable=True)
+        scores, picked = ranked[:, :beams], picked[:, :beams]
+        parents = picked % beams
+        for held in (chosen[:place], made[:place], now[place + 1 :]):
+            held.copy_(_followed(held, parents))
+        origins = origins.gather(1, parents)
+        chosen[place], made[place] = branches.gather(1, picked), residuals.gather(1, picked)
+        now[place + 1 :].sub_(feedback[place, place + 1 :].view(-1, 1, 1) * made[place])
+    return scores, chosen, origins, made
+
+
 def _branches(
-    values: Float[Tensor, "rows beams"], part: BranchingColumns, group: int
+    rounded: RoundColumns,
+    decode: Decode,
+    codes: UInt8[Tensor, " levels"],
+    values: Float[Tensor, "rows beams"],
+    parameters: GroupParameters,
 ) -> tuple[Float[Tensor, "rows branches"], Float[Tensor, "rows branches"]]:
     """Return the nearest level of each value and then the second nearest of each, and what is left of the values."""
-    parameters = each_parameter(part.frozen.parameters, lambda own: own[:, group])
-    nearest = part.frozen.round(values, parameters)
-    second = second_nearest(part.levels(parameters).to(values.dtype), values, nearest)
+    # Scales may be negative.
+    levels = decode(codes.expand(*parameters.scale.shape, -1), parameters).sort(-1).values
+    nearest = rounded(values, parameters)
+    second = second_nearest(levels.to(values.dtype), values, nearest)
     return torch.cat([nearest, second], dim=1), torch.cat([values - nearest, values - second], dim=1)
 
 

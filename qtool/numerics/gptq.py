@@ -27,6 +27,7 @@ from torch import Tensor
 from qtool.errors import ShapeError, UsageError
 from qtool.numerics.groups import combine_parameters, each_parameter, from_groups, to_groups
 from qtool.numerics.triangular import InverseFactor, factorize_inverse
+from qtool.numerics.updates import RoundColumns, Updates
 from qtool.scheme import GroupParameters
 
 ParameterSource: TypeAlias = Literal["fresh", "static", "stale"]
@@ -50,7 +51,7 @@ class ColumnGrid:
 
     group_size: int
     fit: Callable[[Tensor, int], GroupParameters]
-    round: Callable[[Tensor, GroupParameters], Tensor]
+    round: RoundColumns
     encode: Callable[[Tensor, GroupParameters], Tensor]
     columns: int | None = None
 
@@ -278,8 +279,8 @@ def _solve(
     reached = list(range(len(groups)) if fitted else dict.fromkeys(group_of))
     starts = [0, *accumulate(groups[index].stop - groups[index].start for index in reached)][:-1]
     to_fit = {} if fitted else dict(zip(starts, reached, strict=True))
-    updates = _Updates.of(factor, columns)
-    pivots, feedback, extra = factor.upper.diagonal(), updates.feedback, updates.extra
+    updates = Updates.of(factor, columns)
+    pivots = factor.upper.diagonal()
     rounds = [group.grid.round for group in groups]
     loss = columns.new_zeros(n_out)
     residuals = columns.new_empty(min(block_size, n_in), n_out)
@@ -298,72 +299,15 @@ def _solve(
                 if factor.order is not None:
                     now = now.index_select(0, torch.argsort(factor.order[first:end]))
                 fitted[index] = _fitted(groups[index].grid, now.T.contiguous(), groups[index].start)[0]
-            panel, made = columns[first:last], residuals[first - start : last - start]
-            # `spread` is 0 up to the column's own entry, so that columns already rounded stay as they are.
-            for place, column, residual, spread, index in zip(
-                range(first, last),
-                panel.unsqueeze(-1).unbind(),
-                made.unbind(),
-                feedback[first:last, first:last].unbind(),
-                group_of[first:last],
-                strict=True,
-            ):
-                torch.sub(column, rounds[index](column, fitted[index]), out=residual.unsqueeze(-1))
-                panel.addr_(spread, residual, alpha=-1)
-                if extra is not None:
-                    panel.addr_(extra[place, first:last], updates.fed(slice(place, place + 1))[0].clone())
+            made = residuals[first - start : last - start]
+            own = group_of[first:last]
+            updates.round(slice(first, last), made, [rounds[index] for index in own], [fitted[index] for index in own])
             updates.add(columns[last:stop], slice(first, last), slice(last, stop), made)
         made = residuals[: stop - start]
         updates.add(columns[stop:], slice(start, stop), slice(stop, n_in), made)
         loss += (made / pivots[start:stop].unsqueeze(-1)).square_().sum(0)
         updates.note(slice(start, stop), made)
     return loss if updates.errors is None else factor.loss(updates.errors)
-
-
-@dataclass(frozen=True)
-class _Updates:
-    """What rounded columns add to later ones.
-
-    Attributes:
-        columns: The solver's.
-        feedback: ``U_jk / U_jj`` above the diagonal.
-        extra: Matrix of the linear term, if there is one.
-        base: The columns before any update, if the term asks for the drift.
-        errors: Room for what each column is off where it started, if the residuals alone do not tell the loss; until a
-            column is noted, where it started.
-    """
-
-    columns: Float[Tensor, "in out"]
-    feedback: Float[Tensor, "in in"]
-    extra: Float[Tensor, "in in"] | None = None
-    base: Float[Tensor, "in out"] | None = None
-    errors: Float[Tensor, "in out"] | None = None
-
-    @classmethod
-    def of(cls, factor: InverseFactor, columns: Float[Tensor, "in out"]) -> _Updates:
-        """Return the updates of a factor, for columns that are updated in place from now on."""
-        term = factor.term
-        if term is None:
-            return cls(columns, factor.feedback())
-        base = columns.clone() if term.drift else None
-        return cls(columns, factor.feedback(), term.matrix, base, columns.clone())
-
-    def fed(self, source: slice) -> Float[Tensor, "columns out"]:
-        """Return what the linear term reads of columns just before they are rounded."""
-        return self.columns[source] if self.base is None else self.columns[source] - self.base[source]
-
-    def add(
-        self, onto: Float[Tensor, "later out"], source: slice, target: slice, made: Float[Tensor, "columns out"]
-    ) -> None:
-        """Add what rounding ``source`` does to ``target``, of which ``onto`` are the columns or a copy."""
-        onto.addmm_(self.feedback[source, target].T, made, alpha=-1)
-        if self.extra is not None:
-            onto.addmm_(self.extra[source, target].T, self.fed(source))
-
-    def note(self, source: slice, made: Float[Tensor, "columns out"]) -> None:
-        """Note the errors of columns whose residuals are known."""
-        if self.errors is not None:
-            self.errors[source] += made - self.columns[source]
 
 
 def _panels(start: int, stop: int, starts: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,22 +9,23 @@ from torch import Tensor
 from qtool.errors import ShapeError
 from qtool.numerics import beam as module
 from qtool.numerics.beam import BranchingColumns, beam_round
+from qtool.numerics.frozen_grid import FrozenColumns
 from qtool.numerics.gptq import factorize_visits, gptq_round
 from qtool.numerics.levels import level_codes
 from qtool.numerics.triangular import InverseFactor
-from qtool.scheme import Format, GroupParameters
+from qtool.scheme import Format
 from tests.numerics.frozen_cases import CASES, decoded, frozen, levels, problem, row_losses, to_be_fitted
 from tests.oracles.gptq import Order, visiting_order
 from tests.oracles.triangular import beam_oracle
 
 
-def levels_of(fmt: Format) -> Callable[[GroupParameters], Tensor]:
-    return lambda parameters: fmt.decode(level_codes(fmt).expand(*parameters.scale.shape, -1), parameters)
+def branching_of(part: FrozenColumns, fmt: Format) -> BranchingColumns:
+    return BranchingColumns(part, level_codes(fmt), fmt.decode)
 
 
 def branching(case: str, weight: Tensor) -> list[BranchingColumns]:
     pairs = zip(frozen(case, weight), CASES[case], strict=True)
-    return [BranchingColumns(part, levels_of(fmt)) for part, (fmt, *_) in pairs]
+    return [branching_of(part, fmt) for part, (fmt, *_) in pairs]
 
 
 def factor_of(case: str, hessian: Tensor, order: Order) -> InverseFactor:
@@ -74,7 +74,7 @@ def test_enough_candidates_find_the_best_of_all_pairs_of_neighbours() -> None:
     weight, hessian = problem(4, 5)
     weight, hessian = weight[:, :6], hessian[:6, :6]
     part = frozen("int4", weight.repeat(1, 6)[:, :32])[0]
-    grid = [BranchingColumns(replace(part, columns=6, group_size=6), levels_of(CASES["int4"][0][0]))]
+    grid = [branching_of(replace(part, columns=6, group_size=6), CASES["int4"][0][0])]
     factor = InverseFactor(torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True), 0.0, wide=False)
     losses = [row_losses(weight - beam_round(weight, factor, grid=grid, beams=k), hessian) for k in (1, 2, 64)]
     assert float(losses[2].sum()) < float(losses[0].sum())

@@ -8,7 +8,7 @@ columns in the opposite order, is Babai's nearest plane: ``beams=1`` is both, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,6 @@ from qtool.errors import UsageError
 from qtool.numerics.beam import BranchingColumns, beam_round
 from qtool.numerics.levels import level_codes
 from qtool.numerics.triangular import InverseFactor
-from qtool.scheme import Format, GroupParameters
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,10 @@ def _searched(problem: LayerProblem, start: QuantizedLinear, config: BeamConfig)
         for _ in part.runs(columns.stop - columns.start)
     ]
     frozen = frozen_columns(problem, start.parameters)
-    grid = [BranchingColumns(own, _levels(fmt)) for own, fmt in zip(frozen, formats, strict=True)]
+    grid = [
+        BranchingColumns(own, level_codes(fmt).to(weight.device), fmt.decode)
+        for own, fmt in zip(frozen, formats, strict=True)
+    ]
     values = beam_round(weight, factor, grid=grid, beams=config.beams)
 
     def loss(found: Tensor) -> Tensor:
@@ -96,14 +98,3 @@ def _searched(problem: LayerProblem, start: QuantizedLinear, config: BeamConfig)
         "improved_rows": float(better.double().mean()),
     }
     return replace(solved, report=report)
-
-
-def _levels(fmt: Format) -> Callable[[GroupParameters], Tensor]:
-    """Return what lists the values of groups in ascending order."""
-    codes = level_codes(fmt)
-
-    def levels(parameters: GroupParameters) -> Tensor:
-        own = codes.to(parameters.scale.device)
-        return fmt.decode(own.expand(*parameters.scale.shape, -1), parameters).sort(-1).values  # scales may be negative
-
-    return levels
