@@ -6,6 +6,7 @@ launches those of a run of columns at once, and they compute what they would hav
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,8 +93,10 @@ def recorded(run: Run, *methods: Callable[..., Tensor]) -> Recorded:
 def _record(run: Callable[[Leaves], tuple[Tensor, ...]], given: Leaves) -> _Recording | None:
     """Record a call, if it can be."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         run(_copies(given))
     except RuntimeError:
         # A capture that fails may leave random generators unusable, so what cannot be recorded is found without one.
