@@ -6,8 +6,7 @@ bound by the launch of kernels otherwise.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -18,11 +17,10 @@ from torch import Tensor
 
 from qtool.engine.block_problem import BlockProblem
 from qtool.errors import NumericalError
+from qtool.numerics.replay import Replayed
 from qtool.numerics.token_weights import UNIFORM, TokenWeight
 
 _JUDGED_AT_ONCE = 8
-_EAGER_STEPS = 2
-"""Steps that run as they are before one is recorded: kernels are loaded and workspaces allocated by then."""
 
 
 @runtime_checkable
@@ -198,38 +196,3 @@ class _Step:
             gradients = torch.autograd.grad(loss, self.tuned.leaves)
         with torch.no_grad():
             self.tuned.update(gradients, self.left)
-
-
-class Replayed:
-    """Calls a function on fixed tensors; on CUDA the third call and those after it replay what it did.
-
-    Args:
-        function: Reads and writes tensors that stay where they are, and moves nothing between host and device.
-        device: Where they are.
-        recorded: Whether it always does the same operations.
-    """
-
-    def __init__(self, function: Callable[[], None], device: torch.device, *, recorded: bool = True) -> None:
-        self.function, self.device = function, device
-        self.calls = 0
-        self.graph = torch.cuda.CUDAGraph() if recorded and device.type == "cuda" else None
-
-    def __call__(self) -> None:
-        """Do it once."""
-        self.calls += 1
-        if self.graph is None:
-            self.function()
-            return
-        with torch.cuda.device(self.device):  # where streams and graphs are made, wherever the tensors are
-            if self.calls <= _EAGER_STEPS:
-                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    self.function()
-                torch.cuda.current_stream().wait_stream(stream)
-                return
-            if self.calls == _EAGER_STEPS + 1:
-                gc.collect()  # a graph of before that is freed meanwhile would break the recording
-                with torch.cuda.graph(self.graph):
-                    self.function()
-            self.graph.replay()

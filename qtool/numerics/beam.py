@@ -24,7 +24,7 @@ from qtool.errors import ShapeError
 from qtool.numerics.frozen_grid import FrozenColumns
 from qtool.numerics.groups import each_parameter
 from qtool.numerics.levels import second_nearest
-from qtool.numerics.recorded import pays, recorded
+from qtool.numerics.replay import pays, replayed_columns
 from qtool.numerics.triangular import InverseFactor
 from qtool.numerics.updates import RoundColumns
 from qtool.scheme import GroupParameters
@@ -133,13 +133,13 @@ def _searched(
     parameters = [each_parameter(part.frozen.parameters, itemgetter((slice(None), group))) for part, group in where]
     first = parts[0]
     if pays(given[0]) and all(part is first for part in parts):
-        found = recorded(_search_recorded, first.frozen.round, first.decode)(parameters, first.codes, *given)
+        found = replayed_columns(_search_one_part, first.frozen.round, first.decode)(parameters, first.codes, *given)
         return tuple(one.clone() for one in found)
     branch = [partial(_branches, part.frozen.round, part.decode, part.codes) for part in parts]
     return _search_block(branch, parameters, *given)
 
 
-def _search_recorded(
+def _search_one_part(
     rounded: RoundColumns,
     decode: Decode,
     parameters: Sequence[GroupParameters],

@@ -27,9 +27,9 @@ def truncated_svd(
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
     """Factor the rank-r matrix nearest to ``E = U S Vᵀ``: ``(U_r S_r^½, S_r^½ V_rᵀ)``.
 
-    By the eigenvectors of ``E Eᵀ`` in float64, which takes less time than the decomposition of ``E`` itself. Exact,
-    unless the smaller side is over 1024 and over four times the rank: then by subspace iteration from a random start
-    (16 extra directions, 4 iterations).
+    By the eigenvectors of ``E Eᵀ`` or ``Eᵀ E``, the smaller one, in float64, which takes less time than the
+    decomposition of ``E`` itself. Exact, unless the smaller side is over 1024 and over four times the rank: then by
+    subspace iteration from a random start (16 extra directions, 4 iterations).
 
     Args:
         error: Matrix to approximate. Not modified.
@@ -47,6 +47,9 @@ def truncated_svd(
         Yao et al. 2023, ZeroQuant-V2, arXiv:2303.08302, section 5 (the split of the singular values).
         Halko et al. 2011, Finding structure with randomness, arXiv:0909.4061, algorithm 4.4.
     """
+    if len(error) > error.shape[1]:  # vectors of the smaller side tell those of the other
+        right, left = truncated_svd(error.T, rank, seed=seed)
+        return left.T.contiguous(), right.T.contiguous()
     return weighted_truncation(error, error.new_ones(error.shape[1]), rank, seed=seed)
 
 
@@ -95,7 +98,7 @@ def weighted_truncation(
         basis = torch.linalg.qr(wide).Q if tall else torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     reduced = basis.T @ wide
     gram = reduced @ weigh(reduced.T)
-    leading = torch.linalg.eigh((gram + gram.T) / 2)[1][:, -rank:].flip(-1)
+    leading = _eigenvectors((gram + gram.T) / 2)[:, -rank:].flip(-1)
     up, down = basis @ leading, leading.T @ reduced
     root = torch.linalg.vector_norm(down, dim=-1).sqrt()
     down = down / torch.where(root > 0, root, 1.0).unsqueeze(-1)
@@ -124,8 +127,22 @@ def best_down(error: Float[Tensor, "out in"], up: Float[Tensor, "out rank"]) -> 
 
 
 def _inverse(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    inverse: Tensor = torch.linalg.pinv((gram + gram.T) / 2, rtol=1e-12, hermitian=True)
-    return inverse
+    inverse: Tensor = torch.linalg.pinv(_small_on_cpu((gram + gram.T) / 2), rtol=1e-12, hermitian=True)
+    return inverse.to(gram.device)
+
+
+def _eigenvectors(symmetric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Return eigenvectors by ascending eigenvalue."""
+    vectors: Tensor = torch.linalg.eigh(_small_on_cpu(symmetric))[1]
+    return vectors.to(symmetric.device)
+
+
+def _small_on_cpu(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Return a matrix where it is decomposed: small ones on the CPU, whose vectors are the same for every device.
+
+    Decompositions are long runs of tiny kernels, for which processes that share a device wait for each other.
+    """
+    return matrix.cpu() if len(matrix) <= _EXACT_UP_TO else matrix
 
 
 def leading_eigenvectors(hessian: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:
@@ -143,10 +160,10 @@ def leading_eigenvectors(hessian: Float[Tensor, "n n"], rank: int) -> Float[Tens
     """
     wide = hessian.double()
     if not _is_large(wide, rank):
-        vectors: Tensor = torch.linalg.eigh(wide)[1]
+        vectors = _eigenvectors(wide)
     else:
         basis = _range_basis(wide, rank + _OVERSAMPLING, seed=0)
-        vectors = basis @ torch.linalg.eigh(basis.T @ wide @ basis)[1]
+        vectors = basis @ _eigenvectors(basis.T @ wide @ basis)
     return vectors[:, -rank:].flip(-1)
 
 
@@ -200,7 +217,7 @@ def _is_large(matrix: Float[Tensor, "out in"], rank: int) -> bool:
     """
     smaller = min(matrix.shape)
     if not 1 <= rank <= smaller:
-        raise ShapeError(f"a matrix of shape {tuple(matrix.shape)} has no part of rank {rank}", hint=f"rank={smaller}")
+        raise ShapeError(f"a matrix of {smaller} directions has no part of rank {rank}", hint=f"rank={smaller}")
     return smaller > _EXACT_UP_TO and 4 * rank < smaller
 
 

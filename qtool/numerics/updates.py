@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qtool.numerics.recorded import pays, recorded
+from qtool.numerics.replay import pays, replayed_columns
 from qtool.numerics.triangular import InverseFactor
 from qtool.scheme import GroupParameters
 
@@ -63,7 +63,7 @@ class Updates:
         base = None if self.base is None else self.base[source]
         given = panel, self.feedback[source, source], extra, base
         if pays(panel) and rounds.count(rounds[0]) == len(rounds):
-            solved, left = recorded(_solved_panel, rounds[0])(parameters, *given)
+            solved, left = replayed_columns(_solved_panel, rounds[0])(parameters, *given)
             panel.copy_(solved)
             made.copy_(left)
         else:

@@ -1,13 +1,12 @@
 """``pack`` as a ratio to copying the bytes that it writes, and its peak memory on a shallow and on a deep model.
 
 Copying is what a disk allows: every byte is read once, written once and flushed. Packing reads codes, writes them,
-puts them in order, and reads all of it back, some of it with a consumer's decoder, while it is flushed and digested;
-imports and the making of an empty model, which a model of one block shows, are taken off.
+puts them in order, and reads all of it back, some of it with a consumer's decoder, while it is flushed and digested.
+Imports, which take seconds, are not in it: one process packs again and again.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from tests.bench.process import MIB, Cost, measure, qtool
 from tests.bench.table import say, show
 
-DEPTHS = (1, 4, 16)
+DEPTHS = (4, 16)
 LAYOUTS = (
     ("compressed-tensors", "int4-sym-g64"),
     ("compressed-tensors", "nvfp4"),
@@ -27,14 +26,6 @@ LAYOUTS = (
     ("gguf", "nvfp4"),
     ("hf", "int4-sym-g64"),
 )
-COPY = """
-import os, shutil, sys, time
-start = time.perf_counter()
-shutil.copyfile(sys.argv[1], sys.argv[2])
-with open(sys.argv[2], "rb+") as file:
-    os.fsync(file.fileno())
-print(time.perf_counter() - start)
-"""
 
 
 def compare_packing(width: int, rounds: int) -> None:
@@ -49,23 +40,20 @@ def compare_packing(width: int, rounds: int) -> None:
         folder = Path(name)
         models = {depth: _model(folder, width, depth) for depth in DEPTHS}
         for to, weights in LAYOUTS:
-            found = {depth: _packed(folder, models[depth], to, weights, rounds) for depth in DEPTHS}
-            fixed, shallow, deep = (found[depth] for depth in DEPTHS)
-            spent = deep[0].seconds - fixed[0].seconds
-            size, dense = (deep[index] - fixed[index] for index in (2, 3))
-            copied = deep[1] * size / deep[2]
+            shallow, deep = (_packed(folder, models[depth], to, weights, rounds) for depth in DEPTHS)
+            spent, copied, size = (float(number) for number in deep.output.split()[-3:])
             rows.append(
                 (
                     f"{to}, {weights}",
                     f"{size / MIB:.0f}",
                     f"{spent / copied:.1f}",
-                    f"{dense / spent / 1e9:.2f}",
-                    f"{shallow[0].peak / MIB:.0f}",
-                    f"{deep[0].peak / MIB:.0f}",
+                    f"{_dense(models[DEPTHS[-1]]) / spent / 1e9:.2f}",
+                    f"{shallow.peak / MIB:.0f}",
+                    f"{deep.peak / MIB:.0f}",
                 )
             )
-    say(f"pack, random Llama of width {width}, {DEPTHS[-1]} blocks; without the {DEPTHS[0]} block of a small one")
-    peaks = (f"peak of {depth} blocks, MiB" for depth in DEPTHS[1:])
+    say(f"pack, random Llama of width {width}, {DEPTHS[-1]} blocks")
+    peaks = (f"peak of {depth} blocks, MiB" for depth in DEPTHS)
     show(("layout", "written, MiB", "time / copying", "GB of 16-bit weights a second", *peaks), rows)
 
 
@@ -77,23 +65,19 @@ def _model(folder: Path, width: int, depth: int) -> Path:
     return model
 
 
-def _packed(folder: Path, model: Path, to: str, weights: str, rounds: int) -> tuple[Cost, float, int, int]:
-    """Pack a model, and copy what came out.
+def _dense(model: Path) -> int:
+    """Return the bytes of a model's weights."""
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
-    Returns:
-        The least cost, the least seconds of the copy, the bytes written, and the bytes of the model in 16 bits.
-    """
-    home, output, copy = folder / "home", folder / "out", folder / "copy"
+
+def _packed(folder: Path, model: Path, to: str, weights: str, rounds: int) -> Cost:
+    """Quantize a model and pack it so often; the output is that of ``tests.bench.packed``."""
+    home = folder / "home"
     artifact = home / f"{model.name}-{weights}.safetensors"
     home.mkdir(exist_ok=True)
     if not artifact.exists():
         qtool("mitigate", str(model), "--method", "rtn", "--weights", weights, "-o", str(artifact), home=home)
-    costs, copies = [], []
-    for _ in range(rounds):
-        costs.append(qtool("pack", str(artifact), "--to", to, "-o", str(output), home=home))
-        written = max(output.iterdir(), key=lambda file: file.stat().st_size)
-        copies.append(float(measure([sys.executable, "-c", COPY, str(written), str(copy)]).output))
-        size = written.stat().st_size
-        shutil.rmtree(output)
-    dense = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    return min(costs, key=lambda cost: cost.seconds), min(copies), size, dense
+    script = Path(__file__).with_name("packed.py")
+    return measure(
+        [sys.executable, str(script), str(artifact), to, str(folder), str(rounds)], {"QTOOL_HOME": str(home)}
+    )

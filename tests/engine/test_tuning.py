@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine.block_problem import BlockProblem
-from qtool.engine.tuning import Replayed, Schedule, block_loss, judged_windows, tune
+from qtool.engine.tuning import Schedule, block_loss, judged_windows, tune
 from qtool.errors import NumericalError
 from qtool.numerics.token_weights import parse_token_weight
 
@@ -178,64 +177,3 @@ def test_outputs_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     broken = replace(block(), layer=7, forward=lambda weights, hidden: hidden * bad)
     with pytest.raises(NumericalError, match=r"the outputs of block 7 are not finite\nhint: .*--dtype float32"):
         tune(broken, Scripted(1.0, 1.0), Schedule(steps=1, batch=1))
-
-
-def test_on_the_cpu_nothing_is_replayed() -> None:
-    calls: list[int] = []
-    step = Replayed(lambda: calls.append(len(calls)), CPU)
-    for _ in range(5):
-        step()
-    assert calls == [0, 1, 2, 3, 4]
-
-
-def test_it_is_recorded_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    current, recordings, replays = [torch.device("cuda", 0)], [], []
-
-    class Graph:
-        def replay(self) -> None:
-            replays.append(current[-1])
-
-    class Stream:
-        def __init__(self) -> None:
-            self.device = current[-1]
-
-        def wait_stream(self, other: Stream) -> None:
-            assert other.device == self.device
-
-    @contextmanager
-    def entered(device: torch.device) -> Iterator[None]:
-        current.append(device)
-        yield
-        current.pop()
-
-    @contextmanager
-    def recording(graph: Graph) -> Iterator[None]:
-        recordings.append(current[-1])
-        yield
-
-    for name, fake in {
-        "CUDAGraph": Graph,
-        "Stream": Stream,
-        "current_stream": Stream,
-        "stream": lambda stream: entered(stream.device),
-        "graph": recording,
-        "device": entered,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    calls: list[torch.device] = []
-    second = torch.device("cuda", 1)
-    step = Replayed(lambda: calls.append(current[-1]), second)
-    for _ in range(4):
-        step()
-    assert (calls, recordings, replays) == ([second] * 3, [second], [second] * 2)
-    assert current == [torch.device("cuda", 0)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_on_a_second_gpu() -> None:
-    total = torch.zeros((), device="cuda:1")
-    step = Replayed(lambda: total.add_(1), total.device)
-    for _ in range(5):
-        step()
-    assert float(total) == 5
