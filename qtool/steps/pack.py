@@ -32,6 +32,7 @@ from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, ResourceError, UsageError
 from qtool.model.extras import FURTHER_HEADS
 from qtool.model.graph import RESIDUAL, LinearSite
+from qtool.steps.allocator import freed_memory_kept
 from qtool.steps.labels import labels_of, makers_of
 from qtool.steps.model_card import CARD, measured_section, model_card, with_measured
 from qtool.steps.packed import open_checkpoint, packed_reader
@@ -87,7 +88,8 @@ def pack(request: PackRequest, workspace: Workspace) -> tuple[Artifact, bool]:
     if done is not None:
         _measured_anew(done, opened, workspace)
         return done, True
-    return _written(exporter, opened, manifest, path, workspace), False
+    with freed_memory_kept():
+        return _written(exporter, opened, manifest, path, workspace), False
 
 
 def _reader(request: PackRequest, workspace: Workspace) -> PackedReader | None:

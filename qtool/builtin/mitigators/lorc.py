@@ -70,7 +70,7 @@ class LoRCConfig:
 class LoRC:
     """Add the rank-k part of the error to the output, from factors in 16 or 8 bits."""
 
-    version = 3
+    version = 4
     needs: tuple[str, ...] = ()
     Config = LoRCConfig
 

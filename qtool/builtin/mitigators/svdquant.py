@@ -56,7 +56,7 @@ class SVDQuantConfig(AlternatingConfig):
 class SVDQuant:
     """Take the leading part of the weight in a low-rank branch, and quantize the remainder."""
 
-    version = 2
+    version = 3
     needs: tuple[str, ...] = ("hessian",)
     Config = SVDQuantConfig
 
