@@ -287,6 +287,20 @@ def test_a_download_that_is_not_complete_is_no_checkpoint(tmp_path: Path, name: 
         read_checkpoint(folder, bits_of)
 
 
+def test_an_adapter_is_left_out_by_what_loads_the_folder(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "base", BY_OTHERS["llm-compressor"], f"{NAME}.weight_scale")
+    assert answer(read_checkpoint(folder, bits_of), "transformers", "any").verdict == "loads"
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    cases = read_checkpoint(folder, bits_of)
+    told = [
+        answer(cases, name, device) for name, device in (("transformers", "any"), ("vllm", "sm90"), ("vllm", "cpu"))
+    ]
+    assert {one.verdict for one in told} == {"executes-other"}
+    assert all("the adapter" in one.says for one in told)
+    assert answer(cases, "sglang", "sm90").says == "unknown: no rule speaks of adapter"
+
+
 def test_a_capability_between_two_known_ones_is_the_lower(tmp_path: Path) -> None:
     folder, plugins = checkpoint(tmp_path, BY_OTHERS["ModelOpt"], f"{NAME}.weight_scale"), Plugins.discover()
     config = {**BY_OTHERS["ModelOpt"], "kv_cache_quant_algo": None}
