@@ -17,7 +17,7 @@ DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 OUT_OF_MEMORY = "OutOfMemoryError"
 CPU_ALLOCATOR = "DefaultCPUAllocator"
-INTERRUPTED = "interrupted; the same command, run again, continues from the blocks that are finished"
+INTERRUPTED = "interrupted; the same command, run again, continues from the blocks that are finished, if it keeps any"
 
 
 def explain(error: Exception) -> QtoolError:

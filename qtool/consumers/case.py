@@ -71,6 +71,7 @@ class Case:
         head: Whether the head is among them: ``named`` by the config, or ``unnamed``, of a class that it names; the
             empty word where it is not.
         embedding: Whether the embedding is among them: of the ``class`` that the config names, or ``named`` itself.
+        adapter: Whether a LoRA adapter lies in a folder of its own, which what loads the checkpoint leaves out.
         online: What rotates inputs in the forward pass: ``hadamard``, or ``random-hadamard`` where matrices are stored.
         turned: What rotates queries and keys behind their positions (R3), likewise.
         biased: Whether a linear behind a rotation of inputs has a bias.
@@ -114,6 +115,7 @@ class Case:
     beside: bool = False
     head: Literal["", "named", "unnamed"] = ""
     embedding: Literal["", "class", "named"] = ""
+    adapter: bool = False
     online: str = ""
     turned: str = ""
     biased: bool = False

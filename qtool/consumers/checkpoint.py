@@ -19,12 +19,14 @@ from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEADS, Case, cases_of, dynamic_apart
 from qtool.consumers.presets import named_presets, with_presets
 from qtool.errors import ArtifactError
+from qtool.model.files import INDEX
 from qtool.scheme import ModelScheme, TensorScheme
 
 _SCALES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "e4m3", "U8": "e8m0"}
 _EXPERTS = re.compile(r"\.experts\.")
 _STORED = {CT: (".weight_packed", ".weight_scale"), "gptq": (".qweight",), "awq": (".qweight",)}
 _STORED["modelopt"] = (".weight_scale",)
+_ADAPTER = "adapter/adapter_config.json"
 _MODELOPT = "hf_quant_config.json"
 _INPUT_SCALE = ".input_scale"
 _WIDE = {"F16": 16, "BF16": 16, "F32": 32}
@@ -158,6 +160,7 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
         "alone": all(of_experts),
         "biased": any(f"{target}.bias" in names for target in _rotated(quantization)),
         "scale": scale,
+        "adapter": (folder / _ADAPTER).is_file(),
     }
     if whole := _whole_fp8(quantization, names):
         calibrated = {name.removesuffix(_INPUT_SCALE) for name in names if name.endswith(_INPUT_SCALE)}
@@ -234,11 +237,32 @@ def _heads(folder: Path) -> tuple[list[str], str]:
                 f"cannot read the head of `{path}`", facts=(("reason", error),), hint="pack or download it again"
             ) from error
         names += held
+    _refuse_missing(folder, names)
     if not names:
         raise ArtifactError(
             f"`{folder}` holds no weights", facts=(("expected", "*.safetensors"),), hint="pack or download it again"
         )
     return names, scale
+
+
+def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder whose index names files or tensors that are not there.
+
+    Raises:
+        ArtifactError: Names the first.
+    """
+    if not (folder / INDEX).is_file():
+        return
+    places = _json(folder / INDEX).get("weight_map")
+    table = {str(name): str(file) for name, file in places.items()} if isinstance(places, dict) else {}
+    files = {file for file in table.values() if not (folder / file).is_file()}
+    for what, missing in (("files", files), ("tensors", table.keys() - set(names))):
+        if missing:
+            raise ArtifactError(
+                f"the index of `{folder}` names {what} that are not there",
+                facts=(("first", min(missing)), ("missing", len(missing))),
+                hint="check that the download is complete",
+            )
 
 
 def _read_gguf(path: Path) -> tuple[Case, ...]:

@@ -2,9 +2,9 @@
 
 What no rule speaks of is unknown; of one part of one checkpoint on one device one rule speaks, or none. ``linears`` is
 the part that every answer begins with. ``outputs``, ``experts``, ``cache``, ``turned``, ``online``, ``groups``,
-``head`` and ``embedding`` are needed where a checkpoint has those: without a rule on them nothing is known. ``scales``
-and ``range`` are remarks, and ``kernel`` is a name; none of the three is needed. What a rule says beside ``linears``
-begins with a semicolon and is added, or stands in place of everything.
+``head``, ``embedding`` and ``adapter`` are needed where a checkpoint has those: without a rule on them nothing is
+known. ``scales`` and ``range`` are remarks, and ``kernel`` is a name; none of the three is needed. What a rule says
+beside ``linears`` begins with a semicolon and is added, or stands in place of everything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ VERDICTS: Mapping[Verdict, str] = {
 """Verdicts in words, from the best to the worst."""
 
 ANY = "any"
-PARTS = ("linears", "range", "outputs", "scales", "cache", "turned", "online", "experts", "groups", "head", "embedding")
+PARTS = (
+    *("linears", "range", "outputs", "scales", "cache", "turned", "online", "experts", "groups"),
+    *("head", "embedding", "adapter"),
+)
 """Parts in the order of what is said of them."""
 
 _FOLDER = Path(__file__).with_name("rules")
@@ -229,7 +232,7 @@ def _of_case(case: Case, consumer: str, device: str) -> Answer:
 
 def _needed(case: Case) -> dict[str, bool]:
     rotated = {"turned": bool(case.turned), "online": bool(case.online)}
-    ends = {"head": bool(case.head), "embedding": bool(case.embedding)}
+    ends = {"head": bool(case.head), "embedding": bool(case.embedding), "adapter": case.adapter}
     groups = case.apart or case.beside
     beside = {"outputs": case.outputs != "none", "cache": case.cache != "none"}
     return {**beside, "experts": case.experts, **rotated, "groups": groups, **ends}

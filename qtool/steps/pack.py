@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,7 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
     """Write beside ``path``, verify, and rename once."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     about: dict[str, object] = {}
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         with disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -218,7 +219,15 @@ def _written(exporter: Exporter, opened: Opened, manifest: Manifest, path: Path,
             _give_name(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(made)
     return Artifact(path, final)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, up to the first that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextmanager

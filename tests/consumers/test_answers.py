@@ -88,6 +88,7 @@ STATIC_INT8 = "int8-sym-tensor-static"
         (NVFP4, "vllm", "sm90", "executes-other", "W4A16, unless --linear-backend emulation"),
         (NVFP4, "vllm", "sm100", "loads", "W4A4"),
         (NVFP4, "vllm", "cpu", "refuses", "refused: it has no kernel for NVFP4"),
+        (NVFP4, "transformers", "any", "loads", "W4A4: dynamic FP4 activations per group of 16, emulated in bfloat16;"),
         (NVFP4, "sglang", "sm89", "executes-other", "W4A16, with a warning"),
         (MXFP4, "sglang", "sm100", "refuses", "refused: it reads MXFP4 of experts only"),
         (MXFP4, "vllm", "sm75", "refuses", "refused: it has MXFP4 from SM80 on"),

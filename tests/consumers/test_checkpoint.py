@@ -268,6 +268,39 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
         read_checkpoint(folder, bits_of)
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "says"),
+    [
+        (f"{NAME}.weight", "model-00002-of-00002.safetensors", "files that are not there"),
+        ("model.norm.weight", "model-00001-of-00002.safetensors", "tensors that are not there"),
+    ],
+)
+def test_a_download_that_is_not_complete_is_no_checkpoint(tmp_path: Path, name: str, file: str, says: str) -> None:
+    folder = checkpoint(tmp_path / "model", None, f"{NAME}.weight")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {f"{NAME}.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_checkpoint(folder, bits_of)
+    index["weight_map"] |= {name: file}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match=says):
+        read_checkpoint(folder, bits_of)
+
+
+def test_an_adapter_is_left_out_by_what_loads_the_folder(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "base", BY_OTHERS["llm-compressor"], f"{NAME}.weight_scale")
+    assert answer(read_checkpoint(folder, bits_of), "transformers", "any").verdict == "loads"
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    cases = read_checkpoint(folder, bits_of)
+    told = [
+        answer(cases, name, device) for name, device in (("transformers", "any"), ("vllm", "sm90"), ("vllm", "cpu"))
+    ]
+    assert {one.verdict for one in told} == {"executes-other"}
+    assert all("the adapter" in one.says for one in told)
+    assert answer(cases, "sglang", "sm90").says == "unknown: no rule speaks of adapter"
+
+
 def test_a_capability_between_two_known_ones_is_the_lower(tmp_path: Path) -> None:
     folder, plugins = checkpoint(tmp_path, BY_OTHERS["ModelOpt"], f"{NAME}.weight_scale"), Plugins.discover()
     config = {**BY_OTHERS["ModelOpt"], "kv_cache_quant_algo": None}

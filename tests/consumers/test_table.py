@@ -125,6 +125,7 @@ def cases() -> tuple[Case, ...]:
     made += [replace(case, turned=kind) for case in plain if case.method == "compressed-tensors" for kind in ONLINE]
     made += [replace(case, **alike) for case in plain if case.method in METHODS for alike in SEVERAL]
     alone = [case for case in plain if case.method == "compressed-tensors" and case.inputs == case.cache == "none"]
+    made += [replace(case, adapter=True) for case in alone]
     made += [replace(case, head=how) for case in alone for how in ("named", "unnamed")]
     integers = ("int5-sym-channel-static", "int2-sym-group64-static")
     embeddings = [*alone, *(case for one in integers for case in cases_of(compressed("pack-quantized", one)))]
@@ -219,7 +220,7 @@ def test_a_rule_is_well_formed(rule: Rule) -> None:
         assert set(condition) <= FIELDS
     assert rule.when.get("method")
     assert rule.part in (*PARTS, "kernel")
-    if rule.part in ("linears", "outputs", "experts", "cache", "turned", "online", "groups", "head", "embedding"):
+    if rule.part in PARTS and rule.part not in ("scales", "range"):
         assert rule.verdict in VERDICTS
         assert rule.verdict != "unknown"
         assert (rule.verdict == "refuses") <= rule.says.startswith(("refused: ", UNREADABLE))

@@ -95,7 +95,7 @@ def test_ctrl_c_leaves_nothing_behind(
         monkeypatch.setattr(Subject, name, interrupted(getattr(Subject, name)))
     watched = replace(workspace, plugins=replace(workspace.plugins, _instances={("exporters", to): Watched()}))
     with pytest.raises(KeyboardInterrupt):
-        pack(PackRequest(artifact, to, tmp_path / "out"), watched)
+        pack(PackRequest(artifact, to, tmp_path / "new" / "folders" / "out"), watched)
     assert writing["seen"] > 8
     assert everything(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
@@ -113,9 +113,9 @@ def test_a_full_disk_leaves_nothing_behind(
     target = "shutil.copyfileobj" if to.startswith("gguf") else "qtool.builtin.exporters.shards.save_file"
     monkeypatch.setattr(target, full)
     with pytest.raises(ResourceError, match="no space left on the disk"):
-        pack(PackRequest(artifact, to, tmp_path / "out"), workspace)
+        pack(PackRequest(artifact, to, tmp_path / "new" / "out"), workspace)
     assert everything(tmp_path) == before
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("to", WEIGHTS)

@@ -329,6 +329,10 @@ def test_other_codes_and_linears_without_are_refused(quantize: Quantize, workspa
     save_file(tensors, plain / "model.safetensors", {"format": "pt"})
     with pytest.raises(QtoolError, match="has scales and no codes"):
         pack(PackRequest(str(plain), "gptq"), workspace)
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(NAME)}
+    save_file(rest, plain / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QtoolError, match=f"neither codes nor a weight of `{NAME}`"):
+        pack(PackRequest(str(plain), "gptq"), workspace)
 
 
 def test_the_same_layout_is_refused(quantize: Quantize, workspace: Workspace) -> None:

@@ -188,6 +188,29 @@ def left_alone_counts(model: Model) -> dict[str, int]:
     return dict(Counter(model.left_alone.values()))
 
 
+def require_held(name: str, cast: Tensor, own: Tensor | None = None) -> None:
+    """Refuse a tensor that became NaN or Inf as it was cast.
+
+    Args:
+        name: What it is called.
+        cast: The tensor in the dtype that it is stored in.
+        own: What it was before, if that is at hand.
+
+    Raises:
+        UsageError: It did.
+    """
+    if cast.numel() == 0 or bool(torch.stack(torch.aminmax(cast)).isfinite().all()):
+        return
+    dtype = str(cast.dtype).removeprefix("torch.")
+    raise UsageError(
+        f"`{name}` has values that {dtype} does not have",
+        facts=() if own is None else (("largest", f"{own.abs().max():.3g}"),),
+        hint="quantize with scales in bfloat16, such as --weights int4-sym-g32-sbf16, or pack --to hf"
+        if cast.dtype == torch.float16
+        else "look at the model: no type of 16 bits has them",
+    )
+
+
 class _Cast:
     """Casts tensors that are not quantized to what a checkpoint stores them in.
 
@@ -203,8 +226,16 @@ class _Cast:
         self.wide = wide | wide_names(empty_model(deepcopy(model.config), model), tuple(model.places), dtype)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors cast; integers, and those that are left alone, as they are."""
-        return {name: tensor.to(self._dtype(name, tensor)) for name, tensor in tensors.items()}
+        """Return the tensors cast; integers, and those that are left alone, as they are.
+
+        Raises:
+            UsageError: One has values that its dtype does not have.
+        """
+        cast = {name: tensor.to(self._dtype(name, tensor)) for name, tensor in tensors.items()}
+        for name, tensor in cast.items():
+            if tensor.dtype != tensors[name].dtype:
+                require_held(name, tensor, tensors[name])
+        return cast
 
     def _dtype(self, name: str, tensor: Tensor) -> torch.dtype:
         if not tensor.is_floating_point() or name in self.model.left_alone:

@@ -11,7 +11,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
-from qtool.builtin.exporters.checkpoint import left_alone_counts, refuse_compensation, write_checkpoint
+from qtool.builtin.exporters.checkpoint import (
+    left_alone_counts,
+    refuse_compensation,
+    require_held,
+    write_checkpoint,
+)
 from qtool.builtin.exporters.mixed import groups_of, mixed_consumers
 from qtool.builtin.exporters.read_back import (
     CheckpointReader,
@@ -57,6 +62,7 @@ class HuggingFace:
                 weight, bias = offline(subject, linear, state[f"{module}.weight"], bias)
             else:
                 weight, bias = dense(subject, linear, bias, dtype)
+                require_held(f"{linear.name}.weight", weight)
             return {"weight": weight} if bias is None else {"weight": weight, "bias": bias.to(weight.dtype)}
 
         sizes = write_checkpoint(subject, directory, made, dtype=dtype)

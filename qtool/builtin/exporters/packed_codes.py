@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from qtool.artifacts.layout import Header, TensorSlot
@@ -13,11 +14,12 @@ from qtool.artifacts.store import Artifact
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.stored import packed_tensors
-from qtool.errors import ArtifactError
+from qtool.errors import ArtifactError, NumericalError
 from qtool.model.graph import LinearSite
 from qtool.plugins import Plugins
-from qtool.scheme import ModelScheme, TensorScheme
+from qtool.scheme import GroupParameters, ModelScheme, TensorScheme
 
+_BYTE = 8
 _UNREADABLE = (KeyError, ValueError, RuntimeError, IndexError, ArtifactError)
 
 
@@ -64,11 +66,15 @@ class CodesArtifact(Artifact):
 
         Raises:
             ArtifactError: They do not fit what the checkpoint says of them.
+            NumericalError: They hold NaN or Inf.
         """
+        grid = self._grid(name)
         try:
-            return self.codes_of(self._by_name[name], weights_of(self.scheme, name), self._grid(name))
+            found = self.codes_of(self._by_name[name], weights_of(self.scheme, name), grid)
         except _UNREADABLE as error:
             raise unreadable(self, name, error) from error
+        require_numbers(self, name, found, grid)
+        return found
 
     @cached_property
     def _by_name(self) -> Mapping[str, LinearSite]:
@@ -89,6 +95,38 @@ def unreadable(artifact: Artifact, name: str, error: Exception) -> ArtifactError
     """Return the error that names a linear whose codes do not fit what a checkpoint says of them."""
     facts = (("checkpoint", artifact.path), ("reason", str(error).split("\n")[0]))
     return ArtifactError(f"cannot read the codes of `{name}`", facts=facts)
+
+
+def require_finite(artifact: Artifact, name: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuse tensors that hold NaN or Inf.
+
+    Args:
+        artifact: What stands for the checkpoint that they were read from.
+        name: What has them.
+        tensors: By what they are called; integers are passed over.
+
+    Raises:
+        NumericalError: Names the first.
+    """
+    for leaf, tensor in tensors.items():
+        if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            facts = (("tensor", leaf), ("checkpoint", artifact.path))
+            raise NumericalError(f"what is stored of `{name}` holds NaN or Inf", facts=facts, hint="download it again")
+
+
+def require_numbers(artifact: Artifact, name: str, found: PackedLinear, grid: Grid) -> None:
+    """Refuse scales, offsets and codes of a linear that stand for NaN or Inf; as ``require_finite`` does.
+
+    Codes of floats in 8 bits that do have the largest magnitudes, so the largest that there is says whether one is.
+    """
+    own, (part,) = found.parameters, grid.parts
+    tensors = {"scale": own.scale, "offset": own.offset, "multiplier of scales": own.global_scale}
+    last = torch.full((1, 1), (1 << found.bits - 1) - 1, dtype=torch.uint8)
+    at_one = GroupParameters(torch.ones(1))
+    if found.bits == _BYTE and not bool(part.format.decode(last, at_one).isfinite().all()):
+        largest = (found.stream & last).amax().reshape(1, 1)
+        tensors["codes"] = part.format.decode(largest, at_one)
+    require_finite(artifact, name, tensors)
 
 
 def weights_of(scheme: ModelScheme, name: str) -> TensorScheme:

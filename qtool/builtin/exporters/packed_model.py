@@ -116,13 +116,14 @@ class PackedModel(Model):
 
 
 def refuse_codes(model: PackedModel) -> None:
-    """Refuse codes of what is not transcoded.
+    """Refuse codes of what is not transcoded, and linears that have neither codes nor weights.
 
     Raises:
         ArtifactError: Names the first.
     """
     _refuse_other_codes(model)
     _refuse_shared_codes(model)
+    _refuse_missing_weights(model)
 
 
 def refuse_tensors(model: PackedModel, scheme: ModelScheme) -> None:
@@ -157,6 +158,17 @@ def _refuse_shared_codes(model: PackedModel) -> None:
             "the embedding is quantized, and the head, which is tied to it, has no weights of its own",
             facts=(("embedding", family.embedding), ("head", family.head)),
             hint="quantize the original model: qtool mitigate MODEL, which gives the head weights of its own",
+        )
+
+
+def _refuse_missing_weights(model: PackedModel) -> None:
+    """Refuse a linear of a block that has neither codes nor a weight."""
+    lacking = next((one.name for one in model.graph.linears if f"{one.name}.weight" not in model.places), None)
+    if lacking is not None:
+        raise ArtifactError(
+            f"the checkpoint has neither codes nor a weight of `{lacking}`",
+            facts=(("family", model.family.name),),
+            hint="check that the download is complete",
         )
 
 

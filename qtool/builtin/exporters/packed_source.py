@@ -30,7 +30,7 @@ from qtool.builtin.exporters.cache_scales import (
     unsigned_zero_point,
 )
 from qtool.builtin.exporters.ct_rotations import matrix_modules, read_rotations
-from qtool.builtin.exporters.packed_codes import unreadable, weights_of
+from qtool.builtin.exporters.packed_codes import require_finite, require_numbers, unreadable, weights_of
 from qtool.builtin.exporters.packed_layouts import (
     INPUT_LEAVES,
     LEAVES,
@@ -110,7 +110,9 @@ class PackedArtifact(Artifact):
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as an artifact stores it."""
         if name in self.model.cached:
-            return read_scale(*self.model.cached[name]).reshape(self.cached_shape(name))
+            scale = read_scale(*self.model.cached[name]).reshape(self.cached_shape(name))
+            require_finite(self, self.model.cached[name][0], {"scale": scale})
+            return scale
         if name in self.cached_zeros and self.scheme.keys is not None:
             bits = self.plugins.format(self.scheme.keys.format).bits
             return unsigned_zero_point(read_place(self.cached_zeros[name][1]), bits).reshape(self.cached_shape(name))
@@ -133,14 +135,17 @@ class PackedArtifact(Artifact):
 
         Raises:
             ArtifactError: They do not fit the config.
+            NumericalError: They hold NaN or Inf.
         """
         linear, weights = self.model.graph.linear(name), weights_of(self.scheme, name)
+        stored, n_in, grid = self.stored_of(name), self.model.graph.width(linear.spec.reads), self._grid(name)
         try:
-            return read_packed(
-                self.method, self.stored_of(name), self.model.graph.width(linear.spec.reads), weights, self._grid(name)
-            )
+            found = read_packed(self.method, stored, n_in, weights, grid)
         except (*_UNREADABLE, ArtifactError) as error:
             raise unreadable(self, name, error) from error
+        require_finite(self, name, {"weight_global_scale": stored.get("weight_global_scale")})  # 0 stands for Inf
+        require_numbers(self, name, found, grid)
+        return found
 
     def stored_of(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a linear as the checkpoint has them, keyed by the last parts of their names."""
@@ -168,6 +173,8 @@ class PackedArtifact(Artifact):
             outputs = (one for one in self.model.coded if f"layers.{one.layer}.{one.puts_out}" == site)
             end, at_site = "output", list(outputs)
         stored = {linear.name: self.stored_of(linear.name) for linear in at_site}
+        for name, own in stored.items():
+            require_finite(self, name, {leaf: own.get(leaf) for leaf in (*INPUT_LEAVES, *OUTPUT_LEAVES)})
         bits = {linear.name: self._bits_of(linear.name, end) for linear in at_site}
         found = {
             name: read_zero_point(own, bits[name], end) if zero_point else read_multiplier(own, end)
