@@ -22,11 +22,12 @@ from qtool.errors import ArtifactError
 from qtool.model.files import INDEX
 from qtool.scheme import ModelScheme, TensorScheme
 
+ADAPTER = "adapter/adapter_config.json"
+"""Where a LoRA adapter says what it is that lies in a folder of its own."""
 _SCALES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "e4m3", "U8": "e8m0"}
 _EXPERTS = re.compile(r"\.experts\.")
 _STORED = {CT: (".weight_packed", ".weight_scale"), "gptq": (".qweight",), "awq": (".qweight",)}
 _STORED["modelopt"] = (".weight_scale",)
-_ADAPTER = "adapter/adapter_config.json"
 _MODELOPT = "hf_quant_config.json"
 _INPUT_SCALE = ".input_scale"
 _WIDE = {"F16": 16, "BF16": 16, "F32": 32}
@@ -160,7 +161,7 @@ def _read_folder(folder: Path) -> tuple[Case, ...]:
         "alone": all(of_experts),
         "biased": any(f"{target}.bias" in names for target in _rotated(quantization)),
         "scale": scale,
-        "adapter": (folder / _ADAPTER).is_file(),
+        "adapter": (folder / ADAPTER).is_file(),
     }
     if whole := _whole_fp8(quantization, names):
         calibrated = {name.removesuffix(_INPUT_SCALE) for name in names if name.endswith(_INPUT_SCALE)}

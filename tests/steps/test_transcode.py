@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.builtin.exporters.packed_layouts import check_reciprocal, is_reciprocal
 from qtool.builtin.exporters.packed_source import open_packed
-from qtool.errors import NumericalError, QtoolError, UsageError
+from qtool.errors import NumericalError, QtoolError, SchemeError, UsageError
 from qtool.scheme import GroupParameters
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -333,6 +333,17 @@ def test_other_codes_and_linears_without_are_refused(quantize: Quantize, workspa
     save_file(rest, plain / "model.safetensors", {"format": "pt"})
     with pytest.raises(QtoolError, match=f"neither codes nor a weight of `{NAME}`"):
         pack(PackRequest(str(plain), "gptq"), workspace)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_adapter_is_not_dropped_on_the_way(
+    quantize: Quantize, workspace: Workspace, tmp_path: Path, *, own: bool
+) -> None:
+    artifact = quantize("int4-sym-g32", "", "rtn+lorc", **{"lorc.rank": "2"})
+    packed = pack(PackRequest(artifact, "peft"), workspace)[0].path
+    source = packed if own else foreign(packed, tmp_path / "other")
+    with pytest.raises(SchemeError, match="a LoRA adapter beside its codes"):
+        pack(PackRequest(str(source), "hf"), workspace)
 
 
 def test_the_same_layout_is_refused(quantize: Quantize, workspace: Workspace) -> None:

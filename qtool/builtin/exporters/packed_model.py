@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -19,6 +20,7 @@ from qtool.builtin.exporters.cache_scales import (
     zero_places,
 )
 from qtool.builtin.exporters.packed_layouts import INPUT_LEAVES, LEAVES, OUTPUT_LEAVES
+from qtool.builtin.exporters.read_back import empty_model
 from qtool.errors import ArtifactError
 from qtool.model.files import StoredTensor
 from qtool.model.graph import LinearSite
@@ -134,6 +136,7 @@ def refuse_tensors(model: PackedModel, scheme: ModelScheme) -> None:
     """
     _refuse_zero_points(model, scheme)
     _refuse_other_tensors(model, scheme)
+    _refuse_other_biases(model)
 
 
 def _refuse_other_codes(model: PackedModel) -> None:
@@ -213,6 +216,19 @@ def _refuse_other_tensors(model: PackedModel, scheme: ModelScheme) -> None:
             facts=(("first", odd),),
             hint="quantize the original model again, without it: qtool mitigate MODEL",
         )
+
+
+def _refuse_other_biases(model: PackedModel) -> None:
+    """Refuse biases that the model does not have, which some engines would add and others would not."""
+    biased = [f"{one.name}.bias" for one in model.coded if one.expert is None]
+    if there := [name for name in biased if name in model.places]:
+        known = {name for name, _ in empty_model(deepcopy(model.config), model).named_parameters()}
+        if odd := [name for name in there if name not in known]:
+            raise ArtifactError(
+                "the checkpoint has biases that its model does not have",
+                facts=(("first", odd[0]), ("of", len(odd))),
+                hint="quantize the original model again: qtool mitigate MODEL",
+            )
 
 
 def _leaf(name: str) -> str:

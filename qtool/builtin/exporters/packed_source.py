@@ -42,7 +42,8 @@ from qtool.builtin.exporters.packed_layouts import (
     read_zero_point,
 )
 from qtool.builtin.exporters.packed_model import PackedModel, refuse_codes, refuse_tensors
-from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme
+from qtool.builtin.exporters.packed_schemes import Seen, packed_method, read_scheme, unread
+from qtool.consumers.checkpoint import ADAPTER
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.stored import INPUT_GLOBAL_SCALE, INPUT_ZERO_POINT, packed_tensors
@@ -218,6 +219,8 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     method = packed_method(directory)
     if method is None:
         raise LookupError(directory)
+    if (directory / ADAPTER).is_file():
+        raise unread("a LoRA adapter beside its codes", ADAPTER, "adapter")
     config = AutoConfig.from_pretrained(directory)
     rotations = (getattr(config, "quantization_config", None) or {}).get("transform_config")
     if hasattr(config, "quantization_config"):
