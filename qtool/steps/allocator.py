@@ -1,7 +1,7 @@
 """Memory that is freed and asked for again: for a while it stays with the process.
 
 glibc gives a large block back as soon as it is freed, and pages that come again cost more time than it takes to fill
-them: more than half of what ``pack`` takes (``recipes/README.md``).
+them: half of what ``pack`` takes for some layouts (``recipes/README.md``).
 """
 
 from __future__ import annotations
