@@ -27,6 +27,7 @@ Leaves: TypeAlias = tuple[Tensor | None, ...]
 _EAGER_CALLS = 2
 """Calls that run as they are before one is recorded: kernels are loaded and workspaces allocated by then."""
 _SHAPES = 16
+_LEAVES = 5  # of what ``_stacked`` returns
 
 
 class Replayed:
@@ -143,9 +144,6 @@ def _copies(given: Leaves) -> Leaves:
     return tuple(None if one is None else one.clone() for one in given)
 
 
-_LEAVES = 5
-
-
 def _stacked(parameters: Sequence[GroupParameters]) -> Leaves:
     """Return what rounding reads of parameters, with the columns first; ``_each_column`` undoes it."""
     one = combine_parameters(parameters, torch.stack)
@@ -155,5 +153,8 @@ def _stacked(parameters: Sequence[GroupParameters]) -> Leaves:
 def _each_column(leaves: Leaves) -> list[GroupParameters]:
     *stacked, global_scale = leaves
     columns = len(next(one for one in stacked if one is not None))
-    rows = zip(*([None] * columns if one is None else one for one in stacked), strict=True)
-    return [GroupParameters(scale, zero, global_scale, None, None, *others) for scale, zero, *others in rows]
+    each = zip(*([None] * columns if one is None else one for one in stacked), strict=True)
+    return [
+        GroupParameters(scale, zero_point, global_scale, negative=negative, offset=offset)
+        for scale, zero_point, negative, offset in each
+    ]
