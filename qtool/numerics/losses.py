@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,12 +32,21 @@ def relative_loss(
 
 
 def output_energy(matrix: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"] | None = None) -> float:
-    """Return ``tr(M H Mᵀ)``, the mean squared output of ``M``; products in its dtype, the sum in float64.
+    """Return ``tr(M H Mᵀ)``, the mean squared output of ``M``; products in its dtype, the sum in float64."""
+    return output_energies([matrix], hessian)[0]
 
-    As ``H`` is symmetric, panels of it on and twice those above the diagonal suffice.
-    """
+
+def output_energies(
+    matrices: Iterable[Float[Tensor, "out in"]], hessian: Float[Tensor, "in in"] | None = None
+) -> list[float]:
+    """Return the ``output_energy`` of each of a few matrices, for which a device is waited for once."""
+    return [float(energy) for energy in torch.stack([_energy(matrix, hessian) for matrix in matrices]).cpu()]
+
+
+def _energy(matrix: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"] | None) -> Float[Tensor, ""]:
+    """Return ``tr(M H Mᵀ)``: as ``H`` is symmetric, panels of it on and twice those above the diagonal suffice."""
     if hessian is None:
-        return float(matrix.square().sum(-1).double().sum())
+        return matrix.square().sum(-1).double().sum()
     hessian = hessian.to(matrix.dtype)
     energy = matrix.new_zeros((), dtype=torch.float64)
     for start, stop in panels(matrix.shape[1]):
@@ -43,7 +54,7 @@ def output_energy(matrix: Float[Tensor, "out in"], hessian: Float[Tensor, "in in
         outputs = part @ hessian[start:stop, start:stop]
         outputs.addmm_(matrix[:, :start], hessian[:start, start:stop], alpha=2)
         energy += (outputs * part).sum(-1).double().sum()
-    return float(energy)
+    return energy
 
 
 def loss_ratio(error: float, signal: float) -> float:

@@ -20,6 +20,8 @@ _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
 # Of the mean second moment: enough to order what the inputs never show, too little to change what they do.
 _FLOOR = 1e-10
+# Of the trace: above the rounding errors of a product of thousands of float64.
+_RIDGE = 1e-12
 
 
 def truncated_svd(
@@ -110,39 +112,34 @@ def best_up(
 ) -> Float[Tensor, "out rank"]:
     """Return the ``L`` that minimizes ``tr((E - L R) H (E - L R)ᵀ)``: ``E H Rᵀ (R H Rᵀ)⁻¹``.
 
-    Computed in float64; directions of ``R`` that hold less than 1e-12 of the largest count as none.
+    Computed in float64; what all directions of ``R`` hold, times 1e-12, is added to what each holds.
 
     References:
         Saha et al. 2024, CALDERA, arXiv:2405.18886, algorithm 2.
     """
     rows, wide = down.double(), hessian.double()
     seen = wide @ rows.T
-    return (error.double() @ seen @ _inverse(rows @ seen)).to(error.dtype)
+    return _solved(rows @ seen, (error.double() @ seen).T).T.to(error.dtype)
 
 
 def best_down(error: Float[Tensor, "out in"], up: Float[Tensor, "out rank"]) -> Float[Tensor, "rank in"]:
     """Return the ``R`` that minimizes ``tr((E - L R) H (E - L R)ᵀ)`` whatever ``H``: ``(Lᵀ L)⁻¹ Lᵀ E``."""
     columns = up.double()
-    return (_inverse(columns.T @ columns) @ (columns.T @ error.double())).to(error.dtype)
+    return _solved(columns.T @ columns, columns.T @ error.double()).to(error.dtype)
 
 
-def _inverse(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    inverse: Tensor = torch.linalg.pinv(_small_on_cpu((gram + gram.T) / 2), rtol=1e-12, hermitian=True)
-    return inverse.to(gram.device)
+def _solved(gram: Float[Tensor, "n n"], right: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Return ``G⁻¹ B`` without waiting for a device, where a pseudoinverse would wait for its eigenvalues."""
+    ridge, damped = _RIDGE * gram.diagonal().sum(), gram.clone()
+    damped.diagonal().add_(torch.where(ridge > 0, ridge, 1.0))
+    lower, _ = torch.linalg.cholesky_ex(damped)
+    return torch.cholesky_solve(right, lower)
 
 
 def _eigenvectors(symmetric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return eigenvectors by ascending eigenvalue."""
-    vectors: Tensor = torch.linalg.eigh(_small_on_cpu(symmetric))[1]
-    return vectors.to(symmetric.device)
-
-
-def _small_on_cpu(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Return a matrix where it is decomposed: small ones on the CPU, whose vectors are the same for every device.
-
-    Decompositions are long runs of tiny kernels, for which processes that share a device wait for each other.
-    """
-    return matrix.cpu() if len(matrix) <= _EXACT_UP_TO else matrix
+    vectors: Tensor = torch.linalg.eigh(symmetric)[1]
+    return vectors
 
 
 def leading_eigenvectors(hessian: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n rank"]:
@@ -225,8 +222,8 @@ def _weigher(
     moments: Float[Tensor, "in in"] | Float[Tensor, " in"],
 ) -> Callable[[Float[Tensor, "in size"]], Float[Tensor, "in size"]]:
     """Return what multiplies columns by second moments with a floor."""
-    mean = float((moments.diagonal() if moments.ndim == 2 else moments).mean())
-    floor = _FLOOR * mean if mean > 0 else 1.0
+    mean = (moments.diagonal() if moments.ndim == 2 else moments).mean()
+    floor = torch.where(mean > 0, _FLOOR * mean, 1.0)
 
     def weigh(columns: Tensor) -> Tensor:
         product = moments @ columns if moments.ndim == 2 else moments.unsqueeze(-1) * columns

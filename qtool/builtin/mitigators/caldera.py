@@ -20,10 +20,10 @@ from torch import Tensor
 
 from qtool.builtin.mitigators.alternation import AlternatingConfig, Iterate, output_error, solve_in_turn
 from qtool.builtin.mitigators.gptq import GPTQ
-from qtool.builtin.mitigators.lorc import stored_adapter
+from qtool.builtin.mitigators.lorc import checked_adapter, rounded_adapter
 from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
-from qtool.numerics.losses import output_energy
+from qtool.numerics.losses import output_energies
 from qtool.numerics.lowrank import best_down, best_up, weighted_truncation
 
 
@@ -52,7 +52,7 @@ class CalderaConfig(AlternatingConfig):
 class Caldera:
     """Choose codes and a low-rank correction in turn, and keep the best pair."""
 
-    version = 1
+    version = 2
     needs: tuple[str, ...] = ("hessian",)
     Config = CalderaConfig
 
@@ -95,14 +95,11 @@ def _rounds(problems: Sequence[LayerProblem], config: CalderaConfig) -> Iterator
 def _factors(problem: LayerProblem, config: CalderaConfig, error: Float[Tensor, "out in"]) -> Adapter:
     """Return the best of the corrections that LPLR goes through."""
     hessian = problem.need_hessian()
-
-    def loss(adapter: Adapter) -> float:
-        return output_energy(error - adapter.product(), hessian)
-
     up, down = weighted_truncation(error, hessian, config.rank, seed=problem.seed)
-    found = [stored_adapter(problem, config, (up, down))]
+    found = [rounded_adapter(config, (up, down))]
     for _ in range(config.factor_iterations):
         down, _ = found[-1].factors()
-        _, up = stored_adapter(problem, config, (best_up(error, down, hessian), down)).factors()
-        found.append(stored_adapter(problem, config, (up, best_down(error, up))))
-    return min(found, key=loss)
+        _, up = rounded_adapter(config, (best_up(error, down, hessian), down)).factors()
+        found.append(rounded_adapter(config, (up, best_down(error, up))))
+    losses = output_energies([error - adapter.product() for adapter in found], hessian)
+    return checked_adapter(problem, config, found[losses.index(min(losses))])

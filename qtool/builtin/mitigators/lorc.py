@@ -141,15 +141,26 @@ def stored_adapter(problem: LayerProblem, config: LoRCConfig, factors: Factors) 
     Raises:
         NumericalError: A factor overflows its storage format.
     """
+    return checked_adapter(problem, config, rounded_adapter(config, factors))
+
+
+def rounded_adapter(config: LoRCConfig, factors: Factors) -> Adapter:
+    """Return ``up`` and ``down`` rounded as they are stored; what overflows is infinite."""
     up, down = factors
-    if config.dtype == "int8":
-        (down, down_scale), (rows, up_scale) = quantize_components(down), quantize_components(up.T)
-        stored = (down_scale, up_scale)
-        adapter = Adapter(down, rows.T.contiguous(), down_scale, up_scale, reads=config.reads)
-    else:
-        stored = up, down = up.to(_DTYPES[config.dtype]), down.to(_DTYPES[config.dtype])
-        adapter = Adapter(down, up, reads=config.reads)
-    if not all(bool(torch.isfinite(one).all()) for one in stored):
+    if config.dtype != "int8":
+        return Adapter(down.to(_DTYPES[config.dtype]), up.to(_DTYPES[config.dtype]), reads=config.reads)
+    (down, down_scale), (rows, up_scale) = quantize_components(down), quantize_components(up.T)
+    return Adapter(down, rows.T.contiguous(), down_scale, up_scale, reads=config.reads)
+
+
+def checked_adapter(problem: LayerProblem, config: LoRCConfig, adapter: Adapter) -> Adapter:
+    """Return a correction whose values are all finite.
+
+    Raises:
+        NumericalError: A factor overflows its storage format.
+    """
+    values = [one for one in (adapter.down_scale, adapter.up_scale) if one is not None] or [adapter.down, adapter.up]
+    if not bool(torch.stack([torch.isfinite(one).all() for one in values]).all()):
         message = f"the low-rank correction of `{problem.name}` overflows {config.dtype}"
         raise NumericalError(message, hint="--set dtype=bf16")
     return adapter
