@@ -13,6 +13,7 @@ from torch import Tensor
 from qtool.builtin.formats.fp4 import E2M1, MXFP4, NVFP4
 from qtool.builtin.formats.fp8 import E4M3
 from qtool.builtin.formats.integer import Int2, Int3, Int4, Int8
+from qtool.builtin.mitigators.cd import CDConfig
 from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
 from qtool.builtin.mitigators.lorc import LoRC, LoRCConfig
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions
@@ -688,6 +689,7 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         (GPTQConfig, {"parameters": "old"}, "`parameters` has no value `old`\n  known  fresh, static, stale"),
         (GPTQConfig, {"parameters": "fresh"}, "hint: --set parameters=fresh --set order=groups"),
         (GPTQConfig, {"order": "first"}, "`order` has no value `first`\n  known  natural, activation, groups"),
+        (CDConfig, {"visits": "first"}, "`visits` has no value `first`\n  known  activation, natural, greedy"),
         (GPTQConfig, {"order": "activation", "parameters": "stale"}, "so it cannot fit stale parameters"),
         (LoRCConfig, {"rank": 0}, "`rank` is 1 or more, not 0"),
         (LoRCConfig, {"dtype": "fp8"}, "`dtype` has no value `fp8`\n  known  bf16, fp16"),

@@ -1,24 +1,27 @@
-"""Coordinate descent on a frozen grid: QuantEase, Behdin et al. 2023, arXiv:2309.01885.
+"""Coordinate descent on a frozen grid: QuantEase, arXiv:2309.01885, and CDQuant, arXiv:2406.17542.
 
-It takes the codes and the scales of the method to the left, and improves codes column by column, each in closed form.
-Left out: QuantEase's sweeps without rounding, after which the loss may be higher, and the choice of the coordinate with
-the largest gain of CDQuant, Nair and Suggala 2024, arXiv:2406.17542, which gives each row an order of its own.
+It takes the codes and the scales of the method to the left, and improves one code at a time, each in closed form.
+QuantEase (Behdin et al. 2023) goes column by column, in some sweeps without rounding (``relax_every=3``, with 30 sweeps
+in the paper); CDQuant (Nair and Suggala 2024) changes the code of each row that gains most (``visits=greedy``). Left
+out: QuantEase's outliers, which are ``spqr``'s task, and CDQuant's changes of two codes at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from qtool.builtin.mitigators.rtn import check_problem, loss_report, round_nearest
+from qtool.builtin.mitigators.rtn import check_problem, loss_report, refuse_unknown, round_nearest
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.errors import UsageError
-from qtool.numerics.coordinate_descent import coordinate_descent
+from qtool.numerics.coordinate_descent import Route, coordinate_descent
 from qtool.numerics.frozen_grid import FrozenColumns
+from qtool.numerics.greedy_descent import greedy_descent
 from qtool.numerics.groups import each_parameter, from_groups
 from qtool.scheme import GroupParameters
 
@@ -28,23 +31,33 @@ class CDConfig:
     """Options of coordinate descent.
 
     Attributes:
-        sweeps: Passes over all columns, at most.
+        sweeps: Passes over all columns, at most; of ``greedy``, as many changes in each row.
         dampening_frac: Added to the Hessian diagonal, as a fraction of its mean: what cannot rise is the loss with it.
-        act_order: Visit columns by descending Hessian diagonal.
-        block_size: Columns per product.
+        visits: Which column is next: by descending Hessian diagonal (``activation``), from left to right (``natural``),
+            or in each row the one that gains most (``greedy``).
+        relax_every: Each sweep with a number that this divides leaves its values unrounded, but the last; 0 for none.
+        block_size: Columns per product; of no meaning for ``greedy``.
     """
 
     sweeps: int = 3
     dampening_frac: float = 0.01
-    act_order: bool = True
+    visits: Literal["activation", "natural", "greedy"] = "activation"
+    relax_every: int = 0
     block_size: int = 128
 
     def __post_init__(self) -> None:
         """Refuse what means nothing.
 
         Raises:
-            UsageError: A value is out of range.
+            UsageError: A value is out of range, or two options exclude each other.
         """
+        refuse_unknown("visits", self.visits, ("activation", "natural", "greedy"))
+        if self.relax_every < 0 or self.relax_every == 1:
+            given = f"`relax_every` is 0 or at least 2, not {self.relax_every}"
+            raise UsageError(given, hint="--set relax_every=3 --set sweeps=30")
+        if self.relax_every and self.visits == "greedy":
+            given = "sweeps without rounding go column by column, not to what gains most"
+            raise UsageError(given, hint=f"--set relax_every={self.relax_every} --set visits=activation")
         if not 1 <= self.sweeps <= 1000:
             raise UsageError(f"`sweeps` is from 1 to 1000, not {self.sweeps}", hint="--set sweeps=3")
         if not 0 <= self.dampening_frac <= 10:
@@ -81,18 +94,19 @@ def descend(problem: LayerProblem, start: QuantizedLinear, config: CDConfig) -> 
     """Improve the codes of a checked problem; the report has in addition what the passes did."""
     decoded, target = start.weight(problem.grid), problem.weight
     corrected = 0.0 if start.adapter is None else start.adapter.product()
-    hessian = damped(problem.need_hessian(), config.dampening_frac)
-    order = torch.argsort(problem.need_hessian().diagonal(), descending=True, stable=True)
-    found = coordinate_descent(
-        target - corrected,
-        hessian,
-        decoded,
-        grid=frozen_columns(problem, start.parameters),
-        sweeps=config.sweeps,
-        order=order.tolist() if config.act_order else None,
-        block_size=config.block_size,
-        kept=None if start.outliers is None else start.outliers.places(decoded.shape[1]),
-    )
+    given = target - corrected, damped(problem.need_hessian(), config.dampening_frac), decoded
+    grid = frozen_columns(problem, start.parameters)
+    kept = None if start.outliers is None else start.outliers.places(decoded.shape[1])
+    if config.visits == "greedy":
+        found = greedy_descent(*given, grid=grid, sweeps=config.sweeps, kept=kept)
+    else:
+        order = torch.argsort(problem.need_hessian().diagonal(), descending=True, stable=True)
+        route = Route(
+            sweeps=config.sweeps,
+            order=order.tolist() if config.visits == "activation" else None,
+            relax_every=config.relax_every,
+        )
+        found = coordinate_descent(*given, grid=grid, route=route, block_size=config.block_size, kept=kept)
     # Codes that stay do so even where another has the same value.
     codes = torch.where(found.values == decoded, start.codes, encoded(problem, found.values, start.parameters))
     values = found.values.to(decoded.dtype)

@@ -71,7 +71,7 @@ class LDLQ:
         passes = CDConfig(
             sweeps=config.greedy_passes,
             dampening_frac=solved.report["dampening_frac"],
-            act_order=config.order != "natural",
+            visits="natural" if config.order == "natural" else "activation",
             block_size=config.block_size,
         )
         return descend(problem, solved, passes)

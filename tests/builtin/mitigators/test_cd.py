@@ -113,6 +113,23 @@ def test_is_never_worse_than_its_start_and_better_with_each_sweep(
     assert again.report["sweeps"] == 1.0
 
 
+@pytest.mark.parametrize("way", [{"visits": "greedy"}, {"relax_every": 2}], ids=str)
+@pytest.mark.parametrize(("text", "apart"), [(text, "") for text in SCHEMES if text != "int8"] + MIXED)
+def test_other_ways_are_never_worse_than_their_start_and_find_other_codes(
+    text: str, apart: str, way: dict[str, Any]
+) -> None:
+    of = problem(text, apart)
+    start = gptq(of)
+    found, cyclic = (CD().quantize(of.after(start), CDConfig(sweeps=9, dampening_frac=0.0, **one)) for one in (way, {}))
+    assert found.report["loss"] < start.report["loss"]
+    assert found.report["loss"] == pytest.approx(relative_loss(of.weight, found.weight(of.grid), of.hessian), rel=1e-3)
+    assert not torch.equal(found.codes, cyclic.codes)
+    kept = found.weight(of.grid) == start.weight(of.grid)
+    assert torch.equal(found.codes[kept], start.codes[kept])
+    assert found.parameters is start.parameters
+    assert found.report["sweeps"] == 9 if "relax_every" in way else found.report["sweeps"] < 9
+
+
 @pytest.mark.parametrize("text", ["int2", "int4-asym-g16", "nvfp4", "int4-tensor"])
 def test_equals_trying_every_value_under_the_damped_hessian(text: str) -> None:
     of = problem(text, n_out=3)
@@ -158,7 +175,7 @@ def test_the_block_size_does_not_matter_and_the_order_does(text: str, apart: str
     start = of.after(gptq(of))
     codes = [CD().quantize(start, CDConfig(block_size=size)).codes for size in (1, 24, 64, 128)]
     assert all(torch.equal(codes[0], other) for other in codes[1:])
-    assert not torch.equal(codes[0], CD().quantize(start, CDConfig(act_order=False)).codes)
+    assert not torch.equal(codes[0], CD().quantize(start, CDConfig(visits="natural")).codes)
 
 
 def test_the_unit_of_the_inputs_and_dead_ones_do_not_matter() -> None:
@@ -180,20 +197,21 @@ def test_the_unit_of_the_inputs_and_dead_ones_do_not_matter() -> None:
     torch.testing.assert_close(added, expected.diag(), rtol=1e-5, atol=0)
 
 
-def test_composes_with_low_rank_corrections_on_either_side() -> None:
+@pytest.mark.parametrize("way", [{}, {"visits": "greedy"}, {"relax_every": 2, "sweeps": 7}], ids=str)
+def test_composes_with_low_rank_corrections_on_either_side(way: dict[str, Any]) -> None:
     of = problem("int3-g16")
     start = gptq(of)
-    improved = CD().quantize(of.after(start), CDConfig())
+    improved = CD().quantize(of.after(start), CDConfig(**way))
     behind = LoRC().quantize(of.after(improved), LoRCConfig(rank=4))
     plain = LoRC().quantize(of.after(start), LoRCConfig(rank=4))
     assert behind.codes is improved.codes
     assert improved.report["loss"] < start.report["loss"]
     assert behind.report["loss"] < improved.report["loss"]
-    around = CD().quantize(of.after(plain), CDConfig(dampening_frac=0.0))
+    around = CD().quantize(of.after(plain), CDConfig(dampening_frac=0.0, **way))
     assert around.adapter is plain.adapter
     assert plain.adapter is not None
     rest = replace(of, weight=of.weight - plain.adapter.up.float() @ plain.adapter.down.float())
-    assert torch.equal(around.codes, CD().quantize(rest.after(start), CDConfig(dampening_frac=0.0)).codes)
+    assert torch.equal(around.codes, CD().quantize(rest.after(start), CDConfig(dampening_frac=0.0, **way)).codes)
     assert not torch.equal(around.codes, improved.codes)
     assert around.report["loss"] < plain.report["loss"]
     for result in (behind, around):
@@ -237,6 +255,8 @@ def test_refuses_what_it_cannot_do() -> None:
     [
         ({"sweeps": 0}, "`sweeps` is from 1 to 1000, not 0\nhint: --set sweeps=3"),
         ({"dampening_frac": float("nan")}, "`dampening_frac` is from 0 to 10, not nan"),
+        ({"relax_every": 1}, "`relax_every` is 0 or at least 2, not 1\nhint: --set relax_every=3"),
+        ({"relax_every": 3, "visits": "greedy"}, "hint: --set relax_every=3 --set visits=activation"),
         ({"block_size": 0}, "`block_size` is a number of columns, not 0"),
     ],
 )

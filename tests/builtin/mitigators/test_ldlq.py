@@ -91,14 +91,15 @@ def test_greedy_passes_are_coordinate_descent_in_the_same_order(text: str, order
     of = problem(text)
     plain = LDLQ().quantize(of, LDLQConfig(order=order, dampening_frac=0.02))
     greedy = LDLQ().quantize(of, LDLQConfig(order=order, dampening_frac=0.02, greedy_passes=9))
-    swept = CD().quantize(of.after(plain), CDConfig(sweeps=9, act_order=order == "activation", dampening_frac=0.02))
+    swept = CD().quantize(of.after(plain), CDConfig(sweeps=9, visits=order, dampening_frac=0.02))
     assert torch.equal(greedy.codes, swept.codes)
     assert greedy.report == swept.report
     assert greedy.report["loss"] < plain.report["loss"]
     assert greedy.report["loss"] == pytest.approx(
         relative_loss(of.weight, greedy.weight(of.grid), of.hessian), rel=1e-3
     )
-    other = CD().quantize(of.after(plain), CDConfig(sweeps=9, act_order=order == "natural", dampening_frac=0.02))
+    turned: Order = "natural" if order == "activation" else "activation"
+    other = CD().quantize(of.after(plain), CDConfig(sweeps=9, visits=turned, dampening_frac=0.02))
     assert not torch.equal(other.codes, greedy.codes)
     once = LDLQ().quantize(of, LDLQConfig(order=order, dampening_frac=0.02, greedy_passes=1))
     assert once.report["sweeps"] == 1 < greedy.report["sweeps"] <= 9
