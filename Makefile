@@ -4,9 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
-# Shapes and types in signatures are checked while tests run. On the command line, not in pyproject.toml: from there
-# the flag would not reach the workers.
-PYTEST = $(BIN)/python -m pytest --jaxtyping-packages=qtool,beartype.beartype
+PYTEST = $(BIN)/python -m pytest -n 2
+FAST = -m 'not slow and not gpu and not network' --dist worksteal
+# Shapes and types in signatures are checked while units are tested. That takes twice the time of a whole pipeline, so
+# tests that go through one run what users run. Not in pyproject.toml: from there the flag would not reach the workers.
+CHECKED = --jaxtyping-packages=qtool,beartype.beartype
+PIPELINES = tests/cli tests/steps
 
 .PHONY: help demo lint format test test-slow bench clean
 .DELETE_ON_ERROR:
@@ -32,10 +35,11 @@ lint: $(VENV)/.installed-dev
 test test-slow: export OMP_NUM_THREADS = 1
 
 test: lint
-	$(PYTEST) -m 'not slow and not gpu and not network' -n 2 --dist worksteal
+	$(PYTEST) $(FAST) $(CHECKED) $(PIPELINES:%=--ignore=%)
+	$(PYTEST) $(FAST) $(PIPELINES)
 
 test-slow: $(VENV)/.installed-dev
-	$(PYTEST) -m 'slow and not gpu' -n 2
+	$(PYTEST) -m 'slow and not gpu'
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
