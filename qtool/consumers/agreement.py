@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qtool.artifacts.layout import TensorSlot, read_header
-from qtool.consumers.case import CT, EMBEDDINGS, HEADS, Case, cases_of
+from qtool.consumers.case import CT, EMBEDDINGS, HEADS, Case
 from qtool.consumers.checkpoint import quantization_of, read_object
+from qtool.consumers.config import cases_of
 from qtool.consumers.presets import with_presets
 from qtool.consumers.shapes import LAYOUTS, Misfit, misfit
 from qtool.errors import ArtifactError, ModelError

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
-from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEADS, Case, cases_of, dynamic_apart
+from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEADS, Case
+from qtool.consumers.config import cases_of, dynamic_apart
 from qtool.consumers.presets import named_presets, with_presets
 from qtool.errors import ArtifactError
 from qtool.model.files import INDEX
@@ -43,14 +44,15 @@ def artifact_facts(scheme: ModelScheme, *, dtype: torch.dtype | None = None) -> 
         scheme: What the artifact quantizes.
         dtype: What its checkpoint is stored in.
     """
-    cache = scheme.keys or scheme.values
+    cache, inputs = scheme.keys or scheme.values, scheme.activations
     rounded = ((name, " and ".join(dict.fromkeys(part.format for part in scheme.every(name)))) for name in _ENDS)
     parts = [f"{formats} {name}" for name, formats in rounded if formats]
     parts += [f"{cache.format} KV cache"] if cache is not None else []
     lost = " and ".join(parts)
     facts: dict[str, Any] = {
         "scale": "" if scheme.weights is None else scheme.weights.scale,
-        "range_rule": "" if scheme.activations is None else scheme.activations.range_rule,
+        "range_rule": "" if inputs is None else inputs.range_rule,
+        "input_scale": "" if inputs is None or inputs.static else inputs.scale,
         "lost": f" (without the {lost} of the artifact)" if lost else "",
     }
     return facts if dtype is None else facts | {"dtype": str(dtype).removeprefix("torch.")}

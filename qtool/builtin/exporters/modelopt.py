@@ -64,8 +64,8 @@ from qtool.builtin.exporters.refusals import (
 )
 from qtool.builtin.exporters.shards import write_json
 from qtool.builtin.exporters.stored_names import stored_tensor_name
-from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.config import cases_of
 from qtool.consumers.shapes import shapes_of
 from qtool.engine.exporter import Exported
 from qtool.engine.grid import Grid

@@ -47,8 +47,8 @@ from qtool.builtin.exporters.refusals import (
     refuse_real,
     refuse_scale_codes,
 )
-from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.config import cases_of
 from qtool.consumers.shapes import shapes_of
 from qtool.engine.exporter import Exported
 from qtool.engine.packed import PackedLinear, one_thread, take_rows
