@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
-from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEADS, Case, cases_of, dynamic_apart
+from qtool.consumers.case import CT, DENSE, EMBEDDINGS, GGUF_FILE, HEADS, Case
+from qtool.consumers.config import cases_of, dynamic_apart
 from qtool.consumers.presets import named_presets, with_presets
 from qtool.errors import ArtifactError
 from qtool.model.files import INDEX
@@ -43,14 +44,15 @@ def artifact_facts(scheme: ModelScheme, *, dtype: torch.dtype | None = None) -> 
         scheme: What the artifact quantizes.
         dtype: What its checkpoint is stored in.
     """
-    cache = scheme.keys or scheme.values
+    cache, inputs = scheme.keys or scheme.values, scheme.activations
     rounded = ((name, " and ".join(dict.fromkeys(part.format for part in scheme.every(name)))) for name in _ENDS)
     parts = [f"{formats} {name}" for name, formats in rounded if formats]
     parts += [f"{cache.format} KV cache"] if cache is not None else []
     lost = " and ".join(parts)
     facts: dict[str, Any] = {
         "scale": "" if scheme.weights is None else scheme.weights.scale,
-        "range_rule": "" if scheme.activations is None else scheme.activations.range_rule,
+        "range_rule": "" if inputs is None else inputs.range_rule,
+        "input_scale": "" if inputs is None or inputs.static else inputs.scale,
         "lost": f" (without the {lost} of the artifact)" if lost else "",
     }
     return facts if dtype is None else facts | {"dtype": str(dtype).removeprefix("torch.")}
@@ -128,21 +130,21 @@ def quant_method(folder: Path) -> str:
         return GGUF_FILE if folder.suffix == ".gguf" else ""
     if not (folder / "config.json").is_file():
         return GGUF_FILE if len([*folder.glob("*.gguf")]) == 1 else ""
-    config = _quantization(folder, _json(folder / "config.json"))
+    config = quantization_of(folder, read_object(folder / "config.json"))
     return str(config.get("quant_method", "")) if isinstance(config, Mapping) else ""
 
 
-def _quantization(folder: Path, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - JSON, perhaps of a wrong type
+def quantization_of(folder: Path, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - JSON, perhaps of a wrong type
     """Return the ``quantization_config``, which ModelOpt may have beside the config."""
     found = config.get("quantization_config")
     if found is None and (folder / _MODELOPT).is_file():
-        return {"quant_method": "modelopt", **_json(folder / _MODELOPT).get("quantization", {})}
+        return {"quant_method": "modelopt", **read_object(folder / _MODELOPT).get("quantization", {})}
     return found
 
 
 def _read_folder(folder: Path) -> tuple[Case, ...]:
-    config = _json(folder / "config.json")
-    quantization = _quantization(folder, config)
+    config = read_object(folder / "config.json")
+    quantization = quantization_of(folder, config)
     if quantization is not None and not isinstance(quantization, Mapping):
         raise ArtifactError(
             "cannot understand the `quantization_config`",
@@ -254,7 +256,7 @@ def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
     """
     if not (folder / INDEX).is_file():
         return
-    places = _json(folder / INDEX).get("weight_map")
+    places = read_object(folder / INDEX).get("weight_map")
     table = {str(name): str(file) for name, file in places.items()} if isinstance(places, dict) else {}
     files = {file for file in table.values() if not (folder / file).is_file()}
     for what, missing in (("files", files), ("tensors", table.keys() - set(names))):
@@ -298,7 +300,12 @@ def _matrices(path: Path) -> Iterator[Any]:
     return (tensor for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file of JSON that holds an object.
+
+    Raises:
+        ArtifactError: It does not, or cannot be read.
+    """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

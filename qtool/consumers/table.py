@@ -3,8 +3,9 @@
 What no rule speaks of is unknown; of one part of one checkpoint on one device one rule speaks, or none. ``linears`` is
 the part that every answer begins with. ``outputs``, ``experts``, ``cache``, ``turned``, ``online``, ``groups``,
 ``head``, ``embedding`` and ``adapter`` are needed where a checkpoint has those: without a rule on them nothing is
-known. ``scales`` and ``range`` are remarks, and ``kernel`` is a name; none of the three is needed. What a rule says
-beside ``linears`` begins with a semicolon and is added, or stands in place of everything.
+known. ``scales``, ``range`` and ``inputs`` (what scales of inputs are not rounded to) are remarks, and ``kernel`` is a
+name; none of the four is needed. What a rule says beside ``linears`` begins with a semicolon and is added, or stands in
+place of everything.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ VERDICTS: Mapping[Verdict, str] = {
 
 ANY = "any"
 PARTS = (
-    *("linears", "range", "outputs", "scales", "cache", "turned", "online", "experts", "groups"),
+    *("linears", "range", "inputs", "outputs", "scales", "cache", "turned", "online", "experts", "groups"),
     *("head", "embedding", "adapter"),
 )
 """Parts in the order of what is said of them."""

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from qtool.consumers.agreement import require_agreement
 from qtool.consumers.case import Case
 from qtool.consumers.checkpoint import read_checkpoint
 from qtool.consumers.table import ANY, VERDICTS, Answer, answer, consumers, devices_of
 from qtool.errors import ConsumerError, UsageError
+from qtool.model.files import CONFIG
 from qtool.plugins import Plugins
 from qtool.steps.description import Description, Table
 
@@ -36,12 +38,14 @@ def examine_checkpoint(
         The description, and the one answer where a consumer is named.
 
     Raises:
-        ArtifactError: There is no checkpoint, or it cannot be understood.
+        ArtifactError: There is no checkpoint, it cannot be understood, or its files do not hold what its config says.
         UsageError: There is no such consumer or device.
     """
     where = _checked(device or _device_here())
     known = devices_of(consumer) if consumer else ()
     cases = read_checkpoint(path, _bits(plugins))
+    if (path / CONFIG).is_file():
+        require_agreement(path, plugins.every("families"))
     named = [_of_device(cases, consumer, where, known)] if consumer else []
     answers = named or [answer(cases, name, on) for name in consumers() for on in devices_of(name)]
     facts = {"checkpoint": str(path), "holds": _holds(cases)}

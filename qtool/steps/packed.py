@@ -6,9 +6,11 @@ from pathlib import Path
 
 from qtool.artifacts.manifest import Input
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
+from qtool.consumers.agreement import require_agreement
 from qtool.consumers.checkpoint import quant_method
 from qtool.engine.exporter import PackedReader
 from qtool.engine.subject import Subject
+from qtool.model.files import CONFIG
 from qtool.steps.subjects import Opened
 from qtool.steps.workspace import Workspace
 
@@ -27,11 +29,13 @@ def packed_reader(source: str, workspace: Workspace) -> tuple[str, PackedReader]
 
 
 def open_checkpoint(source: str, reader: PackedReader, workspace: Workspace) -> Opened:
-    """Open a packed checkpoint; what is known of its making goes with it."""
+    """Open a packed checkpoint, whose files hold what its config says; what is known of its making goes with it."""
     path = Path(source)
     made = open_artifact(path) if (path / CHECKPOINT_MANIFEST).is_file() else None
     identity = "" if made is None else made.manifest.subject
     subject = reader.open(path.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
+    if (path / CONFIG).is_file():
+        require_agreement(path, workspace.plugins.every("families"))
     if made is None:
         here = Input(subject.model.id, str(path.resolve()))
         return Opened(subject, {"model": here, "checkpoint": here})

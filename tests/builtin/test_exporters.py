@@ -31,8 +31,8 @@ from qtool.builtin.exporters.hf import HuggingFace, dense
 from qtool.builtin.exporters.packed_source import open_packed
 from qtool.builtin.exporters.shards import Shards
 from qtool.builtin.formats.presets import PRESETS
-from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.config import cases_of
 from qtool.consumers.table import said
 from qtool.engine.execute import BlockExecutable
 from qtool.engine.exporter import Exporter
@@ -546,7 +546,8 @@ MXFP4_FROM_SM90 = (
         (
             "int8-sym-channel",
             "int8-asym-token",
-            "W8A8: dynamic INT8 activations per token, asymmetric; from SM100 on refused: CUTLASS has no INT8 on SM100",
+            "W8A8: dynamic INT8 activations per token, asymmetric; scales of inputs are fitted in float32, not rounded "
+            "to bf16; from SM100 on refused: CUTLASS has no INT8 on SM100",
         ),
         ("int8-sym-channel", "int8-sym-tensor", "refused: it wants INT8 activations per token"),
         ("fp8-channel", "", "W8A16: activations are not quantized (by"),

@@ -198,7 +198,7 @@ CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False,
         (lambda _: None, {"lm_head.weight_scale": torch.ones(24, 2)}, "scales and no codes"),
         (lambda config: config.update(kv_cache_scheme=CACHE), {}, "KV cache"),
         (lambda config: config["config_groups"]["group_0"].update(targets=["re:.*self_attn.*"]), {}, "no group names"),
-        (weights_say(num_bits=8), {}, "do not fit|cannot read"),
+        (weights_say(num_bits=8), {}, "is not stored as its config says"),
         (
             lambda config: config.update(config_groups={"W5A5": ["Linear"]}),
             {},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from qtool.consumers.case import cases_of
+from qtool.consumers.config import cases_of
 from qtool.consumers.table import Answer, answer
 
 Config: TypeAlias = dict[str, Any]

@@ -7,7 +7,8 @@ from copy import deepcopy
 
 import pytest
 
-from qtool.consumers.case import Case, cases_of
+from qtool.consumers.case import Case
+from qtool.consumers.config import cases_of
 from qtool.consumers.table import answer, devices_of, said
 from qtool.errors import UsageError
 from tests.consumers.known import (

@@ -84,9 +84,9 @@ def bits_of(name: str) -> int:
 
 
 def checkpoint(folder: Path, config: Any, *names: str, **tensors: Tensor) -> Path:  # noqa: ANN401 - JSON
-    """Write a folder with a config and tensors, `names` of which are one float16 each."""
+    """Write a folder with a config of no family and tensors, `names` of which are one float16 each."""
     folder.mkdir(exist_ok=True)
-    whole = {"model_type": "llama", "torch_dtype": "bfloat16"}
+    whole = {"model_type": "some", "torch_dtype": "bfloat16"}
     whole |= {} if config is None else {"quantization_config": config}
     (folder / "config.json").write_text(json.dumps(whole))
     held = {name: torch.ones(1, dtype=torch.float16) for name in names}
@@ -302,9 +302,10 @@ def test_an_adapter_is_left_out_by_what_loads_the_folder(tmp_path: Path) -> None
 
 
 def test_a_capability_between_two_known_ones_is_the_lower(tmp_path: Path) -> None:
-    folder, plugins = checkpoint(tmp_path, BY_OTHERS["ModelOpt"], f"{NAME}.weight_scale"), Plugins.discover()
+    codes, scale = torch.zeros(2, 8, dtype=torch.uint8), torch.ones(2, 1).to(torch.float8_e4m3fn)
+    linear = {f"{NAME}.weight": codes, f"{NAME}.weight_scale": scale, f"{NAME}.weight_scale_2": torch.ones(())}
     config = {**BY_OTHERS["ModelOpt"], "kv_cache_quant_algo": None}
-    checkpoint(folder, config, f"{NAME}.weight_scale")
+    folder, plugins = checkpoint(tmp_path, config, **linear), Plugins.discover()
     told = {}
     for device in ("sm86", "sm88", "sm100", "sm120", "sm60", "cpu"):
         _, answer = examine_checkpoint(folder, plugins, consumer="vllm", device=device)
@@ -321,7 +322,8 @@ def test_a_capability_between_two_known_ones_is_the_lower(tmp_path: Path) -> Non
 
 def test_what_is_not_as_meant_is_an_error_of_its_own(tmp_path: Path) -> None:
     config = {**BY_OTHERS["auto-round"], "sym": False}
-    folder, plugins = checkpoint(tmp_path, config, f"{NAME}.qweight"), Plugins.discover()
+    linear = {f"{NAME}.qweight": torch.zeros(16, 4, dtype=torch.int32), f"{NAME}.scales": torch.ones(1, 4)}
+    folder, plugins = checkpoint(tmp_path, config, **linear), Plugins.discover()
     _, answer = examine_checkpoint(folder, plugins, consumer="vllm", device="sm90")
     assert answer is not None
     with pytest.raises(ConsumerError) as refused:

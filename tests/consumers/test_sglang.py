@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from qtool.consumers.case import ONLINE, Case, cases_of
+from qtool.consumers.case import Case
+from qtool.consumers.config import ONLINE, cases_of
 from qtool.consumers.table import answer
 from tests.consumers.known import (
     AWQ,

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from qtool.consumers import table as module
-from qtool.consumers.case import ONLINE, Case, cases_of
+from qtool.consumers.case import Case
+from qtool.consumers.config import ONLINE, cases_of
 from qtool.consumers.table import PARTS, VERDICTS, Rule, table
 from qtool.engine.exporter import UNREADABLE
 from tests.consumers.known import (
@@ -114,6 +115,8 @@ def cases() -> tuple[Case, ...]:
     made = [*plain, *(replace(case, experts=True) for case in plain)]
     made += [replace(case, scale="fp32", range_rule="tight") for case in plain if case.method == "compressed-tensors"]
     made += [replace(case, scale="fp16") for case in plain if case.method in ("gptq", "awq")]
+    fitted = [case for case in plain if case.method == "compressed-tensors" and case.inputs == "dynamic"]
+    made += [replace(case, input_scale="bf16", dtype="float16") for case in fitted]
     made += [replace(case, dtype="float16") for case in plain if case.method == "awq"]
     made += [replace(case, experts=True, alone=True) for case in plain if case.method == "compressed-tensors"]
     made += [replace(case, bits=4) for case in plain if case.method == "dense"]
@@ -220,7 +223,7 @@ def test_a_rule_is_well_formed(rule: Rule) -> None:
         assert set(condition) <= FIELDS
     assert rule.when.get("method")
     assert rule.part in (*PARTS, "kernel")
-    if rule.part in PARTS and rule.part not in ("scales", "range"):
+    if rule.part in PARTS and rule.part not in ("scales", "range", "inputs"):
         assert rule.verdict in VERDICTS
         assert rule.verdict != "unknown"
         assert (rule.verdict == "refuses") <= rule.says.startswith(("refused: ", UNREADABLE))

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from qtool.artifacts.store import CHECKPOINT_MANIFEST, open_artifact
 from qtool.builtin.exporters.packed_layouts import check_reciprocal, is_reciprocal
 from qtool.builtin.exporters.packed_source import open_packed
-from qtool.errors import NumericalError, QtoolError, SchemeError, UsageError
+from qtool.errors import ArtifactError, NumericalError, QtoolError, SchemeError, UsageError
 from qtool.scheme import GroupParameters
 from qtool.steps.eval import EvalRequest, evaluate
 from qtool.steps.mitigate import MitigateRequest, mitigate
@@ -331,8 +331,51 @@ def test_other_codes_and_linears_without_are_refused(quantize: Quantize, workspa
         pack(PackRequest(str(plain), "gptq"), workspace)
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(NAME)}
     save_file(rest, plain / "model.safetensors", {"format": "pt"})
-    with pytest.raises(QtoolError, match=f"neither codes nor a weight of `{NAME}`"):
+    with pytest.raises(QtoolError, match=f"lacks `{NAME}.weight`, and codes in its place"):
         pack(PackRequest(str(plain), "gptq"), workspace)
+
+
+@pytest.mark.parametrize(
+    ("weights", "layout", "mark", "says"),
+    [
+        (
+            "int4-asym-g32",
+            "compressed-tensors",
+            f"{NAME}.weight_scale",
+            f"codes of `{NAME}`, and lacks `{NAME}.weight_",
+        ),
+        ("fp8-channel", "compressed-tensors", f"{NAME}.weight_scale", f"codes of `{NAME}`, and lacks `{NAME}.weight_"),
+        ("int4-asym-g32", "compressed-tensors", f"{NAME}.weight_zero", f"`{NAME}` is not stored as its config says"),
+        ("nvfp4", "compressed-tensors", f"{NAME}.weight_global_scale", f"`{NAME}` is not stored as its config says"),
+        ("nvfp4", "modelopt", f"{NAME}.weight_scale_2", f"`{NAME}` is not stored as its config says"),
+        ("int4-asym-g32", "gptq-v2", f"{NAME}.scales", f"codes of `{NAME}`, and lacks `{NAME}.scales`"),
+        ("int4-asym-g32", "gptq-v2", f"{NAME}.qzeros", f"codes of `{NAME}`, and lacks `{NAME}.qzeros`"),
+        ("int4-asym-g32", "awq", f"{NAME}.qweight", "has scales and no codes"),
+        ("int4-asym-g32", "awq", "layers.1.input_layernorm", r"lacks `model\.layers\.1\.input_layernorm\.weight`"),
+        ("int4-asym-g32", "compressed-tensors", "model.norm", r"lacks `model\.norm\.weight`"),
+        ("int4-asym-g32", "compressed-tensors", "embed_tokens", r"lacks `model\.embed_tokens\.weight`"),
+    ],
+)
+def test_a_tensor_that_is_missing_is_named_before_any_work(
+    quantize: Quantize,
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: str,
+    layout: str,
+    mark: str,
+    says: str,
+) -> None:
+    packed = foreign(pack(PackRequest(quantize(weights), layout), workspace)[0].path, tmp_path / "whole")
+    tensors = load_file(packed / "model.safetensors")
+    rest = {name: tensor for name, tensor in tensors.items() if mark not in name}
+    assert len(rest) < len(tensors)
+    save_file(rest, packed / "model.safetensors", {"format": "pt"})
+    if "lacks" in says:  # before files are digested, too
+        monkeypatch.setattr("qtool.model.files.digest_file", lambda file: pytest.fail(f"read {file}"))
+    with pytest.raises(ArtifactError, match=says):
+        pack(PackRequest(str(packed), "hf", tmp_path / "out"), workspace)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("own", [True, False])

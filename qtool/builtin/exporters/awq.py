@@ -28,19 +28,12 @@ _LANES = len(_ORDER)
 class AWQ(IntegerWords):
     """``qweight``, ``qzeros`` and ``scales``; symmetric weights have the zero point 8, since readers ask for one."""
 
-    layout = "awq"
+    method = layout = "awq"
     bits = (4,)
 
     def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return ``qweight`` and ``qzeros``, both in words along the outputs."""
         return {"qweight": _pack(found.stream)[: found.n_in], "qzeros": _pack(pack_codes(zeros, 4))[: zeros.shape[1]]}
-
-    def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a linear's tensors."""
-        size = config["group_size"]
-        groups = 1 if size == -1 else n_in // size
-        words = n_out // _LANES
-        return {"qweight": (n_in, words), "qzeros": (groups, words), "scales": (groups, n_out)}
 
     def read_stream(self, words: Int32[Tensor, "in words"]) -> UInt8[Tensor, "out bytes"]:
         """Return all codes as ``pack_codes`` makes them: the nibbles of a word to eight outputs."""
@@ -76,7 +69,7 @@ class AWQ(IntegerWords):
     def config(self, weights: TensorScheme, subject: Subject) -> dict[str, Any]:
         """Return the ``quantization_config``."""
         return {
-            "quant_method": "awq",
+            "quant_method": self.method,
             "bits": 4,
             "group_size": group_size(weights),
             "zero_point": True,

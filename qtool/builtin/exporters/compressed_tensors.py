@@ -59,8 +59,8 @@ from qtool.builtin.exporters.refusals import (
     refuse_all_but_codes,
 )
 from qtool.builtin.exporters.stored_names import stored_tensor_name
-from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.config import cases_of
 from qtool.engine.exporter import Exported
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear, one_thread, take_rows

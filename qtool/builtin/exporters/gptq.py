@@ -40,6 +40,7 @@ _FUSED: Mapping[str, frozenset[str]] = {
 class GPTQv2(IntegerWords):
     """``qweight``, ``qzeros``, ``scales`` and ``g_idx``, zero points as they are."""
 
+    method = "gptq"
     layout = _V2
     bits = (2, 3, 4, 8)
     several = True
@@ -52,17 +53,6 @@ class GPTQv2(IntegerWords):
             "qweight": as_words(found.stream).T.contiguous(),
             "qzeros": pack_words((zeros - self.offset).T.contiguous(), found.bits),
             "g_idx": torch.arange(n_in, dtype=torch.int32) // (n_in // groups),
-        }
-
-    def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a linear's tensors."""
-        bits, size = config["bits"], config["group_size"]
-        groups = 1 if size == -1 else n_in // size
-        return {
-            "qweight": (n_in * bits // _WORD, n_out),
-            "qzeros": (groups, n_out * bits // _WORD),
-            "scales": (groups, n_out),
-            "g_idx": (n_in,),
         }
 
     def read_stream(self, words: Int32[Tensor, "columns rows"]) -> UInt8[Tensor, "out bytes"]:
@@ -91,7 +81,7 @@ class GPTQv2(IntegerWords):
         """Return the ``quantization_config``."""
         dynamic = dynamic_rules(subject)
         return {
-            "quant_method": "gptq",
+            "quant_method": self.method,
             **_choices(weights),
             **({"dynamic": dynamic} if dynamic else {}),
             "desc_act": False,

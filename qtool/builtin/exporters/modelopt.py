@@ -64,8 +64,9 @@ from qtool.builtin.exporters.refusals import (
 )
 from qtool.builtin.exporters.shards import write_json
 from qtool.builtin.exporters.stored_names import stored_tensor_name
-from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.config import cases_of
+from qtool.consumers.shapes import shapes_of
 from qtool.engine.exporter import Exported
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear, one_thread, take_rows
@@ -294,10 +295,8 @@ def _stored(subject: Subject, linear: LinearSite) -> dict[str, Tensor]:
 
 def _shapes(linear: nn.Linear, algorithm: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a linear's tensors, without its bias and what is calibrated."""
-    n_out, n_in = linear.out_features, linear.in_features
-    if algorithm in _FP8:
-        return {"weight": (n_out, n_in), "weight_scale": () if algorithm == "FP8" else (n_out,)}
-    return {"weight": (n_out, n_in // 2), "weight_scale": (n_out, n_in // _GROUP), "weight_scale_2": ()}
+    (case,) = cases_of({"quant_method": "modelopt", "quant_algo": algorithm})
+    return shapes_of(case, linear.out_features, linear.in_features)
 
 
 def _compare(name: str, tensors: Mapping[str, Tensor], algorithm: str, ours: PackedLinear, grid: Grid) -> None:

@@ -38,8 +38,8 @@ _ZEROS = ("input_zero_point", "output_zero_point")
 class PackedModel(Model):
     """What a packed checkpoint holds besides the weights of its quantized linears.
 
-    Class attributes: ``leaves`` (what a layout calls the tensors of a quantized linear), and of them ``scale`` and
-    ``codes``.
+    Class attributes: ``leaves`` (what a layout calls the tensors of a quantized linear), and of them ``scale``,
+    ``codes`` and ``needed`` (those that all have beside codes).
 
     Attributes:
         apart: What modules are called that hold matrices of rotations, which are no weights of the model.
@@ -48,6 +48,7 @@ class PackedModel(Model):
     leaves: ClassVar[tuple[str, ...]] = (*LEAVES, *INPUT_LEAVES, *OUTPUT_LEAVES)
     scale: ClassVar[str] = "weight_scale"
     codes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight")
+    needed: ClassVar[tuple[str, ...]] = ("weight_scale",)
 
     apart: frozenset[str] = frozenset()
 
@@ -64,6 +65,12 @@ class PackedModel(Model):
         own |= self.matrices.keys()
         places = {name: place for name, place in self.found_places().items() if name not in own}
         return places | {f"{linear.name}.weight": self._placeholder(linear) for linear in self.coded}
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """What transformers calls the parameters of the model of this config; a tied head has none of its own."""
+        tied = {f"{self.family.head}.weight"} if self.graph.dims.tied else set()
+        return frozenset(name for name, _ in empty_model(deepcopy(self.config), self).named_parameters()) - tied
 
     @cached_property
     def matrices(self) -> Mapping[str, Place]:
@@ -96,14 +103,15 @@ class PackedModel(Model):
 
     def rows(self, linear: LinearSite) -> int:
         """Return the outputs of a linear that has codes."""
-        return next(self.packed[name].shape[0] for name in self._codes_of(linear) if name in self.packed)
+        return next(self.packed[name].shape[0] for name in self.codes_of(linear) if name in self.packed)
 
-    def _codes_of(self, linear: LinearSite) -> tuple[str, ...]:
+    def codes_of(self, linear: LinearSite) -> tuple[str, ...]:
+        """Return what the codes of a linear may be called."""
         return tuple(f"{linear.name}.{leaf}" for leaf in self.codes)
 
     def _placeholder(self, linear: LinearSite) -> Place:
         """Return the place of a weight of as many rows as its codes have; there are no bytes in it."""
-        codes = next((self.packed[name] for name in self._codes_of(linear) if name in self.packed), None)
+        codes = next((self.packed[name] for name in self.codes_of(linear) if name in self.packed), None)
         if codes is None or codes.expert is not None or codes.stored.slot.dtype not in _CODES:
             raise ArtifactError(
                 f"`{linear.name}` of `{self.path}` has scales and no codes, or all experts are one tensor",
@@ -118,14 +126,15 @@ class PackedModel(Model):
 
 
 def refuse_codes(model: PackedModel) -> None:
-    """Refuse codes of what is not transcoded, and linears that have neither codes nor weights.
+    """Refuse codes of what is not transcoded, and what lacks of linears and of the model.
 
     Raises:
         ArtifactError: Names the first.
     """
+    _refuse_half_linears(model)
     _refuse_other_codes(model)
     _refuse_shared_codes(model)
-    _refuse_missing_weights(model)
+    _refuse_missing(model)
 
 
 def refuse_tensors(model: PackedModel, scheme: ModelScheme) -> None:
@@ -137,6 +146,19 @@ def refuse_tensors(model: PackedModel, scheme: ModelScheme) -> None:
     _refuse_zero_points(model, scheme)
     _refuse_other_tensors(model, scheme)
     _refuse_other_biases(model)
+
+
+def _refuse_half_linears(model: PackedModel) -> None:
+    """Refuse a linear whose codes have no scales, or lack what else they always have."""
+    for linear in (*model.graph.linears, *model.graph.ends):
+        stored = [model.packed[name].stored.slot.dtype for name in model.codes_of(linear) if name in model.packed]
+        lacking = [f"{linear.name}.{leaf}" for leaf in model.needed if f"{linear.name}.{leaf}" not in model.packed]
+        if lacking and not {*_CODES}.isdisjoint(stored):
+            raise ArtifactError(
+                f"the checkpoint has codes of `{linear.name}`, and lacks `{lacking[0]}`",
+                facts=(("stored as", stored[0]), ("family", model.family.name)),
+                hint="check that the download is complete",
+            )
 
 
 def _refuse_other_codes(model: PackedModel) -> None:
@@ -164,13 +186,19 @@ def _refuse_shared_codes(model: PackedModel) -> None:
         )
 
 
-def _refuse_missing_weights(model: PackedModel) -> None:
-    """Refuse a linear of a block that has neither codes nor a weight."""
-    lacking = next((one.name for one in model.graph.linears if f"{one.name}.weight" not in model.places), None)
-    if lacking is not None:
+def _refuse_missing(model: PackedModel) -> None:
+    """Refuse a model without a tensor that it needs.
+
+    Of experts, which transformers has in one tensor, only the linears are looked for.
+    """
+    experts, linears = model.family.experts, [f"{one.name}.weight" for one in model.graph.linears]
+    others = (name for name in sorted(model.parameters) if experts is None or f".{experts.module}." not in name)
+    wanted = (name for name in dict.fromkeys((*linears, *others)) if not name.startswith(tuple(model.family.untouched)))
+    lacking = [name for name in wanted if name not in model.places]
+    if lacking:
         raise ArtifactError(
-            f"the checkpoint has neither codes nor a weight of `{lacking}`",
-            facts=(("family", model.family.name),),
+            f"the checkpoint lacks `{lacking[0]}`" + (", and codes in its place" if lacking[0] in linears else ""),
+            facts=(("lacking", len(lacking)), ("family", model.family.name)),
             hint="check that the download is complete",
         )
 
@@ -220,15 +248,13 @@ def _refuse_other_tensors(model: PackedModel, scheme: ModelScheme) -> None:
 
 def _refuse_other_biases(model: PackedModel) -> None:
     """Refuse biases that the model does not have, which some engines would add and others would not."""
-    biased = [f"{one.name}.bias" for one in model.coded if one.expert is None]
-    if there := [name for name in biased if name in model.places]:
-        known = {name for name, _ in empty_model(deepcopy(model.config), model).named_parameters()}
-        if odd := [name for name in there if name not in known]:
-            raise ArtifactError(
-                "the checkpoint has biases that its model does not have",
-                facts=(("first", odd[0]), ("of", len(odd))),
-                hint="quantize the original model again: qtool mitigate MODEL",
-            )
+    biased = (f"{one.name}.bias" for one in model.coded if one.expert is None)
+    if odd := [name for name in biased if name in model.places and name not in model.parameters]:
+        raise ArtifactError(
+            "the checkpoint has biases that its model does not have",
+            facts=(("first", odd[0]), ("of", len(odd))),
+            hint="quantize the original model again: qtool mitigate MODEL",
+        )
 
 
 def _leaf(name: str) -> str:

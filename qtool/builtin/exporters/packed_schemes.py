@@ -20,7 +20,7 @@ from torch import nn
 
 from qtool.builtin.exporters.ct_layout import BLOCKS
 from qtool.builtin.exporters.modelopt_config import FP8_CACHE, HF_QUANT_CONFIG, algorithm_of
-from qtool.consumers.case import is_of_attentions
+from qtool.consumers.config import is_of_attentions
 from qtool.consumers.presets import with_presets
 from qtool.engine.cache import KEYS, QUERIES, VALUES
 from qtool.errors import SchemeError

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -225,12 +225,13 @@ def open_packed(directory: Path, plugins: Plugins, *, cache: Path, identity: str
     rotations = (getattr(config, "quantization_config", None) or {}).get("transform_config")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    family, identity = family_of(config, plugins.every("families")), identity or folder_digest(directory, cache)
+    family = family_of(config, plugins.every("families"))
     model = PackedModel(directory, config, family, identity, apart=matrix_modules(rotations))
     seen = {linear.name: _seen(model, linear.name) for linear in model.coded}
     if not seen:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
     refuse_codes(model)
+    model = replace(model, id=identity or folder_digest(directory, cache))
     plain = [linear.name for linear in model.graph.linears if linear.name not in seen]
     of_places = Counter(map(place_of, model.cached))
     cached = [place for place, count in of_places.items() if count == model.graph.dims.num_layers]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from qtool.artifacts.manifest import Manifest, Step
 from qtool.builtin.exporters.packed_codes import CodesArtifact
 from qtool.builtin.exporters.packed_model import PackedModel, refuse_codes, refuse_tensors
 from qtool.builtin.exporters.packed_schemes import FLOATS, scheme_of, unread
-from qtool.builtin.exporters.read_back import empty_model
 from qtool.engine.grid import Grid
 from qtool.engine.packed import PackedLinear
 from qtool.engine.subject import Subject
@@ -49,6 +47,7 @@ class WordsModel(PackedModel):
     leaves: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", _ORDER)
     scale: ClassVar[str] = "scales"
     codes: ClassVar[tuple[str, ...]] = ("qweight",)
+    needed: ClassVar[tuple[str, ...]] = ("scales", "qzeros")
 
     @cached_property
     def places(self) -> Mapping[str, Place]:
@@ -56,8 +55,7 @@ class WordsModel(PackedModel):
         places, odd = super().places, set[str]()
         biased = [f"{one.name}.bias" for one in self.coded if f"{one.name}.bias" in places]
         if biased:
-            known = {name for name, _ in empty_model(deepcopy(self.config), self).named_parameters()}
-            odd = {name for name in biased if name not in known and not read_place(places[name]).any()}
+            odd = {name for name in biased if name not in self.parameters and not read_place(places[name]).any()}
         return {name: place for name, place in places.items() if name not in odd}
 
     def rows(self, linear: LinearSite) -> int:
@@ -87,12 +85,11 @@ def open_words(layout: IntegerWords, directory: Path, plugins: Plugins, *, cache
     said = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
     config, own = AutoConfig.from_pretrained(directory), layout.read_config(said)
     del config.quantization_config
-    model = WordsModel(
-        directory, config, family_of(config, plugins.every("families")), identity or folder_digest(directory, cache)
-    )
+    model = WordsModel(directory, config, family_of(config, plugins.every("families")), identity)
     if not model.coded:
         raise ArtifactError(f"`{directory}` has no scales of weights", hint="check that the download is complete")
     refuse_codes(model)
+    model = replace(model, id=identity or folder_digest(directory, cache))
     configs = {linear.name: layout.config_of(_stored_name(model, linear), own) for linear in model.coded}
     schemes = _schemes(layout, model, configs)
     found = {name: ModelScheme(weights) for name, weights in schemes.items()}

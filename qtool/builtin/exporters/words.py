@@ -47,8 +47,9 @@ from qtool.builtin.exporters.refusals import (
     refuse_real,
     refuse_scale_codes,
 )
-from qtool.consumers.case import cases_of
 from qtool.consumers.checkpoint import artifact_facts
+from qtool.consumers.config import cases_of
+from qtool.consumers.shapes import shapes_of
 from qtool.engine.exporter import Exported
 from qtool.engine.packed import PackedLinear, one_thread, take_rows
 from qtool.engine.subject import Subject
@@ -66,11 +67,12 @@ _UNREADABLE = (KeyError, IndexError, ValueError, RuntimeError)
 class IntegerWords(ABC):
     """Writes one layout of integers in words; what sets the layouts apart is left to them.
 
-    Class attributes: ``version``, ``layout`` (what it is called), ``bits`` (those that it has codes of) and ``several``
-    (whether its config can say that linears differ in scheme).
+    Class attributes: ``version``, ``method`` and ``layout`` (what configs and qtool call it), ``bits`` (those that it
+    has codes of) and ``several`` (whether its config can say that linears differ in scheme).
     """
 
     version = 1
+    method: ClassVar[str]
     layout: ClassVar[str]
     bits: ClassVar[tuple[int, ...]]
     several: ClassVar[bool] = False
@@ -78,10 +80,6 @@ class IntegerWords(ABC):
     @abstractmethod
     def tensors(self, found: PackedLinear, zeros: UInt8[Tensor, "out groups"]) -> dict[str, Tensor]:
         """Return codes and zero points as they are stored, named below the linear."""
-
-    @abstractmethod
-    def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of a linear's tensors, without its bias, as a reader of the config expects them."""
 
     @abstractmethod
     def read_stream(self, words: Int32[Tensor, "columns rows"]) -> UInt8[Tensor, "out bytes"]:
@@ -233,6 +231,11 @@ class IntegerWords(ABC):
         ):
             if found.shape != expected.shape or not bool((found == expected).all()):
                 raise weight_difference(name, found, expected)
+
+    def shapes(self, n_out: int, n_in: int, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a linear's tensors, without its bias, as a reader of the config expects them."""
+        (case,) = cases_of({**config, "quant_method": self.method, "dynamic": None})
+        return shapes_of(case, n_out, n_in)
 
     def config_of(self, linear: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what a reader of the config takes it to say of a linear."""
