@@ -292,7 +292,9 @@ def test_methods_of_a_block_learn_with_what_was_found(tiny: TinyModel, monkeypat
 
 def test_tokens_weigh_the_same_for_the_range(tiny: TinyModel) -> None:
     """What errors cost is known of linears, and of keys and values it is not asked."""
-    windows = CalibrateRequest(str(tiny.path), data="sotu", num_samples=4, seq_len=32, gather=("hessian", "saliency"))
+    windows = CalibrateRequest(
+        str(tiny.path), data="speeches", num_samples=4, seq_len=32, gather=("hessian", "saliency")
+    )
     statistics, _ = calibrate(windows, tiny.workspace)
     plain, weighed = (
         rounded(tiny, source=statistics.path, method="gptq", token_weight=rule) for rule in ("uniform", "gradient")
