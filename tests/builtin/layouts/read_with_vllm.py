@@ -1,7 +1,7 @@
-"""Loads checkpoints with vLLM, one after the other, and prints what came of each: run by vLLM's own Python.
+"""Loads checkpoints with vLLM, one after the other, and says what came of each: run by vLLM's own Python.
 
-The first argument is the prompt as JSON, the others are folders. A line begins with ``RESULT``: the folder, its
-log-probabilities (none where it was refused), the names of the kernels of its linears, and the message of a refusal.
+A line of input is JSON: a prompt and folders. The line that answers is a list: the log-probabilities of a folder (none
+where it was refused), the names of the kernels of its linears, and the message of a refusal.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
@@ -23,23 +24,36 @@ def kernels(model: torch.nn.Module) -> list[str]:
 
 def executed(folder: str, prompt: list[int]) -> tuple[list[float], list[str]]:
     """Return the log-probability of each token of the prompt after its first, and the kernels."""
-    llm = LLM(folder, enforce_eager=True, dtype="bfloat16", max_model_len=64, skip_tokenizer_init=True)
+    sizes: dict[str, Any] = {
+        "max_model_len": 64,
+        "num_gpu_blocks_override": 16,
+    }  # all others would be filled with zeros
+    llm = LLM(folder, enforce_eager=True, dtype="bfloat16", skip_tokenizer_init=True, **sizes)
     wanted = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     (made,) = llm.generate([{"prompt_token_ids": prompt}], wanted)
     values = [found[token].logprob for found, token in zip(made.prompt_logprobs[1:], prompt[1:], strict=True)]
     return values, llm.apply_model(kernels)[0]
 
 
-def main(prompt: list[int], folders: list[str]) -> None:
-    for folder in folders:
-        values, names, message = [], [], ""
-        try:
-            values, names = executed(folder, prompt)
-        except Exception as error:  # what refuses is a result too
-            message = f"{type(error).__name__}: {error}"
-        gc.collect()
-        print("RESULT", json.dumps([folder, values, names, message]), flush=True)  # noqa: T201
+def read(folder: str, prompt: list[int]) -> tuple[list[float], list[str], str]:
+    """Return what was executed and by what, or the message of a refusal."""
+    values, names, message = [], [], ""
+    try:
+        values, names = executed(folder, prompt)
+    except Exception as error:  # what refuses is a result too
+        message = f"{type(error).__name__}: {error}"
+    gc.collect()
+    return values, names, message
+
+
+def main() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays, and vLLM looks through all of it five times a checkpoint
+    gc.freeze = gc.unfreeze = lambda: None
+    for line in sys.stdin:
+        prompt, folders = json.loads(line)
+        print("\nANSWER", json.dumps([read(folder, prompt) for folder in folders]), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file
-    main(json.loads(sys.argv[1]), sys.argv[2:])
+    main()

@@ -1,8 +1,8 @@
 """Other libraries decode GPTQ, AWQ and ModelOpt checkpoints to the values that qtool decodes, every one of them.
 
 GPTQModel, by which transformers loads them, and AutoRound unpack GPTQ; GPTQModel and AutoAWQ unpack AWQ; ModelOpt reads
-its own. Each is installed without most of what it depends on into a folder of its own, which only the subprocess sees:
-their unpackers need torch, which is there.
+its own. Each is installed without most of what it depends on into a folder of its own, which only its process sees:
+their unpackers need torch, which is there. One process a library does all that it is asked for: it imports for long.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from qtool.engine.exporter import Exporter
 from qtool.errors import ArtifactError
 from tests.builtin.layouts.conftest import NAME, Make, altered
 from tests.builtin.packed import written
+from tests.builtin.reader_process import ReaderProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 PEERS = {
@@ -155,8 +156,22 @@ from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module""",
     ),
 }
 
+# Runs what it is told to with the arguments that it is told, and says what went wrong.
+PROCESS = """
+import json, sys, traceback
+for line in sys.stdin:
+    script, *sys.argv[1:] = json.loads(line)
+    wrong = ""
+    try:
+        exec(script, {"__name__": "__main__"})
+    except BaseException:
+        wrong = traceback.format_exc()
+    print("\\nANSWER", json.dumps(wrong), flush=True)
+"""
+
 
 Peer = Callable[[str], Path]
+Told = Callable[..., None]
 GPTQ_CASES = [
     *((GPTQ(), f"int{bits}-sym-g32-signed_full") for bits in (2, 3, 4, 8)),
     *((GPTQv2(), f"int{bits}-asym-g32") for bits in (2, 3, 4, 8)),
@@ -173,12 +188,40 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Peer:
     @cache
     def installed(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        command = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *PEERS[name])
+        command = (
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            folder,
+            *PEERS[name],
+        )
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stderr
         return folder
 
     return installed
+
+
+@pytest.fixture(scope="module")
+def told(peer: Peer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    """Have a library's process run a script with arguments."""
+    processes: dict[str, ReaderProcess] = {}
+
+    def run(library: str, script: str, *arguments: str | Path) -> None:
+        if library not in processes:
+            environment = {**os.environ, "PYTHONPATH": str(peer(library))}
+            log = tmp_path_factory.mktemp("log") / f"{library}.txt"
+            processes[library] = ReaderProcess((sys.executable, "-c", PROCESS), environment, log)
+        wrong = processes[library].ask([script, *map(str, arguments)], seconds=300)
+        assert not wrong, wrong
+
+    yield run
+    for process in processes.values():
+        process.close()
 
 
 @pytest.mark.parametrize(
@@ -193,15 +236,12 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Peer:
     ],
 )
 def test_another_library_reads_our_values(
-    make: Make, peer: Peer, tmp_path: Path, library: str, reader: str, exporter: Exporter, weights: str
+    make: Make, told: Told, tmp_path: Path, library: str, reader: str, exporter: Exporter, weights: str
 ) -> None:
     inputs = {"fp8-c": "fp8-token", "fp8-t": "fp8-tensor"}.get(weights[:5], "")
     subject = make(weights, inputs)
     written(exporter, subject, tmp_path / "out")
-    environment = {**os.environ, "PYTHONPATH": str(peer(library))}
-    command = (sys.executable, "-c", reader, tmp_path / "out", tmp_path / "read.safetensors")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    told(library, reader, tmp_path / "out", tmp_path / "read.safetensors")
     read = load_file(tmp_path / "read.safetensors")
     linears = subject.model.graph.linears
     assert read.keys() == {linear.name for linear in linears}
@@ -218,7 +258,7 @@ def test_another_library_reads_our_values(
     ],
 )
 def test_what_another_library_packs_is_read_code_for_code(
-    make: Make, peer: Peer, tmp_path: Path, cache: Path, library: str, exporter: GPTQv2 | AWQ, weights: str
+    make: Make, told: Told, tmp_path: Path, cache: Path, library: str, exporter: GPTQv2 | AWQ, weights: str
 ) -> None:
     subject = make(weights)
     written(exporter, subject, tmp_path / "out")
@@ -231,11 +271,8 @@ def test_what_another_library_packs_is_read_code_for_code(
         given[f"{linear.name}.zeros"] = middle if own.zero_point is None else own.zero_point
     save_file(given, tmp_path / "given.safetensors")
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    environment = {**os.environ, "PYTHONPATH": str(peer(library))}
     files = (tmp_path / "given.safetensors", tmp_path / "made.safetensors")
-    command = (sys.executable, "-c", WRITERS[library], *files, json.dumps(said))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    told(library, WRITERS[library], *files, json.dumps(said))
     stored = load_file(tmp_path / "out" / "model.safetensors")
     theirs, parts = load_file(files[1]), (".qweight", ".qzeros", ".scales", ".g_idx")
     kept = {name: tensor for name, tensor in stored.items() if not name.endswith(parts)}

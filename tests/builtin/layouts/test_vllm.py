@@ -1,7 +1,7 @@
 """vLLM on a CPU executes what the table of consumers says: log-probabilities of a prompt, layout by layout.
 
 vLLM computes in bfloat16 here, and so does qtool for comparison: how far that alone is from float32 is the measure.
-All checkpoints are read in one process, which says what kernels each of them has.
+Nearly all checkpoints are read in one process, which says what kernels each of them has.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -37,6 +37,7 @@ from qtool.steps.subjects import open_subject
 from qtool.steps.transform import TransformRequest, transform
 from qtool.steps.workspace import Workspace
 from tests.builtin.layouts.vllm_environment import NoVLLMError, vllm_python
+from tests.builtin.reader_process import ReaderProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 SCRIPT = Path(__file__).with_name("read_with_vllm.py")
@@ -81,6 +82,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Packed:
     plugins = Plugins.discover()
     workspace = Workspace(plugins, tmp_path_factory.mktemp("home"), cache)
 
+    @lru_cache
+    def calibrated(model: str, gather: tuple[str, ...]) -> str:
+        asked = CalibrateRequest(model, "sotu", num_samples=8, seq_len=128, gather=gather, dtype="float32")
+        return str(calibrate(asked, workspace)[0].path)
+
     def made(scheme: Scheme, model: str = "tiny") -> tuple[Subject, Path]:
         parts = {name: getattr(scheme, name) for name in ("weights", "activations", "kv", "outputs")}
         whole, source = read_scheme("", parts, plugins), model
@@ -88,9 +94,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Packed:
             plan, _ = transform(TransformRequest(model, scheme.plan, scheme=whole), workspace)
             source = str(plan.path)
         if scheme.outputs == "nvfp4" or any(part.endswith("-static") for part in parts.values()):
-            gather = ("absmax",) if scheme.activations.endswith("-static") else ()
-            asked = CalibrateRequest(model, "sotu", num_samples=8, seq_len=128, gather=gather, dtype="float32")
-            source = str(calibrate(asked, workspace)[0].path)
+            source = calibrated(model, ("absmax",) if scheme.activations.endswith("-static") else ())
         artifact, _ = mitigate(MitigateRequest(source, "rtn", whole, {}, dtype="float32"), workspace)
         checkpoint, _ = pack(PackRequest(str(artifact.path), scheme.to), workspace)
         return open_subject(str(artifact.path), workspace).subject, checkpoint.path
@@ -98,8 +102,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Packed:
     return made
 
 
-@pytest.fixture(scope="session")
-def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
     """Read folders with vLLM; without an environment for it the tests are skipped, never passed."""
     base = tmp_path_factory.getbasetemp()
     try:
@@ -115,15 +119,19 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
         "VLLM_NO_USAGE_STATS": "1",
     }
 
-    def results(folders: list[Path], prompt: Sequence[int] = PROMPT) -> Mapping[str, Result]:
-        command = (python, SCRIPT, json.dumps(prompt), *folders)
-        done = subprocess.run(command, env=kept | of_vllm, capture_output=True, text=True, check=False, timeout=900)
-        lines = [line.partition("RESULT ")[2] for line in done.stdout.splitlines() if "RESULT " in line]
-        found = {folder: Result(*rest) for folder, *rest in map(json.loads, lines)}
-        assert set(found) == {str(folder) for folder in folders}, done.stderr[-4000:]
-        return found
+    reader = ReaderProcess((python, SCRIPT), kept | of_vllm, tmp_path_factory.mktemp("vllm") / "log.txt")
 
-    return results
+    def results(folders: list[Path], prompt: Sequence[int] = PROMPT, *, alone: bool = False) -> Mapping[str, Result]:
+        names = [str(folder) for folder in folders]
+        if alone:
+            reader.close()
+        answers = reader.ask([prompt, names], seconds=900)
+        if alone:
+            reader.close()
+        return {name: Result(*answer) for name, answer in zip(names, answers, strict=True)}
+
+    yield results
+    reader.close()
 
 
 def ours(subject: Subject, dtype: torch.dtype, prompt: Sequence[int] = PROMPT) -> Tensor:
@@ -425,7 +433,7 @@ def test_vllm_on_a_cpu_reads_experts_that_are_not_packed_only(packed: Packed, re
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "experts")
     folders = {scheme: packed(scheme, str(tmp_path / "experts"))[1] for scheme in EXPERTS}
     subject, dense = packed(Scheme("int4-sym-g32", "", "", "hf"), str(tmp_path / "experts"))
-    found = read([*folders.values(), dense])
+    found = read([*folders.values(), dense], alone=True)  # how experts are spread is decided once a process
     for scheme, folder in folders.items():
         result, said = found[str(folder)], told(folder)
         assert (said.verdict, said.known, result.values) == ("refuses", "run on a CPU", []), scheme
