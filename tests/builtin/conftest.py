@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.builtin.llama_cpp import PACKAGE
 
@@ -21,10 +22,15 @@ def node_llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
         pytest.skip("llama.cpp was not run: node and npm are not installed")
-    folder = tmp_path_factory.mktemp("node")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "node"  # which all workers share
     command = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", PACKAGE]
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=600)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"llama.cpp was not run: {PACKAGE} cannot be installed ({error})")
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            folder.mkdir()
+            try:
+                subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=600)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                shutil.rmtree(folder)
+                pytest.skip(f"llama.cpp was not run: {PACKAGE} cannot be installed ({error})")
     return folder / "node_modules" / "node-llama-cpp"

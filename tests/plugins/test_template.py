@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -37,11 +38,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip builds each from a copy of its folder, with the build backend from the package index.
     """
     folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder / "venv", with_pip=True)
+    venv.create(folder / "venv")
     python = folder / "venv" / "bin" / "python"
     for name, source in (("qtool", ROOT), ("template", TEMPLATE), ("family", FAMILY)):
         shutil.copytree(source, folder / name, ignore=IGNORED)
-        run(python, "-m", "pip", "install", "--quiet", "--no-deps", folder / name, cwd=folder)
+        pip = (sys.executable, "-m", "pip", "--python", python)
+        run(*pip, "install", "--quiet", "--no-deps", folder / name, cwd=folder)
     own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
