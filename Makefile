@@ -33,13 +33,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 test test-slow: export OMP_NUM_THREADS = 1
+# Tests start many processes, each of which would compile qtool again where the shell says to keep nothing compiled.
+test test-slow: export PYTHONDONTWRITEBYTECODE =
 
 test: lint
 	$(PYTEST) $(FAST) $(CHECKED) $(PIPELINES:%=--ignore=%)
 	$(PYTEST) $(FAST) $(PIPELINES)
 
 test-slow: $(VENV)/.installed-dev
-	$(PYTEST) -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu' --dist loadfile
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
