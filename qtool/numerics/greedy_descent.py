@@ -1,7 +1,7 @@
 """Greedy coordinate descent: in each row the one code changes that lowers the row's loss most, again and again.
 
 References:
-    Nair and Suggala 2024, CDQuant, arXiv:2406.17542, algorithm 1.
+    Nair and Suggala 2024, CDQuant, arXiv:2406.17542.
 """
 
 from __future__ import annotations

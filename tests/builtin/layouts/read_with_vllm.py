@@ -24,10 +24,7 @@ def kernels(model: torch.nn.Module) -> list[str]:
 
 def executed(folder: str, prompt: list[int]) -> tuple[list[float], list[str]]:
     """Return the log-probability of each token of the prompt after its first, and the kernels."""
-    sizes: dict[str, Any] = {
-        "max_model_len": 64,
-        "num_gpu_blocks_override": 16,
-    }  # all others would be filled with zeros
+    sizes: dict[str, Any] = {"max_model_len": 64, "num_gpu_blocks_override": 16}  # all blocks are filled with zeros
     llm = LLM(folder, enforce_eager=True, dtype="bfloat16", skip_tokenizer_init=True, **sizes)
     wanted = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     (made,) = llm.generate([{"prompt_token_ids": prompt}], wanted)
