@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 PYTEST = $(BIN)/python -m pytest -n 2
 FAST = -m 'not slow and not gpu and not network' --dist worksteal
-# Shapes and types in signatures are checked while units are tested. That takes twice the time of a whole pipeline, so
-# tests that go through one run what users run. Not in pyproject.toml: from there the flag would not reach the workers.
-CHECKED = --jaxtyping-packages=qtool,beartype.beartype
+# Shapes and types in signatures are checked while units are tested, where tensors are: all else is mypy's. That takes
+# twice the time, so tests of whole pipelines run what users run. Not in pyproject.toml: from there the flag would not
+# reach the workers.
+CHECKED = --jaxtyping-packages=qtool.numerics,qtool.engine,qtool.builtin,qtool.kernels,beartype.beartype
 PIPELINES = tests/cli tests/steps
 
 .PHONY: help demo lint format test test-slow bench clean
