@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from qtool.builtin.formats.integer import Int3, Int4
 from qtool.builtin.mitigators.gptq import GPTQ, GPTQConfig
 from qtool.builtin.mitigators.l2qer import L2QER
-from qtool.builtin.mitigators.lorc import LoRC, LoRCConfig
+from qtool.builtin.mitigators.lorc import LoRC, LoRCConfig, stored_adapter
 from qtool.builtin.mitigators.qera import QERA
 from qtool.builtin.mitigators.qera_approx import QERAApprox
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions
@@ -147,6 +148,18 @@ def test_refuses_what_it_cannot_do(method: Mitigator) -> None:
     weight[1, 2] = float("nan")
     with pytest.raises(NumericalError, match="weight of `layer` holds NaN"):
         method.quantize(replace(of, weight=weight), LoRCConfig(rank=2))
+
+
+@pytest.mark.parametrize("large", ["up", "down"])
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_either_factor_that_overflows_is_named(dtype: Literal["fp16", "int8"], large: str) -> None:
+    config = LoRCConfig(rank=2, dtype=dtype)
+    up, down = torch.ones(24, 2), torch.ones(2, 48)
+    stored = stored_adapter(problem(), config, (up, down)).product()
+    torch.testing.assert_close(stored, torch.full((24, 48), 2.0), rtol=1e-3, atol=0)
+    {"up": up, "down": down}[large][1, 1] = 1e9
+    with pytest.raises(NumericalError, match=f"correction of `layer` overflows {dtype}"):
+        stored_adapter(problem(), config, (up, down))
 
 
 @EVERY
