@@ -23,6 +23,7 @@ from qtool.model.completeness import promised_tensors
 from qtool.model.family import Family
 from qtool.model.files import CONFIG, StoredTensor
 from qtool.model.naming import canonical_name, places_of, split_block
+from qtool.model.prequantized import hint_of_file
 from qtool.model.reading import DTYPES
 from qtool.model.source import Model, family_of
 
@@ -51,6 +52,7 @@ def require_agreement(folder: Path, families: Mapping[str, Family]) -> None:
         _refuse_missing(model, stored)
     quantization = quantization_of(folder, read_object(folder / CONFIG))
     if not quantization:
+        _refuse_unsaid_codes(folder, stored)
         return
     widths = {} if model is None else _widths(model)
     said_of = _reader(with_presets(quantization))
@@ -67,6 +69,26 @@ def require_agreement(folder: Path, families: Mapping[str, Family]) -> None:
                 facts=(("config says", odd[0].said), ("file has", odd[0].found)),
                 hint=_HINT,
             )
+
+
+def _refuse_unsaid_codes(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse codes of which a config says nothing: what reads it has no weights for them.
+
+    Raises:
+        ArtifactError: Names the first linear.
+    """
+    config = read_object(folder / CONFIG)
+    if any("quantization_config" in one for one in config.values() if isinstance(one, Mapping)):
+        return  # of the text model within
+    coded = next(
+        (one for method in dict.fromkeys(method for method, _ in LAYOUTS) for one in _coded(method, stored)), None
+    )
+    if coded is not None:
+        raise ArtifactError(
+            f"the checkpoint will not load: `{coded[0]}` has codes, and config.json says nothing of them",
+            facts=(("file has", ", ".join(coded[1])),),
+            hint=hint_of_file(folder) or _HINT,
+        )
 
 
 def _coded(method: str, stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, dict[str, TensorSlot]]]:

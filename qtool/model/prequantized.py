@@ -51,7 +51,7 @@ def float8_blocks(config: Any, path: Path) -> BlockShape | None:  # noqa: ANN401
     if not entry:
         other = next((method for file, method in _FILES.items() if (path / file).is_file()), "")
         if other:
-            raise _refused(path, other, {})
+            raise _refused(path, other, {}, hint=hint_of_file(path))
         return None
     method = str(entry.get("quant_method", "an unnamed method"))
     block = tuple(entry.get("weight_block_size") or ())
@@ -97,11 +97,17 @@ def _entry(config: Any) -> Mapping[str, Any]:  # noqa: ANN401 - as above
     return {}
 
 
-def _refused(path: Path, method: str, entry: Mapping[str, Any], *, tensor: str = "") -> ModelError:
+def hint_of_file(path: Path) -> str:
+    """Return how a config gets what a file beside it says of codes, if that is one that transformers does not read."""
+    name = next((name for name in ("quantize_config.json", "quant_config.json") if (path / name).is_file()), "")
+    return f"put what {name} says into config.json, as `quantization_config` with its `quant_method`" if name else ""
+
+
+def _refused(path: Path, method: str, entry: Mapping[str, Any], *, tensor: str = "", hint: str = "") -> ModelError:
     sizes = [text.format(entry[name]) for name, text in _SIZES if entry.get(name)]
     facts: tuple[tuple[str, object], ...] = (("quantized with", ", ".join([method, *sizes])),)
     return ModelError(
         f"`{path}` is quantized already",
         facts=(*facts, ("tensor", tensor)) if tensor else facts,
-        hint=_HINTS.get(method, f"start from the original model in 16 bits, before {method}").format(path=path),
+        hint=hint or _HINTS.get(method, f"start from the original model in 16 bits, before {method}").format(path=path),
     )

@@ -25,12 +25,14 @@ from qtool.artifacts.store import (
     open_artifact,
     write_atomically,
 )
+from qtool.consumers.agreement import require_agreement
 from qtool.engine.exporter import Exported, Exporter, PackedReader
 from qtool.engine.packed import PackedLinear
 from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, ResourceError, UsageError
 from qtool.model.extras import FURTHER_HEADS
+from qtool.model.files import CONFIG
 from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.allocator import freed_memory_kept
 from qtool.steps.labels import labels_of, makers_of
@@ -103,6 +105,8 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
     opened = open_subject(request.source, workspace)
     kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
     if kind != "quantized":
+        if (Path(request.source) / CONFIG).is_file():
+            require_agreement(Path(request.source), workspace.plugins.every("families"))
         again = "the quantized artifact that it was packed from; packed checkpoints, of codes, are read themselves"
         raise ArtifactError(
             f"`{request.source}` holds nothing to pack",

@@ -231,3 +231,18 @@ def test_nothing_is_said_of_what_files_may_call_otherwise(tmp_path: Path) -> Non
         renamed = {name.replace("model.", "language_model.model."): one for name, one in load_file(file).items()}
         save_file({name: one for name, one in renamed.items() if "norm" not in name}, file)
     require_agreement(folder, FAMILIES)
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_codes_of_which_the_config_says_nothing_are_refused(made: str, tmp_path: Path) -> None:
+    folder = copied(made, tmp_path / "moved", lambda _: None)
+    config = json.loads((folder / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"says nothing of them\n  file has  .*\nhint: check"):
+        require_agreement(folder, FAMILIES)
+    (folder / "quantize_config.json").write_text(json.dumps(said))
+    with pytest.raises(ArtifactError, match=r"hint: put what quantize_config\.json says"):
+        require_agreement(folder, FAMILIES)
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": {"quantization_config": said}}))
+    require_agreement(folder, {})

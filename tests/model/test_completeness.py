@@ -114,15 +114,20 @@ def test_a_quantized_model_is_refused_with_its_method(
 
 
 @pytest.mark.parametrize(
-    ("file", "method"),
-    [("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt")],
+    ("file", "method", "hint"),
+    [
+        ("quantize_config.json", "gptq", "put what quantize_config.json says into config.json"),
+        ("quant_config.json", "awq", "put what quant_config.json says into config.json"),
+        ("hf_quant_config.json", "modelopt", "qtool pack"),
+    ],
 )
-def test_a_file_beside_the_config_says_it_too(save: Save, file: str, method: str) -> None:
+def test_a_file_beside_the_config_says_it_too(save: Save, file: str, method: str, hint: str) -> None:
     saved = save("llama")
     (saved.folder / file).write_text(json.dumps({"bits": 4}))
     with pytest.raises(ModelError, match="is quantized already") as refused:
         saved.open()
     assert refused.value.facts == (("quantized with", method),)
+    assert hint in refused.value.hint
 
 
 @pytest.mark.parametrize(
