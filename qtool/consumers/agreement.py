@@ -56,6 +56,8 @@ def require_agreement(folder: Path, families: Mapping[str, Family]) -> None:
         return
     widths = {} if model is None else _widths(model)
     said_of = _reader(with_presets(quantization))
+    if model is not None and quantization.get("quantization_status") == "compressed":
+        _refuse_plain(model, stored, said_of)
     for name, slots in _coded(str(quantization.get("quant_method", "")), stored):
         known = name if model is None else canonical_name(f"{name}.weight", model.family).removesuffix(".weight")
         said = said_of(_names(name, known))
@@ -68,6 +70,27 @@ def require_agreement(folder: Path, families: Mapping[str, Family]) -> None:
                 f"the checkpoint will not load: `{name}` is not stored as its config says",
                 facts=(("config says", odd[0].said), ("file has", odd[0].found)),
                 hint=_HINT,
+            )
+
+
+def _refuse_plain(model: Model, stored: Mapping[str, StoredTensor], said_of: Callable[[Sequence[str]], Said]) -> None:
+    """Refuse weights in 16 bits where a config says that there are codes; of experts it may say what files do not have.
+
+    Raises:
+        ArtifactError: Names the first linear.
+    """
+    linears = {linear.name for linear in model.graph.linears if linear.expert is None}
+    for name, tensor in stored.items():
+        owner, _, leaf = name.rpartition(".")
+        known = canonical_name(name, model.family).removesuffix(".weight")
+        if leaf != "weight" or known not in linears or tensor.slot.dtype not in DTYPES:
+            continue
+        said = said_of(_names(owner, known))
+        if not isinstance(said, str) and said and all((case.method, case.layout) in LAYOUTS for case in said):
+            raise ArtifactError(
+                f"the checkpoint will not load: `{owner}` is not stored as its config says",
+                facts=(("config says", f"codes as {said[0].layout}"), ("file has", f"a weight in {tensor.slot.dtype}")),
+                hint=f"`ignore` has to list it, or {_HINT}",
             )
 
 

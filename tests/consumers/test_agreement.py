@@ -246,3 +246,19 @@ def test_codes_of_which_the_config_says_nothing_are_refused(made: str, tmp_path:
         require_agreement(folder, FAMILIES)
     (folder / "config.json").write_text(json.dumps({**config, "text_config": {"quantization_config": said}}))
     require_agreement(folder, {})
+
+
+def test_weights_in_16_bits_of_what_a_group_names_are_refused(tmp_path: Path) -> None:
+    folder = copied("llm_compressor/w4a16-asym-g32", tmp_path / "plain", lambda _: None)
+    require_agreement(folder, FAMILIES)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    codes = [name for name in tensors if name.startswith(f"{NAME}.")]
+    shape = tensors[f"{NAME}.weight_shape"].tolist()
+    kept = {name: tensor for name, tensor in tensors.items() if name not in codes}
+    save_file({**kept, f"{NAME}.weight": torch.zeros(shape, dtype=torch.bfloat16)}, file)
+    with pytest.raises(ArtifactError, match=rf"`{NAME}` is not stored as its config says\n.*codes as pack-quantized"):
+        require_agreement(folder, FAMILIES)
+    copied("llm_compressor/w4a16-asym-g32", tmp_path / "listed", lambda said: said["ignore"].append(NAME))
+    (tmp_path / "listed" / "model.safetensors").write_bytes(file.read_bytes())
+    require_agreement(tmp_path / "listed", FAMILIES)
