@@ -38,21 +38,23 @@ def require_agreement(folder: Path, families: Mapping[str, Family]) -> None:
     """Refuse a checkpoint whose files do not hold what its config says.
 
     Args:
-        folder: A folder whose config is understood.
+        folder: A folder whose config is understood; one without a config, or a file, promises nothing.
         families: Those whose linears are known, by name; of others only tensors tell how many inputs a linear has.
 
     Raises:
         ArtifactError: Names the first linear, what the config says of it and what the file has, or the first tensor
             that the files lack.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / CONFIG).is_file():
+        return
+    config, files = read_object(folder / CONFIG), sorted(folder.glob("*.safetensors"))
     stored = {name: StoredTensor(file, slot) for file in files for name, slot in read_header(file).slots.items()}
     model = _model(folder, families)
     if model is not None:
         _refuse_missing(model, stored)
-    quantization = quantization_of(folder, read_object(folder / CONFIG))
+    quantization = quantization_of(folder, config)
     if not quantization:
-        _refuse_unsaid_codes(folder, stored)
+        _refuse_unsaid_codes(folder, config, stored)
         return
     widths = {} if model is None else _widths(model)
     said_of = _reader(with_presets(quantization))
@@ -94,13 +96,12 @@ def _refuse_plain(model: Model, stored: Mapping[str, StoredTensor], said_of: Cal
             )
 
 
-def _refuse_unsaid_codes(folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+def _refuse_unsaid_codes(folder: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> None:
     """Refuse codes of which a config says nothing: what reads it has no weights for them.
 
     Raises:
         ArtifactError: Names the first linear.
     """
-    config = read_object(folder / CONFIG)
     if any("quantization_config" in one for one in config.values() if isinstance(one, Mapping)):
         return  # of the text model within
     coded = next(

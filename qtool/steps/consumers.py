@@ -13,7 +13,6 @@ from qtool.consumers.case import Case
 from qtool.consumers.checkpoint import read_checkpoint
 from qtool.consumers.table import ANY, VERDICTS, Answer, answer, consumers, devices_of
 from qtool.errors import ConsumerError, UsageError
-from qtool.model.files import CONFIG
 from qtool.plugins import Plugins
 from qtool.steps.description import Description, Table
 
@@ -44,8 +43,7 @@ def examine_checkpoint(
     where = _checked(device or _device_here())
     known = devices_of(consumer) if consumer else ()
     cases = read_checkpoint(path, _bits(plugins))
-    if (path / CONFIG).is_file():
-        require_agreement(path, plugins.every("families"))
+    require_agreement(path, plugins.every("families"))
     named = [_of_device(cases, consumer, where, known)] if consumer else []
     answers = named or [answer(cases, name, on) for name in consumers() for on in devices_of(name)]
     facts = {"checkpoint": str(path), "holds": _holds(cases)}

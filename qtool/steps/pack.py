@@ -32,7 +32,6 @@ from qtool.engine.problem import QuantizedLinear
 from qtool.engine.subject import Subject
 from qtool.errors import ArtifactError, PluginError, ResourceError, UsageError
 from qtool.model.extras import FURTHER_HEADS
-from qtool.model.files import CONFIG
 from qtool.model.graph import RESIDUAL, LinearSite
 from qtool.steps.allocator import freed_memory_kept
 from qtool.steps.labels import labels_of, makers_of
@@ -105,8 +104,7 @@ def _opened(request: PackRequest, workspace: Workspace) -> Opened:
     opened = open_subject(request.source, workspace)
     kind = "model" if opened.artifact is None else opened.artifact.manifest.kind
     if kind != "quantized":
-        if (Path(request.source) / CONFIG).is_file():
-            require_agreement(Path(request.source), workspace.plugins.every("families"))
+        require_agreement(Path(request.source), workspace.plugins.every("families"))
         again = "the quantized artifact that it was packed from; packed checkpoints, of codes, are read themselves"
         raise ArtifactError(
             f"`{request.source}` holds nothing to pack",

@@ -10,7 +10,6 @@ from qtool.consumers.agreement import require_agreement
 from qtool.consumers.checkpoint import quant_method
 from qtool.engine.exporter import PackedReader
 from qtool.engine.subject import Subject
-from qtool.model.files import CONFIG
 from qtool.steps.subjects import Opened
 from qtool.steps.workspace import Workspace
 
@@ -34,8 +33,7 @@ def open_checkpoint(source: str, reader: PackedReader, workspace: Workspace) -> 
     made = open_artifact(path) if (path / CHECKPOINT_MANIFEST).is_file() else None
     identity = "" if made is None else made.manifest.subject
     subject = reader.open(path.resolve(), workspace.plugins, cache=workspace.cache, identity=identity)
-    if (path / CONFIG).is_file():
-        require_agreement(path, workspace.plugins.every("families"))
+    require_agreement(path, workspace.plugins.every("families"))
     if made is None:
         here = Input(subject.model.id, str(path.resolve()))
         return Opened(subject, {"model": here, "checkpoint": here})

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qtool.builtin.formats.fp4 import MXFP4, NVFP4
 from qtool.builtin.formats.integer import Int2, Int3, Int4, Int8
-from qtool.numerics.frozen_grid import FrozenColumns
-from qtool.numerics.gptq import ColumnGrid
+from qtool.numerics.frozen_grid import FrozenColumns, round_rows
+from qtool.numerics.gptq import ColumnGrid, gptq_round
 from qtool.numerics.groups import to_groups
 from qtool.scheme import Format, GroupParameters, TensorScheme
 
@@ -102,3 +102,20 @@ def decoded(case: str, codes: Tensor, parameters: Sequence[GroupParameters]) -> 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
     """The diagonal of ``E H Eᵀ``."""
     return torch.einsum("ri,ij,rj->r", error.double(), hessian.double(), error.double())
+
+
+def start_of(kind: str, case: str, weight: Tensor, hessian: Tensor, grid: Sequence[FrozenColumns]) -> Tensor:
+    """The values of rounding to nearest, or of GPTQ."""
+    if kind == "nearest":
+        return round_rows(grid, weight, 0)
+    solved = gptq_round(weight, hessian, grid=to_be_fitted(case), parameters="static")
+    return decoded(case, solved.codes, solved.parameters)
+
+
+def without_some_inputs(hessian: Tensor) -> Tensor:
+    """A Hessian with two columns of zeros, and one on whose diagonal is less."""
+    hessian = hessian.clone()
+    hessian[[3, 20]] = 0
+    hessian[:, [3, 20]] = 0
+    hessian[7, 7] = -1e-3
+    return hessian

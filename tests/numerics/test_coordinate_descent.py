@@ -10,9 +10,8 @@ from qtool.builtin.formats.integer import Int4
 from qtool.errors import ShapeError
 from qtool.numerics.coordinate_descent import Route, coordinate_descent
 from qtool.numerics.frozen_grid import FrozenColumns, column_rounders, round_rows
-from qtool.numerics.gptq import gptq_round
 from qtool.scheme import GroupParameters
-from tests.numerics.frozen_cases import CASES, SIZE, decoded, frozen, levels, problem, row_losses, to_be_fitted
+from tests.numerics.frozen_cases import CASES, SIZE, frozen, levels, problem, row_losses, start_of, without_some_inputs
 from tests.oracles.coordinate_descent import coordinate_descent_oracle, relaxed_descent_oracle
 
 
@@ -34,11 +33,7 @@ def test_columns_and_rows_round_to_the_nearest_value_of_their_own_grid(case: str
 def test_equals_trying_every_value(case: str, start: str) -> None:
     weight, hessian = problem(1, 2)
     grid = frozen(case, weight)
-    if start == "gptq":
-        solved = gptq_round(weight, hessian, grid=to_be_fitted(case), parameters="static")
-        values = decoded(case, solved.codes, solved.parameters)
-    else:
-        values = round_rows(grid, weight, 0)
+    values = start_of(start, case, weight, hessian, grid)
     order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(0)).tolist()
     expected = coordinate_descent_oracle(weight, hessian, values, levels=levels(case, grid), order=order, sweeps=2)
     for sweeps, after in enumerate(expected, start=1):
@@ -130,9 +125,7 @@ def test_weights_between_two_values_stay_on_the_side_on_which_they_are() -> None
 
 def test_columns_without_input_stay_and_nothing_given_changes() -> None:
     weight, hessian = problem(7, 4)
-    hessian[[3, 20]] = 0
-    hessian[:, [3, 20]] = 0
-    hessian[7, 7] = -1e-3
+    hessian = without_some_inputs(hessian)
     grid = frozen("int4", weight)
     start = round_rows(grid, 0.5 * weight, 0)
     before = weight.clone(), hessian.clone(), start.clone()
@@ -157,10 +150,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 def test_sweeps_without_rounding_equal_trying_every_value(case: str, start: str) -> None:
     weight, hessian = problem(1, 2)
     grid = frozen(case, weight)
-    values = round_rows(grid, weight, 0)
-    if start == "gptq":
-        solved = gptq_round(weight, hessian, grid=to_be_fitted(case), parameters="static")
-        values = decoded(case, solved.codes, solved.parameters)
+    values = start_of(start, case, weight, hessian, grid)
     order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(0)).tolist()
 
     best, left = relaxed_descent_oracle(

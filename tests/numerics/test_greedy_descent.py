@@ -10,9 +10,8 @@ from qtool.errors import ShapeError
 from qtool.numerics import greedy_descent as module
 from qtool.numerics.coordinate_descent import Route, coordinate_descent
 from qtool.numerics.frozen_grid import round_rows
-from qtool.numerics.gptq import gptq_round
 from qtool.numerics.greedy_descent import greedy_descent
-from tests.numerics.frozen_cases import CASES, SIZE, decoded, frozen, levels, problem, row_losses, to_be_fitted
+from tests.numerics.frozen_cases import CASES, SIZE, frozen, levels, problem, row_losses, start_of, without_some_inputs
 from tests.oracles.coordinate_descent import greedy_descent_oracle
 
 
@@ -21,10 +20,7 @@ from tests.oracles.coordinate_descent import greedy_descent_oracle
 def test_equals_trying_every_value_of_every_column(case: str, start: str) -> None:
     weight, hessian = problem(1, 2)
     grid = frozen(case, weight)
-    values = round_rows(grid, weight, 0)
-    if start == "gptq":
-        solved = gptq_round(weight, hessian, grid=to_be_fitted(case), parameters="static")
-        values = decoded(case, solved.codes, solved.parameters)
+    values = start_of(start, case, weight, hessian, grid)
     expected = greedy_descent_oracle(weight, hessian, values, levels=levels(case, grid), steps=SIZE)
     found = greedy_descent(weight, hessian, values, grid=grid, sweeps=1)
     torch.testing.assert_close(found.values, expected, rtol=1e-6, atol=1e-7)
@@ -82,9 +78,7 @@ def test_rows_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_columns_without_input_and_entries_that_are_kept_stay_and_nothing_given_changes() -> None:
     weight, hessian = problem(7, 4)
-    hessian[[3, 20]] = 0
-    hessian[:, [3, 20]] = 0
-    hessian[7, 7] = -1e-3
+    hessian = without_some_inputs(hessian)
     grid = frozen("int4", weight)
     kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.2
     start = torch.where(kept, weight + 0.01, round_rows(grid, 0.5 * weight, 0))

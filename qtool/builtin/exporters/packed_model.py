@@ -126,7 +126,7 @@ class PackedModel(Model):
 
 
 def refuse_codes(model: PackedModel) -> None:
-    """Refuse codes of what is not transcoded, and what lacks of linears and of the model.
+    """Refuse codes of what is not transcoded, and a linear or a model that lacks a tensor.
 
     Raises:
         ArtifactError: Names the first.

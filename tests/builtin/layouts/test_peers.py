@@ -170,6 +170,7 @@ for line in sys.stdin:
 """
 
 
+PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
 Peer = Callable[[str], Path]
 Told = Callable[..., None]
 GPTQ_CASES = [
@@ -188,17 +189,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Peer:
     @cache
     def installed(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        command = (
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            folder,
-            *PEERS[name],
-        )
+        command = [*PIP, "--target", folder, *PEERS[name]]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, done.stderr
         return folder
