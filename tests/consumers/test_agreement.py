@@ -262,3 +262,14 @@ def test_weights_in_16_bits_of_what_a_group_names_are_refused(tmp_path: Path) ->
     copied("llm_compressor/w4a16-asym-g32", tmp_path / "listed", lambda said: said["ignore"].append(NAME))
     (tmp_path / "listed" / "model.safetensors").write_bytes(file.read_bytes())
     require_agreement(tmp_path / "listed", FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("own", "scale"),
+    [
+        (case(CT, "float-quantized", 8, 128, strategy="block", block="64x128"), "weight_scale"),
+        (case("fp8", "e4m3", 8, 128, strategy="block", block="64x128"), "weight_scale_inv"),
+    ],
+)
+def test_blocks_are_counted_along_outputs_and_inputs(own: Case, scale: str) -> None:
+    assert shapes_of(own, 96, 320) == {"weight": (96, 320), scale: (2, 3)}
