@@ -108,7 +108,9 @@ def add_correction(
     check_correction(problem, config)
     start = problem.previous or RTN().quantize(problem, ClipOptions())
     if start.adapter is not None:
-        raise UsageError(f"`{problem.name}` already has a low-rank correction", hint="--method gptq+lorc")
+        raise UsageError(
+            f"`{problem.name}` already has a low-rank correction", hint="one correction alone: --method gptq+qera"
+        )
     decoded = start.weight(problem.grid)
     adapter = stored_adapter(problem, config, factorize(problem.weight - decoded))
     return with_adapter(problem, start, adapter, before=decoded)

@@ -137,7 +137,7 @@ def test_refuses_what_it_cannot_do(method: Mitigator) -> None:
     with pytest.raises(UsageError, match=r"has no part of rank 32\n  weight  \(24, 48\)\nhint: --set rank=24"):
         method.quantize(of, LoRCConfig())
     corrected = method.quantize(of, LoRCConfig(rank=2))
-    with pytest.raises(UsageError, match="already has a low-rank correction"):
+    with pytest.raises(UsageError, match=r"already has a low-rank correction\nhint: one correction alone"):
         method.quantize(of.after(corrected), LoRCConfig(rank=2))
     huge = replace(of, weight=of.weight * 1e12)
     with pytest.raises(NumericalError, match=r"correction of `layer` overflows fp16\nhint: --set dtype=bf16"):
