@@ -127,7 +127,8 @@ def refuse_previous(problem: LayerProblem, method: str) -> None:
         UsageError: There is such a result.
     """
     if problem.previous is not None:
-        raise UsageError(f"`{method}` starts from the weight, so it has to come first", hint=f"--method {method}+…, {method} once")
+        hint = f"--method {method}+…, {method} once"
+        raise UsageError(f"`{method}` starts from the weight, so it has to come first", hint=hint)
 
 
 def tensor_multipliers(problem: LayerProblem) -> GlobalScales:
