@@ -37,8 +37,8 @@ class AlternatingConfig(JointConfig):
     """Options of a method that chooses codes and correction in turn.
 
     Attributes:
-        iterations: How often both are chosen; the best of all is kept. CALDERA's code has 20, SVDQuant's up to 100, which
-            ends earlier; here they go on for 10.
+        iterations: How often both are chosen; the best of all is kept. CALDERA's code has 20, SVDQuant's up to 100
+            with an early end.
     """
 
     iterations: int = 10
