@@ -62,7 +62,7 @@ def main(what: str, rounds: int) -> None:
     from qtool.errors import QtoolError
 
     try:
-        works = [_method(what), _products() if what == FIRST else _method(FIRST)]
+        works = [solver(what), _products() if what == FIRST else solver(FIRST)]
         taken = [[_seconds(work) for work in works] for _ in range(rounds)]
         found: list[float] | str = [min(column) for column in zip(*taken, strict=True)]
     except QtoolError as error:
@@ -70,16 +70,21 @@ def main(what: str, rounds: int) -> None:
     sys.stdout.write(json.dumps(found))
 
 
-def _method(what: str) -> Callable[[], object]:
-    """Return what runs a method; anew each time, since siblings' memory would save work."""
+def solver(what: str, rows: int = ROWS, columns: int = COLUMNS) -> Callable[[], object]:
+    """Return what runs a method on a layer; anew each time, since siblings' memory would save work.
+
+    Raises:
+        UsageError: It is more than a method, sees more than a layer, or needs a statistic that a layer made up has not.
+    """
     from dataclasses import replace
 
     import torch
 
+    from qtool.builtin.mitigators.guidedquant import GUIDED
     from qtool.engine.grid import Grid
-    from qtool.engine.guided import GUIDED
     from qtool.engine.problem import LayerProblem, Mitigator, Retargeter
     from qtool.errors import UsageError
+    from qtool.model.statistics import BLOCKS
     from qtool.plugins import Plugins
     from qtool.scheme import parse_tensor_scheme
 
@@ -91,7 +96,7 @@ def _method(what: str) -> Callable[[], object]:
     plain = gptq.Config(clip="none", clip_metric="mse")
     config = plain if what == FIRST else method.Config()
     scheme = parse_tensor_scheme(OWN_SCHEMES.get(what, f"int4-g{GROUP}"), plugins.format)
-    inputs = correlated_inputs()
+    inputs = correlated_inputs(columns)
     entries = {"hessian": inputs.T @ inputs / len(inputs)}
     full = inputs + 0.1 * torch.randn(inputs.shape)
     held, held_full = inputs[::8], full[::8]
@@ -107,16 +112,20 @@ def _method(what: str) -> Callable[[], object]:
     if "saliency" in method.needs:  # stands for what is made of it: a Hessian for each group of rows
         entries |= {"saliency": torch.ones(1), GUIDED: entries["hessian"].expand(ROW_GROUPS, -1, -1)}
     for need in (*method.needs, *getattr(config, "needs", ())):
+        if need == BLOCKS:  # taken from the whole
+            continue
         if need not in entries and need not in made:
             raise UsageError(f"needs `{need}`, which a made-up layer has not")
         entries.setdefault(need, made.get(need, lambda: entries["hessian"])())
-    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     problem = LayerProblem("layer", weight, Grid.of(scheme, plugins.format(scheme.format)), entries["hessian"], entries)
     if isinstance(method, Retargeter):
         return lambda: method.retarget(replace(problem, memory={}), config)
     small = replace(problem, weight=weight[:GROUP, :GROUP], hessian=entries["hessian"][:GROUP, :GROUP], entries={})
     try:  # on a corner: does it have to follow another?
-        method.quantize(replace(small, entries={name: _corner(entry) for name, entry in entries.items()}), config)
+        method.quantize(
+            replace(small, entries={name: _corner(entry, columns) for name, entry in entries.items()}), config
+        )
     except UsageError as error:
         if "first" not in error.message:
             raise
@@ -124,15 +133,15 @@ def _method(what: str) -> Callable[[], object]:
     return lambda: method.quantize(replace(problem, memory={}), config)
 
 
-def _corner(entry: Tensor) -> Tensor:
-    return entry[..., :GROUP, :GROUP] if entry.shape[-2:-1] == (COLUMNS,) else entry[..., :GROUP]
+def _corner(entry: Tensor, columns: int) -> Tensor:
+    return entry[..., :GROUP, :GROUP] if entry.shape[-2:-1] == (columns,) else entry[..., :GROUP]
 
 
 def _products() -> Callable[[], object]:
     """Return what runs the products of GPTQ alone."""
     import torch
 
-    inputs = correlated_inputs()
+    inputs = correlated_inputs(COLUMNS)
     hessian = inputs.T @ inputs / len(inputs)
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     columns, errors = torch.randn(COLUMNS, ROWS), torch.randn(BLOCK, ROWS)
@@ -146,13 +155,13 @@ def _products() -> Callable[[], object]:
     return run
 
 
-def correlated_inputs() -> Tensor:
+def correlated_inputs(columns: int) -> Tensor:
     """Return inputs of as many tokens as columns, with a few strong directions."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    common = torch.randn(COLUMNS, 32, generator=generator) @ torch.randn(32, COLUMNS, generator=generator)
-    return torch.randn(COLUMNS, COLUMNS, generator=generator).add_(common, alpha=0.3)
+    common = torch.randn(columns, 32, generator=generator) @ torch.randn(32, columns, generator=generator)
+    return torch.randn(columns, columns, generator=generator).add_(common, alpha=0.3)
 
 
 def _seconds(work: Callable[[], object]) -> float:

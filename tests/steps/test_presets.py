@@ -50,6 +50,20 @@ def test_options_of_methods_that_are_not_used_are_left_out() -> None:
     assert {option.partition(".")[0] for option in survey.options("gptq + lorc", {})} == {"gptq", "lorc"}
 
 
+def test_the_survey_s_options_are_those_of_its_code() -> None:
+    """What the authors' code does where ours has a choice (arXiv:2507.17417, section 5 and its scripts)."""
+    survey = mitigate_settings("survey")
+    clip = {"clip": "search", "clip_norm": "2.4", "clip_grid": "80", "clip_metric": "mse"}
+    gptq = {**clip, "parameters": "stale", "dampening_frac": "0.01", "block_size": "128", "order": "natural"}
+    assert survey.methods == {"rtn": clip, "gptq": gptq, "lorc": {"rank": "32", "dtype": "bf16"}}
+    assert (survey.seed, survey.token_weight, survey.true_sequential, survey.round_activations) == (
+        42,
+        "uniform",
+        True,
+        False,
+    )
+
+
 def test_values_that_are_given_override_and_none_does_not() -> None:
     settings = mitigate_settings("survey").overridden(seed=0, true_sequential=False, token_weight=None)
     assert (settings.seed, settings.true_sequential, settings.token_weight) == (0, False, "uniform")

@@ -5,8 +5,9 @@ the best factors in full precision (``qera``), each is solved for anew beside th
 factor is made up for by the other, and the next codes make up for both. The first of the iterates is ``gptq+qera``
 with such factors; the best is kept.
 
-Roots of the Hessian and their inverses, which the paper's code divides by without a floor, do not occur. Left out are
-its lattice codebook, its incoherence processing, which is a transform (``quip-sharp``), and factors of 4 bits.
+Differences from the paper's code: that starts with the correction, of the whole weight, and judges behind each half of
+a round. Roots of the Hessian and their inverses, which it divides by without a floor, do not occur. Left out are its
+lattice codebook, its incoherence processing, which is a transform (``quip-sharp``), and factors of 4 bits.
 """
 
 from __future__ import annotations

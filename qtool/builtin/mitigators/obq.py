@@ -25,7 +25,8 @@ class OBQConfig(ClipOptions):
     """Options of OBQ; those of the clip search come with them, as in GPTQ.
 
     Attributes:
-        dampening_frac: Added to the Hessian diagonal, as a fraction of its mean.
+        dampening_frac: Added to the Hessian diagonal, as a fraction of its mean. The paper's is 0; this is that of
+            GPTQ, whose reference it is.
         order: Which weight of a row is next: the one that costs least (``greedy``), or for all rows the columns from
             left to right (``natural``) or by descending Hessian diagonal (``activation``), which makes it GPTQ.
     """

@@ -3,7 +3,8 @@
 To the output of a quantized block is added ``M x + b`` of the block's input ``x``, with ``M`` and ``b`` the ridge
 regression of what the output lacks, ``Y_f - Y_q``, on ``x``, block after block. ``form`` is ``full``; ``low-rank``, the
 regression of least error at that rank; or ``affine``, a factor and a shift for each channel of the output as in QwT-v2,
-Tang et al. 2025, arXiv:2505.20932. Nothing is added where it would not lower the squared error on held-out windows.
+Tang et al. 2025, arXiv:2505.20932. The paper's is ``full``; the default is ``low-rank``, which costs as little as an
+adapter. Nothing is added where it would not lower the squared error on held-out windows.
 """
 
 from __future__ import annotations

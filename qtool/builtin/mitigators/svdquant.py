@@ -2,8 +2,9 @@
 
 ``LR = SVD_r(W)``, codes for ``W - LR``; then ``LR = SVD_r(W - Ŵ)`` and codes for what that leaves, and so on. Codes are
 chosen for what the branch leaves as it is stored, so that they make up for its rounding. The branch reads what is not
-rounded, as in the paper. Its smoothing in front is a transform here (``smoothquant``); the search that stops at the
-first iterate that is no better goes on here, up to ``iterations``.
+rounded, as in the paper. Its smoothing in front is a transform here (``smoothquant``); GPTQ, which it offers in place
+of nearest rounding, is the default; the search that stops at the first iterate that is no better goes on here, up to
+``iterations``.
 """
 
 from __future__ import annotations

@@ -71,12 +71,14 @@ class TestOneStep:
         return hand.run[2]
 
     @pytest.mark.parametrize(
-        "options", [{"rate": 0.2, "range_rate": 0.05}, {"rate": 0.03, "range_rate": 0.03}, {"learn_ranges": False}]
+        "options",
+        [{"rate": 0.2, "range_rate": 0.05}, {"rate": 0.03, "range_rate": 0.03}, {"rate": 0.2}, {"learn_ranges": False}],
     )
     def test_symmetric(self, options: dict[str, float]) -> None:
         hand = HandBlock("int3-g16-sfp32")
+        # Without a rate of its own a step of one is as long as the offset, and as the range, can become.
         rate = options.get("rate", 1.0)
-        range_rate = options.get("range_rate", 0.0)
+        range_rate = options.get("range_rate", 1.0) if options.get("learn_ranges", True) else 0.0
         start = {name: round_nearest(one).parameters[0].scale.flatten() for name, one in hand.problems.items()}
         leaves: dict[str, tuple[Tensor, Tensor]] = {}
         for name, one in hand.problems.items():
@@ -100,7 +102,7 @@ class TestOneStep:
             assert of_offset.count_nonzero() > 0.9 * of_offset.numel()
             with torch.no_grad():
                 offset.sub_(rate * of_offset.sign()).clamp_(-0.5, 0.5)
-                factor.sub_(range_rate * of_factor.sign()).clamp_(max=1.0)
+                factor.sub_(range_rate * of_factor.sign()).clamp_(0.01, 1.0)
         found, expected = self.stepped(hand, **options), weights()
         for name in expected:
             torch.testing.assert_close(found[name], expected[name].detach(), rtol=1e-5, atol=1e-6)

@@ -118,6 +118,40 @@ def test_a_step_is_that_of_adam_on_factors() -> None:
             torch.testing.assert_close((tried[1][name] / value)[clear], expected[clear], rtol=0, atol=0.02 * rate)
 
 
+def test_every_step_is_adams_on_factors_and_falls_to_nothing() -> None:
+    """Kingma and Ba 2015, algorithm 1, with a step that falls linearly; scales of either sign."""
+    problem = model_problem(windows=4)
+    signs = torch.randn(problem.scales[SCALE].shape, generator=torch.Generator().manual_seed(5)).sign()
+    start = {NORM: problem.norms[NORM], SCALE: problem.scales[SCALE] * signs}
+    seen: list[tuple[list[int], dict[str, Tensor]]] = []
+
+    def signed(rows: Any, values: Any) -> tuple[float, dict[str, Tensor]]:  # noqa: ANN401 - passed through
+        loss, gradients = problem.descend(rows, {**values, SCALE: values[SCALE] * signs})
+        return loss, {**gradients, SCALE: gradients[SCALE] * signs}
+
+    def descend(rows: Any, values: Any) -> tuple[float, dict[str, Tensor]]:  # noqa: ANN401 - passed through
+        seen.append((list(rows), {name: value.clone() for name, value in values.items()}))
+        return signed(rows, values)
+
+    ours = replace(problem, scales={SCALE: start[SCALE]}, descend=descend)
+    result = E2EQP().tune(ours, E2EQPConfig(epochs=3, batch=2, rate=1e-2, norm_rate=2e-2))
+    assert len(seen) == 6
+    factors = {name: torch.ones_like(value) for name, value in start.items()}
+    first = {name: torch.zeros_like(value) for name, value in start.items()}
+    second = {name: torch.zeros_like(value) for name, value in start.items()}
+    for step, (rows, tried) in enumerate(seen):
+        _, gradients = signed(rows, tried)
+        for name, rate in ((NORM, 2e-2), (SCALE, 1e-2)):
+            torch.testing.assert_close(tried[name], start[name] * factors[name], rtol=1e-4, atol=1e-6)
+            gradient = gradients[name] * start[name]
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.95 * second[name] + 0.05 * gradient**2
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
+            factors[name] = factors[name] - rate * (1 - step / 6) * mean / (square.sqrt() + 1e-8)
+    for name, value in start.items():
+        torch.testing.assert_close(result.values[name], value * factors[name], rtol=1e-4, atol=1e-6)
+
+
 def test_the_seed_is_that_of_the_order() -> None:
     found = []
     for seed in (0, 0, 1):

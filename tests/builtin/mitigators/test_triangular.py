@@ -84,17 +84,19 @@ def test_where_both_streams_are_the_same_it_is_gptq(
     assert not torch.equal(other.codes, ours.codes)
 
 
+@pytest.mark.parametrize("damping", [0.01, 0.5])
 @pytest.mark.parametrize("dead", [False, True])
 @pytest.mark.parametrize("order", ["natural", "activation"])
 @pytest.mark.parametrize(("text", "apart"), GRIDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_the_oracle_on_the_scales_that_it_chose(
-    method: str, text: str, apart: str, order: Order, dead: bool
+    method: str, text: str, apart: str, order: Order, dead: bool, damping: float
 ) -> None:
     of = problem(text, apart, dead=dead, n_out=3, n_in=32)
     own = {"gptaq": {"alpha": 0.7}, "foem": {"beta": 0.6}, "qronos": {}, "beam": {"beams": 3}}[method]
-    result = METHODS[method].quantize(of, config_of(method, order=order, block_size=12, **own))
-    weight, damped = dampen(of.weight, of.need_hessian(), 0.01)
+    shared: dict[str, Any] = {"order": order, "block_size": 12, "dampening_frac": damping}
+    result = METHODS[method].quantize(of, config_of(method, **shared, **own))
+    weight, damped = dampen(of.weight, of.need_hessian(), damping)
     visits = visiting_order(damped, order)
     cross = of.entries["cross"]
     if method == "gptaq":
@@ -107,20 +109,19 @@ def test_equals_the_oracle_on_the_scales_that_it_chose(
         # What inputs that are dead in one stream do in the other is reckoned with; their own weights become 0.
         gone = of.need_hessian().diagonal() == 0
         alive = of.need_hessian() + torch.diag(gone.double())
-        damping = 0.01 * float(alive.diagonal().mean())
         nearest = rounded(of, result)
         expected = qronos_oracle(
             of.weight,
             alive,
             cross,
-            damping=damping,
+            damping=damping * float(alive.diagonal().mean()),
             rounded=lambda col, current: nearest(col, torch.zeros_like(current) if gone[col] else current),
             order=visits,
         )
     else:
         expected = result.weight(of.grid).double()
         levels = _levels(of, result)
-        start = GPTQ().quantize(replace(of, memory={}), GPTQConfig(order=order, block_size=12))
+        start = GPTQ().quantize(replace(of, memory={}), GPTQConfig(**shared))
         for row in range(3):
             searched, loss = beam_oracle(
                 weight[row], damped, levels=[table[row] for table in levels], order=visits, beams=3

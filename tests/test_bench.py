@@ -1,0 +1,22 @@
+"""The benchmark of solvers starts every method that it names; how long one takes is no test."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtool.engine.problem import Mitigator, Retargeter
+from qtool.errors import UsageError
+from qtool.plugins import Plugins
+from tests.bench.solvers import FIRST, solver
+
+PLUGINS = Plugins.discover()
+
+
+@pytest.mark.parametrize("name", [FIRST, *sorted(PLUGINS.offers["mitigators"])])
+def test_every_method_that_sees_one_layer_runs(name: str) -> None:
+    method = PLUGINS.load("mitigators", name.partition(",")[0])
+    if isinstance(method, (Mitigator, Retargeter)):
+        assert solver(name, 128, 256)() is not None
+    else:
+        with pytest.raises(UsageError, match="sees more than a layer"):
+            solver(name, 128, 256)
