@@ -33,6 +33,7 @@ from qtool.steps.subjects import compute_dtype, open_subject
 from qtool.steps.workspace import Workspace
 
 NOTE = "from short measurements on made-up layers; expect half to twice"
+NOTE_ON_LEARNING = "learning counts passes alone, not the rounding in each step, most of the time of a small model"
 _FLOAT = 4
 _MATRICES = 6
 """Of the width of a site squared, that a solver and its Hessian take at once."""
@@ -139,7 +140,7 @@ def describe_mitigation(manifest: Manifest, workspace: Workspace) -> tuple[Facts
         "tokens_of_a_pass": windows * seq_len if step.passes else 0,
         "estimated_peak_memory_bytes": sum(memory.values()),
         "estimated_seconds": sum(known) if len(known) == len(seconds) else None,
-        "estimates": NOTE,
+        "estimates": "; ".join((NOTE, NOTE_ON_LEARNING) if step.windows_learned else (NOTE,)),
     }
     parts: list[tuple[Cell, ...]] = [(name, value, None) for name, value in memory.items()]
     parts += [(name, None, value) for name, value in seconds.items()]

@@ -155,6 +155,7 @@ class TestPasses:
         parts = {row["part"] for row in found["estimate"]}
         assert ({"passes", "gathering", "embedding"} <= parts) == bool(passes)
         assert ("learning" in parts) == (method in ("autoround", "target+rtn+qwt"))
+        assert ("learning" in found["estimates"]) == ("learning" in parts)
         assert found["estimated_seconds"] == pytest.approx(sum(row["seconds"] or 0 for row in found["estimate"]))
         assert found["estimated_peak_memory_bytes"] == sum(row["bytes"] or 0 for row in found["estimate"])
 
