@@ -51,7 +51,7 @@ def test_options_of_methods_that_are_not_used_are_left_out() -> None:
 
 
 def test_the_survey_s_options_are_those_of_its_code() -> None:
-    """What the authors' code does where ours has a choice (arXiv:2507.17417, section 5 and its scripts)."""
+    """What the authors' code does where ours has a choice (arXiv:2507.17417)."""
     survey = mitigate_settings("survey")
     clip = {"clip": "search", "clip_norm": "2.4", "clip_grid": "80", "clip_metric": "mse"}
     gptq = {**clip, "parameters": "stale", "dampening_frac": "0.01", "block_size": "128", "order": "natural"}

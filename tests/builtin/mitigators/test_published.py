@@ -16,10 +16,10 @@ from qtool.builtin.statistics.saliency import GROUPS
 @pytest.mark.parametrize(
     ("config", "published"),
     [
-        (GPTQConfig, {"dampening_frac": 0.01}),  # arXiv:2210.17323, section 3.3
+        (GPTQConfig, {"dampening_frac": 0.01}),  # arXiv:2210.17323
         (GPTAQConfig, {"alpha": 0.25}),  # arXiv:2504.02692, the authors' code
         (FOEMConfig, {"beta": 0.2}),  # arXiv:2507.11017, the authors' code
-        (AutoRoundConfig, {"steps": 200, "batch": 8, "widest": 1.0}),  # arXiv:2309.05516, section 4.1
+        (AutoRoundConfig, {"steps": 200, "batch": 8, "widest": 1.0}),  # arXiv:2309.05516, the authors' code
         (CalderaConfig, {"factor_iterations": 5}),  # arXiv:2405.18886, the authors' code
         (SpQRConfig, {"tau": 0.2, "dampening_frac": 1.0}),  # arXiv:2306.03078, the authors' scripts
     ],
@@ -30,4 +30,4 @@ def test_defaults_are_those_of_the_paper(config: type, published: dict[str, floa
 
 
 def test_guided_hessians_are_of_four_groups_of_outputs() -> None:
-    assert GROUPS == 4  # arXiv:2505.07004, table 1
+    assert GROUPS == 4  # arXiv:2505.07004
