@@ -22,6 +22,8 @@ from tests.bench.table import say, show
 if TYPE_CHECKING:  # what starts the processes that are measured must stay small
     from torch import Tensor
 
+    from qtool.engine.problem import LayerProblem, QuantizedLinear
+
 ROWS, COLUMNS, GROUP, BLOCK = 2048, 8192, 128, 128
 ROW_GROUPS = 4  # of guidedquant, its default
 LIMIT = 900
@@ -62,7 +64,7 @@ def main(what: str, rounds: int) -> None:
     from qtool.errors import QtoolError
 
     try:
-        works = [solver(what), _products() if what == FIRST else solver(FIRST)]
+        works: list[Callable[[], object]] = [solver(what), _products() if what == FIRST else solver(FIRST)]
         taken = [[_seconds(work) for work in works] for _ in range(rounds)]
         found: list[float] | str = [min(column) for column in zip(*taken, strict=True)]
     except QtoolError as error:
@@ -70,7 +72,7 @@ def main(what: str, rounds: int) -> None:
     sys.stdout.write(json.dumps(found))
 
 
-def solver(what: str, rows: int = ROWS, columns: int = COLUMNS) -> Callable[[], object]:
+def solver(what: str, rows: int = ROWS, columns: int = COLUMNS) -> Callable[[], QuantizedLinear | LayerProblem]:
     """Return what runs a method on a layer; anew each time, since siblings' memory would save work.
 
     Raises:
