@@ -27,6 +27,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Let what a test draws not depend on the tests that ran before it in the same process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
     """Let no test see or touch what belongs to the user."""
     monkeypatch.setenv("QTOOL_HOME", str(tmp_path / "home"))

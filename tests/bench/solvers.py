@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what starts the processes that are measured must stay small
     from qtool.engine.problem import LayerProblem, QuantizedLinear
 
 ROWS, COLUMNS, GROUP, BLOCK = 2048, 8192, 128, 128
+KEPT, NOISE = 0.98, 0.02  # inputs in full precision from those after quantized layers
 ROW_GROUPS = 4  # of guidedquant, its default
 LIMIT = 900
 FIRST = "gptq, plain"
@@ -100,7 +101,8 @@ def solver(what: str, rows: int = ROWS, columns: int = COLUMNS) -> Callable[[], 
     scheme = parse_tensor_scheme(OWN_SCHEMES.get(what, f"int4-g{GROUP}"), plugins.format)
     inputs = correlated_inputs(columns)
     entries = {"hessian": inputs.T @ inputs / len(inputs)}
-    full = inputs + 0.1 * torch.randn(inputs.shape)
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(2))
+    full = KEPT * inputs + NOISE * noise
     held, held_full = inputs[::8], full[::8]
     made = {
         "cross": lambda: full.T @ inputs / len(inputs),
