@@ -81,7 +81,8 @@ def mitigate(
         typer.Option(
             metavar="RULE[,SITE=RULE]",
             help="uniform, inverse-norm[:P], clip[:K], gradient. "
-            "[default: gradient where statistics hold saliency, else inverse-norm:0.5; as gathered where carried]",
+            "[default: uniform,attn_in=gradient where statistics hold saliency, else inverse-norm:0.5; "
+            "as gathered where carried]",
         ),
     ] = None,
     experts: Annotated[

@@ -13,6 +13,8 @@ from qtool.steps.subjects import Opened
 from qtool.steps.token_weights import GRADIENT
 from qtool.steps.transform import gathered_behind
 
+ATTENTION = "attn_in"
+WITH_GRADIENTS = f"uniform,{ATTENTION}={GRADIENT}"
 WITHOUT_GRADIENTS = "inverse-norm:0.5"
 
 
@@ -29,8 +31,10 @@ def default_token_weight(statistics: Artifact | None, opened: Opened, propagate:
     gathered = statistics.manifest.step.config
     if propagate == "none":
         return str(gathered["token_weight"])
-    carried = SALIENCY in gathered["gather"] and _carried(statistics, opened).are_carried
-    return GRADIENT if carried else WITHOUT_GRADIENTS
+    if SALIENCY not in gathered["gather"] or not _carried(statistics, opened).are_carried:
+        return WITHOUT_GRADIENTS
+    attends = any(linear.spec.reads == ATTENTION for linear in opened.model.graph.linears)
+    return WITH_GRADIENTS if attends else GRADIENT
 
 
 def saliencies_of(

@@ -22,10 +22,12 @@ from qtool.steps.foresee import foresee
 from qtool.steps.mitigate import MitigateRequest, mitigate
 from qtool.steps.schemes import read_scheme
 from qtool.steps.transform import TransformRequest, transform
+from qtool.steps.workspace import Workspace
 from tests.oracles.guidedquant import guided_hessians_oracle
 from tests.steps.conftest import Desk
 
 TOKENS = 3 * 32
+AT_ATTENTION = "uniform,attn_in=gradient"
 Problems = dict[str, LayerProblem]
 
 
@@ -171,9 +173,11 @@ def test_token_weights_of_gradients(desk: Desk, problems: Problems) -> None:
 def test_tokens_weigh_by_gradients_where_statistics_hold_them(desk: Desk) -> None:
     statistics = desk.calibrate(gather=("hessian", "saliency"))
     chosen, _ = mitigate(asked(desk, statistics, "gptq"), desk.workspace)
-    asked_for, _ = mitigate(asked(desk, statistics, "gptq", token_weight="gradient"), desk.workspace)
-    assert chosen.manifest.step.config["token_weight"] == "gradient"
+    asked_for, _ = mitigate(asked(desk, statistics, "gptq", token_weight=AT_ATTENTION), desk.workspace)
+    assert chosen.manifest.step.config["token_weight"] == AT_ATTENTION
     assert chosen.manifest.id == asked_for.manifest.id
+    everywhere, _ = mitigate(asked(desk, statistics, "gptq", token_weight="gradient"), desk.workspace)
+    assert everywhere.manifest.tensors != chosen.manifest.tensors
     carried, _ = mitigate(asked(desk, statistics, "gptq", propagate="none"), desk.workspace)
     assert carried.manifest.step.config["token_weight"] == "uniform"
     plain = desk.calibrate(gather=("hessian",))
@@ -187,13 +191,14 @@ def test_methods_without_needs_weigh_tokens_by_gradients_too(desk: Desk) -> None
     request = asked(desk, statistics, "rtn+e2e-qp", settings={"epochs": "1"})
     assert foresee(mitigate, request, desk.workspace).to_json()["estimated_seconds"] > 0
     found, _ = mitigate(request, desk.workspace)
-    assert found.manifest.step.config["token_weight"] == "gradient"
+    assert found.manifest.step.config["token_weight"] == AT_ATTENTION
     other, _ = mitigate(replace(request, token_weight="uniform"), desk.workspace)
     losses, others = (one.manifest.details["layers"] for one in (found, other))
-    assert all(losses[name]["loss"] != others[name]["loss"] for name in losses)
+    weighed = {name for name in losses if losses[name]["loss"] != others[name]["loss"]}
+    assert weighed == {name for name in losses if name.endswith(("q_proj", "k_proj", "v_proj"))}
 
 
-@pytest.mark.parametrize(("method", "rule"), [("quarot", "gradient"), ("sinq", "inverse-norm:0.5")])
+@pytest.mark.parametrize(("method", "rule"), [("quarot", AT_ATTENTION), ("sinq", "inverse-norm:0.5")])
 def test_tokens_weigh_by_gradients_where_plans_carry_them(desk: Desk, method: str, rule: str) -> None:
     statistics = desk.calibrate(gather=("hessian", "absmax", "saliency"))
     plan, _ = transform(TransformRequest(str(statistics.path), method), desk.workspace)
@@ -202,7 +207,20 @@ def test_tokens_weigh_by_gradients_where_plans_carry_them(desk: Desk, method: st
     anew = desk.calibrate(source=str(plan.path), gather=("hessian", "saliency"))
     workspace = replace(desk.workspace, inputs={"statistics": anew.path})
     behind, _ = mitigate(asked(desk, plan, "gptq"), workspace)
-    assert behind.manifest.step.config["token_weight"] == "gradient"
+    assert behind.manifest.step.config["token_weight"] == AT_ATTENTION
+
+
+def test_a_family_that_calls_the_inputs_of_attention_otherwise_weighs_all_by_gradients(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = desk.workspace.plugins.load("families", "llama")
+    linears = tuple(replace(one, reads=one.reads.replace("attn_in", "mixer_in")) for one in llama.linears)
+    norms = {name.replace("attn_in", "mixer_in"): norm for name, norm in llama.norms.items()}
+    other = replace(desk.workspace.model(str(desk.model)), family=replace(llama, linears=linears, norms=norms))
+    monkeypatch.setattr(Workspace, "model", lambda *_: other)
+    statistics = desk.calibrate(gather=("hessian", "saliency"))
+    found, _ = mitigate(asked(desk, statistics, "gptq"), desk.workspace)
+    assert found.manifest.step.config["token_weight"] == "gradient"
 
 
 def test_interrupted_and_run_again(desk: Desk) -> None:
