@@ -59,7 +59,7 @@ class TensorScheme:
             MX), ``rceil`` (never saturates), ``search`` (``even`` or its neighbour with the lesser squared error).
         clip: Fraction of each group's range that is kept, from 0.01 to 1, from which searches of the range start.
         outlier_threshold: Of activations only: columns that hold a value of this magnitude or more anywhere in a window
-            stay in 16 bits, the others are quantized as if those were 0; None quantizes all.
+            stay in 16 bits, the others are quantized as if those were 0; None, which ``o0`` means too, quantizes all.
         real: Zero points of integers are real numbers in the format of scales; 0 need not have a code.
         scale_bits: Scales and (real) zero points of integer weights are codes of so many bits, ``low + step * code``,
             with ``low`` and ``step`` in the format ``scale``, which ``scale_rows`` neighbouring rows share.
@@ -375,7 +375,7 @@ def _apply(scheme: TensorScheme, part: str, text: str, *, of_cache: bool) -> Ten
     if kept := _CLIP.fullmatch(part):
         return replace(scheme, clip=float(kept[1]))
     if outliers := _OUTLIERS.fullmatch(part):
-        return replace(scheme, outlier_threshold=float(outliers[1]))
+        return replace(scheme, outlier_threshold=float(outliers[1]) or None)
     if codes := _SCALES.fullmatch(part):
         return replace(scheme, scale_bits=int(codes[1]), scale_rows=int(codes[2]))
     raise SchemeError(

@@ -106,9 +106,9 @@ def register_mitigators() -> Sequence[Entry]:
         _entry(
             "cd",
             "mitigators.cd:CD",
-            "coordinate descent on the codes of another method (2309.01885)",
-            quantease="--method gptq+cd",
-            cdquant="--method gptq+cd, which goes from column to column",
+            "coordinate descent on the codes of another method (2309.01885, 2406.17542)",
+            quantease="--method gptq+cd --set cd.relax-every=3 --set cd.sweeps=30",
+            cdquant="--method gptq+cd --set cd.visits=greedy",
         ),
         _entry(
             "lorc",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -62,3 +62,11 @@ def loss_ratio(error: float, signal: float) -> float:
     if error == 0.0:
         return 0.0
     return error / signal if signal else float("inf")
+
+
+def lasting(report: Mapping[str, float]) -> dict[str, float]:
+    """Return what a report says that another method's work on the same codes leaves true.
+
+    That is all but losses, of whatever kind, save ``loss_rtn``: rounding to nearest stays as it was.
+    """
+    return {name: value for name, value in report.items() if "loss" not in name or name == "loss_rtn"}

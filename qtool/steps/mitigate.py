@@ -108,7 +108,7 @@ def mitigate(request: MitigateRequest, workspace: Workspace) -> tuple[Artifact, 
     if request.token_weight:
         parse_token_weight(request.token_weight)
     methods = configure("mitigators", request.method, request.settings, workspace.plugins)
-    check_order(methods, request.method)
+    check_order(methods, request.method, workspace.plugins)
     opened = open_subject(request.source, workspace)
     if opened.subject.quantized is not None:
         raise ArtifactError(

@@ -11,12 +11,16 @@ from typing import Any
 from qtool.engine.block_problem import BlockMitigator
 from qtool.engine.model_problem import ModelMitigator
 from qtool.engine.outputs import calibrated_outputs
-from qtool.engine.problem import Retargeter
+from qtool.engine.problem import Mitigator, Retargeter
+from qtool.engine.propagate import compares_inputs
 from qtool.engine.saliency import SALIENCY
+from qtool.engine.solve import Method
 from qtool.engine.starved import DEFAULT_SHARE
 from qtool.engine.subject import Subject
 from qtool.errors import NumericalError, UsageError
 from qtool.model.graph import LinearSite
+from qtool.numerics.losses import lasting
+from qtool.plugins import Plugins
 from qtool.steps.options import Configured
 
 
@@ -55,7 +59,7 @@ class Found:
             earlier = found.reports[name]
             measured = {key: loss for key, loss in losses.items() if key == "loss" or key in earlier}
             before = {f"{key}_before": earlier[key] for key in measured if key in earlier}
-            found.reports[name] = {**earlier, **before, **measured}
+            found.reports[name] = {**lasting(earlier), **before, **measured}
         return found
 
     @property
@@ -65,12 +69,13 @@ class Found:
         return {"layers": self.reports, **{name: value for name, value in told.items() if value}}
 
 
-def check_order(methods: Sequence[Configured], written: str) -> None:
-    """Refuse compositions in which nothing is rounded, or something stands behind what sees the whole model.
+def check_order(methods: Sequence[Configured], written: str, plugins: Plugins) -> None:
+    """Refuse compositions in which nothing is rounded, one method undoes another, or comes behind the whole model's.
 
     Args:
         methods: Left to right.
         written: How the user wrote them.
+        plugins: Where the statistics are found that they read.
 
     Raises:
         UsageError: The composition means nothing.
@@ -91,6 +96,38 @@ def check_order(methods: Sequence[Configured], written: str) -> None:
         before = "gptq" if methods[:-1] else "rtn"
         hint = "+".join((*(one.name for one in methods[:-1]), before, last.name))
         raise UsageError(f"`{last.name}` learns beside codes, and rounds nothing", hint=f"--method {hint}")
+    _check_streams(methods, plugins)
+
+
+def _check_streams(methods: Sequence[Configured], plugins: Plugins) -> None:
+    """Refuse to correct the deviation of inputs twice, or to undo that.
+
+    Methods that see both streams choose codes that are not near the weight, so one that aims at the weight undoes what
+    they do. All that stands behind a ``Retargeter`` has its aim, which is not to be moved once more. What sees whole
+    blocks aims at their outputs, and what is behind that is not looked at.
+    """
+
+    def sees_both(one: Configured) -> bool:
+        return compares_inputs(
+            {name: plugins.load("statistics", name) for name in Method(one.method, one.config).needs}
+        )
+
+    of_one = [*takewhile(lambda one: isinstance(one.method, Retargeter | Mitigator), methods)]
+    first = next(filter(sees_both, of_one), None)
+    if first is None:
+        return
+    moved = isinstance(first.method, Retargeter)
+    behind = of_one[of_one.index(first) + 1 :]
+    wrong = next((one for one in behind if not isinstance(one.method, Retargeter) and sees_both(one) == moved), None)
+    if wrong is None:
+        return
+    if moved:
+        why = f"`{wrong.name}` corrects the deviation of inputs, as `{first.name}` does already"
+    else:
+        why = f"`{wrong.name}` aims at the weight, and so undoes how `{first.name}` corrects the deviation of inputs"
+    replaced, by = (wrong, "gptq") if moved else (first, "target+gptq")
+    names = (by if one is replaced else one.name for one in methods)
+    raise UsageError(why, hint=f"--method {'+'.join(names)}")
 
 
 def check_head(head: LinearSite, methods: Sequence[Configured], propagate: str, needs: Sequence[str]) -> None:
@@ -118,7 +155,7 @@ def check_head(head: LinearSite, methods: Sequence[Configured], propagate: str, 
         raise UsageError(
             f"nobody gathers gradients at the output of `{head.name}`, which is to be quantized",
             facts=(("needed by", "+".join(one.name for one in methods)),),
-            hint="--method gptq, which weighs the tokens in blocks by gradients all the same",
+            hint="--method gptq, which weighs tokens in blocks by gradients all the same",
         )
     if propagate == "none" and needs:
         raise UsageError(

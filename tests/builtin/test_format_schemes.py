@@ -221,10 +221,15 @@ def test_a_threshold_of_outliers_is_written_and_read_back(text: str, threshold: 
     assert "-o" not in str(read(text.rpartition("-o")[0])[1])
 
 
-@pytest.mark.parametrize("text", ["int8-o0", "fp8-o0.0001", "nvfp4-o10000000"])
+@pytest.mark.parametrize("text", ["int8-o0.0009", "fp8-o0.0001", "nvfp4-o10000000"])
 def test_a_threshold_of_no_magnitude_is_refused(text: str) -> None:
     with pytest.raises(SchemeError, match=r"outliers are of a magnitude from 0.001 to 1000000 on(.|\n)*-o6"):
         read(text)
+
+
+@pytest.mark.parametrize("text", ["int8-sym-token-sfp32-full", "nvfp4-sym-g16-se4m3"])
+def test_a_threshold_of_zero_sets_nothing_apart(text: str) -> None:
+    assert read(f"{text}-o0")[1] == read(f"{text}-o0.0")[1] == read(text)[1]
 
 
 @pytest.mark.parametrize("part", ["weights", "kv"])

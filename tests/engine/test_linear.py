@@ -77,7 +77,9 @@ class TestOutlierColumns:
     @pytest.mark.parametrize("text", ["int8-sym-token-sfp32-full", "int4-asym-g8", "nvfp4"])
     def test_with_none_that_large_all_are_rounded(self, text: str) -> None:
         x = inputs(2, 12, 32)
-        assert torch.equal(rounding(f"{text}-o1000")(x), torch.stack([rounding(text)(window) for window in x]))
+        expected = torch.stack([rounding(text)(window) for window in x])
+        assert torch.equal(rounding(f"{text}-o1000")(x), expected)
+        assert torch.equal(rounding(f"{text}-o0")(x), expected)
 
     @pytest.mark.parametrize("text", ["int8-token-full", "int4-asym-g8", "nvfp4", "int8-tensor"])
     def test_other_columns_do_not_see_the_large_ones(self, text: str) -> None:

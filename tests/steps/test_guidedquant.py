@@ -210,6 +210,18 @@ def test_tokens_weigh_by_gradients_where_plans_carry_them(desk: Desk, method: st
     assert behind.manifest.step.config["token_weight"] == AT_ATTENTION
 
 
+@pytest.mark.parametrize("behind", ["cd", "qera", "autoround", "e2e-qp"])
+def test_its_own_loss_is_not_told_of_what_another_method_made_of_it(desk: Desk, behind: str) -> None:
+    statistics = desk.calibrate(gather=("hessian", "saliency"))
+    settings = {"qera": {"rank": "2"}, "autoround": {"steps": "2"}, "e2e-qp": {"epochs": "1"}}.get(behind, {})
+    alone, _ = mitigate(asked(desk, statistics), desk.workspace)
+    found, _ = mitigate(asked(desk, statistics, f"guidedquant+{behind}", settings=settings), desk.workspace)
+    before, after = (one.manifest.details["layers"]["model.layers.0.self_attn.q_proj"] for one in (alone, found))
+    assert set(before) - set(after) == {"loss_guided"}
+    assert after["loss_before"] == pytest.approx(before["loss"], rel=1e-6)
+    assert after["dampening_frac"] == before["dampening_frac"]
+
+
 def test_a_family_that_calls_the_inputs_of_attention_otherwise_weighs_all_by_gradients(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from qtool.numerics.coordinate_descent import Route, coordinate_descent
 from qtool.numerics.frozen_grid import FrozenColumns
 from qtool.numerics.greedy_descent import greedy_descent
 from qtool.numerics.groups import each_parameter, from_groups
+from qtool.numerics.losses import lasting
 from qtool.scheme import GroupParameters
 
 
@@ -113,7 +114,7 @@ def descend(problem: LayerProblem, start: QuantizedLinear, config: CDConfig) -> 
     told = "loss_rtn" in start.report
     measured = loss_report(problem, values + corrected, None if told else round_nearest(problem).weight(problem.grid))
     report = {
-        **start.report,
+        **lasting(start.report),
         **({"loss_before": start.report["loss"]} if "loss" in start.report else {}),
         **measured,
         "sweeps": float(len(found.changes)),

@@ -23,6 +23,7 @@ from torch import Tensor
 from qtool.builtin.mitigators.rtn import RTN, ClipOptions, check_problem, loss_report, refuse_unknown
 from qtool.engine.problem import Adapter, LayerProblem, QuantizedLinear, Reads
 from qtool.errors import NumericalError, UsageError
+from qtool.numerics.losses import lasting
 from qtool.numerics.lowrank import quantize_components, truncated_svd
 
 _DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -174,5 +175,5 @@ def with_adapter(
     """Put a correction beside codes, and report what both lose, and what stood for the weight ``before`` lost."""
     corrected = loss_report(problem, solved.weight(problem.grid) + adapter.product(), None)
     started = {f"{key}_before": loss for key, loss in loss_report(problem, before, None).items()}
-    report = {**solved.report, **corrected, **started, "rank": float(len(adapter.down))}
+    report = {**lasting(solved.report), **corrected, **started, "rank": float(len(adapter.down))}
     return replace(solved, adapter=adapter, report=report)

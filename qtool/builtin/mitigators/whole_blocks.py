@@ -13,6 +13,7 @@ from qtool.engine.block_problem import BlockProblem
 from qtool.engine.problem import LayerProblem, QuantizedLinear
 from qtool.engine.tuning import Schedule
 from qtool.errors import UsageError
+from qtool.numerics.losses import lasting
 from qtool.numerics.token_weights import parse_token_weight
 
 
@@ -74,7 +75,7 @@ def reported(
         before = loss_report(problem, _stands(starts[name], problem), None)
         changed = float((found[name].codes != starts[name].codes).double().mean())
         report = {
-            **starts[name].report,
+            **lasting(starts[name].report),
             **losses,
             **{f"{key}_before": value for key, value in before.items()},
             "changed_fraction": changed,

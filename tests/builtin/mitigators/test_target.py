@@ -245,6 +245,29 @@ class TestCompositions:
         with pytest.raises(UsageError, match="`target` starts from the weight, so it has to come first"):
             mitigate(self.asked(tiny, "gptq+target+cd"), tiny.workspace)
 
+    @pytest.mark.parametrize(
+        ("method", "reason", "hint"),
+        [
+            ("qronos+cd", "`cd` aims at the weight, and so undoes how `qronos` corrects", "target+gptq+cd"),
+            ("gptaq+qera+cd", "`qera` aims at the weight, and so undoes how `gptaq`", "target+gptq+qera+cd"),
+            ("lrc+cd+autoround", "`cd` aims at the weight, and so undoes how `lrc`", "target+gptq+cd+autoround"),
+            ("target+qronos+cd", "`qronos` corrects .* as `target` does already", "target+gptq+cd"),
+            ("target+lrc", "`lrc` corrects .* as `target` does already", "target+gptq"),
+        ],
+    )
+    def test_deviations_are_not_corrected_twice_nor_is_that_undone(
+        self, tiny: TinyModel, method: str, reason: str, hint: str
+    ) -> None:
+        with pytest.raises(UsageError, match=reason) as refused:
+            mitigate(self.asked(tiny, method), tiny.workspace)
+        assert refused.value.hint == f"--method {hint}"
+
+    def test_blocks_go_on_from_codes_that_correct_deviations(self, tiny: TinyModel) -> None:
+        found, _ = mitigate(self.asked(tiny, "gptaq+autoround", steps="2"), tiny.workspace)
+        assert all("loss_cross" not in report and "loss" in report for report in details(found).values())
+        alone, _ = mitigate(self.asked(tiny, "gptaq"), tiny.workspace)
+        assert all("loss_cross" in report for report in details(alone).values())
+
     def test_no_way_gives_the_codes_of_gptq(self, tiny: TinyModel) -> None:
         plain, _ = mitigate(replace(self.asked(tiny, "gptq"), true_sequential=True), tiny.workspace)
         none, _ = mitigate(self.asked(tiny, "target+gptq", "none", alpha="0"), tiny.workspace)
