@@ -70,7 +70,7 @@ class Found:
 
 
 def check_order(methods: Sequence[Configured], written: str, plugins: Plugins) -> None:
-    """Refuse compositions in which nothing is rounded, one method undoes another, or comes behind the whole model's.
+    """Refuse compositions that round nothing, undo what they did, or go on behind what sees the whole model.
 
     Args:
         methods: Left to right.
